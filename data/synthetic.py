@@ -1,0 +1,174 @@
+"""Videos with known physics, simulated, rendered and encoded here: the demo's data and the tests' ground truth.
+
+Two balls bounce in a square box without losing energy, off the walls and off each other. Behind them lies a
+texture drawn anew for each clip (`textured`), which may also flicker like leaves in the wind (`full`): light and
+shade that change in every frame and say nothing about what happens next. The frames are encoded to real H.264
+mp4 files; beside each lies a CSV with the true state of every frame.
+"""
+
+import csv
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+Background = Literal["plain", "textured", "full"]
+
+STATE_COLUMNS = ("ball_1_x", "ball_1_y", "ball_2_x", "ball_2_y")
+VELOCITY_COLUMNS = ("ball_1_vx", "ball_1_vy", "ball_2_vx", "ball_2_vy")
+BALL_COLOURS = np.array([[0.95, 0.35, 0.20], [0.25, 0.55, 0.95]])
+"""RGB in [0, 1], shape (balls, 3)."""
+
+
+@dataclass(frozen=True)
+class BallWorld:
+    """The box, the balls and the camera. Lengths are in pixels, speeds in pixels per frame."""
+
+    size: int = 64
+    """Width and height of the box and of the video, in pixels."""
+    radius: float = 6.0
+    """Radius of each ball, in pixels."""
+    slowest: float = 1.5
+    """Least initial speed, in pixels per frame."""
+    fastest: float = 3.0
+    """Greatest initial speed, in pixels per frame."""
+    frames: int = 40
+    """Frames in a clip."""
+    fps: int = 10
+    """Frame rate of the video."""
+    background: Background = "full"
+    """`plain`: grey. `textured`: a texture for each clip. `full`: a texture that flickers in every frame."""
+
+
+def simulate_balls(world: BallWorld, generator: np.random.Generator, substeps: int = 8) -> np.ndarray:
+    """Simulate two equal balls in a box, elastic everywhere.
+
+    Returns:
+        float64 (frames, 2, 4): x, y in pixels and vx, vy in pixels per frame, of each ball in each frame.
+    """
+    low, high = world.radius, world.size - world.radius
+    position = generator.uniform(low, high, size=(2, 2))
+    while np.linalg.norm(position[0] - position[1]) < 2.5 * world.radius:
+        position = generator.uniform(low, high, size=(2, 2))
+    angle = generator.uniform(0, 2 * np.pi, size=2)
+    speed = generator.uniform(world.slowest, world.fastest, size=(2, 1))
+    velocity = speed * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    states = np.empty((world.frames, 2, 4))
+    for frame in range(world.frames):
+        states[frame] = np.concatenate([position, velocity], axis=1)
+        for _ in range(substeps):
+            position = position + velocity / substeps
+            below, above = position < low, position > high
+            position = np.where(below, 2 * low - position, np.where(above, 2 * high - position, position))
+            velocity = np.where(below | above, -velocity, velocity)
+            offset = position[0] - position[1]
+            distance = np.linalg.norm(offset)
+            approach = (velocity[0] - velocity[1]) @ offset
+            if distance < 2 * world.radius and approach < 0:
+                # Equal masses exchange the velocity components along the line between the centres.
+                exchange = approach / distance**2 * offset
+                velocity = velocity + np.stack([-exchange, exchange])
+    return states
+
+
+def smooth_noise(generator: np.random.Generator, cells: int, size: int, amplitude: float) -> np.ndarray:
+    """Low-frequency noise: a `cells` x `cells` grid of uniform colours, bilinearly enlarged.
+
+    Returns:
+        float64 (3, size, size) in [-amplitude, amplitude].
+    """
+    grid = generator.uniform(-amplitude, amplitude, size=(3, cells, cells))
+    at = np.linspace(0, cells - 1, size)
+    left = np.minimum(at.astype(int), cells - 2)
+    weight = at - left
+    rows = grid[:, left] * (1 - weight)[:, None] + grid[:, left + 1] * weight[:, None]
+    return rows[:, :, left] * (1 - weight) + rows[:, :, left + 1] * weight
+
+
+def render_balls(states: np.ndarray, world: BallWorld, generator: np.random.Generator) -> np.ndarray:
+    """Draw antialiased balls over the background.
+
+    Args:
+        states: (frames, 2, 4) as from `simulate_balls`.
+        world: the world that `states` came from.
+        generator: draws the background.
+
+    Returns:
+        uint8 (frames, size, size, 3), RGB.
+    """
+    size = world.size
+    still = np.full((3, size, size), 0.4)
+    if world.background != "plain":
+        still = still + smooth_noise(generator, 5, size, 0.25) + smooth_noise(generator, 16, size, 0.15)
+    vertical, horizontal = np.mgrid[0:size, 0:size] + 0.5
+    frames = np.empty((len(states), size, size, 3), dtype=np.uint8)
+    for index, balls in enumerate(states):
+        image = still
+        if world.background == "full":
+            brightness = generator.uniform(0.9, 1.1)
+            image = still * brightness + smooth_noise(generator, 4, size, 0.1)
+            image = image + generator.normal(0, 0.02, size=image.shape)
+        for ball, colour in zip(balls, BALL_COLOURS, strict=True):
+            distance = np.hypot(horizontal - ball[0], vertical - ball[1])
+            cover = np.clip(world.radius + 0.5 - distance, 0, 1)
+            image = image * (1 - cover) + colour[:, None, None] * cover
+        frames[index] = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+    return frames
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float, codec: str = "libx264") -> None:
+    """Encode RGB frames, uint8 (frames, height, width, 3), to a video file of constant rate."""
+    rate = Fraction(fps).limit_denominator(100_000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        if codec == "libx264":
+            stream.options = {"crf": "18", "preset": "veryfast"}
+        # Many small clips are encoded side by side: threads inside one encoder would only fight over the cores.
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_ball_clip(folder: Path, index: int, world: BallWorld, seed: int) -> Path:
+    """Simulate, render and encode one clip; write its state beside it.
+
+    Leaves `clip_<index>.mp4` and `clip_<index>.csv` (`frame,time_s`, positions in pixels, velocities in pixels
+    per frame). The CSV is written last, so a clip that has one is whole.
+    """
+    path = folder / f"clip_{index:05d}.mp4"
+    if path.with_suffix(".csv").exists():
+        return path
+    generator = np.random.default_rng([seed, index])
+    states = simulate_balls(world, generator)
+    write_video(path, render_balls(states, world, generator), world.fps)
+    unfinished = path.with_suffix(".csv.tmp")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["frame", "time_s", *STATE_COLUMNS, *VELOCITY_COLUMNS])
+        for frame, balls in enumerate(states):
+            values = [*balls[:, :2].ravel(), *balls[:, 2:].ravel()]
+            writer.writerow([frame, f"{frame / world.fps:.6f}", *(f"{value:.4f}" for value in values)])
+    unfinished.replace(path.with_suffix(".csv"))
+    return path
+
+
+def write_ball_videos(folder: Path, clips: int, world: BallWorld, seed: int) -> list[Path]:
+    """Write `clips` clips into `folder` on all cores, continuing where an interrupted run stopped.
+
+    The clips of one seed are the same on every machine and for every number of cores.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write = partial(write_ball_clip, folder, world=world, seed=seed)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        written = pool.map(write, range(clips), chunksize=8)
+        return list(tqdm(written, total=clips, unit="clip", desc=f"rendering {folder.name}", leave=False))

@@ -1,0 +1,243 @@
+r"""Stage 4: by how much does the predictor beat the trivial guesses, and how far into the future?
+
+  python pipelines/evaluate_rollout.py --cache cache/test --predictor runs/predictor/predictor \
+      --output-dir runs/evaluation
+
+Leaves `rollout.json` (for each predictor and horizon: error, confidence interval, error relative to copying the last
+embedding, to ridge regression and to the mean, retrieval), `rollout.png`, `metrics.json` and `config.json`. With
+--probe-cache and --probe-columns, also how well true state (a CSV beside each video) can be read off the imagined
+embeddings.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.embedding_cache import EmbeddingCache
+from data.sidecar import read_sidecar
+from data.windows import Windows
+from jepa.predictor import Predictor
+from jepa.probe import fit_linear_probe, r_squared
+from jepa.skill import Skill, imagine, measure_skill
+from pipelines.artefacts import load_predictor
+from pipelines.stage import RunFolder, require, run_stage, write_json
+
+ENOUGH_CLIPS = 20
+"""With fewer clips, the bootstrap resamples stretches of a clip instead of clips."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate rollouts against copy-last, linear extrapolation, ridge regression and the mean."""
+
+    cache: Path = Path("cache/test")
+    """Embeddings of videos that were used neither for training nor for choosing the model."""
+    predictor: Path = Path("runs/predictor/predictor")
+    """The trained predictor."""
+    output_dir: Path = Path("runs/evaluation")
+    """Where the results are left."""
+    horizon: int = 20
+    """Steps into the future."""
+    stride: int = 1
+    """Steps between the beginnings of rollouts."""
+    probe_cache: Path | None = None
+    """Fit linear probes on these embeddings, from the CSV beside each of their videos."""
+    probe_columns: tuple[str, ...] = ()
+    """Columns of the CSVs to probe for."""
+    resamples: int = 1000
+    """Bootstrap resamples for the confidence intervals."""
+    seed: int = 0
+    """Of the bootstrap."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+
+
+def main(options: Options) -> None:
+    """The story: load, imagine, measure, draw, print."""
+    require(options.horizon > 0, f"--horizon is {options.horizon}: it must be positive")
+    require(options.stride > 0, f"--stride is {options.stride}: it must be positive")
+    require(
+        bool(options.probe_cache) == bool(options.probe_columns),
+        "--probe-cache and --probe-columns belong together: give both or neither",
+    )
+    output = RunFolder(options.output_dir, ("rollout.json", "rollout.png"))
+    predictor = load_predictor(options.predictor)
+    cache = EmbeddingCache(options.cache)
+    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+    context, horizon = predictor.config.context, options.horizon
+    windows = Windows(cache, context + horizon, options.stride)
+
+    rows = windows.rows(np.arange(len(windows)))
+    sequences = predictor.standardise(windows.take(np.arange(len(windows))))
+    past, future = sequences[:, :context], sequences[:, context:]
+    bank_rows = np.concatenate(cache.unbroken_runs())
+    bank = predictor.standardise(torch.from_numpy(cache.take(bank_rows)))
+    place = np.empty(bank_rows.max() + 1, dtype=np.int64)
+    place[bank_rows] = np.arange(len(bank_rows))
+    true_rows = torch.from_numpy(place[rows[:, context:]])
+    probes = fit_probes(options, predictor, cache, rows[:, context:]) if options.probe_cache else None
+    output.prepare(options, options.overwrite, inputs={"provenance": cache.provenance})
+
+    predictors = {"model": predictor, **predictor.baselines()}
+    bar = tqdm(predictors.items(), desc="imagining", unit="predictor", leave=False)
+    imagined = {name: imagine(one, past, horizon) for name, one in bar}
+    groups, grouped_by = bootstrap_groups(windows, cache, predictor)
+    skills = measure_skill(imagined, future, groups, bank, true_rows, options.seed, options.resamples)
+
+    results = {
+        "fps": predictor.fps,
+        "context": context,
+        "windows": len(windows),
+        "clips": len(cache.clips),
+        "frames": len(bank),
+        "interval": f"95 %, bootstrap over {len(np.unique(groups))} {grouped_by}",
+        "predictors": {name: by_horizon(skill, predictor.fps) for name, skill in skills.items()},
+    }
+    if probes is not None:
+        probe, true_state = probes
+        results["probe_columns"] = list(options.probe_columns)
+        for name, value in imagined.items():
+            for step, entry in enumerate(results["predictors"][name]):
+                entry["probe_r2"] = r_squared(probe(value[:, step]), true_state[:, step]).tolist()
+        results["probe_r2_of_true_embeddings"] = r_squared(
+            probe(future).flatten(0, 1), true_state.flatten(0, 1)
+        ).tolist()
+    write_json(options.output_dir / "rollout.json", results)
+    draw(results, options.output_dir / "rollout.png")
+    output.finish(flat_metrics(results))
+    print(table(results))
+    print(
+        f"wrote {options.output_dir}/rollout.json and rollout.png. Next:\n"
+        f"  python pipelines/score_surprise.py --videos VIDEO --encoder runs/encoder/encoder "
+        f"--predictor {options.predictor} --output-dir runs/surprise"
+    )
+
+
+def bootstrap_groups(windows: Windows, cache: EmbeddingCache, predictor: Predictor) -> tuple[np.ndarray, str]:
+    """Which windows are resampled together: those of a clip, or of a stretch as long as two windows of one."""
+    if len(np.unique(windows.clips)) >= ENOUGH_CLIPS:
+        return windows.clips, "clips"
+    length = 2 * windows.length
+    stretches = windows.clips * (len(cache.times_s) + 1) + windows.starts // length
+    return stretches, f"stretches of {length / predictor.fps:.0f} s"
+
+
+def fit_probes(
+    options: Options, predictor: Predictor, cache: EmbeddingCache, future_rows: np.ndarray
+) -> tuple[Any, Tensor]:
+    """A linear probe fitted on the probe cache, and the true state of the future frames, (N, horizon, columns)."""
+    assert options.probe_cache is not None
+    probe_cache = EmbeddingCache(options.probe_cache)
+    probe_cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+    inputs, targets = states(probe_cache, options.probe_columns)
+    probe = fit_linear_probe(predictor.standardise(inputs), targets)
+    _, test_states = states(cache, options.probe_columns)
+    by_row = torch.full((len(cache.times_s), len(options.probe_columns)), math.nan, dtype=torch.float64)
+    by_row[np.concatenate(cache.unbroken_runs())] = test_states
+    return probe, by_row[torch.from_numpy(future_rows)]
+
+
+def states(cache: EmbeddingCache, columns: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """All embeddings of a cache (frames, D) and the state of each from the CSV beside its video (frames, columns)."""
+    embeddings, values = [], []
+    for clip in cache.clips:
+        embeddings.append(cache.clip_embeddings(clip))
+        times_s = cache.clip_times_s(clip)
+        values.append(read_sidecar(Path(clip.key.source), times_s, columns, tolerance_s=0.5 / cache.provenance.fps))
+    return torch.from_numpy(np.concatenate(embeddings)), torch.from_numpy(np.concatenate(values))
+
+
+def by_horizon(skill: Skill, fps: float) -> list[dict[str, Any]]:
+    """One flat record for each horizon."""
+    records = []
+    for step in range(len(skill.mse)):
+        record: dict[str, Any] = {
+            "horizon": step + 1,
+            "time_s": (step + 1) / fps,
+            "mse": float(skill.mse[step]),
+            "mse_interval": skill.mse_interval[step].tolist(),
+        }
+        for to, value in skill.relative.items():
+            record[f"relative_to_{to}"] = float(value[step])
+            record[f"relative_to_{to}_interval"] = skill.relative_interval[to][step].tolist()
+        record["retrieval_at_1"] = float(skill.retrieval_at_1[step])
+        records.append(record)
+    return records
+
+
+def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """The model's final values under flat keys."""
+    metrics = {}
+    for record in results["predictors"]["model"]:
+        for name, value in record.items():
+            if isinstance(value, float) and name != "time_s":
+                metrics[f"{name}_at_{record['horizon']}"] = value
+    return metrics
+
+
+def shown_horizons(horizon: int) -> list[int]:
+    """Some horizons to print, the first and the last among them."""
+    return sorted({1, *range(5, horizon, 5), horizon})
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results on one screen."""
+    predictors = results["predictors"]
+    shown = shown_horizons(len(predictors["model"]))
+    heads = [f"{h} ({h / results['fps']:.3g} s)" for h in shown]
+
+    def block(title: str, cell: Any) -> list[str]:
+        lines = [title, f"  {'':22}" + "".join(f"{head:>14}" for head in heads)]
+        for name, records in predictors.items():
+            lines.append(f"  {name:22}" + "".join(f"{cell(records[h - 1]):>14.3f}" for h in shown))
+        return lines
+
+    lines = [
+        f"{results['windows']:,} rollouts in {results['clips']} clips; horizon in steps (seconds)",
+        *block("error relative to copying the last embedding (below 1 is skill)", lambda r: r["relative_to_copy_last"]),
+        *block("how often the nearest of all frames is the one that came", lambda r: r["retrieval_at_1"]),
+    ]
+    if "probe_columns" in results:
+        ceiling = float(np.mean(results["probe_r2_of_true_embeddings"]))
+        title = f"R2 of {', '.join(results['probe_columns'])} (true embeddings: {ceiling:.3f})"
+        lines += block(title, lambda r: float(np.mean(r["probe_r2"])))
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Error relative to copy-last against the horizon in seconds, with confidence bands."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    colours = {"model": "C0", "copy_last": "0.5", "linear_extrapolation": "C1", "ridge": "C2", "mean": "C3"}
+    for name, records in results["predictors"].items():
+        time_s = [record["time_s"] for record in records]
+        axes.plot(
+            time_s,
+            [record["relative_to_copy_last"] for record in records],
+            label=name.replace("_", " "),
+            color=colours[name],
+            linewidth=2.5 if name == "model" else 1.5,
+        )
+        low, high = np.array([record["relative_to_copy_last_interval"] for record in records]).T
+        axes.fill_between(time_s, low, high, color=colours[name], alpha=0.2, linewidth=0)
+    shown = [r["relative_to_copy_last"] for name in ("model", "ridge", "mean") for r in results["predictors"][name]]
+    axes.set_ylim(0, 1.1 * max(1.0, *shown))
+    axes.set_xlabel("horizon in seconds")
+    axes.set_ylabel("error relative to copying the last embedding")
+    axes.set_title(f"{results['windows']:,} rollouts in {results['clips']} clips; {results['interval']}", fontsize=9)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run_stage(main, Options)

@@ -1,0 +1,173 @@
+"""What every stage shares: options from the command line, errors in one line, and a folder that is never lost."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tyro
+
+from data.embedding_cache import CacheError
+from data.video import VideoError
+from jepa.encoder import ConfigurationError
+
+Options = TypeVar("Options")
+
+LAUNCH = "accelerate launch --quiet --config_file accelerate_config.yaml"
+"""`--quiet` keeps accelerate's own traceback away from our one-line errors."""
+
+
+class UserError(Exception):
+    """A mistake in how a stage was called; the message says what, with which value, and the mend."""
+
+
+class Interrupted(Exception):
+    """The stage was asked to stop and has saved its work."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def run_stage(main: Callable[[Options], None], options_type: type[Options]) -> None:
+    """Parse the command line and run `main`; a user's mistake ends in one clear line and a non-zero exit."""
+    # The docstring of the script is its help: it names the exact command.
+    options = tyro.cli(options_type, description=sys.modules["__main__"].__doc__)
+    rank = int(os.environ.get("RANK", "0"))
+    prefix = f"[rank {rank}] " if rank else ""
+    try:
+        main(options)
+    except Interrupted as stop:
+        if rank == 0:
+            print(f"\n{stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("\ninterrupted: run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, VideoError, CacheError, ConfigurationError) as error:
+        sys.exit(f"{prefix}error: {error}")
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        sys.exit(f"{prefix}error: {error.filename or 'the output folder'}: {error.strerror}: nothing more was written")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `UserError` with `message` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+class RunFolder:
+    """The folder that a stage leaves its results in.
+
+    `config.json` (all options, versions, commit, inputs) is written when the run starts, `metrics.json` when it
+    ends: its presence marks a finished run.
+    """
+
+    def __init__(self, path: Path, artefacts: tuple[str, ...]) -> None:
+        self.path = path
+        self.artefacts = ("metrics.json", "config.json", *artefacts)
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has ended here."""
+        return (self.path / "metrics.json").exists()
+
+    def prepare(
+        self, options: Any, overwrite: bool, resume: bool = False, inputs: dict[str, Any] | None = None
+    ) -> None:
+        """Make the folder and record the run; called on one rank, after all inputs have been checked.
+
+        Raises:
+            UserError: the folder holds a run, and neither `overwrite` nor `resume` says what to do with it, or the
+                run to be resumed was started with other options.
+        """
+        record = {"options": to_json(options), "inputs": inputs or {}, **environment()}
+        recorded = self.path / "config.json"
+        if overwrite:
+            for name in self.artefacts:
+                target = self.path / name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
+        elif self.finished:
+            raise UserError(
+                f"{self.path} already holds a finished run: add --overwrite to replace it, "
+                "or choose another --output-dir"
+            )
+        elif recorded.exists() and not resume:
+            raise UserError(
+                f"{self.path} already holds an unfinished run: add --resume to go on with it, "
+                "or --overwrite to start again"
+            )
+        elif recorded.exists():
+            _require_same_options(json.loads(recorded.read_text())["options"], record["options"], self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(recorded, record)
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write the final metrics: flat keys, plain values."""
+        write_json(self.path / "metrics.json", metrics)
+
+
+def _require_same_options(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    free = {"resume", "overwrite", "output_dir"}
+    for name in sorted(now.keys() - free):
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"{path} was started with {name} = {before.get(name)}, not {now[name]}: "
+                "resume with the same options, or add --overwrite to start again"
+            )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the new one, whole."""
+    unfinished = path.with_name(f".tmp.{path.name}")
+    unfinished.write_text(json.dumps(to_json(value), indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, paths, tuples and NumPy numbers as what JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, Path) else value
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that results depend on."""
+    names = ("torch", "torchvision", "av", "timm", "accelerate", "h5py", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def environment() -> dict[str, Any]:
+    """What a number must be traced back to beside its options: versions, machine, and the commit of the code."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        code = commit + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        code = "unknown"
+    return {
+        "versions": {"python": platform.python_version(), **versions()},
+        "machine": platform.platform(),
+        "code": code,
+    }
