@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,5 +208,5 @@ def _stretches(video: VideoInfo, fps: float) -> list[Stretch]:
     edges = [index * STRETCH_S for index in range(count)] + [math.inf]
     return [
         Stretch(video.path, start_s, end_s, math.ceil((min(end_s, video.duration_s) - start_s) * fps) + 1)
-        for start_s, end_s in zip(edges, edges[1:], strict=False)
+        for start_s, end_s in pairwise(edges)
     ]

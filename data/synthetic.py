@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 from tqdm import tqdm
 
 Background = Literal["plain", "textured", "full"]
@@ -127,7 +128,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, codec: str = "libx26
     """Encode RGB frames, uint8 (frames, height, width, 3), to a video file of constant rate."""
     rate = Fraction(fps).limit_denominator(100_000)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = cast(VideoStream, container.add_stream(codec, rate=rate))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         if codec == "libx264":

@@ -22,7 +22,27 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 VIDEO_SUFFIXES = frozenset(
-    [".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp", ".gif", ".mjpeg", ".h264", ".hevc"]
+    [
+        ".mp4",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".m4v",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".mts",
+        ".m2ts",
+        ".wmv",
+        ".flv",
+        ".ogv",
+        ".3gp",
+        ".gif",
+        ".mjpeg",
+        ".h264",
+        ".hevc",
+    ]
 )
 
 FrameSize = tuple[int, int]
@@ -172,7 +192,7 @@ class _FrameConverter:
         red_green_blue = (planar.planes[2], planar.planes[0], planar.planes[1])
         output = np.empty((3, height, width), dtype=np.uint8)
         for channel, plane in enumerate(red_green_blue):
-            rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+            rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
             output[channel] = rows[:height, :width]
         if quarter_turns == 0:
             return output

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -61,6 +61,9 @@ class FrameEncoder(nn.Module, PyTorchModelHubMixin):
     Raises:
         ConfigurationError: the backbone is unknown (with suggestions), or does not support the image size.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -151,7 +154,7 @@ def create_encoder(config: EncoderConfig) -> FrameEncoder:
     return encoder
 
 
-def _build_backbone(config: EncoderConfig) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+def _build_backbone(config: EncoderConfig) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     """The backbone and the mean and standard deviation of the pixels that it expects."""
     if config.backbone == SMALL_CONV:
         return SmallConv(), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -160,7 +163,7 @@ def _build_backbone(config: EncoderConfig) -> tuple[nn.Module, tuple[float, ...]
         near = difflib.get_close_matches(config.backbone, known, n=3, cutoff=0.5)
         hint = f"perhaps you meant {' or '.join(near)}" if near else "timm.list_models() lists all names"
         raise ConfigurationError(f"unknown backbone '{config.backbone}': {hint}")
-    options: dict[str, object] = {"pretrained": config.pretrained, "num_classes": 0, "global_pool": ""}
+    options: dict[str, Any] = {"pretrained": config.pretrained, "num_classes": 0, "global_pool": ""}
     try:
         backbone = timm.create_model(config.backbone, img_size=config.image_size, **options)
     except TypeError:
@@ -172,4 +175,5 @@ def _build_backbone(config: EncoderConfig) -> tuple[nn.Module, tuple[float, ...]
             f"backbone {config.backbone} does not take frames of {height}x{width} pixels ({error}): "
             "choose another --encoder.image-size"
         ) from error
-    return backbone, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]
+    published: Any = backbone.pretrained_cfg
+    return backbone, published["mean"], published["std"]

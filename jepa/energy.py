@@ -6,18 +6,21 @@ per dimension). Directions in which the predictor is always wrong count little, 
 right count much. Its mean on validation clips is 1 by construction.
 """
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jepa.predictor import Predictor
 
 
-def prediction_errors(predictor: Predictor, embeddings: Tensor) -> Tensor:
+def prediction_errors(predictor: nn.Module, embeddings: Tensor, context: int) -> Tensor:
     """One-step errors along sequences, after enough past to predict from.
 
     Args:
-        predictor: the world model.
-        embeddings: (B, T, D), standardised, T greater than the context.
+        predictor: any predictor, baselines too.
+        embeddings: (B, T, D), standardised, T greater than `context`.
+        context: how many embeddings come before the first prediction.
 
     Returns:
         (B, T - context, D): for embeddings context, context + 1, ...
@@ -25,16 +28,40 @@ def prediction_errors(predictor: Predictor, embeddings: Tensor) -> Tensor:
     Raises:
         ValueError: the sequences are not longer than the context.
     """
-    context = predictor.config.context
     if embeddings.shape[1] <= context:
         raise ValueError(f"{embeddings.shape[1]} embeddings are not more than the context of {context}")
     return embeddings[:, context:] - predictor(embeddings[:, :-1], embeddings.shape[1] - context)
 
 
+class UsualErrors(NamedTuple):
+    """What errors are usual: their mean (D,) and the whitening (D, D) that makes their covariance the identity."""
+
+    mean: Tensor
+    whitening: Tensor
+
+    def energy(self, errors: Tensor) -> Tensor:
+        """Squared Mahalanobis distance per dimension; (..., D) -> (...)."""
+        return ((errors - self.mean) @ self.whitening).square().mean(dim=-1)
+
+
+def measure_usual_errors(errors: Tensor, shrinkage: float = 0.05) -> UsualErrors:
+    """Mean and whitening of errors (N, D).
+
+    `shrinkage` draws the covariance towards a multiple of the identity, for short validation sets.
+    """
+    errors = errors.double()
+    centred = errors - errors.mean(dim=0)
+    covariance = centred.T @ centred / max(1, len(errors) - 1)
+    scale = covariance.diagonal().mean().clamp_min(1e-12)
+    identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+    values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * scale * identity)
+    return UsualErrors(errors.mean(dim=0).float(), ((vectors / values.sqrt()) @ vectors.T).float())
+
+
 def energy(predictor: Predictor, embeddings: Tensor) -> Tensor:
-    """Energy of each embedding given those before it; shapes as `prediction_errors`, without the last dimension."""
-    errors = prediction_errors(predictor, embeddings) - predictor.error_mean
-    return (errors @ predictor.error_whitening).square().mean(dim=-1)  # (B, T - context)
+    """Energy of each embedding given those before it; standardised (B, T, D) -> (B, T - context)."""
+    errors = prediction_errors(predictor, embeddings, predictor.config.context)
+    return UsualErrors(predictor.error_mean, predictor.error_whitening).energy(errors)
 
 
 def percentile(predictor: Predictor, energies: Tensor) -> Tensor:
@@ -44,23 +71,18 @@ def percentile(predictor: Predictor, energies: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate_energy(predictor: Predictor, sequences: list[Tensor], shrinkage: float = 0.05) -> None:
+def calibrate_energy(predictor: Predictor, sequences: list[Tensor]) -> None:
     """Measure the predictor's errors on validation clips and keep their statistics in its buffers.
 
     Args:
         predictor: changed in place.
         sequences: standardised embeddings (B, T, D) of ordinary video that the predictor was not trained on.
-        shrinkage: of the covariance towards a multiple of the identity, for short validation sets.
     """
-    errors = torch.cat([prediction_errors(predictor, part).flatten(0, 1) for part in sequences]).double()
-    predictor.error_mean.copy_(errors.mean(dim=0))
-    centred = errors - errors.mean(dim=0)
-    covariance = centred.T @ centred / max(1, len(errors) - 1)
-    scale = covariance.diagonal().mean().clamp_min(1e-12)
-    identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
-    covariance = (1 - shrinkage) * covariance + shrinkage * scale * identity
-    values, vectors = torch.linalg.eigh(covariance)
-    predictor.error_whitening.copy_((vectors / values.sqrt()) @ vectors.T)
-    energies = torch.cat([energy(predictor, part).flatten() for part in sequences])
-    grid = torch.linspace(0, 1, len(predictor.energy_quantiles), dtype=torch.float64)
-    predictor.energy_quantiles.copy_(torch.quantile(energies.double(), grid.to(energies.device)))
+    context = predictor.config.context
+    errors = torch.cat([prediction_errors(predictor, part, context).flatten(0, 1) for part in sequences])
+    usual = measure_usual_errors(errors)
+    predictor.error_mean.copy_(usual.mean)
+    predictor.error_whitening.copy_(usual.whitening)
+    energies = usual.energy(errors).double()
+    grid = torch.linspace(0, 1, len(predictor.energy_quantiles), dtype=torch.float64, device=energies.device)
+    predictor.energy_quantiles.copy_(torch.quantile(energies, grid))

@@ -152,6 +152,9 @@ class Mean(nn.Module):
 class Ridge(nn.Module):
     """Linear regression with a penalty on the last `context` embeddings: the real baseline."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, dimension: int, context: int) -> None:
         super().__init__()
         self.context = self.memory = context
@@ -192,7 +195,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         self.config, self.fps, self.encoder_fingerprint = config, fps, encoder_fingerprint
         dimension = embedding_dimension
         self.network = NETWORKS[config.kind](2 * dimension, config)
-        self.memory = self.network.memory
+        self.memory = int(self.network.memory)  # type: ignore[arg-type]
         self.head = nn.Linear(config.width, dimension)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

@@ -23,7 +23,7 @@ def rollout(predictor: nn.Module, past: Tensor, horizon: int) -> Tensor:
         raise ValueError(f"past has shape {tuple(past.shape)}: it must be (B, T, D) with at least one embedding")
     if horizon < 1:
         raise ValueError(f"horizon is {horizon}: it must be at least 1")
-    sequence = past
+    sequence, memory = past, int(predictor.memory)  # type: ignore[arg-type]
     for _ in range(horizon):
-        sequence = torch.cat([sequence, predictor(sequence[:, -predictor.memory :])], dim=1)
+        sequence = torch.cat([sequence, predictor(sequence[:, -memory:])], dim=1)
     return sequence[:, past.shape[1] :]

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from data.embedding_cache import (
@@ -57,7 +58,7 @@ class Options:
     clips_per_shard: int = 64
     """Clips in one file; a kill loses at most this many."""
     seed: int = 0
-    """Embedding draws nothing at random; accepted so that all stages can be called alike."""
+    """Seeds whatever a backbone might draw; ours draw nothing."""
 
 
 def main(options: Options) -> None:
@@ -66,6 +67,7 @@ def main(options: Options) -> None:
     require(options.phases > 0, f"--phases is {options.phases}: it must be positive")
     require(options.clips_per_shard > 0, f"--clips-per-shard is {options.clips_per_shard}: it must be positive")
     accelerator = Accelerator()
+    set_seed(options.seed)
     encoder = load_encoder(options.encoder).to(accelerator.device).eval()
     # Each phase is a clock of the same rate, so a video need not be faster for several of them.
     videos = check_videos(options.videos, options.fps, progress=accelerator.is_main_process)
@@ -116,7 +118,8 @@ def main(options: Options) -> None:
         cache = EmbeddingCache(options.output_dir)
         print(
             f"wrote {options.output_dir}: {len(cache.clips)} clips, {cache.frames:,} embeddings of dimension "
-            f"{provenance.embedding_dimension} at {options.fps:g} fps. Next, with a cache of other videos in cache/val:\n"
+            f"{provenance.embedding_dimension} at {options.fps:g} fps. "
+            "Next, with a cache of other videos in cache/val:\n"
             f"  {LAUNCH} pipelines/train_predictor.py --train-cache {options.output_dir} --validation-cache cache/val "
             "--output-dir runs/predictor"
         )

@@ -94,7 +94,7 @@ def main(options: Options) -> None:
     groups, grouped_by = bootstrap_groups(windows, cache, predictor)
     skills = measure_skill(imagined, future, groups, bank, true_rows, options.seed, options.resamples)
 
-    results = {
+    results: dict[str, Any] = {
         "fps": predictor.fps,
         "context": context,
         "windows": len(windows),

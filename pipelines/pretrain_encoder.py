@@ -122,10 +122,12 @@ def main(options: Options) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, options.steps, options.warmup_steps, options.learning_rate)
         generator = step_generator(options.seed, step, accelerator.process_index, accelerator.device)
-        views = make_views(*(frames.to(accelerator.device) for frames in batch), options.views, generator)
+        frames, following = (part.to(accelerator.device) for part in batch)
+        views = make_views(frames, following, options.views, generator)
         with accelerator.autocast():
             outputs = network(torch.cat(views))  # (2 B, E)
-        terms = vicreg(*outputs.chunk(2), options.objective)
+        first, second = outputs.chunk(2)
+        terms = vicreg(first, second, options.objective)
         optimizer.zero_grad()
         accelerator.backward(terms.loss)
         optimizer.step()
@@ -214,7 +216,7 @@ def diagnose(encoder: FrameEncoder, expander: Expander, sequences: Tensor) -> tu
     encoder.train()
     expander.train()
     embeddings, outputs = (rearrange(x, "(c t) d -> c t d", c=len(sequences)) for x in (embeddings, outputs))
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, value in (("embedding", embeddings), ("expander", outputs)):
         for over, numbers in sequence_spread(value)._asdict().items():
             metrics |= {f"{name}_{over}_std": numbers.std, f"{name}_{over}_rank": numbers.rank}

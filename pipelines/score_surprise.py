@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from data.manifest import check_videos
-from data.video import VideoError, VideoInfo, read_on_clock
+from data.video import TimedFrame, VideoError, VideoInfo, read_on_clock
 from jepa.encoder import FrameEncoder
 from jepa.energy import energy, percentile
 from jepa.predictor import Predictor
@@ -159,7 +159,7 @@ def score(encoder: FrameEncoder, predictor: Predictor, video: VideoInfo) -> Surp
     return Surprise(np.array(times_s), values, shares, frames_by_energy)
 
 
-def progress(stream: Iterator, video: VideoInfo, fps: float) -> Iterator:
+def progress(stream: Iterator[TimedFrame], video: VideoInfo, fps: float) -> Iterator[TimedFrame]:
     """Show how far a long video has been read."""
     total = int(video.duration_s * fps) or None
     return iter(tqdm(stream, total=total, unit="frame", desc=video.path.name, leave=False))
