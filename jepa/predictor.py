@@ -85,24 +85,45 @@ class CausalTransformer(nn.Module):
         self.memory = config.depth * (config.context - 1) + 1
         self.embed = nn.Linear(inputs, config.width)
         self.distance_bias = nn.Parameter(torch.zeros(config.heads, config.context))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                config.width, config.heads, 4 * config.width, config.dropout, "gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(AttentionBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, steps: Tensor, outputs: int) -> Tensor:
         at = torch.arange(steps.shape[1], device=steps.device)
         distance = at[:, None] - at[None, :]  # (T, T), positive towards the past
         visible = (distance >= 0) & (distance < self.context)
-        bias = self.distance_bias[:, distance.clamp(0, self.context - 1)]  # (heads, T, T)
-        mask = torch.where(visible, bias, float("-inf")).repeat(len(steps), 1, 1)  # (B x heads, T, T)
+        bias = self.distance_bias[:, distance.clamp(0, self.context - 1)].masked_fill(~visible, float("-inf"))
         hidden = self.embed(steps)
-        for layer in self.layers:
-            hidden = layer(hidden, src_mask=mask)
+        for block in self.blocks:
+            hidden = block(hidden, bias)  # (B, T, width)
         return self.norm(hidden[:, -outputs:])
+
+
+class AttentionBlock(nn.Module):
+    """Pre-norm self-attention with an additive bias (heads, T, T), then an MLP; (B, T, width) -> (B, T, width)."""
+
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.queries_keys_values = nn.Linear(config.width, 3 * config.width)
+        self.mix = nn.Linear(config.width, config.width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(config.width),
+            nn.Linear(config.width, 4 * config.width),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(4 * config.width, config.width),
+        )
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        projected = self.queries_keys_values(self.attention_norm(hidden))
+        queries, keys, values = rearrange(projected, "b t (three h c) -> three b h t c", three=3, h=self.heads)
+        attended = functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
+        )
+        hidden = hidden + self.mix(rearrange(attended, "b h t c -> b t (h c)"))
+        return hidden + self.mlp(hidden)
 
 
 class GRU(nn.Module):
@@ -186,8 +207,11 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     error_whitening: Tensor
     energy_quantiles: Tensor
 
-    def __init__(self, config: PredictorConfig, embedding_dimension: int, fps: float, encoder_fingerprint: str) -> None:
+    def __init__(
+        self, predictor: PredictorConfig, embedding_dimension: int, fps: float, encoder_fingerprint: str
+    ) -> None:
         super().__init__()
+        config = predictor
         if config.kind not in NETWORKS:
             raise ConfigurationError(f"unknown predictor '{config.kind}': choose one of {', '.join(NETWORKS)}")
         if config.context < 2:

@@ -1,5 +1,7 @@
 """Load what earlier stages left behind, or say in one line why it cannot be loaded."""
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +30,7 @@ def _load(kind: type[Artefact], folder: Path, name: str, stage: str) -> Artefact
         if not (folder / file).is_file():
             raise UserError(f"{folder}: there is no {name} here ({file} is missing): {stage} writes one")
     try:
-        return kind.from_pretrained(folder).eval()
+        with redirect_stdout(io.StringIO()):  # the hub's mixin prints a line of its own
+            return kind.from_pretrained(folder).eval()
     except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not a {name} that can be loaded ({error}): run {stage} again") from error
