@@ -175,5 +175,8 @@ def _build_backbone(config: EncoderConfig) -> tuple[Any, tuple[float, ...], tupl
             f"backbone {config.backbone} does not take frames of {height}x{width} pixels ({error}): "
             "choose another --encoder.image-size"
         ) from error
+    if hasattr(backbone, "pre_logits"):
+        # vgg's classifier layers: not part of the features, but most of the weights.
+        backbone.pre_logits = nn.Identity()
     published: Any = backbone.pretrained_cfg
     return backbone, published["mean"], published["std"]

@@ -45,17 +45,18 @@ class UsualErrors(NamedTuple):
 
 
 def measure_usual_errors(errors: Tensor, shrinkage: float = 0.05) -> UsualErrors:
-    """Mean and whitening of errors (N, D).
+    """Mean and whitening of errors (N, D); their own mean energy is 1.
 
-    `shrinkage` draws the covariance towards a multiple of the identity, for short validation sets.
+    `shrinkage` draws the covariance towards its diagonal, for short validation sets: features keep their own scale.
     """
     errors = errors.double()
     centred = errors - errors.mean(dim=0)
     covariance = centred.T @ centred / max(1, len(errors) - 1)
-    scale = covariance.diagonal().mean().clamp_min(1e-12)
-    identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
-    values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * scale * identity)
-    return UsualErrors(errors.mean(dim=0).float(), ((vectors / values.sqrt()) @ vectors.T).float())
+    variance = covariance.diagonal().clamp_min(1e-12)
+    values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * torch.diag(variance))
+    whitening = (vectors / values.clamp_min(1e-12).sqrt()) @ vectors.T
+    energy = (centred @ whitening).square().mean().clamp_min(1e-12)
+    return UsualErrors(errors.mean(dim=0).float(), (whitening / energy.sqrt()).float())
 
 
 def energy(predictor: Predictor, embeddings: Tensor) -> Tensor:

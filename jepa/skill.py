@@ -39,6 +39,12 @@ def imagine(predictor: nn.Module, past: Tensor, horizon: int, batch: int = 4096)
 
 
 @torch.no_grad()
+def nearest_rows(embeddings: Tensor, bank: Tensor) -> Tensor:
+    """Which row of the bank (frames, D) is nearest to each embedding; (N, D) -> int (N,)."""
+    return torch.cat([torch.cdist(part, bank).argmin(dim=1) for part in embeddings.split(1024)])
+
+
+@torch.no_grad()
 def retrieval_at_1(imagined: Tensor, bank: Tensor, true_rows: Tensor) -> np.ndarray:
     """How often the nearest frame to an imagined embedding is the true one.
 
@@ -52,7 +58,7 @@ def retrieval_at_1(imagined: Tensor, bank: Tensor, true_rows: Tensor) -> np.ndar
     """
     hits = []
     for step in range(imagined.shape[1]):
-        nearest = torch.cat([torch.cdist(part, bank).argmin(dim=1) for part in imagined[:, step].split(1024)])
+        nearest = nearest_rows(imagined[:, step], bank)
         hits.append(float((nearest == true_rows[:, step]).float().mean()))
     return np.array(hits)
 

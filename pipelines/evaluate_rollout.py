@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from data.embedding_cache import EmbeddingCache
+from data.embedding_cache import CachedClip, EmbeddingCache
 from data.sidecar import read_sidecar
+from data.video import VideoError, probe_video, read_on_clock
 from data.windows import Windows
 from jepa.predictor import Predictor
 from jepa.probe import fit_linear_probe, r_squared
@@ -74,35 +73,12 @@ def main(options: Options) -> None:
     predictor = load_predictor(options.predictor)
     cache = EmbeddingCache(options.cache)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
-    context, horizon = predictor.config.context, options.horizon
-    windows = Windows(cache, context + horizon, options.stride)
-
-    rows = windows.rows(np.arange(len(windows)))
-    sequences = predictor.standardise(windows.take(np.arange(len(windows))))
-    past, future = sequences[:, :context], sequences[:, context:]
-    bank_rows = np.concatenate(cache.unbroken_runs())
-    bank = predictor.standardise(torch.from_numpy(cache.take(bank_rows)))
-    place = np.empty(bank_rows.max() + 1, dtype=np.int64)
-    place[bank_rows] = np.arange(len(bank_rows))
-    true_rows = torch.from_numpy(place[rows[:, context:]])
-    probes = fit_probes(options, predictor, cache, rows[:, context:]) if options.probe_cache else None
+    trials = lay_out_trials(cache, predictor, options.horizon, options.stride)
+    probes = fit_probes(options, predictor, cache, trials.future_rows) if options.probe_cache else None
     output.prepare(options, options.overwrite, inputs={"provenance": cache.provenance})
 
-    predictors = {"model": predictor, **predictor.baselines()}
-    bar = tqdm(predictors.items(), desc="imagining", unit="predictor", leave=False)
-    imagined = {name: imagine(one, past, horizon) for name, one in bar}
-    groups, grouped_by = bootstrap_groups(windows, cache, predictor)
-    skills = measure_skill(imagined, future, groups, bank, true_rows, options.seed, options.resamples)
-
-    results: dict[str, Any] = {
-        "fps": predictor.fps,
-        "context": context,
-        "windows": len(windows),
-        "clips": len(cache.clips),
-        "frames": len(bank),
-        "interval": f"95 %, bootstrap over {len(np.unique(groups))} {grouped_by}",
-        "predictors": {name: by_horizon(skill, predictor.fps) for name, skill in skills.items()},
-    }
+    imagined = imagine_all(predictor, trials.past, options.horizon)
+    results = measure(trials, imagined, predictor, options.seed, options.resamples)
     if probes is not None:
         probe, true_state = probes
         results["probe_columns"] = list(options.probe_columns)
@@ -110,7 +86,7 @@ def main(options: Options) -> None:
             for step, entry in enumerate(results["predictors"][name]):
                 entry["probe_r2"] = r_squared(probe(value[:, step]), true_state[:, step]).tolist()
         results["probe_r2_of_true_embeddings"] = r_squared(
-            probe(future).flatten(0, 1), true_state.flatten(0, 1)
+            probe(trials.future).flatten(0, 1), true_state.flatten(0, 1)
         ).tolist()
     write_json(options.output_dir / "rollout.json", results)
     draw(results, options.output_dir / "rollout.png")
@@ -121,6 +97,71 @@ def main(options: Options) -> None:
         f"  python pipelines/score_surprise.py --videos VIDEO --encoder runs/encoder/encoder "
         f"--predictor {options.predictor} --output-dir runs/surprise"
     )
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Every window of a cache as a trial: the past that predictors are shown, and the future that came."""
+
+    windows: Windows
+    past: Tensor
+    """(N, context, D), standardised."""
+    future: Tensor
+    """(N, horizon, D), standardised."""
+    future_rows: np.ndarray
+    """int64 (N, horizon): rows of the future in the cache."""
+    bank: Tensor
+    """(frames, D), standardised: all frames of the cache, among which the one that came is searched."""
+    bank_rows: np.ndarray
+    """int64 (frames,): rows of the bank in the cache."""
+
+
+def lay_out_trials(cache: EmbeddingCache, predictor: Predictor, horizon: int, stride: int = 1) -> Trials:
+    """All windows of a context and `horizon` steps, their beginnings `stride` steps apart.
+
+    Raises:
+        CacheError: no clip is long enough for a single window.
+    """
+    context = predictor.config.context
+    windows = Windows(cache, context + horizon, stride)
+    sequences = predictor.standardise(windows.take(np.arange(len(windows))))
+    bank_rows = np.concatenate(cache.unbroken_runs())
+    return Trials(
+        windows=windows,
+        past=sequences[:, :context],
+        future=sequences[:, context:],
+        future_rows=windows.rows(np.arange(len(windows)))[:, context:],
+        bank=predictor.standardise(torch.from_numpy(cache.take(bank_rows))),
+        bank_rows=bank_rows,
+    )
+
+
+def imagine_all(predictor: Predictor, past: Tensor, horizon: int) -> dict[str, Tensor]:
+    """Rollouts (N, horizon, D) of the predictor, under the name `model`, and of each of its baselines."""
+    predictors = {"model": predictor, **predictor.baselines()}
+    bar = tqdm(predictors.items(), desc="imagining", unit="predictor", leave=False)
+    return {name: imagine(one, past, horizon) for name, one in bar}
+
+
+def measure(
+    trials: Trials, imagined: dict[str, Tensor], predictor: Predictor, seed: int = 0, resamples: int = 1000
+) -> dict[str, Any]:
+    """What is written to `rollout.json`: a record for each predictor and horizon, and what they were measured on."""
+    cache, bank_rows = trials.windows.cache, trials.bank_rows
+    place = np.empty(bank_rows.max() + 1, dtype=np.int64)
+    place[bank_rows] = np.arange(len(bank_rows))
+    true_rows = torch.from_numpy(place[trials.future_rows])
+    groups, grouped_by = bootstrap_groups(trials.windows, cache, predictor)
+    skills = measure_skill(imagined, trials.future, groups, trials.bank, true_rows, seed, resamples)
+    return {
+        "fps": predictor.fps,
+        "context": predictor.config.context,
+        "windows": len(trials.windows),
+        "clips": len(cache.clips),
+        "frames": len(trials.bank),
+        "interval": f"95 %, bootstrap over {len(np.unique(groups))} {grouped_by}",
+        "predictors": {name: by_horizon(skill, predictor.fps) for name, skill in skills.items()},
+    }
 
 
 def bootstrap_groups(windows: Windows, cache: EmbeddingCache, predictor: Predictor) -> tuple[np.ndarray, str]:
@@ -215,8 +256,14 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
+    """Leave the picture of the skill in a file."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    draw_skill(results, figure.add_subplot())
+    figure.savefig(path, dpi=120)
+
+
+def draw_skill(results: dict[str, Any], axes: Axes) -> None:
     """Error relative to copy-last against the horizon in seconds, with confidence bands."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     colours = {"model": "C0", "copy_last": "0.5", "linear_extrapolation": "C1", "ridge": "C2", "mean": "C3"}
     for name, records in results["predictors"].items():
         time_s = [record["time_s"] for record in records]
@@ -235,8 +282,38 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("error relative to copying the last embedding")
     axes.set_title(f"{results['windows']:,} rollouts in {results['clips']} clips; {results['interval']}", fontsize=9)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def read_pictures(cache: EmbeddingCache, rows: np.ndarray, height: int = 144) -> list[np.ndarray]:
+    """Decode the frames behind rows of a cache once more from their videos, for people to look at.
+
+    Args:
+        cache: its clips say where the videos lie.
+        rows: int (N,).
+        height: of the pictures in pixels; their width follows the shape of the video.
+
+    Returns:
+        For each row, uint8 (height, width, 3).
+
+    Raises:
+        VideoError: a video is gone, cannot be decoded, or has no frame there any more.
+    """
+    pictures = []
+    for row in rows:
+        key = clip_of_row(cache, int(row)).key
+        video, fps, tick = probe_video(Path(key.source)), cache.provenance.fps, int(cache.ticks[row])
+        size = (height, max(1, round(height * video.width / video.height)))
+        tick_s = key.phase_s + tick / fps
+        found = list(read_on_clock(video.path, size, fps, key.phase_s, tick_s, tick_s + 0.5 / fps))
+        if [frame.tick for frame in found] != [tick]:
+            raise VideoError(f"{video.path}: there is no frame at {tick_s:.2f} s: was it changed since it was cached?")
+        pictures.append(found[0].frame.transpose(1, 2, 0))
+    return pictures
+
+
+def clip_of_row(cache: EmbeddingCache, row: int) -> CachedClip:
+    """The clip that a row of a cache belongs to."""
+    return next(clip for clip in cache.clips if clip.start <= row < clip.start + clip.frames)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ video is less surprising. Videos are read as a stream: their length does not mat
 
 import csv
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data.manifest import check_videos
@@ -69,12 +67,7 @@ def main(options: Options) -> None:
     """The story: load, stream each video through encoder and predictor, write, draw."""
     torch.manual_seed(options.seed)
     output = RunFolder(options.output_dir, ("surprise.csv", "pictures"))
-    encoder, predictor = load_encoder(options.encoder), load_predictor(options.predictor)
-    if encoder.fingerprint() != predictor.encoder_fingerprint:
-        raise UserError(
-            f"{options.encoder} is encoder {encoder.fingerprint()}, but {options.predictor} was trained on embeddings "
-            f"of encoder {predictor.encoder_fingerprint}: give the encoder that made its cache"
-        )
+    encoder, predictor = load_pair(options.encoder, options.predictor)
     videos = check_videos(options.videos, predictor.fps)
     scored: dict[VideoInfo, Surprise] = {}
     refused = list(videos.refused.values())
@@ -113,6 +106,17 @@ def main(options: Options) -> None:
         value, time_s, _ = found.frames[0]
         print(f"  {video.path}: most surprising at {time_s:.2f} s (energy {value:.1f}; ordinary is 1)")
     print(f"wrote {options.output_dir}/surprise.csv and a picture of each video in {options.output_dir}/pictures")
+
+
+def load_pair(encoder_folder: Path, predictor_folder: Path) -> tuple[FrameEncoder, Predictor]:
+    """An encoder and a predictor that belong together. Raises `UserError`."""
+    encoder, predictor = load_encoder(encoder_folder), load_predictor(predictor_folder)
+    if encoder.fingerprint() != predictor.encoder_fingerprint:
+        raise UserError(
+            f"{encoder_folder} is encoder {encoder.fingerprint()}, but {predictor_folder} was trained on embeddings "
+            f"of encoder {predictor.encoder_fingerprint}: give the encoder that made its cache"
+        )
+    return encoder, predictor
 
 
 @torch.no_grad()
@@ -176,24 +180,34 @@ def picture_names(paths: list[Path]) -> list[str]:
 
 def draw(video: Path, found: Surprise, path: Path) -> None:
     """Energy over time, and the most surprising frames in the order of time."""
-    figure = plt.figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     grid = figure.add_gridspec(2, SHOWN_FRAMES, height_ratios=[2, 1])
     axes = figure.add_subplot(grid[0, :])
+    draw_energy(found, axes)
+    axes.set_title(str(video), fontsize=9)
+    show_most_surprising(found, [figure.add_subplot(grid[1, column]) for column in range(SHOWN_FRAMES)])
+    figure.savefig(path, dpi=120)
+
+
+def draw_energy(found: Surprise, axes: Axes) -> None:
+    """Energy over time, its greatest values marked."""
     axes.plot(found.times_s, found.energies, linewidth=1)
     axes.axhline(1, color="0.6", linewidth=1, linestyle="--", label="mean of ordinary video")
     axes.set_xlabel("time in seconds")
     axes.set_ylabel("energy")
     axes.set_ylim(bottom=0)
-    axes.set_title(str(video), fontsize=9)
     axes.legend(frameon=False, loc="upper right")
-    for column, (value, time_s, frame) in enumerate(sorted(found.frames, key=lambda entry: entry[1])):
+    for value, time_s, _ in found.frames:
         axes.plot(time_s, value, "o", color="C3", markersize=4)
-        picture = figure.add_subplot(grid[1, column])
-        picture.imshow(frame.transpose(1, 2, 0))
-        picture.set_title(f"{time_s:.2f} s, energy {value:.1f}", fontsize=8)
-        picture.axis("off")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def show_most_surprising(found: Surprise, row: Sequence[Axes]) -> None:
+    """The most surprising frames in the order of time, one in each of the axes."""
+    for axes in row:
+        axes.axis("off")
+    for axes, (value, time_s, frame) in zip(row, sorted(found.frames, key=lambda entry: entry[1]), strict=False):
+        axes.imshow(frame.transpose(1, 2, 0))
+        axes.set_title(f"{time_s:.2f} s, energy {value:.1f}", fontsize=8)
 
 
 if __name__ == "__main__":
