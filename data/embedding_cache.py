@@ -110,7 +110,11 @@ class CacheWriter:
                 _write_synced(folder / "cache.json", lambda path: path.write_text(json.dumps(record, indent=2)))
             for abandoned in (folder / "shards").glob(".tmp.*"):
                 abandoned.unlink()
-        stored = read_provenance(folder)
+        try:
+            stored = read_provenance(folder)
+        except CacheError:
+            self.close()
+            raise
         theirs, ours = stored.comparable(), provenance.comparable()
         for name in ours:
             if theirs[name] != ours[name]:
@@ -143,10 +147,14 @@ class CacheWriter:
         clips, dtype = self.buffer, self.provenance.dtype
         name = uuid.uuid4().hex
         shard = self.folder / "shards" / f"{name}.h5"
-        embeddings = np.concatenate([clip.embeddings for clip in clips]).astype(dtype)
+        with np.errstate(over="ignore"):
+            embeddings = np.concatenate([clip.embeddings for clip in clips]).astype(dtype)
         if not np.isfinite(embeddings).all():
+            bounds = np.cumsum([len(clip.ticks) for clip in clips])[:-1]
             sources = sorted(
-                {clip.key.source for clip in clips if not np.isfinite(clip.embeddings.astype(dtype)).all()}
+                clip.key.source
+                for clip, part in zip(clips, np.split(embeddings, bounds), strict=True)
+                if not np.isfinite(part).all()
             )
             raise CacheError(f"the embeddings of {sources[0]} are not finite in {dtype}: check the encoder")
 
@@ -199,7 +207,7 @@ class EmbeddingCache:
         self._embeddings: list[np.ndarray] = []
         times_s, ticks, first_rows = [], [], []
         row = 0
-        for manifest_path in sorted((folder / "shards").glob("*.json")):
+        for manifest_path in sorted((folder / "shards").glob("[!.]*.json")):
             manifest = json.loads(manifest_path.read_text())
             shard = manifest_path.with_suffix(".h5")
             size = shard.stat().st_size if shard.exists() else 0
@@ -302,14 +310,14 @@ def read_provenance(folder: Path) -> Provenance:
             raise CacheError(f"{folder} has cache format {version}, newer than {FORMAT_VERSION}: update video-jepa")
         record["image_size"] = tuple(record["image_size"])
         return Provenance(**record)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{path} is damaged ({error}): delete {folder} and run cache_embeddings again") from error
 
 
 def committed_clips(folder: Path) -> set[ClipKey]:
     """The clips that a cache holds for good, from its manifests alone."""
     keys = set()
-    for manifest in (folder / "shards").glob("*.json"):
+    for manifest in (folder / "shards").glob("[!.]*.json"):
         for record in json.loads(manifest.read_text())["clips"]:
             del record["frames"]
             keys.add(ClipKey(**record))

@@ -9,7 +9,7 @@ The order is a pure function of (seed, epoch, rank), and `state` is all that a r
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -92,6 +92,7 @@ class FramePairs:
         with ThreadPoolExecutor(max_workers=1) as ahead:
             blocks = self._blocks(self.state.epoch)
             decoded = self._decode(blocks[self.state.block], show=self.progress)
+            idle_blocks, pairs_seen = 0, 0
             while True:
                 last = self.state.block == len(blocks) - 1
                 following_blocks = self._blocks(self.state.epoch + 1) if last else blocks
@@ -99,7 +100,14 @@ class FramePairs:
                 # What fits in memory is decoded once: the next block holds the same frames.
                 only_one = len(blocks) == len(following_blocks) == 1
                 upcoming = None if only_one else ahead.submit(self._decode, following_block, False)
-                yield from self._batches(decoded)
+                pairs = yield from self._batches(decoded)
+                enough = pairs >= self.batch_size
+                idle_blocks, pairs_seen = (0, 0) if enough else (idle_blocks + 1, pairs_seen + pairs)
+                if idle_blocks >= len(blocks):
+                    raise VideoError(
+                        f"the videos hold {pairs_seen} pairs of neighbouring frames at {self.fps:g} fps, "
+                        f"fewer than --batch-size {self.batch_size}: lower it, or bring more videos"
+                    )
                 self.state = (
                     PairsState(self.state.epoch + 1) if last else PairsState(self.state.epoch, self.state.block + 1)
                 )
@@ -153,16 +161,11 @@ class FramePairs:
             )
             return list(bar)
 
-    def _batches(self, decoded: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[Pairs]:
+    def _batches(self, decoded: list[tuple[np.ndarray, np.ndarray]]) -> Generator[Pairs, None, int]:
         """Shuffled full batches of a block, from where the state says."""
         pairs = np.array(
             [(index, at) for index, (_, ticks) in enumerate(decoded) for at in np.flatnonzero(np.diff(ticks) == 1)]
         ).reshape(-1, 2)
-        if len(pairs) < self.batch_size:
-            raise VideoError(
-                f"the videos hold {len(pairs)} pairs of neighbouring frames at {self.fps:g} fps, "
-                f"fewer than --batch-size {self.batch_size}: lower it, or bring more videos"
-            )
         generator = np.random.default_rng([self.seed, self.state.epoch, self.state.block, self.rank])
         pairs = pairs[generator.permutation(len(pairs))]
         batches = len(pairs) // self.batch_size
@@ -172,6 +175,7 @@ class FramePairs:
             following = np.stack([decoded[index][0][at + 1] for index, at in chosen])
             self.state.batch += 1
             yield Pairs(torch.from_numpy(frames), torch.from_numpy(following))
+        return len(pairs)
 
 
 def read_sequences(videos: list[VideoInfo], size: FrameSize, fps: float, clips: int, length: int) -> Tensor:
@@ -204,7 +208,7 @@ def _stretches(video: VideoInfo, fps: float) -> list[Stretch]:
     if video.duration_s == 0:
         # Unknown until it is decoded: taken in one piece, and for a minute when memory is planned.
         return [Stretch(video.path, 0.0, math.inf, int(STRETCH_S * fps))]
-    count = max(1, math.ceil(video.duration_s / STRETCH_S))
+    count = max(1, math.ceil(video.duration_s / STRETCH_S)) if video.seekable else 1
     edges = [index * STRETCH_S for index in range(count)] + [math.inf]
     return [
         Stretch(video.path, start_s, end_s, math.ceil((min(end_s, video.duration_s) - start_s) * fps) + 1)

@@ -31,18 +31,19 @@ def find_videos(paths: Sequence[Path]) -> list[Path]:
     Raises:
         VideoError: a path does not exist, cannot be read, or is a folder without videos.
     """
-    found: set[Path] = set()
+    found: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
             raise VideoError(f"{path}: no such file or folder")
         if path.is_file():
-            found.add(path)
+            found.setdefault(path.resolve(), path)
             continue
         inside = [file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()]
         if not inside:
             raise VideoError(f"{path}: no videos in this folder (looked for {', '.join(sorted(VIDEO_SUFFIXES))})")
-        found.update(inside)
-    return sorted(found)
+        for file in sorted(inside):
+            found.setdefault(file.resolve(), file)
+    return sorted(found.values())
 
 
 def check_videos(paths: Sequence[Path], fps: float, progress: bool = True) -> VideoList:

@@ -39,6 +39,8 @@ def read_sidecar(video: Path, times_s: np.ndarray, columns: Sequence[str], toler
             rows = np.array([[float(row["time_s"]), *(float(row[column]) for column in columns)] for row in reader])
         except (TypeError, ValueError) as error:
             raise SidecarError(f"{path}: a value is not a number ({error})") from error
+    if not np.isfinite(rows).all():
+        raise SidecarError(f"{path}: a value is not a number (row {int((~np.isfinite(rows)).any(axis=1).argmax())})")
     if len(rows) == 0:
         raise SidecarError(f"{path}: there are no rows in it")
     after = np.searchsorted(rows[:, 0], times_s).clip(1, max(1, len(rows) - 1)).clip(max=len(rows) - 1)

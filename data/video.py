@@ -49,6 +49,13 @@ FrameSize = tuple[int, int]
 """(height, width) in pixels."""
 
 
+CLOCK_TOLERANCE_S = 1e-3
+"""Containers round times to a millisecond: a tick half way between two frames goes to the later one, always."""
+SEEKABLE = ("mp4", "matroska")
+"""Containers in which a seek was found exact. In all others (AVI and MPEG streams lose or misplace frames) videos are
+decoded from the beginning."""
+
+
 class VideoError(Exception):
     """A video that cannot be used; the message names the file and the reason."""
 
@@ -76,6 +83,8 @@ class VideoInfo:
     """Duration in seconds, 0 where the header has none."""
     average_fps: float
     """Average frame rate, 0 where the header has none."""
+    seekable: bool
+    """Whether decoding can begin in the middle and give the same frames."""
 
 
 def probe_video(path: Path) -> VideoInfo:
@@ -104,6 +113,7 @@ def probe_video(path: Path) -> VideoInfo:
             width=frame.width if upright else frame.height,
             duration_s=duration_s,
             average_fps=float(stream.average_rate or 0),
+            seekable=_is_seekable(container),
         )
 
 
@@ -147,7 +157,11 @@ def read_on_clock(
         raise ValueError(f"phase_s is {phase_s:g}: it must not be negative")
     convert = _FrameConverter(size)
     half_tick_s = 0.5 / fps
-    tick = max(0, int(np.ceil((start_s - phase_s) * fps - 1e-9)))
+
+    def first_tick(from_s: float) -> float:
+        return max(0.0, float(np.ceil((from_s - phase_s) * fps - 1e-9)))
+
+    tick, end_tick = int(first_tick(start_s)), first_tick(end_s)
     candidate: tuple[VideoFrame, float] | None = None
 
     # A frame is converted only once it is known to be the nearest to a tick: conversion costs more than decoding.
@@ -158,19 +172,19 @@ def read_on_clock(
             return
         frame, time_s = candidate
         used = False
-        while (tick_s := phase_s + tick / fps) < min(end_s, (time_s + until_s) / 2):
-            if not used and abs(time_s - tick_s) <= half_tick_s + 1e-9:
+        while tick < end_tick and (tick_s := phase_s + tick / fps) < (time_s + until_s) / 2 - CLOCK_TOLERANCE_S:
+            if not used and abs(time_s - tick_s) <= half_tick_s + CLOCK_TOLERANCE_S:
                 used = True
                 yield TimedFrame(convert(frame), time_s, tick)
             tick += 1
 
-    for frame, time_s in _decode(path, start_s - half_tick_s):
-        if time_s > end_s + half_tick_s:
+    for frame, time_s in _decode(path, start_s - half_tick_s - CLOCK_TOLERANCE_S):
+        if time_s > end_s + half_tick_s + CLOCK_TOLERANCE_S:
             break
         yield from settle(time_s)
         candidate = (frame, time_s)
     if candidate is not None:
-        yield from settle(candidate[1] + 2 * half_tick_s)
+        yield from settle(candidate[1] + 2 * (half_tick_s + CLOCK_TOLERANCE_S))
 
 
 class _FrameConverter:
@@ -205,9 +219,13 @@ def _open(path: Path) -> InputContainer:
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: the file is empty")
     try:
-        return av.open(str(path))
+        return av.open(str(path), metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(f"{path}: not a readable video ({error.strerror})") from error
+
+
+def _is_seekable(container: InputContainer) -> bool:
+    return any(name in container.format.name for name in SEEKABLE)
 
 
 def _video_stream(container: InputContainer, path: Path) -> VideoStream:
@@ -226,20 +244,21 @@ def _decode(path: Path, start_s: float) -> Iterator[tuple[VideoFrame, float]]:
         if stream.time_base is None:
             raise VideoError(f"{path}: the stream has no time base, so its frames have no times")
         time_base = stream.time_base
-        first_pts = stream.start_time
-        # H.264 in AVI and streams without a start time do not seek exactly: those are decoded from the beginning.
-        if start_s > 0 and first_pts is not None and "avi" not in container.format.name:
+        first_pts = stream.start_time if _is_seekable(container) else None
+        if start_s > 0 and first_pts is not None:
             container.seek(first_pts + int(start_s / time_base), stream=stream, backward=True, any_frame=False)
         frame_period_s = 1 / float(stream.average_rate or 25)
         previous_s: float | None = None
         try:
             for frame in container.decode(stream):
-                if frame.pts is None:
+                # AVI has no presentation times: what PyAV calls so runs backwards around B-frames.
+                pts = frame.dts if "avi" in container.format.name else frame.pts
+                if pts is None:
                     time_s = 0.0 if previous_s is None else previous_s + frame_period_s
                 else:
                     if first_pts is None:
-                        first_pts = frame.pts
-                    time_s = float((frame.pts - first_pts) * time_base)
+                        first_pts = pts
+                    time_s = float((pts - first_pts) * time_base)
                 previous_s = time_s
                 if time_s >= start_s:
                     yield frame, time_s

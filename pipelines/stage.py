@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 
 from data.embedding_cache import CacheError
+from data.sidecar import SidecarError
 from data.video import VideoError
 from jepa.encoder import ConfigurationError
 
@@ -53,7 +54,7 @@ def run_stage(main: Callable[[Options], None], options_type: type[Options]) -> N
         if rank == 0:
             print("\ninterrupted: run the same command again to continue", file=sys.stderr)
         sys.exit(130)
-    except (UserError, VideoError, CacheError, ConfigurationError) as error:
+    except (UserError, VideoError, CacheError, SidecarError, ConfigurationError) as error:
         sys.exit(f"{prefix}error: {error}")
     except OSError as error:
         if error.filename is None and error.strerror is None:

@@ -79,7 +79,7 @@ def test_unknown_backbone_gets_suggestions():
 
 
 def test_impossible_size_names_the_mend():
-    with pytest.raises(ConfigurationError, match="--encoder.image-size"):
+    with pytest.raises(ConfigurationError, match=r"--encoder\.image-size"):
         create_encoder(EncoderConfig(backbone="vit_tiny_patch16_224", image_size=(8, 8)))
 
 

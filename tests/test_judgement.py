@@ -85,7 +85,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         names = ("copy_last", "ridge", "mean", "model")
         rows = torch.zeros(120, 1, dtype=torch.int64)
         skill = measure_skill(
-            {name: error for name in names}, future, np.repeat(np.arange(30), 4), torch.zeros(1, 50), rows, seed, 200
+            dict.fromkeys(names, error), future, np.repeat(np.arange(30), 4), torch.zeros(1, 50), rows, seed, 200
         )["model"]
         covered += skill.mse_interval[0, 0] <= 0.5 <= skill.mse_interval[0, 1]
     assert 85 <= covered <= 100  # ignoring that windows belong to groups, it would be about 70

@@ -1,0 +1,130 @@
+"""Fixtures that several test files share. Videos here carry the number of each frame in its pixels."""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from data.embedding_cache import CacheWriter, ClipKey, EmbeddedClip, Provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = (16, 40)
+"""(height, width) at which numbered frames are read back: four columns for each of ten bits."""
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Folder of the material beside the project; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("JEPA_SHARED", ROOT.parent / "shared"))
+    folder = folder if folder.is_absolute() else ROOT / folder
+    if not folder.is_dir():
+        pytest.skip(f"no shared material at {folder}: set JEPA_SHARED")
+    return folder
+
+
+def draw_number(number):
+    """A picture of a number below 1024: ten columns, black or white, the lowest bit on the left."""
+    bits = number >> np.arange(10) & 1
+    row = np.repeat(np.where(bits, 235, 20), 8).astype(np.uint8)
+    return np.broadcast_to(row[None, :, None], (32, 80, 3)).copy()
+
+
+@pytest.fixture(scope="session")
+def read_number():
+    """The number in a frame, (3, height, width) uint8."""
+
+    def read(frame):
+        columns = np.asarray(frame, dtype=float).mean(axis=(0, 1)).reshape(10, -1)[:, 1:-1].mean(axis=1)
+        return int(((columns > 128) << np.arange(10)).sum())
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def encode_video():
+    """Encode pictures (height, width, 3), or numbers drawn as pictures, to be shown at known times in seconds."""
+
+    def encode(path, times_s, pictures=None, codec="libx264", options=None, rate=30, ticks_per_second=1000):
+        pictures = range(len(times_s)) if pictures is None else pictures
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=rate, options=options or {})
+            stream.codec_context.thread_count = 1
+            stream.codec_context.time_base = Fraction(1, ticks_per_second)
+            stream.pix_fmt = "yuv420p"
+            opened = False
+            for time_s, picture in zip(times_s, pictures, strict=True):
+                pixels = picture if isinstance(picture, np.ndarray) else draw_number(picture)
+                if not opened:
+                    stream.height, stream.width = pixels.shape[:2]
+                    opened = True
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame.pts, frame.time_base = round(time_s * ticks_per_second), Fraction(1, ticks_per_second)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return path
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def damage_video():
+    """Overwrite the coded pictures of a video from the given one on: decoding breaks off there."""
+
+    def damage(path, first):
+        with av.open(str(path)) as container:
+            packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+        content = bytearray(path.read_bytes())
+        for position, size in packets[first:]:
+            content[position : position + size] = b"\xff" * size
+        path.write_bytes(content)
+        return path
+
+    return damage
+
+
+@pytest.fixture(scope="session")
+def make_provenance():
+    """What a small cache holds: embeddings of 5 numbers at 4 fps."""
+
+    def make(**changes):
+        fields = {
+            "encoder_fingerprint": "0123abcd",
+            "embedding_dimension": 5,
+            "fps": 4.0,
+            "image_size": (16, 40),
+            "dtype": "float32",
+            "versions": {"av": "18.1.0"},
+        }
+        return Provenance(**fields | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_clip():
+    """A clip of random embeddings; `gaps` are positions before which ticks are missing."""
+
+    def make(source, frames, gaps=(), seed=0, modified_ns=1, phase_s=0.0, dimension=5):
+        embeddings = np.random.default_rng([seed, frames]).normal(size=(frames, dimension)).astype(np.float32)
+        steps = np.ones(frames, dtype=np.int64)
+        steps[list(gaps)] = 3
+        ticks = np.cumsum(steps) - 1
+        return EmbeddedClip(ClipKey(source, 100, modified_ns, phase_s), embeddings, ticks / 4 + phase_s, ticks)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_cache(make_provenance):
+    """Write clips to a cache and return its folder."""
+
+    def write(folder, clips, clips_per_shard=2, **changes):
+        with CacheWriter(folder, make_provenance(**changes), clips_per_shard) as writer:
+            for clip in clips:
+                writer.add(clip)
+        return folder
+
+    return write

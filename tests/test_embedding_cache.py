@@ -1,0 +1,356 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from data.embedding_cache import (
+    CacheError,
+    CacheWriter,
+    EmbeddingCache,
+    clip_key,
+    committed_clips,
+    read_provenance,
+    remaining_clips,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def shards(folder, suffix=".h5"):
+    return sorted((folder / "shards").glob(f"*{suffix}"))
+
+
+def names(folder):
+    return [clip.key.source for clip in EmbeddingCache(folder).clips]
+
+
+def assert_holds(folder, clips):
+    """The cache holds exactly these clips, in order of their names, bit for bit."""
+    cache = EmbeddingCache(folder)
+    clips = sorted(clips, key=lambda clip: clip.key)
+    assert [clip.key for clip in cache.clips] == [clip.key for clip in clips]
+    assert cache.frames == sum(len(clip.ticks) for clip in clips)
+    for cached, clip in zip(cache.clips, clips, strict=True):
+        stored = clip.embeddings.astype(cache.provenance.dtype)
+        got = cache.clip_embeddings(cached)
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, stored.astype(np.float32))
+        np.testing.assert_array_equal(cache.clip_times_s(cached), clip.times_s)
+        np.testing.assert_array_equal(cache.ticks[cached.start : cached.start + cached.frames], clip.ticks)
+
+
+@pytest.fixture
+def clips(make_clip):
+    return [make_clip(f"/{name}.mp4", 4 + at, seed=at, gaps=(2,)) for at, name in enumerate("cabed")]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("clips_per_shard", [1, 2, 64])
+def test_round_trip_is_exact(tmp_path, write_cache, clips, dtype, clips_per_shard):
+    folder = write_cache(tmp_path / "new" / "cache", clips, clips_per_shard, dtype=dtype)
+    assert_holds(folder, clips)
+    assert len(shards(folder)) == len(shards(folder, ".json")) == -(-len(clips) // clips_per_shard)
+    with h5py.File(shards(folder)[0]) as file:
+        assert file["embeddings"].dtype == dtype
+        assert file["embeddings"].chunks is None
+    assert remaining_clips(folder, [clip.key for clip in clips]) == []
+
+
+def test_provenance_is_kept(tmp_path, write_cache, clips, make_provenance):
+    folder = write_cache(tmp_path, clips, fps=29.97, versions={"av": "1", "torch": "2"})
+    assert read_provenance(folder) == make_provenance(fps=29.97, versions={"av": "1", "torch": "2"})
+    assert EmbeddingCache(folder).provenance == read_provenance(folder)
+
+
+def test_rows_are_taken_across_shards(tmp_path, write_cache, clips):
+    cache = EmbeddingCache(write_cache(tmp_path, clips))
+    everything = cache.take(np.arange(cache.frames))
+    rows = np.random.default_rng(0).integers(0, cache.frames, size=(7, 3))
+    got = cache.take(rows)
+    assert got.shape == (7, 3, 5)
+    np.testing.assert_array_equal(got, everything[rows])
+
+
+def test_runs_end_at_gaps_and_at_clips(tmp_path, write_cache, make_clip):
+    cache = EmbeddingCache(write_cache(tmp_path, [make_clip("/a.mp4", 7, gaps=(3,)), make_clip("/b.mp4", 2)]))
+    assert [run.tolist() for run in cache.unbroken_runs()] == [[0, 1, 2], [3, 4, 5, 6], [7, 8]]
+    assert [run.tolist() for run in cache.unbroken_runs(cache.clips[1])] == [[7, 8]]
+
+
+def test_order_of_clips_does_not_depend_on_the_writers(tmp_path, write_cache, make_provenance, clips):
+    one = write_cache(tmp_path / "one", clips, 64)
+    with (
+        CacheWriter(tmp_path / "two", make_provenance(), 2) as main,
+        CacheWriter(tmp_path / "two", make_provenance(), 1, is_main=False) as other,
+    ):
+        for at, clip in enumerate(reversed(clips)):
+            (main, other)[at % 2].add(clip)
+    assert names(one) == names(tmp_path / "two") == [f"/{name}.mp4" for name in "abcde"]
+    assert_holds(one, clips)
+    assert_holds(tmp_path / "two", clips)
+
+
+def test_phases_of_one_video_are_clips_of_their_own(tmp_path, write_cache, make_clip):
+    clips = [make_clip("/a.mp4", 5, phase_s=phase_s, seed=at) for at, phase_s in enumerate((0.125, 0.0))]
+    assert_holds(write_cache(tmp_path, clips), clips)
+
+
+def test_a_cache_is_added_to(tmp_path, write_cache, clips):
+    write_cache(tmp_path, clips[:2])
+    wanted = [clip.key for clip in clips]
+    assert remaining_clips(tmp_path, wanted) == wanted[2:]
+    write_cache(tmp_path, clips[2:])
+    assert_holds(tmp_path, clips)
+
+
+def test_an_error_while_writing_keeps_what_is_committed(tmp_path, make_provenance, clips):
+    def unlucky():
+        with CacheWriter(tmp_path, make_provenance(), 2) as writer:
+            for clip in clips[:3]:
+                writer.add(clip)
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        unlucky()
+    assert_holds(tmp_path, clips[:2])
+    with CacheWriter(tmp_path, make_provenance(), 2):
+        pass  # the lock is free again
+
+
+def test_a_shard_without_a_manifest_does_not_exist(tmp_path, write_cache, clips):
+    write_cache(tmp_path, clips, 1)
+    lost = shards(tmp_path, ".json")[2]
+    key = json.loads(lost.read_text())["clips"][0]["source"]
+    lost.unlink()
+    left = [clip for clip in clips if clip.key.source != key]
+    assert_holds(tmp_path, left)
+    again = remaining_clips(tmp_path, [clip.key for clip in clips])
+    assert [one.source for one in again] == [key]
+    write_cache(tmp_path, [clip for clip in clips if clip.key in again])
+    assert_holds(tmp_path, clips)
+
+
+def test_a_truncated_or_missing_shard_is_named(tmp_path, write_cache, clips):
+    write_cache(tmp_path, clips)
+    shard = shards(tmp_path)[0]
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    with pytest.raises(CacheError, match=rf"{shard.name} has {size - 1} bytes instead of {size}: delete it"):
+        EmbeddingCache(tmp_path)
+    shard.unlink()
+    with pytest.raises(CacheError, match=rf"{shard.name} has 0 bytes"):
+        EmbeddingCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_fingerprint": "ffff"}, "encoder_fingerprint 0123abcd, not ffff"),
+        ({"fps": 5.0}, r"fps 4\.0, not 5\.0"),
+        ({"image_size": (40, 16)}, r"image_size \[16, 40\], not \[40, 16\]"),
+        ({"dtype": "float16"}, "dtype float32, not float16"),
+        ({"embedding_dimension": 6}, "embedding_dimension 5, not 6"),
+    ],
+)
+def test_other_embeddings_are_not_mixed_in(tmp_path, write_cache, make_provenance, clips, change, message):
+    write_cache(tmp_path, clips)
+    with pytest.raises(CacheError, match=message):
+        CacheWriter(tmp_path, make_provenance(**change))
+    with pytest.raises(CacheError, match=message):
+        CacheWriter(tmp_path, make_provenance(**change), is_main=False)
+    assert_holds(tmp_path, clips)
+    # Other versions of the libraries are no reason, and the refusal has not kept the lock.
+    CacheWriter(tmp_path, make_provenance(versions={"av": "99"})).close()
+
+
+def test_a_model_of_another_encoder_or_clock_is_refused(tmp_path, write_cache, clips):
+    cache = EmbeddingCache(write_cache(tmp_path, clips))
+    cache.require_same_space("0123abcd", 4.0, "the predictor")
+    with pytest.raises(CacheError, match="made by encoder 0123abcd, but the predictor belongs to encoder ffff"):
+        cache.require_same_space("ffff", 4.0, "the predictor")
+    with pytest.raises(CacheError, match=r"clock of 4 fps, but the predictor on one of 2\.5 fps"):
+        cache.require_same_space("0123abcd", 2.5, "the predictor")
+
+
+def test_no_cache_and_an_empty_cache(tmp_path, make_provenance):
+    with pytest.raises(CacheError, match="is not an embedding cache"):
+        EmbeddingCache(tmp_path)
+    with pytest.raises(CacheError, match="is not an embedding cache"):
+        CacheWriter(tmp_path, make_provenance(), is_main=False)
+    CacheWriter(tmp_path, make_provenance()).close()
+    with pytest.raises(CacheError, match="holds no embeddings"):
+        EmbeddingCache(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path, write_cache, make_provenance, clips):
+    write_cache(tmp_path, clips)
+    record = json.loads((tmp_path / "cache.json").read_text())
+    (tmp_path / "cache.json").write_text(json.dumps(record | {"format_version": 99, "codebook": 7}))
+    with pytest.raises(CacheError, match="cache format 99, newer than"):
+        EmbeddingCache(tmp_path)
+    with pytest.raises(CacheError, match="cache format 99, newer than"):
+        CacheWriter(tmp_path, make_provenance())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'{"format_version": 1}', b"\0" * 100, b"\xff\xfe{\xe4", b'{"format_version"'],
+)
+def test_a_damaged_description_is_named(tmp_path, write_cache, clips, content):
+    write_cache(tmp_path, clips)
+    (tmp_path / "cache.json").write_bytes(content)
+    with pytest.raises(CacheError, match=r"cache\.json is damaged .* run cache_embeddings again"):
+        EmbeddingCache(tmp_path)
+
+
+def test_a_refused_writer_lets_go_of_the_folder(tmp_path, write_cache, make_provenance, clips):
+    write_cache(tmp_path, clips)
+    good = (tmp_path / "cache.json").read_text()
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(CacheError, match="damaged") as refused:
+        CacheWriter(tmp_path, make_provenance())
+    (tmp_path / "cache.json").write_text(good)
+    CacheWriter(tmp_path, make_provenance()).close()
+    assert refused.traceback  # kept until here: the lock must not wait for the garbage collector
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, "float32"), (np.inf, "float16"), (-np.inf, "float32"), (1e6, "float16")]
+)
+def test_embeddings_that_are_not_finite_are_refused(tmp_path, write_cache, clips, value, dtype):
+    bad = replace(clips[1], embeddings=clips[1].embeddings.copy())
+    bad.embeddings[2, 3] = value
+    three = [clips[0], bad, clips[2]]
+    with pytest.raises(CacheError, match=rf"embeddings of {clips[1].key.source} are not finite in {dtype}"):
+        write_cache(tmp_path, three, 3, dtype=dtype)
+    assert committed_clips(tmp_path) == set()
+    assert list((tmp_path / "shards").iterdir()) == []
+
+
+def test_a_changed_file_is_wanted_again(tmp_path, write_cache, make_clip):
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"first")
+    before = clip_key(video)
+    assert before == clip_key(tmp_path / "." / "a.mp4")
+    assert clip_key(video, 0.5) == before._replace(phase_s=0.5)
+    folder = write_cache(tmp_path / "cache", [replace(make_clip("", 4), key=before)])
+    assert remaining_clips(folder, [before, before._replace(phase_s=0.5)]) == [before._replace(phase_s=0.5)]
+    os.utime(video, ns=(before.modified_ns + 1, before.modified_ns + 1))
+    assert remaining_clips(folder, [clip_key(video)]) == [clip_key(video)]
+    os.utime(video, ns=(before.modified_ns, before.modified_ns))
+    assert remaining_clips(folder, [clip_key(video)]) == []
+    video.write_bytes(b"longer than before")
+    os.utime(video, ns=(before.modified_ns, before.modified_ns))
+    assert remaining_clips(folder, [clip_key(video)]) == [clip_key(video)]
+
+
+@pytest.mark.parametrize("clips_per_shard", [1, 4])
+@pytest.mark.parametrize("newer_first", [False, True])
+def test_of_a_changed_file_the_newer_clip_is_read(tmp_path, write_cache, make_clip, clips_per_shard, newer_first):
+    old = [make_clip(f"/{name}.mp4", 4, seed=0, modified_ns=1) for name in "abc"]
+    new = [make_clip(f"/{name}.mp4", 6, seed=1, modified_ns=2) for name in "abc"]
+    folder = write_cache(tmp_path, [*new, *old] if newer_first else [*old, *new], clips_per_shard)
+    assert_holds(folder, new)
+
+
+def test_what_a_kill_left_half_written_is_passed_over(tmp_path, write_cache, make_provenance, clips):
+    write_cache(tmp_path, clips)
+    manifest = shards(tmp_path, ".json")[0].read_bytes()
+    (tmp_path / "shards" / ".tmp.0123.h5").write_bytes(b"half")
+    for content in (b"", manifest[:40], manifest.replace(b".mp4", b".mkv")):
+        (tmp_path / "shards" / ".tmp.0123.json").write_bytes(content)
+        assert_holds(tmp_path, clips)
+        assert committed_clips(tmp_path) == {clip.key for clip in clips}
+
+
+WRITE = """
+import os, sys, time
+from pathlib import Path
+import numpy as np
+from data.embedding_cache import CacheError, CacheWriter, ClipKey, EmbeddedClip, Provenance
+
+folder, stop_at = Path(sys.argv[1]), int(sys.argv[2])
+provenance = Provenance("0123abcd", 5, 4.0, (16, 40), "float32", {"av": "18.1.0"})
+
+def clip(number):
+    ticks = np.arange(1000)
+    return EmbeddedClip(ClipKey(f"/{number}.mp4", 100, 1, 0.0), np.full((1000, 5), number), ticks / 4, ticks)
+
+def stop_in_the_middle(file):
+    global synced
+    synced += 1
+    if synced == stop_at:
+        print("in the middle", flush=True)
+        time.sleep(120)
+    sync(file)
+
+try:
+    with CacheWriter(folder, provenance, 2) as writer:
+        for number in range(4):
+            writer.add(clip(number))
+        synced, sync, os.fsync = 0, os.fsync, stop_in_the_middle
+        for number in range(4, 6):
+            writer.add(clip(number))
+    print("done", flush=True)
+except CacheError as error:
+    print(error, flush=True)
+    sys.exit(3)
+"""
+
+
+def writer_process(folder, stop_at=0):
+    command = [sys.executable, "-W", "error", "-c", WRITE, str(folder), str(stop_at)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+# The moments of a commit: the shard is written but has no name yet; it has one but no manifest; the manifest is
+# written but has no name yet.
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_a_kill_in_the_middle_of_writing_loses_no_committed_clip(tmp_path, write_cache, make_clip, stop_at):
+    with writer_process(tmp_path, stop_at) as process:
+        assert process.stdout.readline() == "in the middle\n", process.stderr.read()
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    cache = EmbeddingCache(tmp_path)
+    assert [clip.key.source for clip in cache.clips] == [f"/{number}.mp4" for number in range(4)]
+    for number, clip in enumerate(cache.clips):
+        np.testing.assert_array_equal(cache.clip_embeddings(clip), np.full((1000, 5), number, np.float32))
+    wanted = [
+        clip.key._replace(source=f"/{number}.mp4") for number, clip in enumerate([*cache.clips, *cache.clips[:2]])
+    ]
+    assert remaining_clips(tmp_path, wanted) == wanted[4:]
+    # The lock died with the process; the next run takes up the rest and clears away what was abandoned.
+    write_cache(tmp_path, [replace(make_clip("", 3), key=key) for key in wanted[4:]])
+    assert names(tmp_path) == [f"/{number}.mp4" for number in range(6)]
+    assert not list((tmp_path / "shards").glob(".tmp.*"))
+
+
+def test_a_second_writing_process_is_refused_and_nothing_is_lost(tmp_path, make_provenance, clips):
+    with CacheWriter(tmp_path, make_provenance(), 2) as writer:
+        for clip in clips[:3]:
+            writer.add(clip)
+        unfinished = tmp_path / "shards" / ".tmp.being_written.h5"
+        unfinished.touch()
+        with writer_process(tmp_path) as second:
+            output, errors = second.communicate(timeout=60)
+        assert second.returncode == 3, errors
+        assert output.splitlines() == [f"{tmp_path} is being written by another process: wait for it, or stop it"]
+        assert errors == ""
+        assert unfinished.exists()
+        for clip in clips[3:]:
+            writer.add(clip)
+    assert_holds(tmp_path, clips)
+
+
+def test_writing_leaves_nothing_but_the_cache(tmp_path, write_cache, clips):
+    write_cache(tmp_path, clips)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache.json", "shards", ".lock"}
+    assert {path.suffix for path in (tmp_path / "shards").iterdir()} == {".h5", ".json"}
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".tmp")]

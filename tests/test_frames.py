@@ -1,0 +1,259 @@
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import data.frames
+from data.frames import FramePairs, read_sequences
+from data.video import VideoError, VideoInfo, probe_video
+
+SIZE = (16, 40)
+FRAME_BYTES = 3 * 16 * 40
+LENGTHS = (25, 30, 17, 21)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory, encode_video):
+    """Four videos of 10 fps; frame i of video v carries the number 100 v + i."""
+    folder = tmp_path_factory.mktemp("videos")
+    paths = [
+        encode_video(
+            folder / f"{video}.mp4",
+            np.arange(length) / 10,
+            range(100 * video, 100 * video + length),
+            rate=10,
+            ticks_per_second=10,
+            options={"g": "10", "bf": "2"},
+        )
+        for video, length in enumerate(LENGTHS)
+    ]
+    return [probe_video(path) for path in paths]
+
+
+@pytest.fixture
+def pairs_of(read_number):
+    """(number, number one tick later) for each pair of a batch."""
+
+    def read(batch):
+        assert batch.frames.shape == batch.following.shape
+        assert batch.frames.shape[1:] == (3, *SIZE)
+        assert batch.frames.dtype == torch.uint8
+        return [
+            (read_number(one), read_number(other)) for one, other in zip(batch.frames, batch.following, strict=True)
+        ]
+
+    return read
+
+
+def loader_of(videos, batch_size=1, fps=10, **options):
+    return FramePairs(videos, SIZE, fps, batch_size, **{"seed": 0, "progress": False} | options)
+
+
+def first_batches(loader, count, pairs_of):
+    with closing(iter(loader)) as batches:
+        return [pairs_of(batch) for batch in islice(batches, count)]
+
+
+def epoch_of(loader, pairs_of, epoch=0):
+    """All pairs of an epoch, and how many blocks it had."""
+    pairs, blocks = [], 0
+    with closing(iter(loader)) as batches:
+        for batch in batches:
+            if loader.state.epoch > epoch:
+                break
+            pairs += pairs_of(batch)
+            blocks = max(blocks, loader.state.block + 1)
+    return pairs, blocks
+
+
+def every_pair(lengths=LENGTHS):
+    return {
+        (100 * video + at, 100 * video + at + 1) for video, length in enumerate(lengths) for at in range(length - 1)
+    }
+
+
+def test_every_pair_of_an_epoch_is_used_once(videos, pairs_of):
+    pairs, blocks = epoch_of(loader_of(videos), pairs_of)
+    assert blocks == 1
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) == every_pair()
+
+
+def test_only_the_last_partial_batch_is_dropped(videos, pairs_of):
+    loader = loader_of(videos, batch_size=20)
+    pairs, _ = epoch_of(loader, pairs_of)
+    assert len(every_pair()) == 89
+    assert len(pairs) == len(set(pairs)) == 80
+    assert set(pairs) < every_pair()
+
+
+def test_neighbours_are_one_tick_of_the_clock_apart(videos, pairs_of):
+    pairs, _ = epoch_of(loader_of(videos, fps=5), pairs_of)
+    assert {after - before for before, after in pairs} == {2}
+    assert len(pairs) == sum((length - 1) // 2 for length in LENGTHS)
+
+
+def test_no_pair_across_a_gap_in_the_recording(tmp_path, encode_video, pairs_of):
+    times_s = np.concatenate([np.arange(12), 30 + np.arange(9)]) / 10
+    video = encode_video(tmp_path / "gap.mp4", times_s, rate=10)
+    pairs, _ = epoch_of(loader_of([probe_video(video)]), pairs_of)
+    assert sorted(pairs) == [(at, at + 1) for at in range(20) if at != 11]
+
+
+def test_batches_are_shuffled_across_videos_and_anew_each_epoch(videos, pairs_of):
+    first, second, third = first_batches(loader_of(videos, batch_size=40), 3, pairs_of)
+    assert len({number // 100 for number, _ in first}) == 4
+    assert first != sorted(first)
+    assert set(first).isdisjoint(second)
+    assert third != first
+
+
+def test_little_memory_means_several_blocks_and_every_frame_still_comes(videos, pairs_of, monkeypatch):
+    monkeypatch.setattr(data.frames, "STRETCH_S", 0.75)
+    loader = loader_of(videos, memory_bytes=40 * FRAME_BYTES)
+    pairs, blocks = epoch_of(loader, pairs_of)
+    assert blocks >= 4
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) <= every_pair()
+    # Between two stretches of a video there is no pair, but no frame is lost by that.
+    assert {number for pair in pairs for number in pair} == {number for pair in every_pair() for number in pair}
+
+
+def test_the_bound_on_memory_is_kept(videos, monkeypatch):
+    monkeypatch.setattr(data.frames, "STRETCH_S", 1.0)
+    held = []
+    plain = FramePairs._decode
+
+    def decode(self, block, show):
+        decoded = plain(self, block, show)
+        held.append(sum(len(ticks) for _, ticks in decoded))
+        return decoded
+
+    monkeypatch.setattr(FramePairs, "_decode", decode)
+    with closing(iter(loader_of(videos, memory_bytes=60 * FRAME_BYTES))) as batches:
+        assert len(list(islice(batches, 200))) == 200
+    assert len(held) > 4
+    # One block is trained on while the next is decoded.
+    assert max(map(sum, pairwise(held))) <= 60
+
+
+def test_a_small_block_among_larger_ones_is_no_error(tmp_path, videos, encode_video, pairs_of):
+    # Where the cut falls by chance, a short video is left in a block of its own, with fewer pairs than a batch.
+    short = encode_video(tmp_path / "short.mp4", np.arange(3) / 10, [900, 901, 902], rate=10, ticks_per_second=10)
+    mixed = [*videos, probe_video(short)]
+    for seed in range(6):
+        batches = first_batches(loader_of(mixed, batch_size=8, seed=seed, memory_bytes=66 * FRAME_BYTES), 25, pairs_of)
+        assert len(batches) == 25
+        assert all(len(batch) == 8 for batch in batches)
+
+
+def test_a_rest_of_a_second_at_the_end_of_a_video_is_no_error(videos, pairs_of, monkeypatch):
+    # The second stretch of the first video holds a single frame.
+    monkeypatch.setattr(data.frames, "STRETCH_S", 2.4)
+    pairs, blocks = epoch_of(loader_of(videos[:1], memory_bytes=30 * FRAME_BYTES), pairs_of)
+    assert set(pairs) == {(at, at + 1) for at in range(23)}
+    assert blocks >= 1
+
+
+@pytest.mark.parametrize("memory_bytes", [2e9, 66 * FRAME_BYTES])
+def test_the_order_is_a_pure_function_of_the_seed(videos, pairs_of, memory_bytes):
+    once, again, other = (
+        first_batches(loader_of(videos, 4, seed=seed, memory_bytes=memory_bytes), 30, pairs_of) for seed in (0, 0, 1)
+    )
+    assert once == again
+    assert once != other
+
+
+@pytest.mark.parametrize("memory_bytes", [2e9, 66 * FRAME_BYTES])
+def test_a_resumed_run_replays_exactly_the_remaining_batches(videos, pairs_of, memory_bytes):
+    total = 50  # 22 batches an epoch
+    loader = loader_of(videos, 4, memory_bytes=memory_bytes)
+    batches, states = [], [replace(loader.state)]
+    with closing(iter(loader)) as endless:
+        for batch in islice(endless, total):
+            batches.append(pairs_of(batch))
+            states.append(replace(loader.state))
+    assert states[-1].epoch == 2
+    crossings = [
+        at
+        for at in range(1, total)
+        if (states[at].epoch, states[at].block) != (states[at + 1].epoch, states[at + 1].block)
+    ]
+    assert len(crossings) == (2 if memory_bytes == 2e9 else len(crossings))
+    assert memory_bytes == 2e9 or len(crossings) > 4
+    # In the middle of a block, and before and after the first two boundaries between blocks or epochs.
+    for at in {0, 3, crossings[0] - 1, crossings[0], crossings[0] + 1, crossings[-1], crossings[-1] + 1}:
+        resumed = loader_of(videos, 4, memory_bytes=memory_bytes)
+        resumed.state = replace(states[at])
+        assert first_batches(resumed, min(6, total - at), pairs_of) == batches[at : at + 6], states[at]
+
+
+def test_ranks_share_all_stretches_without_overlap(videos, pairs_of, monkeypatch):
+    monkeypatch.setattr(data.frames, "STRETCH_S", 1.0)
+    together, _ = epoch_of(loader_of(videos), pairs_of)
+    shares = [epoch_of(loader_of(videos, rank=rank, ranks=3), pairs_of)[0] for rank in range(3)]
+    assert all(shares)
+    assert sum(len(share) for share in shares) == len(set().union(*shares))
+    assert set().union(*shares) == set(together)
+
+
+def test_ranks_with_too_few_videos_read_the_same_in_different_order(videos, pairs_of):
+    shares = [epoch_of(loader_of(videos[:2], rank=rank, ranks=3), pairs_of)[0] for rank in range(3)]
+    assert set(shares[0]) == set(shares[1]) == set(shares[2]) == every_pair(LENGTHS[:2])
+    assert shares[0] != shares[1] != shares[2]
+
+
+def test_too_few_pairs_for_a_batch(videos):
+    with pytest.raises(VideoError, match=r"hold 40 pairs .* at 10 fps, fewer than --batch-size 41"):
+        next(iter(loader_of([videos[0], videos[2]], batch_size=41)))
+    next(iter(loader_of([videos[0], videos[2]], batch_size=40)))
+
+
+def test_a_video_that_breaks_off_is_listed_and_its_good_frames_are_used(
+    tmp_path, videos, encode_video, damage_video, pairs_of
+):
+    broken = encode_video(
+        tmp_path / "broken.mp4", np.arange(30) / 10, range(200, 230), rate=10, ticks_per_second=10, options={"bf": "0"}
+    )
+    info = probe_video(damage_video(broken, first=20))
+    loader = loader_of([videos[0], info])
+    pairs, _ = epoch_of(loader, pairs_of)
+    assert list(loader.failures) == [broken]
+    assert "broken.mp4: decoding failed" in loader.failures[broken]
+    from_broken = sorted(pair for pair in pairs if pair[0] >= 200)
+    # The very last good frame may still be waiting for its successor.
+    assert from_broken[:18] == [(200 + at, 201 + at) for at in range(18)]
+    assert len(from_broken) <= 19
+    assert len(pairs) - len(from_broken) == LENGTHS[0] - 1
+
+
+def test_a_video_without_a_known_duration_is_used_whole(videos, pairs_of):
+    unknown = [replace(video, duration_s=0) for video in videos]
+    assert set(epoch_of(loader_of(unknown), pairs_of)[0]) == every_pair()
+
+
+def test_a_header_that_understates_the_duration_loses_nothing(videos, pairs_of):
+    wrong = [replace(video, duration_s=0.5) for video in videos]
+    assert set(epoch_of(loader_of(wrong), pairs_of)[0]) == every_pair()
+
+
+def test_sequences_follow_each_other_from_different_videos(videos, read_number):
+    sequences = read_sequences(videos, SIZE, 10, clips=3, length=12)
+    assert sequences.shape == (3, 12, 3, *SIZE)
+    assert sequences.dtype == torch.uint8
+    numbers = np.array([[read_number(frame) for frame in sequence] for sequence in sequences])
+    assert (np.diff(numbers, axis=1) == 1).all()
+    assert len(set(numbers[:, 0] // 100)) == 3
+    # From the middle of a recording, not from its beginning.
+    assert (numbers[:, 0] % 100 > 1).all()
+
+
+def test_sequences_skip_what_is_too_short_or_broken(tmp_path, videos, read_number):
+    (tmp_path / "gone.mp4").write_text("no video")
+    gone = VideoInfo(tmp_path / "gone.mp4", "h264", 32, 80, 3.0, 10.0, True)
+    sequences = read_sequences([gone, *videos], SIZE, 10, clips=5, length=20)
+    assert sorted(read_number(sequence[0]) // 100 for sequence in sequences) == [0, 1, 3]
+    assert read_sequences(videos, SIZE, 10, clips=2, length=99).shape == (0, 99, 3, *SIZE)

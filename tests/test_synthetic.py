@@ -1,0 +1,177 @@
+import csv
+
+import numpy as np
+import pytest
+
+from data.sidecar import read_sidecar
+from data.synthetic import (
+    BALL_COLOURS,
+    STATE_COLUMNS,
+    VELOCITY_COLUMNS,
+    BallWorld,
+    render_balls,
+    simulate_balls,
+    smooth_noise,
+    write_ball_clip,
+    write_ball_videos,
+    write_video,
+)
+from data.video import probe_video, read_frames
+
+LONG = BallWorld(frames=300)
+
+
+def simulate(seed, world=LONG):
+    return simulate_balls(world, np.random.default_rng(seed))
+
+
+@pytest.fixture(scope="module")
+def long_runs():
+    """States of six worlds, 300 frames each."""
+    return np.stack([simulate(seed) for seed in range(6)])
+
+
+def test_energy_is_conserved(long_runs):
+    energy = (long_runs[..., 2:] ** 2).sum(axis=(2, 3))
+    np.testing.assert_allclose(energy, np.broadcast_to(energy[:, :1], energy.shape), rtol=1e-9)
+    # Energy is passed between the balls: they do collide.
+    of_one = (long_runs[:, :, 0, 2:] ** 2).sum(axis=-1)
+    assert (of_one.max(axis=1) > 1.2 * of_one.min(axis=1)).all()
+
+
+def test_balls_stay_inside_and_reach_the_walls(long_runs):
+    position = long_runs[..., :2]
+    assert position.min() >= LONG.radius
+    assert position.max() <= LONG.size - LONG.radius
+    assert position.min() < LONG.radius + 2
+    assert position.max() > LONG.size - LONG.radius - 2
+
+
+def test_balls_hardly_overlap(long_runs):
+    distance = np.linalg.norm(long_runs[:, :, 0, :2] - long_runs[:, :, 1, :2], axis=-1)
+    assert distance.min() > 2 * LONG.radius - 1
+    assert distance.min() < 2 * LONG.radius + 2
+
+
+def test_balls_move_by_their_velocity(long_runs):
+    step = np.diff(long_runs[..., :2], axis=1)
+    free = np.isclose(long_runs[:, 1:, :, 2:], long_runs[:, :-1, :, 2:]).all(axis=-1)
+    assert 0.5 < free.mean() < 1
+    np.testing.assert_allclose(step[free], long_runs[:, :-1, :, 2:][free], atol=1e-9)
+
+
+def test_speeds_begin_in_their_range():
+    speed = np.linalg.norm(np.stack([simulate(seed, BallWorld(frames=1)) for seed in range(50)])[:, 0, :, 2:], axis=-1)
+    assert speed.min() >= 1.5
+    assert speed.max() <= 3
+    assert speed.max() - speed.min() > 1
+
+
+def test_seeds_decide(long_runs):
+    np.testing.assert_array_equal(simulate(2), long_runs[2])
+    assert not np.allclose(simulate(2)[0], long_runs[3][0])
+
+
+def test_smooth_noise_is_bounded_smooth_and_meets_its_grid():
+    noise = smooth_noise(np.random.default_rng(0), 5, 65, 0.25)
+    assert noise.shape == (3, 65, 65)
+    assert 0.15 < np.abs(noise).max() <= 0.25
+    assert np.abs(np.diff(noise, axis=1)).max() <= 0.5 / 16 + 1e-9
+    grid = np.random.default_rng(0).uniform(-0.25, 0.25, size=(3, 5, 5))
+    np.testing.assert_allclose(noise[:, ::16, ::16], grid, atol=1e-12)
+
+
+def test_backgrounds_are_plain_still_or_flickering():
+    changes, textures = {}, {}
+    for background in ("plain", "textured", "full"):
+        world = BallWorld(frames=3, background=background)
+        states = np.full((3, 2, 4), -100.0)  # no ball in sight
+        frames = render_balls(states, world, np.random.default_rng(0)).astype(float)
+        assert frames.shape == (3, 64, 64, 3)
+        changes[background], textures[background] = np.abs(np.diff(frames, axis=0)).mean(), frames[0].std(axis=(0, 1))
+    assert changes["plain"] == changes["textured"] == 0
+    assert changes["full"] > 3
+    assert (textures["plain"] == 0).all()
+    assert (textures["textured"] > 10).all()
+    assert (textures["full"] > 10).all()
+
+
+@pytest.mark.parametrize("background", ["plain", "full"])
+def test_the_csv_says_where_the_decoded_balls_are(tmp_path, background):
+    world = BallWorld(background=background)
+    path = write_ball_clip(tmp_path, 3, world, seed=1)
+    info = probe_video(path)
+    assert (info.height, info.width, info.codec) == (64, 64, "h264")
+    assert info.average_fps == pytest.approx(10, rel=0.01)
+    frames, times_s = zip(*read_frames(path, (64, 64)), strict=True)
+    assert len(frames) == world.frames
+    np.testing.assert_allclose(times_s, np.arange(40) / 10, atol=1e-4)
+    states = read_sidecar(path, np.array(times_s), STATE_COLUMNS, tolerance_s=1e-4).reshape(-1, 2, 2)
+    vertical, horizontal = np.mgrid[0:64, 0:64] + 0.5
+    for frame, balls in zip(frames, states, strict=True):
+        for ball, colour in zip(balls, 255 * BALL_COLOURS, strict=True):
+            inside = np.hypot(horizontal - ball[0], vertical - ball[1]) < world.radius - 2
+            assert np.abs(frame[:, inside].mean(axis=1) - colour).max() < 20
+            like_it = np.abs(frame - colour[:, None, None]).sum(axis=0) < 120
+            near = np.hypot(horizontal - ball[0], vertical - ball[1]) < world.radius + 4
+            centre = np.array([horizontal[like_it & near].mean(), vertical[like_it & near].mean()])
+            np.testing.assert_allclose(centre, ball, atol=1)
+            if background == "plain":
+                # And nowhere else.
+                assert not like_it[~near].any()
+
+
+def test_the_csv_has_velocities_and_one_row_a_frame(tmp_path):
+    world = BallWorld(frames=12)
+    path = write_ball_clip(tmp_path, 0, world, seed=5)
+    with path.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["frame", "time_s", *STATE_COLUMNS, *VELOCITY_COLUMNS]
+    assert [int(row["frame"]) for row in rows] == list(range(12))
+    states = simulate([5, 0], world)
+    written = np.array([[float(row[name]) for name in (*STATE_COLUMNS, *VELOCITY_COLUMNS)] for row in rows])
+    expected = np.concatenate([states[:, 0, :2], states[:, 1, :2], states[:, 0, 2:], states[:, 1, 2:]], axis=1)
+    np.testing.assert_allclose(written, expected, atol=1e-4)
+
+
+def test_clips_of_one_seed_are_the_same_in_every_run(tmp_path):
+    world = BallWorld(size=32, frames=6)
+    once = write_ball_videos(tmp_path / "once", 3, world, seed=7)
+    assert [path.name for path in once] == ["clip_00000.mp4", "clip_00001.mp4", "clip_00002.mp4"]
+    again = write_ball_clip(tmp_path, 1, world, seed=7)
+    tables = [path.with_suffix(".csv").read_text() for path in once]
+    assert again.with_suffix(".csv").read_text() == tables[1]
+    assert len(set(tables)) == 3
+    for (one, _), (two, _) in zip(read_frames(once[1], (32, 32)), read_frames(again, (32, 32)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_another_seed_is_another_world(tmp_path):
+    world = BallWorld(size=32, frames=2)
+    (tmp_path / "other").mkdir()
+    one, other = write_ball_clip(tmp_path, 0, world, seed=0), write_ball_clip(tmp_path / "other", 0, world, seed=1)
+    assert one.with_suffix(".csv").read_text() != other.with_suffix(".csv").read_text()
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    world = BallWorld(size=32, frames=3)
+    whole = write_ball_clip(tmp_path, 0, world, seed=0)
+    half = write_ball_clip(tmp_path, 1, world, seed=0)
+    wanted = half.with_suffix(".csv").read_text()
+    # Killed between the video and its table: a clip without a table is not whole.
+    half.with_suffix(".csv").unlink()
+    half.write_bytes(b"half a video")
+    before = whole.stat().st_mtime_ns
+    write_ball_videos(tmp_path, 2, world, seed=0)
+    assert whole.stat().st_mtime_ns == before
+    assert half.with_suffix(".csv").read_text() == wanted
+    assert len(list(read_frames(half, (32, 32)))) == 3
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".csv", ".mp4", ".mp4"]
+
+
+@pytest.mark.parametrize("fps", [10, 29.97, 0.5])
+def test_videos_keep_their_rate(tmp_path, fps):
+    frames = np.zeros((4, 32, 48, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, fps)
+    times_s = [time_s for _, time_s in read_frames(tmp_path / "a.mp4", (32, 48))]
+    np.testing.assert_allclose(times_s, np.arange(4) / fps, atol=1e-4)

@@ -1,0 +1,397 @@
+import struct
+from itertools import chain, pairwise
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.video.reformatter import Interpolation, VideoReformatter
+from torch.nn.functional import interpolate
+
+from data.video import VideoError, probe_video, read_frames, read_on_clock
+
+SIZE = (16, 40)
+LONG_GOP = {"g": "250", "bf": "3", "b_strategy": "0", "sc_threshold": "0"}
+
+
+@pytest.fixture
+def on_clock(read_number):
+    """(tick, number in the pixels) of every frame on a clock."""
+
+    def sample(path, fps, **where):
+        return [(timed.tick, read_number(timed.frame)) for timed in read_on_clock(path, SIZE, fps, **where)]
+
+    return sample
+
+
+def assert_nearest(sampled, times_s, fps, phase_s=0.0):
+    """Each tick has the frame nearest to it, and a tick without a frame within half a tick is left out.
+
+    Where two frames are equally near, to the 2 ms that containers may round by, either is right.
+    """
+    assert [tick for tick, _ in sampled] == sorted({tick for tick, _ in sampled})
+    assert len({number for _, number in sampled}) == len(sampled)
+    chosen = dict(sampled)
+    for tick in range(int(times_s[-1] * fps) + 3):
+        distance_s = np.abs(np.asarray(times_s) - (phase_s + tick / fps))
+        if tick in chosen:
+            assert distance_s[chosen.pop(tick)] <= min(distance_s.min(), 0.5 / fps) + 2e-3, tick
+        else:
+            assert distance_s.min() > 0.5 / fps - 2e-3, tick
+    assert chosen == {}
+
+
+def uneven_times(count, seed=0):
+    """Times on whole milliseconds, 8 to 14 fps, beginning at 0."""
+    steps_ms = np.random.default_rng(seed).integers(70, 125, size=count - 1)
+    return np.concatenate([[0], np.cumsum(steps_ms)]) / 1000
+
+
+@pytest.mark.parametrize(("rate", "fps"), [(30, 4), (25, 7), (24, 10), (10, 10), (30, 29)])
+def test_constant_rate_gives_the_nearest_frame_to_each_tick(tmp_path, encode_video, on_clock, rate, fps):
+    times_s = np.arange(75) / rate
+    video = encode_video(tmp_path / "even.mp4", times_s, rate=rate, ticks_per_second=rate, options=LONG_GOP)
+    sampled = on_clock(video, fps, phase_s=0.007)
+    assert [tick for tick, _ in sampled] == list(range(len(sampled)))
+    assert_nearest(sampled, times_s, fps, 0.007)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_rate_gives_the_nearest_frame_to_each_tick(tmp_path, encode_video, on_clock, suffix):
+    times_s = uneven_times(90)
+    video = encode_video(tmp_path / f"uneven{suffix}", times_s, options=LONG_GOP)
+    assert_nearest(on_clock(video, 4), times_s, 4)
+    assert_nearest(on_clock(video, 7, phase_s=0.0613), times_s, 7, 0.0613)
+
+
+def test_exact_times_and_whole_frames(tmp_path, encode_video, read_number):
+    times_s = uneven_times(40)
+    video = encode_video(tmp_path / "uneven.mp4", times_s, options=LONG_GOP)
+    frames = list(read_frames(video, SIZE))
+    assert [read_number(frame) for frame, _ in frames] == list(range(40))
+    np.testing.assert_allclose([time_s for _, time_s in frames], times_s, atol=1e-4)
+    assert all(frame.shape == (3, *SIZE) and frame.dtype == np.uint8 for frame, _ in frames)
+    on_clock = list(read_on_clock(video, SIZE, 5))
+    assert all(timed.time_s == pytest.approx(times_s[read_number(timed.frame)], abs=1e-4) for timed in on_clock)
+    assert all(abs(timed.time_s - timed.tick / 5) <= 0.1 + 1e-6 for timed in on_clock)
+
+
+def test_two_recordings_of_one_motion_land_on_one_clock(tmp_path, encode_video, on_clock):
+    slow_s, fast_s = np.arange(61) / 20, np.arange(151) / 50
+    slow = encode_video(tmp_path / "slow.mp4", slow_s, [round(100 * time_s) for time_s in slow_s], rate=20)
+    fast = encode_video(tmp_path / "fast.mkv", fast_s, [round(100 * time_s) for time_s in fast_s], rate=50)
+    assert on_clock(slow, 10) == on_clock(fast, 10) == [(tick, 10 * tick) for tick in range(31)]
+    ours, theirs = on_clock(slow, 7), on_clock(fast, 7)
+    assert [tick for tick, _ in ours] == [tick for tick, _ in theirs]
+    assert max(abs(one - other) for (_, one), (_, other) in zip(ours, theirs, strict=True)) <= 2.5 + 1 + 0.5
+
+
+def test_a_gap_in_the_recording_is_a_gap_in_ticks(tmp_path, encode_video, on_clock):
+    times_s = np.concatenate([np.arange(19) / 20, 3.01 + np.arange(20) / 20])
+    video = encode_video(tmp_path / "gap.mp4", times_s, options=LONG_GOP)
+    sampled = on_clock(video, 10)
+    assert_nearest(sampled, times_s, 10)
+    steps = [after - before for (before, _), (after, _) in pairwise(sampled)]
+    assert sorted(set(steps)) == [1, 21]
+
+
+def test_no_frame_stands_for_two_ticks(tmp_path, encode_video, on_clock):
+    video = encode_video(tmp_path / "slow.mp4", np.arange(8) / 2, rate=2)
+    assert on_clock(video, 10) == [(5 * index, index) for index in range(8)]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("fps", [10, 30])
+def test_a_clock_shifted_by_half_a_frame_has_no_gaps(tmp_path, encode_video, on_clock, fps, suffix):
+    # Every tick lies half way between two frames: rounding, to milliseconds in mkv, must not send two ticks to one.
+    video = encode_video(tmp_path / f"even{suffix}", np.arange(120) / fps, rate=fps, ticks_per_second=fps)
+    sampled = on_clock(video, fps, phase_s=0.5 / fps)
+    assert [tick for tick, _ in sampled] == list(range(len(sampled)))
+    assert len(sampled) >= 119
+    assert len({number for _, number in sampled}) == len(sampled)
+
+
+def test_phase_shifts_the_clock(tmp_path, encode_video, on_clock):
+    video = encode_video(tmp_path / "even.mp4", np.arange(80) / 40, rate=40)
+    assert on_clock(video, 5, phase_s=0.1) == [(tick, 4 + 8 * tick) for tick in range(10)]
+    # A whole tick of phase renumbers the ticks and changes nothing else.
+    assert on_clock(video, 5, phase_s=0.2) == [(tick - 1, number) for tick, number in on_clock(video, 5)[1:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("b_frames.mp4", "libx264", LONG_GOP),
+        ("short_gop.mp4", "libx264", {"g": "12", "bf": "2"}),
+        ("b_frames.mkv", "libx264", LONG_GOP),
+        ("short_gop.mkv", "libx264", {"g": "12", "bf": "2"}),
+        ("quicktime.mov", "libx264", {"g": "12", "bf": "2"}),
+        ("b_frames.avi", "libx264", {"g": "12", "bf": "2"}),
+        ("plain.avi", "mpeg4", {"g": "12"}),
+        ("open.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
+        ("transport.ts", "libx264", {"g": "12", "bf": "2"}),
+        ("camera.mts", "libx264", {"g": "12", "bf": "2"}),
+        ("programme.mpg", "mpeg2video", {"g": "12", "bf": "2"}),
+        ("old.wmv", "wmv2", {"g": "12"}),
+        ("old.flv", "libx264", {"g": "12", "bf": "2"}),
+        ("raw.h264", "libx264", {"g": "12", "bf": "2"}),
+    ],
+)
+def test_stretches_together_are_one_pass(tmp_path, encode_video, on_clock, name, codec, options):
+    video = encode_video(
+        tmp_path / name, np.arange(100) / 25, codec=codec, rate=25, ticks_per_second=25, options=options
+    )
+    for fps in (4, 10, 25):
+        whole = on_clock(video, fps, phase_s=0.007)
+        assert_nearest(whole, np.arange(100) / 25, fps, 0.007)
+        for edges in ([0, 1, 2, 3, np.inf], [0, 0.37, 0.9, 2.32, 10]):
+            parts = [
+                on_clock(video, fps, phase_s=0.007, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise(edges)
+            ]
+            assert list(chain(*parts)) == whole
+
+
+def test_stretches_of_a_variable_rate_are_one_pass(tmp_path, encode_video, on_clock):
+    times_s = np.delete(uneven_times(90), np.arange(30, 45))
+    for suffix in (".mp4", ".mkv"):
+        video = encode_video(tmp_path / f"uneven{suffix}", times_s, options={"g": "20", "bf": "3"})
+        whole = on_clock(video, 6, phase_s=0.05)
+        edges = [*np.sort(np.random.default_rng(0).uniform(0, 9, size=12)), np.inf]
+        parts = [
+            on_clock(video, 6, phase_s=0.05, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise([0, *edges])
+        ]
+        assert list(chain(*parts)) == whole
+
+
+def test_a_tick_on_an_edge_belongs_to_one_stretch(tmp_path, encode_video, on_clock):
+    # 3 x 0.1 is more than 3 / 10 by a rounding error: tick 3 must not come twice.
+    video = encode_video(tmp_path / "even.mp4", np.arange(60) / 20, rate=20)
+    whole = on_clock(video, 10)
+    edges = [0, 3 * 0.1, 0.7, 11 * 0.1, np.inf]
+    parts = [on_clock(video, 10, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise(edges)]
+    assert list(chain(*parts)) == whole
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_frames_from_a_time_on(tmp_path, encode_video, suffix):
+    video = encode_video(
+        tmp_path / f"even{suffix}", np.arange(80) / 25, rate=25, ticks_per_second=25, options={"g": "30", "bf": "3"}
+    )
+    whole = list(read_frames(video, SIZE))
+    for start_s in (0.04, 1.0, 1.23, 3.1, 50):
+        expected = [(frame, time_s) for frame, time_s in whole if time_s >= start_s]
+        got = list(read_frames(video, SIZE, start_s))
+        assert [time_s for _, time_s in got] == [time_s for _, time_s in expected]
+        assert all(np.array_equal(one, other) for (one, _), (other, _) in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "first_s"),
+    [
+        ("plain.mp4", "libx264", 0),
+        ("late.mp4", "libx264", 0.52),
+        ("late.mkv", "libx264", 0.52),
+        ("late.ts", "libx264", 0.52),
+        ("late.webm", "libvpx-vp9", 0.52),
+        ("b_frames.avi", "libx264", 0),
+    ],
+)
+def test_times_start_at_the_first_displayed_frame(tmp_path, encode_video, read_number, name, codec, first_s):
+    options = LONG_GOP if codec == "libx264" else {}
+    times_s = first_s + np.arange(30) / 25
+    video = encode_video(tmp_path / name, times_s, codec=codec, options=options, rate=25, ticks_per_second=25)
+    frames = list(read_frames(video, SIZE))
+    assert read_number(frames[0][0]) == 0
+    np.testing.assert_allclose([time_s for _, time_s in frames], np.arange(30) / 25, atol=1.1e-3)
+
+
+def test_times_start_at_the_first_frame_that_decodes(tmp_path, encode_video, read_number):
+    # A transport stream recorded from the middle of a group of pictures: what comes before a keyframe is lost.
+    video = encode_video(
+        tmp_path / "cut.ts", np.arange(100) / 25, rate=25, ticks_per_second=25, options={"g": "20", "bf": "2"}
+    )
+    packets = video.read_bytes()
+    video.write_bytes(packets[: 3 * 188] + packets[len(packets) // 188 // 3 * 188 :])
+    frames = [(read_number(frame), time_s) for frame, time_s in read_frames(video, SIZE)]
+    first = frames[0][0]
+    assert first > 0
+    assert frames == [(number, pytest.approx((number - first) / 25, abs=1e-4)) for number in range(first, 100)]
+
+
+def test_all_shared_clips_start_at_zero(shared):
+    for path in sorted((shared / "clips").iterdir()):
+        assert next(read_frames(path, (32, 32)))[1] == 0, path
+
+
+def test_probe_reads_the_header(tmp_path, encode_video):
+    info = probe_video(encode_video(tmp_path / "a.mp4", np.arange(50) / 25, rate=25, ticks_per_second=25))
+    assert (info.codec, info.height, info.width) == ("h264", 32, 80)
+    assert info.duration_s == pytest.approx(2, abs=0.05)
+    assert info.average_fps == pytest.approx(25, rel=0.02)
+
+
+def test_probe_of_a_stream_without_a_duration(tmp_path, encode_video):
+    path = encode_video(tmp_path / "raw.h264", np.arange(50) / 25, rate=25, ticks_per_second=25)
+    assert probe_video(path).duration_s == 0
+
+
+def still(height, width, seed=0):
+    """A smooth picture (height, width, 3) without symmetry, as colourful as the world is."""
+    generator = torch.Generator().manual_seed(seed)
+    light, colour = (torch.rand(1, n, height // 12, width // 12, generator=generator) for n in (1, 3))
+    coarse = 200 * light + 55 * colour
+    picture = interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 255)[0]
+    return picture.permute(1, 2, 0).to(torch.uint8).numpy()
+
+
+def exact_rgb(frame):
+    """A decoded frame as full-size RGB, float (3, height, width), with swscale's exact arithmetic."""
+    exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    rgb = VideoReformatter().reformat(frame, format="rgb24", interpolation=exact).to_ndarray()
+    return torch.from_numpy(rgb).permute(2, 0, 1).float()
+
+
+def antialiased(picture, size):
+    """Torch's antialiased bilinear resize of (3, height, width)."""
+    return interpolate(picture[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (32, 100)])
+def test_resize_is_antialiased_bilinear(tmp_path, encode_video, size):
+    pictures = [still(180, 320, seed) for seed in range(3)]
+    video = encode_video(tmp_path / "still.mp4", np.arange(3) / 10, pictures, options={"crf": "12"})
+    with av.open(str(video)) as container:
+        decoded = list(container.decode(video=0))
+    for (frame, _), raw in zip(read_frames(video, size), decoded, strict=True):
+        reference = antialiased(exact_rgb(raw), size)
+        assert (torch.from_numpy(frame).float() - reference).abs().mean() <= 0.5
+
+
+def test_resize_of_a_real_video(shared):
+    path, size = shared / "clips" / "bikes.mp4", (72, 128)
+    with av.open(str(path)) as container:
+        for (frame, _), raw, _ in zip(read_frames(path, size), container.decode(video=0), range(5), strict=False):
+            assert (torch.from_numpy(frame).float() - antialiased(exact_rgb(raw), size)).abs().mean() <= 0.5
+
+
+def test_colours_keep_their_channels(tmp_path, encode_video):
+    picture = np.zeros((32, 96, 3), dtype=np.uint8)
+    for channel in range(3):
+        picture[:, 32 * channel : 32 * channel + 32, channel] = 220
+    frame, _ = next(read_frames(encode_video(tmp_path / "rgb.mp4", [0], [picture]), (16, 48)))
+    for channel in range(3):
+        colour = frame[:, 2:-2, 16 * channel + 4 : 16 * channel + 12].mean(axis=(1, 2))
+        np.testing.assert_allclose(colour, 220 * np.eye(3)[channel], atol=8)
+
+
+# The matrix of an mp4 track, by how far a player turns the picture clockwise: x' = a x + c y, y' = b x + d y, y down.
+CLOCKWISE = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+
+
+@pytest.mark.parametrize("degrees", CLOCKWISE)
+def test_a_display_matrix_is_applied(tmp_path, encode_video, degrees):
+    upright = still(96, 144)
+    stored = np.rot90(upright, degrees // 90).copy()  # turned counterclockwise, so that the player puts it right
+    video = encode_video(tmp_path / "phone.mp4", np.arange(3) / 10, [stored] * 3, options={"crf": "12"})
+    content = bytearray(video.read_bytes())
+    at = content.index(b"tkhd") + 4 + 40
+    a, b, c, d = (65536 * value for value in CLOCKWISE[degrees])
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    video.write_bytes(content)
+    info = probe_video(video)
+    assert (info.height, info.width) == (96, 144)
+    frames = [frame for frame, _ in read_frames(video, (48, 72))]
+    reference = antialiased(torch.from_numpy(upright).permute(2, 0, 1).float(), (48, 72))
+    assert len(frames) == 3
+    for frame in frames:
+        assert frame.flags.c_contiguous
+        assert (torch.from_numpy(frame).float() - reference).abs().mean() < 4  # coding loss; a wrong turn is > 30
+
+
+@pytest.mark.parametrize(("degrees", "turns"), [(0, 0), (90, -1), (180, 2), (270, 1)])
+def test_phone_clips_stand_upright(shared, degrees, turns):
+    # Four shots of a keyboard: turned like this, its letters can be read (looked at when this test was written).
+    path = shared / "clips" / f"rotated_{degrees}.mov"
+    with av.open(str(path)) as container:
+        stored = [exact_rgb(frame) for frame in container.decode(video=0)]
+    upright = [torch.rot90(picture, turns, dims=(1, 2)) for picture in stored]
+    info = probe_video(path)
+    assert (info.height, info.width) == tuple(upright[0].shape[1:])
+    frames = [frame for frame, _ in read_frames(path, (64, 96))]
+    assert len(frames) == 3
+    for frame, picture in zip(frames, upright, strict=True):
+        assert (torch.from_numpy(frame).float() - antialiased(picture, (64, 96))).abs().mean() <= 0.6
+
+
+def sound_only(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 8000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_unusable_files_say_why(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("this is no video\n" * 100)
+    (tmp_path / "folder.mp4").mkdir()
+    sound_only(tmp_path / "sound.mp4")
+    for name, reason in {
+        "missing.mp4": "no such file",
+        "empty.mp4": "the file is empty",
+        "text.mp4": "not a readable video",
+        "folder.mp4": "not a readable video",
+        "sound.mp4": "no video stream",
+    }.items():
+        for use in (
+            probe_video,
+            lambda path: next(read_frames(path, SIZE)),
+            lambda path: list(read_on_clock(path, SIZE, 4)),
+        ):
+            with pytest.raises(VideoError, match=reason) as caught:
+                use(tmp_path / name)
+            assert name in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def test_a_title_that_is_not_utf8_does_no_harm(tmp_path, encode_video):
+    path = tmp_path / "title.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Fahrt im Maerz"
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"Fahrt im Maerz", b"Fahrt im M\xe4rz "))
+    assert probe_video(path).codec == "h264"
+    assert len(list(read_frames(path, SIZE))) == 3
+
+
+def test_a_damaged_video_breaks_off_after_its_good_frames(tmp_path, encode_video, damage_video, read_number):
+    video = damage_video(encode_video(tmp_path / "broken.mp4", np.arange(40) / 10, options={"bf": "0"}), first=25)
+    numbers = []
+    with pytest.raises(VideoError, match=r"broken\.mp4: decoding failed after 2\.40 s"):  # noqa: PT012
+        for frame, _ in read_frames(video, SIZE):
+            numbers.append(read_number(frame))
+    assert numbers == list(range(25))
+
+
+def test_a_corrupted_clip_breaks_off_after_its_good_frames(shared):
+    times_s = []
+    with pytest.raises(VideoError, match=r"corrupted\.mp4: decoding failed after"):  # noqa: PT012
+        for _, time_s in read_frames(shared / "clips" / "corrupted.mp4", SIZE):
+            times_s.append(time_s)
+    assert len(times_s) == 28
+    assert times_s == sorted(times_s)
+
+
+@pytest.mark.parametrize(
+    ("fps", "phase_s", "message"),
+    [(0, 0, "fps is 0"), (-4, 0, "fps is -4"), (float("nan"), 0, "fps"), (4, -0.1, "-0.1")],
+)
+def test_impossible_clocks_are_refused(tmp_path, encode_video, fps, phase_s, message):
+    video = encode_video(tmp_path / "a.mp4", [0, 0.1])
+    with pytest.raises(ValueError, match=message):
+        list(read_on_clock(video, SIZE, fps, phase_s))
