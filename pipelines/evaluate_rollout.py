@@ -10,6 +10,7 @@ embeddings.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -276,15 +278,18 @@ def draw_skill(results: dict[str, Any], axes: Axes) -> None:
         )
         low, high = np.array([record["relative_to_copy_last_interval"] for record in records]).T
         axes.fill_between(time_s, low, high, color=colours[name], alpha=0.2, linewidth=0)
-    shown = [r["relative_to_copy_last"] for name in ("model", "ridge", "mean") for r in results["predictors"][name]]
-    axes.set_ylim(0, 1.1 * max(1.0, *shown))
+    # Logarithmic: extrapolation and the mean are wrong by factors that would flatten the rest on a linear scale.
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("horizon in seconds")
     axes.set_ylabel("error relative to copying the last embedding")
     axes.set_title(f"{results['windows']:,} rollouts in {results['clips']} clips; {results['interval']}", fontsize=9)
     axes.legend(frameon=False)
 
 
-def read_pictures(cache: EmbeddingCache, rows: np.ndarray, height: int = 144) -> list[np.ndarray]:
+def read_pictures(cache: EmbeddingCache, rows: Sequence[int] | np.ndarray, height: int = 144) -> list[np.ndarray]:
     """Decode the frames behind rows of a cache once more from their videos, for people to look at.
 
     Args:

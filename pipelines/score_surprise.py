@@ -195,7 +195,7 @@ def draw_energy(found: Surprise, axes: Axes) -> None:
     axes.axhline(1, color="0.6", linewidth=1, linestyle="--", label="mean of ordinary video")
     axes.set_xlabel("time in seconds")
     axes.set_ylabel("energy")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.25 * max(1.0, *found.energies))  # room for the legend
     axes.legend(frameon=False, loc="upper right")
     for value, time_s, _ in found.frames:
         axes.plot(time_s, value, "o", color="C3", markersize=4)

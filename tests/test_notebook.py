@@ -1,0 +1,123 @@
+"""The notebook runs on what the stages leave behind, and it is stored as plain text that defines nothing."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+
+from data.embedding_cache import CacheWriter, EmbeddingCache, Provenance, clip_key
+from data.synthetic import BallWorld, write_ball_clip, write_video
+from data.video import VideoError, read_on_clock
+from data.windows import Windows
+from jepa.encoder import EncoderConfig, FrameEncoder
+from jepa.energy import calibrate_energy
+from jepa.predictor import Predictor, PredictorConfig
+from pipelines.cache_embeddings import embed
+from pipelines.evaluate_rollout import clip_of_row, read_pictures
+from pipelines.train_predictor import clip_sequences, fit_ridge_on, measure_embeddings
+
+NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "rollout_evaluation.ipynb"
+WORLD = BallWorld()
+SIZE = (32, 32)
+
+
+def write_cache(folder, videos, encoder, phases=(0.0,)):
+    """What cache_embeddings leaves behind."""
+    provenance = Provenance(
+        encoder_fingerprint=encoder.fingerprint(),
+        embedding_dimension=encoder.config.embedding_dimension,
+        fps=float(WORLD.fps),
+        image_size=SIZE,
+        dtype="float32",
+        versions={},
+    )
+    with CacheWriter(folder, provenance) as writer:
+        for video in videos:
+            for phase_s in phases:
+                frames = list(read_on_clock(video, SIZE, WORLD.fps, phase_s))
+                writer.add(embed(encoder, clip_key(video, phase_s), iter([frames]), torch.device("cpu")))
+    return EmbeddingCache(folder)
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory):
+    """A cache, its encoder, and a predictor that was trained for 0 steps, but measured."""
+    folder = tmp_path_factory.mktemp("artefacts")
+    torch.manual_seed(0)
+    videos = [write_ball_clip(folder, index, WORLD, seed=0) for index in range(6)]
+    encoder = FrameEncoder(EncoderConfig(embedding_dimension=8, image_size=SIZE)).eval()
+    encoder.save_pretrained(folder / "encoder")
+    cache = write_cache(folder / "cache", videos, encoder)
+    config = PredictorConfig(context=4, width=16, depth=1)
+    predictor = Predictor(config, 8, float(WORLD.fps), encoder.fingerprint()).eval()
+    measure_embeddings(predictor, cache)
+    windows = Windows(cache, config.context + 1)
+    validation = predictor.standardise(windows.take(np.arange(len(windows))))
+    predictor.ridge = fit_ridge_on(cache, validation, predictor, config.context)
+    calibrate_energy(predictor, clip_sequences(cache, predictor))
+    predictor.save_pretrained(folder / "predictor")
+    return folder
+
+
+def test_notebook_runs_and_draws(artefacts, monkeypatch):
+    for name in ("cache", "encoder", "predictor"):
+        monkeypatch.setenv(f"JEPA_{name.upper()}", str(artefacts / name))
+    monkeypatch.delenv("JEPA_VIDEO", raising=False)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client.execute()  # raises CellExecutionError with the traceback of a cell that fails
+
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert [output for output in outputs if output.output_type == "error"] == []
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 4
+    printed = {name: "".join(o.text for o in outputs if o.get("name") == name) for name in ("stdout", "stderr")}
+    assert "6 clips, 240 frames at 10 fps" in printed["stdout"]
+    assert "Warning" not in printed["stderr"]
+
+
+def test_notebook_is_stored_clean_and_defines_nothing():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code_cells
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    for cell in code_cells:
+        assert cell.outputs == []
+        assert cell.execution_count is None
+        found = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, definitions)]
+        assert found == [], f"a definition in the notebook, in line {found[0].lineno} of a cell: {cell.source[:60]}"
+
+
+def test_pictures_are_the_very_frames_that_were_embedded(tmp_path):
+    torch.manual_seed(0)
+    videos = [write_ball_clip(tmp_path, index, BallWorld(fps=25, frames=50), seed=1) for index in range(2)]
+    encoder = FrameEncoder(EncoderConfig(embedding_dimension=8, image_size=SIZE)).eval()
+    cache = write_cache(tmp_path / "cache", videos, encoder, phases=(0.0, 0.05))
+    assert len(cache.clips) == 4
+    clip = cache.clips[3]
+    assert clip.key.phase_s == 0.05
+    assert [clip_of_row(cache, row) for row in (0, clip.start, clip.start + clip.frames - 1)] == [
+        cache.clips[0],
+        clip,
+        clip,
+    ]
+    rows = np.concatenate(cache.unbroken_runs())[::-3]
+    pictures = np.stack(read_pictures(cache, rows, height=32)).transpose(0, 3, 1, 2)
+    again = encoder(torch.from_numpy(pictures.copy())).detach().numpy()
+    np.testing.assert_allclose(again, cache.take(rows), rtol=1e-4, atol=1e-5)
+
+    videos[1].unlink()
+    with pytest.raises(VideoError, match="no such file"):
+        read_pictures(cache, [clip.start])
+
+
+def test_pictures_keep_the_shape_of_the_video(tmp_path):
+    write_video(tmp_path / "wide.mp4", np.full((8, 36, 64, 3), 90, np.uint8), WORLD.fps)
+    encoder = FrameEncoder(EncoderConfig(embedding_dimension=8, image_size=SIZE)).eval()
+    cache = write_cache(tmp_path / "cache", [tmp_path / "wide.mp4"], encoder)
+    assert read_pictures(cache, [3], height=18)[0].shape == (18, 32, 3)
