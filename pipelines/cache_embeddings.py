@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from data.video import FrameSize, TimedFrame, VideoError, read_on_clock
 from jepa.encoder import FrameEncoder
 from pipelines.artefacts import load_encoder
 from pipelines.stage import LAUNCH, require, run_stage, versions
+from pipelines.training import start_accelerator
 
 FRAMES_PER_CHUNK = 256
 
@@ -66,7 +66,7 @@ def main(options: Options) -> None:
     require(options.fps > 0, f"--fps is {options.fps:g}: it must be positive")
     require(options.phases > 0, f"--phases is {options.phases}: it must be positive")
     require(options.clips_per_shard > 0, f"--clips-per-shard is {options.clips_per_shard}: it must be positive")
-    accelerator = Accelerator()
+    accelerator = start_accelerator()
     set_seed(options.seed)
     encoder = load_encoder(options.encoder).to(accelerator.device).eval()
     # Each phase is a clock of the same rate, so a video need not be faster for several of them.

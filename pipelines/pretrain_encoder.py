@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from einops import rearrange
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import VICRegConfig, vicreg
 from pipelines.stage import LAUNCH, RunFolder, require, run_stage
-from pipelines.training import Checkpoints, Interruption, lr_at, save_artefact, step_generator
+from pipelines.training import Checkpoints, Interruption, lr_at, save_artefact, start_accelerator, step_generator
 
 DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES = 16, 16
 
@@ -77,8 +76,7 @@ def main(options: Options) -> None:
     require(options.steps > 0, f"--steps is {options.steps}: it must be positive")
     require(options.batch_size > 1, f"--batch-size is {options.batch_size}: variance needs at least 2")
     output = RunFolder(options.output_dir, ("encoder", "training_state", "logs"))
-    log_with = None if options.tracker == "none" else options.tracker
-    accelerator = Accelerator(log_with=log_with, project_dir=options.output_dir / "logs")
+    accelerator = start_accelerator(options.tracker, options.output_dir / "logs")
     is_main = accelerator.is_main_process
     set_seed(options.seed)
 

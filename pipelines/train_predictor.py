@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from jepa.predictor import CopyLast, Predictor, PredictorConfig, Ridge, changes,
 from jepa.rollout import rollout
 from jepa.skill import imagine
 from pipelines.stage import RunFolder, require, run_stage
-from pipelines.training import Checkpoints, Interruption, lr_at, save_artefact, step_generator
+from pipelines.training import Checkpoints, Interruption, lr_at, save_artefact, start_accelerator, step_generator
 
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 VALIDATION_WINDOWS = 2048
@@ -48,7 +47,7 @@ class Options:
     """Optimiser steps."""
     batch_size: int = 128
     """Windows in a batch, on each process."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
@@ -56,9 +55,9 @@ class Options:
     """Steps of linear warm-up before the cosine."""
     targets: int = 4
     """One-step predictions in each window."""
-    rollout_steps: int = 0
-    """If not 0, also train on rollouts of this many steps, through the predictor's own predictions."""
-    input_noise: float = 0.1
+    rollout_steps: int = 4
+    """Also train on rollouts of this many steps, through the predictor's own predictions; 0 for none."""
+    input_noise: float = 0.2
     """Gaussian noise on the past while training, in units of the typical change from tick to tick."""
     validation_horizon: int = 10
     """The model is chosen by its mean error relative to copy-last over this many rollout steps."""
@@ -83,8 +82,7 @@ def main(options: Options) -> None:
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
     output = RunFolder(options.output_dir, ("predictor", "training_state", "logs"))
-    log_with = None if options.tracker == "none" else options.tracker
-    accelerator = Accelerator(log_with=log_with, project_dir=options.output_dir / "logs")
+    accelerator = start_accelerator(options.tracker, options.output_dir / "logs")
     is_main = accelerator.is_main_process
     set_seed(options.seed)
 

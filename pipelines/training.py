@@ -1,6 +1,7 @@
 """What both trainers share: the schedule, randomness from (seed, step), checkpoints, and stopping without loss."""
 
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -10,9 +11,29 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from pipelines.stage import Interrupted
+from pipelines.stage import Interrupted, require
 
 KEPT_CHECKPOINTS = 2
+
+
+def start_accelerator(tracker: str = "none", logs: Path | None = None) -> Accelerator:
+    """One process or one of many; on a CPU too.
+
+    Without a GPU, `Accelerator()` under torchrun takes every process for the only one, and each of them would train
+    and write for itself. It has to be told that several processes on a CPU are meant.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        cpu=processes > 1 and not torch.cuda.is_available(),
+        log_with=None if tracker == "none" else tracker,
+        project_dir=logs,
+    )
+    require(
+        accelerator.num_processes == processes,
+        f"{processes} processes were started, but accelerate sees {accelerator.num_processes}: "
+        "check the --config_file of accelerate launch",
+    )
+    return accelerator
 
 
 def lr_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:

@@ -1,0 +1,320 @@
+"""The stages as a person runs them: real processes, real videos, real signals."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.synthetic import BallWorld, write_ball_clip
+
+ROOT = Path(__file__).parent.parent
+WORLD = BallWorld(size=32, radius=3, frames=24, fps=8)
+SMALL_ENCODER = "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.width 16 --batch-size 16"
+SMALL_PREDICTOR = "--predictor.width 16 --predictor.context 3 --batch-size 8 --validation-horizon 5"
+LAUNCHERS = {
+    "python": [sys.executable],
+    "accelerate": [
+        *[sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"],
+        *["--config_file", str(ROOT / "accelerate_config.yaml")],
+    ],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+
+
+def command(stage: str, options: str, launcher: str = "python") -> list[str]:
+    return [*LAUNCHERS[launcher], str(ROOT / "pipelines" / f"{stage}.py"), *options.split()]
+
+
+def run(stage: str, options: str, launcher: str = "python") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(stage, options, launcher), capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+
+
+def succeed(stage: str, options: str, launcher: str = "python") -> str:
+    result = run(stage, options, launcher)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def fail(stage: str, options: str) -> str:
+    """The one line that a mistake ends in."""
+    result = run(stage, options)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """Videos, encoder, caches and predictor, made by the stages themselves."""
+    folder = tmp_path_factory.mktemp("world")
+    for split, clips in {"train": 12, "val": 4, "test": 4}.items():
+        (folder / split).mkdir()
+        for index in range(clips):
+            write_ball_clip(folder / split, index, WORLD, seed=len(split))
+    (folder / "train" / "notes.mp4").write_text("this is no video")
+    succeed(
+        "pretrain_encoder",
+        f"--videos {folder}/train --output-dir {folder}/encoder --steps 12 --log-every 5 {SMALL_ENCODER}",
+        launcher="accelerate",
+    )
+    for split in ("train", "val", "test"):
+        options = f"--videos {folder}/{split} --encoder {folder}/encoder/encoder --fps 8"
+        succeed("cache_embeddings", f"{options} --output-dir {folder}/cache/{split}")
+    caches = f"--train-cache {folder}/cache/train --validation-cache {folder}/cache/val"
+    succeed(
+        "train_predictor",
+        f"{caches} --output-dir {folder}/predictor --steps 12 --log-every 5 {SMALL_PREDICTOR}",
+        launcher="accelerate",
+    )
+    return folder
+
+
+def test_the_journey_leaves_what_it_promises(world):
+    for artefact in ("encoder/encoder", "predictor/predictor"):
+        assert (world / artefact / "model.safetensors").exists()
+        assert (world / artefact / "config.json").exists()
+    assert list((world / "encoder" / "logs").rglob("events.out.tfevents*"))
+    metrics = json.loads((world / "encoder" / "metrics.json").read_text())
+    assert metrics["refused_videos"] == 1
+    assert metrics["steps"] == 12
+    for name in ("embedding_batch_std", "embedding_time_rank", "expander_batch_rank", "expander_time_std"):
+        assert metrics[name] > 0
+    predicted = json.loads((world / "predictor" / "metrics.json").read_text())
+    assert predicted["validation_relative_to_copy_last"] <= 1.0
+    assert predicted["predicted_batch_std"] > 0
+    recorded = json.loads((world / "encoder" / "config.json").read_text())
+    assert "no readable" in str(recorded["inputs"]["refused"]) or "not a readable" in str(recorded["inputs"]["refused"])
+
+
+def test_evaluation_reports_every_predictor_at_every_horizon(world, tmp_path):
+    shown = succeed(
+        "evaluate_rollout",
+        f"--cache {world}/cache/test --predictor {world}/predictor/predictor --output-dir {tmp_path} --horizon 6 "
+        f"--probe-cache {world}/cache/train --probe-columns ball_1_x ball_2_y",
+    )
+    assert "copy_last" in shown
+    result = json.loads((tmp_path / "rollout.json").read_text())
+    assert set(result["predictors"]) == {"model", "copy_last", "linear_extrapolation", "ridge", "mean"}
+    for records in result["predictors"].values():
+        assert [record["horizon"] for record in records] == [1, 2, 3, 4, 5, 6]
+        for record in records:
+            low, high = record["mse_interval"]
+            assert low <= record["mse"] <= high
+            assert 0 <= record["retrieval_at_1"] <= 1
+            assert len(record["probe_r2"]) == 2
+            for to in ("copy_last", "ridge", "mean"):
+                assert record[f"relative_to_{to}"] > 0
+    assert all(record["relative_to_copy_last"] == 1 for record in result["predictors"]["copy_last"])
+    assert (tmp_path / "rollout.png").stat().st_size > 5000
+
+
+def test_surprise_is_a_row_for_each_frame_with_enough_past(world, tmp_path):
+    succeed(
+        "score_surprise",
+        f"--videos {world}/test {world}/train/clip_00000.mp4 --encoder {world}/encoder/encoder "
+        f"--predictor {world}/predictor/predictor --output-dir {tmp_path}",
+    )
+    with (tmp_path / "surprise.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["video", "time_s", "energy", "percentile"]
+    assert len({row["video"] for row in rows}) == 5
+    first = [row for row in rows if row["video"] == rows[0]["video"]]
+    assert len(first) == WORLD.frames - 3  # the context
+    assert float(first[0]["time_s"]) == pytest.approx(3 / 8)
+    assert all(0 <= float(row["percentile"]) <= 100 for row in rows)
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 5
+
+
+def test_running_the_cache_again_embeds_only_what_is_new(world, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("clip_00000.mp4", "clip_00001.mp4"):
+        shutil.copy(world / "train" / name, videos)
+    options = f"--videos {videos} --encoder {world}/encoder/encoder --fps 8 --output-dir {tmp_path}/cache"
+    assert "0 of 2 clips" in succeed("cache_embeddings", options)
+    shards = set((tmp_path / "cache" / "shards").iterdir())
+    shutil.copy(world / "train" / "clip_00002.mp4", videos)
+    assert "2 of 3 clips" in succeed("cache_embeddings", options)
+    assert shards < set((tmp_path / "cache" / "shards").iterdir())
+    assert "3 of 3 clips" in succeed("cache_embeddings", options)
+
+
+def test_two_processes_run_both_trainers_and_share_the_cache(world, tmp_path):
+    succeed(
+        "pretrain_encoder",
+        f"--videos {world}/train --output-dir {tmp_path}/encoder --steps 4 {SMALL_ENCODER}",
+        launcher="torchrun",
+    )
+    for split in ("train", "val"):
+        shown = succeed(
+            "cache_embeddings",
+            f"--videos {world}/{split} --encoder {tmp_path}/encoder/encoder --fps 8 --output-dir {tmp_path}/{split}",
+            launcher="torchrun",
+        )
+        assert f"{12 if split == 'train' else 4} clips" in shown
+    succeed(
+        "train_predictor",
+        f"--train-cache {tmp_path}/train --validation-cache {tmp_path}/val --output-dir {tmp_path}/predictor "
+        f"--steps 4 --rollout-steps 2 {SMALL_PREDICTOR}",
+        launcher="torchrun",
+    )
+
+
+@pytest.mark.parametrize("stage", ["pretrain_encoder", "train_predictor"])
+def test_interrupted_and_resumed_equals_undisturbed(stage, world, tmp_path):
+    if stage == "pretrain_encoder":
+        options, artefact = f"--videos {world}/train {SMALL_ENCODER} --steps 300 --log-every 10", "encoder"
+    else:
+        caches = f"--train-cache {world}/cache/train --validation-cache {world}/cache/val"
+        options, artefact = f"{caches} {SMALL_PREDICTOR} --steps 300 --log-every 10", "predictor"
+    succeed(stage, f"{options} --output-dir {tmp_path}/undisturbed")
+
+    interrupted = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        command(stage, f"{options} --output-dir {interrupted}"), env=ENVIRONMENT, cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    # The progress bar says when training is under way.
+    assert process.stderr is not None
+    shown = ""
+    while not re.search(r"\| [1-9]\d*/300", shown):
+        shown += process.stderr.read(20)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT, rest
+    assert "add --resume" in rest
+    saved = [path.name for path in (interrupted / "training_state").iterdir()]
+    assert len(saved) == 1
+    assert 0 < int(saved[0].removeprefix("step_")) < 300
+    assert "unfinished run: add --resume" in fail(stage, f"{options} --output-dir {interrupted}")
+    succeed(stage, f"{options} --output-dir {interrupted} --resume")
+
+    ours, theirs = (
+        load_file(tmp_path / run / artefact / "model.safetensors") for run in ("interrupted", "undisturbed")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_collapse_is_announced_and_a_healthy_run_is_not(world, tmp_path):
+    options = f"--videos {world}/train --steps 200 --log-every 50 {SMALL_ENCODER}"
+    process = run("pretrain_encoder", f"{options} --output-dir {tmp_path}/none --objective.variance-weight 0")
+    assert "COLLAPSE at step" in process.stderr + process.stdout
+    metrics = json.loads((tmp_path / "none" / "metrics.json").read_text())
+    assert metrics["collapsed"]
+    assert metrics["first_collapse_step"] <= 200
+    process = run("pretrain_encoder", f"{options} --output-dir {tmp_path}/healthy")
+    assert "COLLAPSE" not in process.stderr + process.stdout
+    assert json.loads((tmp_path / "healthy" / "metrics.json").read_text())["first_collapse_step"] is None
+
+
+def test_mistakes_end_in_one_clear_line_and_leave_nothing(world, tmp_path):
+    out = tmp_path / "out"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    train = f"--videos {world}/train --output-dir {out}"
+    assert "no such file or folder" in fail("pretrain_encoder", f"--videos {tmp_path}/nowhere --output-dir {out}")
+    assert "no videos in this folder" in fail("pretrain_encoder", f"--videos {empty} --output-dir {out}")
+    assert "not a readable video" in fail("pretrain_encoder", f"--videos {world}/train/notes.mp4 --output-dir {out}")
+    assert "perhaps you meant resnet18" in fail("pretrain_encoder", f"{train} --encoder.backbone resnet-18")
+    assert "--fps is -1" in fail("pretrain_encoder", f"{train} --fps -1")
+    assert "--batch-size 4096" in fail("pretrain_encoder", f"{train} {SMALL_ENCODER} --batch-size 4096")
+    shutil.rmtree(out)  # the videos had to be decoded to know that they are too few
+    assert "there is no encoder here" in fail("cache_embeddings", f"--videos {world}/train --encoder {empty}")
+    assert "is not an embedding cache" in fail("train_predictor", f"--train-cache {empty} --output-dir {out}")
+    caches = f"--train-cache {world}/cache/train --validation-cache {world}/cache/val --output-dir {out}"
+    assert "the longest unbroken clip has 24" in fail("train_predictor", f"{caches} --predictor.context 30")
+    evaluate = f"--predictor {world}/predictor/predictor --output-dir {out}"
+    assert "lower the context or the horizon" in fail(
+        "evaluate_rollout", f"{evaluate} --cache {world}/cache/test --horizon 40"
+    )
+    assert "there is no column 'speed'" in fail(
+        "evaluate_rollout",
+        f"{evaluate} --cache {world}/cache/test --horizon 5 --probe-cache {world}/cache/train --probe-columns speed",
+    )
+    assert not out.exists()
+    assert "finished run: add --overwrite" in fail(
+        "train_predictor", f"{caches.replace(str(out), f'{world}/predictor')} --steps 12 {SMALL_PREDICTOR}"
+    )
+
+
+def test_another_encoder_is_noticed_everywhere(world, tmp_path):
+    succeed("pretrain_encoder", f"--videos {world}/train --output-dir {tmp_path} --steps 1 --seed 5 {SMALL_ENCODER}")
+    cache = f"--videos {world}/test --encoder {tmp_path}/encoder --fps 8"
+    assert "holds embeddings with encoder_fingerprint" in fail(
+        "cache_embeddings", f"{cache} --output-dir {world}/cache/test"
+    )
+    succeed("cache_embeddings", f"{cache} --output-dir {tmp_path}/cache")
+    assert "belongs to encoder" in fail(
+        "evaluate_rollout",
+        f"--cache {tmp_path}/cache --predictor {world}/predictor/predictor --output-dir {tmp_path}/e",
+    )
+    assert "was trained on embeddings" in fail(
+        "score_surprise",
+        f"--videos {world}/test --encoder {tmp_path}/encoder --predictor {world}/predictor/predictor "
+        f"--output-dir {tmp_path}/s",
+    )
+    assert "belongs to encoder" in fail(
+        "train_predictor",
+        f"--train-cache {world}/cache/train --validation-cache {tmp_path}/cache --output-dir {tmp_path}/p",
+    )
+
+
+def test_a_video_shorter_than_the_context_is_named(world, tmp_path):
+    write_ball_clip(tmp_path, 0, BallWorld(size=32, radius=3, frames=3, fps=8), seed=0)
+    line = fail(
+        "score_surprise",
+        f"--videos {tmp_path}/clip_00000.mp4 --encoder {world}/encoder/encoder "
+        f"--predictor {world}/predictor/predictor --output-dir {tmp_path}/out",
+    )
+    assert "clip_00000.mp4" in line
+    assert "more than 3 frames" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "stage", ["pretrain_encoder", "cache_embeddings", "train_predictor", "evaluate_rollout", "score_surprise", "demo"]
+)
+def test_help_explains_every_option(stage):
+    shown = succeed(stage, "--help")
+    assert "--seed" in shown
+    assert "pipelines/" in shown
+
+
+def test_a_typing_error_is_answered_with_the_right_name():
+    result = run("pretrain_encoder", "--videos x --objective.variance-wieght 3")
+    assert result.returncode != 0
+    assert "--objective.variance-weight" in result.stderr + result.stdout
+
+
+def test_a_killed_cache_goes_on_where_it_was(world, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for index in range(40):
+        shutil.copy(world / "train" / f"clip_{index % 12:05d}.mp4", videos / f"{index}.mp4")
+    options = f"--videos {videos} --encoder {world}/encoder/encoder --fps 8 --clips-per-shard 2"
+    process = subprocess.Popen(
+        command("cache_embeddings", f"{options} --output-dir {tmp_path}/cache"), env=ENVIRONMENT, cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    manifests = tmp_path / "cache" / "shards"
+    while len(list(manifests.glob("*.json"))) < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    kept = len(list(manifests.glob("*.json")))
+    shown = succeed("cache_embeddings", f"{options} --output-dir {tmp_path}/cache")
+    assert f"{2 * kept} of 40 clips are in the cache already" in shown
+    assert "40 clips" in shown.splitlines()[-2]
