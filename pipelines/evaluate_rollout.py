@@ -72,12 +72,16 @@ def main(options: Options) -> None:
         "--probe-cache and --probe-columns belong together: give both or neither",
     )
     output = RunFolder(options.output_dir, ("rollout.json", "rollout.png"))
+    output.require_unfinished(options.overwrite)
     predictor = load_predictor(options.predictor)
     cache = EmbeddingCache(options.cache)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
     trials = lay_out_trials(cache, predictor, options.horizon, options.stride)
     probes = fit_probes(options, predictor, cache, trials.future_rows) if options.probe_cache else None
-    output.prepare(options, options.overwrite, inputs={"provenance": cache.provenance})
+    changing = bool((trials.future != trials.past[:, -1:]).any())
+    require(changing, f"{options.cache}: no embedding ever changes, so nothing can beat copying it: bring moving video")
+    # What an interrupted evaluation left can go: there is nothing in it to go on from.
+    output.prepare(options, overwrite=True, inputs={"provenance": cache.provenance})
 
     imagined = imagine_all(predictor, trials.past, options.horizon)
     results = measure(trials, imagined, predictor, options.seed, options.resamples)

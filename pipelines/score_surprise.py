@@ -68,6 +68,7 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     output = RunFolder(options.output_dir, ("surprise.csv", "pictures"))
     encoder, predictor = load_pair(options.encoder, options.predictor)
+    output.require_unfinished(options.overwrite)
     videos = check_videos(options.videos, predictor.fps)
     scored: dict[VideoInfo, Surprise] = {}
     refused = list(videos.refused.values())
@@ -80,7 +81,8 @@ def main(options: Options) -> None:
     if not scored:
         raise UserError(refused[0])
 
-    output.prepare(options, options.overwrite)
+    # What an interrupted run left can go: there is nothing in it to go on from.
+    output.prepare(options, overwrite=True)
     unfinished = options.output_dir / ".tmp.surprise.csv"
     with unfinished.open("w", newline="") as file:
         writer = csv.writer(file)

@@ -84,6 +84,13 @@ class RunFolder:
         """Whether a run has ended here."""
         return (self.path / "metrics.json").exists()
 
+    def require_unfinished(self, overwrite: bool = False) -> None:
+        """Raises `UserError` if a finished run would be lost."""
+        require(
+            overwrite or not self.finished,
+            f"{self.path} already holds a finished run: add --overwrite to replace it, or choose another --output-dir",
+        )
+
     def prepare(
         self, options: Any, overwrite: bool, resume: bool = False, inputs: dict[str, Any] | None = None
     ) -> None:
@@ -102,17 +109,13 @@ class RunFolder:
                     shutil.rmtree(target)
                 else:
                     target.unlink(missing_ok=True)
-        elif self.finished:
-            raise UserError(
-                f"{self.path} already holds a finished run: add --overwrite to replace it, "
-                "or choose another --output-dir"
-            )
-        elif recorded.exists() and not resume:
+        self.require_unfinished()
+        if recorded.exists() and not resume:
             raise UserError(
                 f"{self.path} already holds an unfinished run: add --resume to go on with it, "
                 "or --overwrite to start again"
             )
-        elif recorded.exists():
+        if recorded.exists():
             _require_same_options(json.loads(recorded.read_text())["options"], record["options"], self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(recorded, record)
