@@ -24,11 +24,11 @@ class ViewsConfig:
 
     kind: Literal["neighbours", "augmentations"] = "neighbours"
     """`neighbours`: consecutive frames under changing light. `augmentations`: one frame, cropped and coloured twice."""
-    light_amplitude: float = 0.15
+    light_amplitude: float = 0.1
     """neighbours: amplitude of the low-frequency light and shade added to each view, of a pixel range of 1."""
     light_cells: int = 8
     """neighbours: light and shade is drawn on a grid of this many cells a side and enlarged."""
-    pixel_noise: float = 0.1
+    pixel_noise: float = 0.05
     """neighbours: standard deviation of the noise added to each pixel."""
     smallest_crop: float = 0.3
     """augmentations: smallest area of the crop, relative to the frame."""

@@ -43,7 +43,7 @@ class Options:
     """Clips to train on; a tenth as many are made for validation, and as many again for the test."""
     encoder_steps: int = 1000
     """Optimiser steps of the encoder."""
-    predictor_steps: int = 1000
+    predictor_steps: int = 800
     """Optimiser steps of the predictor."""
     seed: int = 0
     """Of the videos and of all stages."""

@@ -52,7 +52,7 @@ class Options:
     """Steps of linear warm-up before the cosine."""
     memory_gb: float = 2.0
     """Most memory for decoded frames on each process; larger data sets are streamed through it."""
-    log_every: int = 50
+    log_every: int = 100
     """Steps between two entries in the log, each with a check for collapse."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""

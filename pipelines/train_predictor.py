@@ -43,7 +43,7 @@ class Options:
     """Embeddings of other videos, to choose the best model by."""
     output_dir: Path = Path("runs/predictor")
     """Where the predictor, its metrics and its logs are left."""
-    steps: int = 1000
+    steps: int = 800
     """Optimiser steps."""
     batch_size: int = 128
     """Windows in a batch, on each process."""
@@ -53,9 +53,9 @@ class Options:
     """Weight decay of AdamW."""
     warmup_steps: int = 100
     """Steps of linear warm-up before the cosine."""
-    targets: int = 4
+    targets: int = 1
     """One-step predictions in each window."""
-    rollout_steps: int = 4
+    rollout_steps: int = 5
     """Also train on rollouts of this many steps, through the predictor's own predictions; 0 for none."""
     input_noise: float = 0.2
     """Gaussian noise on the past while training, in units of the typical change from tick to tick."""
