@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 
@@ -33,6 +34,9 @@ def start_accelerator(tracker: str = "none", logs: Path | None = None) -> Accele
         f"{processes} processes were started, but accelerate sees {accelerator.num_processes}: "
         "check the --config_file of accelerate launch",
     )
+    if processes == 1 and accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        # `accelerate launch` sets OMP_NUM_THREADS to 1 where it expects a GPU: half a laptop would stand idle.
+        torch.set_num_threads(os.cpu_count() or 1)
     return accelerator
 
 
@@ -101,6 +105,8 @@ class Interruption:
         if self.received and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal_number
+        if self.accelerator.is_main_process:
+            print("\nsaving after this step; Ctrl-C again to stop at once", file=sys.stderr)
 
     def save_and_stop(self, checkpoints: Checkpoints, step: int) -> None:
         """After each step: if any rank was asked to stop, save and raise `Interrupted` on all. Collective."""
