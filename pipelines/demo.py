@@ -136,7 +136,7 @@ def draw_futures(
     pictures[0].save(
         folder / "imagined_future.gif", save_all=True, append_images=pictures[1:], duration=1000 // world.fps, loop=0
     )
-    moments = [context - 1, *range(context + 1, len(film), 5)]
+    moments = [context - 1, *range(context + 1, min(len(film), context + 20), 3)]
     first_clip = film[moments][:, :, : world.size]
     sheet = np.concatenate(list(first_clip), axis=1)
     Image.fromarray(sheet.repeat(SCALE, axis=0).repeat(SCALE, axis=1)).save(folder / "imagined_future.png")

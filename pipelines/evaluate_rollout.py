@@ -290,7 +290,7 @@ def draw_skill(results: dict[str, Any], axes: Axes) -> None:
     axes.set_xlabel("horizon in seconds")
     axes.set_ylabel("error relative to copying the last embedding")
     axes.set_title(f"{results['windows']:,} rollouts in {results['clips']} clips; {results['interval']}", fontsize=9)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def read_pictures(cache: EmbeddingCache, rows: Sequence[int] | np.ndarray, height: int = 144) -> list[np.ndarray]:
