@@ -310,11 +310,11 @@ def test_a_killed_cache_goes_on_where_it_was(world, tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     manifests = tmp_path / "cache" / "shards"
-    while len(list(manifests.glob("*.json"))) < 3 and process.poll() is None:
+    while len(list(manifests.glob("[!.]*.json"))) < 3 and process.poll() is None:
         time.sleep(0.005)
     process.kill()
     process.wait()
-    kept = len(list(manifests.glob("*.json")))
+    kept = len(list(manifests.glob("[!.]*.json")))
     shown = succeed("cache_embeddings", f"{options} --output-dir {tmp_path}/cache")
     assert f"{2 * kept} of 40 clips are in the cache already" in shown
     assert "40 clips" in shown.splitlines()[-2]
