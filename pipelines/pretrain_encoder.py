@@ -28,6 +28,8 @@ from pipelines.stage import LAUNCH, RunFolder, require, run_stage
 from pipelines.training import Checkpoints, Interruption, lr_at, save_artefact, start_accelerator, step_generator
 
 DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES = 16, 16
+FIRST_ALARM_STEP = 50
+"""Before, nothing has had time to spread out, and batch normalisation has seen too little: every run would alarm."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def main(options: Options) -> None:
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
             if is_main:
                 metrics, alarms = diagnose(encoder, expander, sequences)
+                alarms = alarms if step >= FIRST_ALARM_STEP else []
                 metrics |= values
                 accelerator.log({**metrics, "learning_rate": optimizer.param_groups[0]["lr"]}, step=step)
                 progress.report(alarms, step, bar)

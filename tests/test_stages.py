@@ -90,6 +90,7 @@ def test_the_journey_leaves_what_it_promises(world):
     metrics = json.loads((world / "encoder" / "metrics.json").read_text())
     assert metrics["refused_videos"] == 1
     assert metrics["steps"] == 12
+    assert not metrics["collapsed"]  # nor has it had time to spread out
     for name in ("embedding_batch_std", "embedding_time_rank", "expander_batch_rank", "expander_time_std"):
         assert metrics[name] > 0
     predicted = json.loads((world / "predictor" / "metrics.json").read_text())
