@@ -75,7 +75,9 @@ class Options:
 def main(options: Options) -> None:
     """The story: check, build, train, save."""
     require(options.fps > 0, f"--fps is {options.fps:g}: it must be positive")
-    require(options.steps > 0, f"--steps is {options.steps}: it must be positive")
+    for name in ("steps", "log_every", "checkpoint_every", "memory_gb"):
+        value = getattr(options, name)
+        require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
     require(options.batch_size > 1, f"--batch-size is {options.batch_size}: variance needs at least 2")
     output = RunFolder(options.output_dir, ("encoder", "training_state", "logs"))
     accelerator = start_accelerator(options.tracker, options.output_dir / "logs")

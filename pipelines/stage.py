@@ -57,9 +57,9 @@ def run_stage(main: Callable[[Options], None], options_type: type[Options]) -> N
     except (UserError, VideoError, CacheError, SidecarError, ConfigurationError) as error:
         sys.exit(f"{prefix}error: {error}")
     except OSError as error:
-        if error.filename is None and error.strerror is None:
-            raise
-        sys.exit(f"{prefix}error: {error.filename or 'the output folder'}: {error.strerror}: nothing more was written")
+        # h5py puts the system's reason ("No space left on device") into the text alone.
+        reason = error.strerror or str(error).splitlines()[0]
+        sys.exit(f"{prefix}error: {error.filename or 'writing'}: {reason}: what was complete before is kept")
 
 
 def require(condition: bool, message: str) -> None:

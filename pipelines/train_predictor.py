@@ -78,7 +78,7 @@ class Options:
 
 def main(options: Options) -> None:
     """The story: check, build, train, keep the best on validation clips, calibrate, save."""
-    for name in ("steps", "batch_size", "targets", "validation_horizon"):
+    for name in ("steps", "batch_size", "targets", "validation_horizon", "log_every", "checkpoint_every"):
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
     output = RunFolder(options.output_dir, ("predictor", "training_state", "logs"))

@@ -231,6 +231,7 @@ def test_mistakes_end_in_one_clear_line_and_leave_nothing(world, tmp_path):
     assert "not a readable video" in fail("pretrain_encoder", f"--videos {world}/train/notes.mp4 --output-dir {out}")
     assert "perhaps you meant resnet18" in fail("pretrain_encoder", f"{train} --encoder.backbone resnet-18")
     assert "--fps is -1" in fail("pretrain_encoder", f"{train} --fps -1")
+    assert "--log-every is 0" in fail("pretrain_encoder", f"{train} --log-every 0")
     assert "--batch-size 4096" in fail("pretrain_encoder", f"{train} {SMALL_ENCODER} --batch-size 4096")
     shutil.rmtree(out)  # the videos had to be decoded to know that they are too few
     assert "there is no encoder here" in fail("cache_embeddings", f"--videos {world}/train --encoder {empty}")
