@@ -58,7 +58,7 @@ def run_stage(main: Callable[[Options], None], options_type: type[Options]) -> N
         sys.exit(f"{prefix}error: {error}")
     except OSError as error:
         # h5py puts the system's reason ("No space left on device") into the text alone.
-        reason = error.strerror or str(error).splitlines()[0]
+        reason = error.strerror or (str(error) or repr(error)).splitlines()[0]
         sys.exit(f"{prefix}error: {error.filename or 'writing'}: {reason}: what was complete before is kept")
 
 
