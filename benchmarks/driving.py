@@ -38,7 +38,7 @@ PREDICTOR = {
     "learning-rate": 1e-3,
     "steps": 400,
 }
-"""Found on b_01, with encoder and predictor trained on a_00 and b_00 only; b_02 was not looked at."""
+"""Found on b_01 with encoder and predictor trained on a_00 and b_00 only; b_02 was not looked at before."""
 
 
 @dataclass(frozen=True)
