@@ -42,6 +42,18 @@ def run_stage(main: Callable[[Options], None], options_type: type[Options]) -> N
     """Parse the command line and run `main`; a user's mistake ends in one clear line and a non-zero exit."""
     # The docstring of the script is its help: it names the exact command.
     options = tyro.cli(options_type, description=sys.modules["__main__"].__doc__)
+    status = _exit_status(main, options)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads may outlive the process group and abort the interpreter while it shuts down, after all work
+        # is done (pytorch/pytorch#179291): leave without that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _exit_status(main: Callable[[Options], None], options: Options) -> int:
+    """Run `main`; say in one line on standard error what went wrong, if anything did."""
     rank = int(os.environ.get("RANK", "0"))
     prefix = f"[rank {rank}] " if rank else ""
     try:
@@ -49,17 +61,21 @@ def run_stage(main: Callable[[Options], None], options_type: type[Options]) -> N
     except Interrupted as stop:
         if rank == 0:
             print(f"\n{stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except KeyboardInterrupt:
         if rank == 0:
             print("\ninterrupted: run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except (UserError, VideoError, CacheError, SidecarError, ConfigurationError) as error:
-        sys.exit(f"{prefix}error: {error}")
+        print(f"{prefix}error: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         # h5py puts the system's reason ("No space left on device") into the text alone.
         reason = error.strerror or (str(error) or repr(error)).splitlines()[0]
-        sys.exit(f"{prefix}error: {error.filename or 'writing'}: {reason}: what was complete before is kept")
+        place = error.filename or "writing"
+        print(f"{prefix}error: {place}: {reason}: what was complete before is kept", file=sys.stderr)
+        return 1
+    return 0
 
 
 def require(condition: bool, message: str) -> None:
