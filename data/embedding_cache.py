@@ -12,12 +12,13 @@ again. No file is ever changed after it has its name, so many ranks write side b
 and a resumed run may have another number of ranks.
 """
 
+import copy
 import fcntl
 import json
 import os
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -243,6 +244,12 @@ class EmbeddingCache:
         self.ticks = np.concatenate(ticks)
         """int64 (rows,)."""
         self._first_rows = np.array(first_rows)
+
+    def only(self, sources: Collection[str]) -> "EmbeddingCache":
+        """The same cache with the clips of some videos alone; rows keep their numbers."""
+        part = copy.copy(self)
+        part.clips = [clip for clip in self.clips if clip.key.source in sources]
+        return part
 
     @property
     def frames(self) -> int:

@@ -72,15 +72,13 @@ def percentile(predictor: Predictor, energies: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate_energy(predictor: Predictor, sequences: list[Tensor]) -> None:
-    """Measure the predictor's errors on validation clips and keep their statistics in its buffers.
+def calibrate_energy(predictor: Predictor, errors: Tensor) -> None:
+    """Keep the statistics of the predictor's usual errors in its buffers.
 
     Args:
         predictor: changed in place.
-        sequences: standardised embeddings (B, T, D) of ordinary video that the predictor was not trained on.
+        errors: (N, D), `prediction_errors` on ordinary video that the predictor was not trained on.
     """
-    context = predictor.config.context
-    errors = torch.cat([prediction_errors(predictor, part, context).flatten(0, 1) for part in sequences])
     usual = measure_usual_errors(errors)
     predictor.error_mean.copy_(usual.mean)
     predictor.error_whitening.copy_(usual.whitening)

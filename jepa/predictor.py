@@ -9,6 +9,7 @@ To add a predictor, write a network that maps steps (B, T, 2 D) causally to hidd
 last `outputs` steps, say in `memory` how many past steps it makes use of, and name it in `NETWORKS`.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from jepa.encoder import ConfigurationError
+from jepa.shrinkage import no_shrinkage
 
 Kind = Literal["mlp", "transformer", "gru"]
 
@@ -186,15 +188,43 @@ class Ridge(nn.Module):
         return last_steps(past, self.context, outputs) @ self.weight + self.bias
 
 
+class Shrunk(nn.Module):
+    """Another predictor, whose rollouts `jepa.skill.imagine` shrinks by these weights (LONGEST, 2)."""
+
+    def __init__(self, predictor: nn.Module, shrinkage: Tensor) -> None:
+        super().__init__()
+        self.predictor, self.shrinkage = predictor, shrinkage
+        self.memory = predictor.memory
+
+    def forward(self, past: Tensor, outputs: int = 1) -> Tensor:
+        return self.predictor(past, outputs)
+
+
+class Member(nn.Module):
+    """One network of a predictor, and its head; steps (B, T, 2 D) -> changes in units of sigma, (B, outputs, D)."""
+
+    def __init__(self, dimension: int, config: PredictorConfig) -> None:
+        super().__init__()
+        self.network = NETWORKS[config.kind](2 * dimension, config)
+        self.head = nn.Linear(config.width, dimension)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, steps: Tensor, outputs: int) -> Tensor:
+        return self.head(self.network(steps, outputs))
+
+
 class Predictor(nn.Module, PyTorchModelHubMixin):
     """A trained predictor, with all that is needed to use it and to judge it.
 
     Delta-parametrisation: from e_t and the last changes d / sigma, a network f with a zero-initialised head gives
-    e_t + sigma * f, so training starts from copying the last embedding.
+    e_t + sigma * f, so training starts from copying the last embedding. An ensemble (`members` above 1) predicts the
+    mean of its members' predictions, step by step of a rollout (Lakshminarayanan et al. 2017, arXiv:1612.01474).
 
     Beside the network it holds the standardisation of its embedding space, the ridge regression fitted on the same
-    training windows, the statistics of its own errors on validation clips (for `jepa.energy`), and what the
-    embeddings are: their dimension, the clock that they lie on and the encoder that made them.
+    training windows, for both how far their rollouts are to be trusted (`jepa.shrinkage`), the statistics of its own
+    errors on validation clips (`jepa.energy`), and what the embeddings are: their dimension, the clock that they lie
+    on and the encoder that made them.
 
     Raises:
         ConfigurationError: the configuration cannot be built.
@@ -203,12 +233,19 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     mean: Tensor
     std: Tensor
     change_std: Tensor
+    shrinkage: Tensor
+    ridge_shrinkage: Tensor
     error_mean: Tensor
     error_whitening: Tensor
     energy_quantiles: Tensor
 
     def __init__(
-        self, predictor: PredictorConfig, embedding_dimension: int, fps: float, encoder_fingerprint: str
+        self,
+        predictor: PredictorConfig,
+        embedding_dimension: int,
+        fps: float,
+        encoder_fingerprint: str,
+        members: int = 1,
     ) -> None:
         super().__init__()
         config = predictor
@@ -218,15 +255,14 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
             raise ConfigurationError(f"--predictor.context is {config.context}: at least 2 embeddings are needed")
         self.config, self.fps, self.encoder_fingerprint = config, fps, encoder_fingerprint
         dimension = embedding_dimension
-        self.network = NETWORKS[config.kind](2 * dimension, config)
-        self.memory = int(self.network.memory)  # type: ignore[arg-type]
-        self.head = nn.Linear(config.width, dimension)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.members = nn.ModuleList(Member(dimension, config) for _ in range(members))
+        self.memory = int(self.members[0].network.memory)  # type: ignore[arg-type, union-attr]
         self.ridge = Ridge(dimension, config.context)
         self.register_buffer("mean", torch.zeros(dimension))
         self.register_buffer("std", torch.ones(dimension))
         self.register_buffer("change_std", torch.ones(dimension))
+        self.register_buffer("shrinkage", no_shrinkage())
+        self.register_buffer("ridge_shrinkage", no_shrinkage())
         self.register_buffer("error_mean", torch.zeros(dimension))
         self.register_buffer("error_whitening", torch.eye(dimension))
         self.register_buffer("energy_quantiles", torch.zeros(1001))
@@ -234,7 +270,14 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     def forward(self, past: Tensor, outputs: int = 1) -> Tensor:
         """Standardised embeddings (B, T, D) -> what comes after each of the last `outputs`, (B, outputs, D)."""
         steps = torch.cat([past, changes(past) / self.change_std], dim=-1)  # (B, T, 2 D)
-        return past[:, -outputs:] + self.change_std * self.head(self.network(steps, outputs))
+        change = torch.stack([member(steps, outputs) for member in self.members]).mean(dim=0)  # (B, outputs, D)
+        return past[:, -outputs:] + self.change_std * change
+
+    def alone(self, member: int) -> "Predictor":
+        """One member as a predictor, sharing its weights and all statistics with this one."""
+        shared = copy.copy(self)
+        shared._modules = self._modules | {"members": nn.ModuleList([self.members[member]])}
+        return shared
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Raw embeddings (..., D) to the space that predictors live in."""
@@ -246,6 +289,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
             "copy_last": CopyLast(),
             "linear_extrapolation": LinearExtrapolation(),
             "ridge": self.ridge,
+            "shrunk_ridge": Shrunk(self.ridge, self.ridge_shrinkage),
             "mean": Mean(),
         }
 

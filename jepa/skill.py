@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa.rollout import rollout
+from jepa.shrinkage import shrink
 
 REFERENCES = ("copy_last", "ridge", "mean")
 
@@ -34,8 +35,13 @@ class Skill:
 
 @torch.no_grad()
 def imagine(predictor: nn.Module, past: Tensor, horizon: int, batch: int = 4096) -> Tensor:
-    """Rollouts of many windows, in batches; past (N, T, D) -> (N, horizon, D)."""
-    return torch.cat([rollout(predictor, part, horizon) for part in past.split(batch)])
+    """The futures of many windows, in batches; past (N, T, D) -> (N, horizon, D).
+
+    Rollouts, shrunk as far as validation advised where the predictor has a `shrinkage`.
+    """
+    imagined = torch.cat([rollout(predictor, part, horizon) for part in past.split(batch)])
+    weights = getattr(predictor, "shrinkage", None)
+    return imagined if weights is None else shrink(imagined, past[:, -1], weights)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from data.synthetic import BALL_COLOURS, STATE_COLUMNS, BallWorld, write_ball_vi
 from data.video import read_on_clock
 from jepa.predictor import Predictor
 from jepa.probe import LinearProbe, fit_linear_probe
-from jepa.rollout import rollout
+from jepa.skill import imagine
 from pipelines.artefacts import load_predictor
 from pipelines.evaluate_rollout import states
 from pipelines.stage import LAUNCH, UserError, run_stage
@@ -152,7 +152,7 @@ def draw_imagined(
         uint8 (frames, H, W, 3); the frames that the model has seen are grey behind, the imagined ones white.
     """
     context = predictor.config.context
-    future = rollout(predictor, embeddings[None, :context], frames - context)[0]
+    future = imagine(predictor, embeddings[None, :context], frames - context)[0]
     positions = probe(torch.cat([embeddings[:context], future])).reshape(frames, 2, 2).numpy()
     vertical, horizontal = np.mgrid[0 : world.size, 0 : world.size] + 0.5
     film = np.empty((frames, world.size, world.size, 3))

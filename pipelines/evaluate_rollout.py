@@ -270,18 +270,25 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def draw_skill(results: dict[str, Any], axes: Axes) -> None:
     """Error relative to copy-last against the horizon in seconds, with confidence bands."""
-    colours = {"model": "C0", "copy_last": "0.5", "linear_extrapolation": "C1", "ridge": "C2", "mean": "C3"}
+    colours = {
+        "model": "C0",
+        "copy_last": "0.5",
+        "linear_extrapolation": "C1",
+        "ridge": "C2",
+        "shrunk_ridge": "C4",
+        "mean": "C3",
+    }
     for name, records in results["predictors"].items():
         time_s = [record["time_s"] for record in records]
         axes.plot(
             time_s,
             [record["relative_to_copy_last"] for record in records],
             label=name.replace("_", " "),
-            color=colours[name],
+            color=colours.get(name, "C0"),
             linewidth=2.5 if name == "model" else 1.5,
         )
         low, high = np.array([record["relative_to_copy_last_interval"] for record in records]).T
-        axes.fill_between(time_s, low, high, color=colours[name], alpha=0.2, linewidth=0)
+        axes.fill_between(time_s, low, high, color=colours.get(name, "C0"), alpha=0.2, linewidth=0)
     # Logarithmic: extrapolation and the mean are wrong by factors that would flatten the rest on a linear scale.
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -9,28 +9,31 @@ tracker logs. Ctrl-C saves; the same command with --resume goes on.
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.embedding_cache import EmbeddingCache
 from data.windows import Windows
 from jepa.diagnostics import prediction_alarms, sequence_spread
-from jepa.energy import calibrate_energy
-from jepa.predictor import CopyLast, Predictor, PredictorConfig, Ridge, changes, fit_ridge
+from jepa.energy import calibrate_energy, prediction_errors
+from jepa.predictor import Predictor, PredictorConfig, Ridge, changes, fit_ridge
 from jepa.rollout import rollout
-from jepa.skill import imagine
+from jepa.shrinkage import fit_shrinkage, shrink
 from pipelines.stage import RunFolder, require, run_stage
 from pipelines.training import Checkpoints, Interruption, lr_at, save_artefact, start_accelerator, step_generator
 
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 VALIDATION_WINDOWS = 2048
+RIDGE_WINDOWS = 200_000
+"""Most windows that ridge regression is fitted on, spread evenly."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class Options:
     train_cache: Path = Path("cache/train")
     """Embeddings to train on."""
     validation_cache: Path = Path("cache/val")
-    """Embeddings of other videos, to choose the best model by."""
+    """Embeddings of other videos, to choose the best model by. Not read with --folds."""
+    folds: int = 0
+    """For a handful of videos, of which none can be spared for validation: divide the training videos into this many
+    parts, and train an ensemble of as many members, each without one part, on which it is validated. 0: one member."""
     output_dir: Path = Path("runs/predictor")
     """Where the predictor, its metrics and its logs are left."""
     steps: int = 800
@@ -60,7 +66,8 @@ class Options:
     input_noise: float = 0.2
     """Gaussian noise on the past while training, in units of the typical change from tick to tick."""
     validation_horizon: int = 10
-    """The model is chosen by its mean error relative to copy-last over this many rollout steps."""
+    """Rollout steps on validation clips: the model is chosen by its mean error relative to copy-last over them, and
+    how far its rollouts are to be trusted is measured for each of them (the last stands for all later ones)."""
     log_every: int = 100
     """Steps between two validations, each with a check for collapse."""
     checkpoint_every: int = 500
@@ -86,26 +93,30 @@ def main(options: Options) -> None:
     is_main = accelerator.is_main_process
     set_seed(options.seed)
 
-    train_cache, validation_cache = EmbeddingCache(options.train_cache), EmbeddingCache(options.validation_cache)
+    train_cache = EmbeddingCache(options.train_cache)
     provenance = train_cache.provenance
-    validation_cache.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
-    context = options.predictor.context
-    windows = Windows(train_cache, context + max(options.targets, options.rollout_steps))
-    validation = Windows(validation_cache, context + options.validation_horizon)
+    if options.folds:
+        splits = hold_out_in_turn(train_cache, options.folds)
+    else:
+        validation_cache = EmbeddingCache(options.validation_cache)
+        validation_cache.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
+        splits = [Split(train_cache, validation_cache)]
+    context, horizon = options.predictor.context, options.validation_horizon
     predictor = Predictor(
-        options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint
+        options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, len(splits)
     )
     measure_embeddings(predictor, train_cache)
-    spaced = np.linspace(0, len(validation) - 1, min(VALIDATION_WINDOWS, len(validation))).astype(int)
-    validation_windows = predictor.standardise(validation.take(spaced))  # (N, context + horizon, D)
-    predictor.ridge = fit_ridge_on(train_cache, validation_windows, predictor, context)
+    windows = [Windows(split.train, context + max(options.targets, options.rollout_steps)) for split in splits]
+    held_out = [hold_out(split, predictor, context + horizon, VALIDATION_WINDOWS // len(splits)) for split in splits]
+    fit_ridge_on(splits, held_out, predictor)
 
     if is_main:
         output.prepare(options, options.overwrite, options.resume, {"provenance": provenance})
         print(
             f"training {options.predictor.kind} ({sum(p.numel() for p in predictor.parameters()):,} weights) on "
             f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}: "
-            f"{len(windows):,} windows of {len(train_cache.clips)} clips, validated on {len(validation_cache.clips)}"
+            f"{sum(map(len, windows)):,} windows, validated on {sum(len(split.validation.clips) for split in splits)} "
+            "clips" + (f", an ensemble of {len(splits)} members" if options.folds else "")
         )
     accelerator.wait_for_everyone()
 
@@ -117,9 +128,9 @@ def main(options: Options) -> None:
     step = checkpoints.load_newest() if options.resume else 0
     interruption = Interruption(accelerator)
     accelerator.init_trackers("train_predictor")
-    validation_windows = validation_windows.to(accelerator.device)
+    held_out = [HeldOut(*(tensor.to(accelerator.device) for tensor in part)) for part in held_out]
     if step == 0:
-        best.consider(0, validate(predictor, validation_windows, context))
+        best.consider(0, validate(predictor, held_out))
 
     started = time.monotonic()
     bar = tqdm(total=options.steps, initial=step, unit="step", desc="predictor", disable=not is_main)
@@ -127,7 +138,8 @@ def main(options: Options) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, options.steps, options.warmup_steps, options.learning_rate)
         draws = step_generator(options.seed, step, accelerator.process_index, torch.device("cpu"))
-        window = predictor.standardise(windows.sample(options.batch_size, draws).to(accelerator.device))
+        drawn = torch.stack([part.sample(options.batch_size, draws) for part in windows])  # (members, B, T, D)
+        window = predictor.standardise(drawn.to(accelerator.device))
         noise = torch.randn(window.shape, generator=draws).to(accelerator.device)
         noisy = window + options.input_noise * predictor.change_std * noise
         with accelerator.autocast():
@@ -140,7 +152,7 @@ def main(options: Options) -> None:
         bar.update()
 
         if step % options.log_every == 0 or step == options.steps:
-            metrics = validate(predictor, validation_windows, context)
+            metrics = validate(predictor, held_out)
             metrics |= {name: value.item() for name, value in terms.items()}
             best.consider(step, metrics)
             bar.set_postfix({
@@ -158,7 +170,7 @@ def main(options: Options) -> None:
 
     if is_main:
         predictor.load_state_dict(best.weights)
-        calibrate_energy(predictor, list(clip_sequences(validation_cache, predictor)))
+        calibrate_energy(predictor, validation_errors(splits, predictor))
         save_artefact(predictor, options.output_dir / "predictor")
         output.finish(
             {
@@ -181,7 +193,7 @@ def main(options: Options) -> None:
     accelerator.end_training()
 
 
-class Losses(torch.nn.Module):
+class Losses(nn.Module):
     """The predictor and its losses as one module, so that one call does all that ranks must agree on."""
 
     def __init__(self, predictor: Predictor, targets: int, rollout_steps: int) -> None:
@@ -189,26 +201,84 @@ class Losses(torch.nn.Module):
         self.predictor, self.targets, self.rollout_steps = predictor, targets, rollout_steps
 
     def forward(self, noisy: Tensor, window: Tensor) -> dict[str, Tensor]:
-        """Mean squared errors of one-step predictions, and of a rollout if asked for; windows (B, T, D)."""
+        """Mean squared errors of one-step predictions, and of a rollout if asked for.
+
+        Each member sees windows of its own; (members, B, T, D). The losses are the members' means.
+        """
         context = self.predictor.config.context
-        predicted = self.predictor(noisy[:, : context + self.targets - 1], self.targets)
-        terms = {"one_step_loss": (predicted - window[:, context : context + self.targets]).square().mean()}
+        members = [self.predictor.alone(member) for member in range(len(noisy))]
+
+        def mean_error(predicted: list[Tensor]) -> Tensor:
+            steps = predicted[0].shape[1]
+            return (torch.stack(predicted) - window[:, :, context : context + steps]).square().mean()
+
+        one_step = [
+            member(part[:, : context + self.targets - 1], self.targets)
+            for member, part in zip(members, noisy, strict=True)
+        ]
+        terms = {"one_step_loss": mean_error(one_step)}
         if self.rollout_steps:
-            imagined = rollout(self.predictor, noisy[:, :context], self.rollout_steps)
-            terms["rollout_loss"] = (imagined - window[:, context : context + self.rollout_steps]).square().mean()
+            imagined = [
+                rollout(member, part[:, :context], self.rollout_steps)
+                for member, part in zip(members, noisy, strict=True)
+            ]
+            terms["rollout_loss"] = mean_error(imagined)
         return terms
 
 
+class HeldOut(NamedTuple):
+    """Windows that one member was not trained on."""
+
+    windows: Tensor
+    """(N, context + horizon, D), standardised."""
+    mean: Tensor
+    """(D,), of the embeddings that the member was trained on, standardised by all: not quite 0 if some are held out."""
+
+
+class Trial(NamedTuple):
+    """Rollouts on windows that were held out, and what came."""
+
+    imagined: Tensor
+    """(N, horizon, D)."""
+    last: Tensor
+    """(N, D), what the rollouts started from."""
+    future: Tensor
+    """(N, horizon, D)."""
+    mean: Tensor
+    """(N, D), of what the predictor was trained on."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, predictors: Sequence[nn.Module], held_out: list[HeldOut], context: int) -> "Trial":
+        """Each predictor on what was held out from it."""
+        windows = torch.cat([part.windows for part in held_out])
+        horizon = windows.shape[1] - context
+        imagined = [
+            rollout(one, part.windows[:, :context], horizon) for one, part in zip(predictors, held_out, strict=True)
+        ]
+        means = [part.mean.expand(len(part.windows), -1) for part in held_out]
+        return cls(torch.cat(imagined), windows[:, context - 1], windows[:, context:], torch.cat(means))
+
+
 @torch.no_grad()
-def validate(predictor: Predictor, windows: Tensor, context: int) -> dict[str, Any]:
-    """Rollout errors relative to copy-last, spread of the predictions beside that of the truth, and alarms."""
+def validate(predictor: Predictor, held_out: list[HeldOut]) -> dict[str, Any]:
+    """How far to trust the rollouts, into the predictor; then their errors relative to copy-last, and alarms.
+
+    Each member is judged on the windows (N, context + horizon, D) that were held out from it. The spread of the
+    predictions is reported beside that of the truth.
+    """
     predictor.eval()
-    past, future = windows[:, :context], windows[:, context:]
-    horizon = future.shape[1]
-    error = (imagine(predictor, past, horizon) - future).square().mean(dim=(0, 2))
-    copied = (imagine(CopyLast(), past, horizon) - future).square().mean(dim=(0, 2)).clamp_min(1e-12)
+    members = [predictor.alone(member) for member in range(len(held_out))]
+    trial = Trial.of(members, held_out, predictor.config.context)
+    predictor.shrinkage.copy_(fit_shrinkage(*trial))
+    horizon = trial.future.shape[1]
+    shrunk = shrink(trial.imagined, trial.last, predictor.shrinkage, trial.mean)
+    error = (shrunk - trial.future).square().mean(dim=(0, 2))
+    copied = (trial.last[:, None] - trial.future).square().mean(dim=(0, 2)).clamp_min(1e-12)
     relative = error / copied  # (horizon,)
-    predicted = torch.cat([predictor(part[:, :-1], horizon) for part in windows.split(4096)])
+    predicted = torch.cat(
+        [member(part.windows[:, :-1], horizon) for member, part in zip(members, held_out, strict=True)]
+    )
     predictor.train()
     metrics: dict[str, Any] = {
         "validation_relative_to_copy_last": float(relative.mean()),
@@ -217,9 +287,9 @@ def validate(predictor: Predictor, windows: Tensor, context: int) -> dict[str, A
             for h in sorted({1, 5, horizon})
             if h <= horizon
         },
-        "alarms": prediction_alarms(predicted, future) if horizon > 1 else [],
+        "alarms": prediction_alarms(predicted, trial.future) if horizon > 1 else [],
     }
-    for name, value in (("predicted", predicted), ("true", future)):
+    for name, value in (("predicted", predicted), ("true", trial.future)):
         for over, spread in sequence_spread(value)._asdict().items():
             metrics |= {f"{name}_{over}_std": spread.std, f"{name}_{over}_rank": spread.rank}
     return metrics
@@ -263,15 +333,6 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
-def clip_sequences(cache: EmbeddingCache, predictor: Predictor) -> list[Tensor]:
-    """Standardised unbroken sequences (1, T, D) of all clips that are longer than the context."""
-    return [
-        predictor.standardise(torch.from_numpy(cache.take(run)).to(predictor.mean.device))[None]
-        for run in cache.unbroken_runs()
-        if len(run) > predictor.config.context
-    ]
-
-
 def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     """Mean and standard deviation of the training embeddings, and of their changes, into the predictor's buffers."""
     runs = [torch.from_numpy(cache.take(run)).double() for run in cache.unbroken_runs()]
@@ -284,18 +345,81 @@ def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     predictor.change_std.copy_((squares / max(1, count - len(runs))).sqrt().clamp_min(1e-6))
 
 
-def fit_ridge_on(cache: EmbeddingCache, validation_windows: Tensor, predictor: Predictor, context: int) -> Ridge:
-    """Ridge regression on all training windows, its penalty chosen by one-step error on validation windows."""
-    windows = Windows(cache, context + 1)
-    spaced = np.linspace(0, len(windows) - 1, min(200_000, len(windows))).astype(int)
-    inputs = predictor.standardise(windows.take(spaced))
-    candidates = fit_ridge(inputs, context, RIDGE_PENALTIES)
+class Split(NamedTuple):
+    """What one member learns from, and what it is validated on."""
 
-    def error(ridge: Ridge) -> float:
-        predicted = ridge(validation_windows[:, :context])[:, 0]
-        return float((predicted - validation_windows[:, context]).square().mean())
+    train: EmbeddingCache
+    validation: EmbeddingCache
 
-    return min(candidates, key=error)
+
+def hold_out_in_turn(cache: EmbeddingCache, folds: int) -> list[Split]:
+    """Divide the videos of a cache into parts, and hold each part out once.
+
+    Raises:
+        UserError: there are fewer than two parts, or fewer videos than parts.
+    """
+    # In the order of their names: what was recorded together often stands together, and is held out together.
+    sources = sorted({clip.key.source for clip in cache.clips})
+    require(folds > 1, f"--folds is {folds}: at least 2 parts are needed, or 0 for none")
+    require(
+        folds <= len(sources),
+        f"--folds is {folds}, but {cache.folder} holds {len(sources)} videos: lower it, or bring more videos",
+    )
+    parts = [set(part.tolist()) for part in np.array_split(np.array(sources), folds)]
+    return [Split(cache.only(set(sources) - part), cache.only(part)) for part in parts]
+
+
+def hold_out(split: Split, predictor: Predictor, length: int, most: int) -> HeldOut:
+    """Windows spread evenly over the validation clips, standardised (N, length, D), beside the training mean."""
+    windows = Windows(split.validation, length)
+    spaced = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
+    total, frames = torch.zeros_like(predictor.mean), 0
+    for clip in split.train.clips:
+        embeddings = predictor.standardise(torch.from_numpy(split.train.clip_embeddings(clip)))
+        total, frames = total + embeddings.sum(dim=0), frames + len(embeddings)
+    return HeldOut(predictor.standardise(windows.take(spaced)), total / frames)
+
+
+def validation_errors(splits: list[Split], predictor: Predictor) -> Tensor:
+    """One-step errors (N, D) of each member on all that was held out from it."""
+    context = predictor.config.context
+    errors = []
+    for member, split in enumerate(splits):
+        for run in split.validation.unbroken_runs():
+            if len(run) > context:
+                embeddings = torch.from_numpy(split.validation.take(run)).to(predictor.mean.device)
+                sequence = predictor.standardise(embeddings)[None]
+                with torch.no_grad():
+                    errors.append(prediction_errors(predictor.alone(member), sequence, context)[0])
+    return torch.cat(errors)
+
+
+def fit_ridge_on(splits: list[Split], held_out: list[HeldOut], predictor: Predictor) -> None:
+    """Ridge regression on all training windows, into the predictor, and how far its rollouts are to be trusted.
+
+    Its penalty is chosen by one-step error on what was held out, its trust measured there.
+    """
+    context = predictor.config.context
+
+    def windows(cache: EmbeddingCache) -> Tensor:
+        found = Windows(cache, context + 1)
+        spaced = np.linspace(0, len(found) - 1, min(RIDGE_WINDOWS, len(found))).astype(int)
+        return predictor.standardise(found.take(spaced))
+
+    fitted = [fit_ridge(windows(split.train), context, RIDGE_PENALTIES) for split in splits]  # [split][penalty]
+    by_penalty = [list(ridges) for ridges in zip(*fitted, strict=True)]  # [penalty][split]
+
+    def error(ridges: list[Ridge]) -> float:
+        one_step = Trial.of(ridges, [HeldOut(part.windows[:, : context + 1], part.mean) for part in held_out], context)
+        return float((one_step.imagined - one_step.future).square().mean())
+
+    chosen = min(range(len(RIDGE_PENALTIES)), key=lambda index: error(by_penalty[index]))
+    predictor.ridge_shrinkage.copy_(fit_shrinkage(*Trial.of(by_penalty[chosen], held_out, context)))
+    if len(splits) == 1:
+        predictor.ridge = by_penalty[chosen][0]
+    else:
+        everything = torch.cat([windows(split.validation) for split in splits])  # each clip is held out once
+        (predictor.ridge,) = fit_ridge(everything, context, (RIDGE_PENALTIES[chosen],))
 
 
 if __name__ == "__main__":

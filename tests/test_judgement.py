@@ -107,7 +107,7 @@ def calibrated_predictor() -> tuple[Predictor, list[torch.Tensor]]:
     predictor = Predictor(PredictorConfig(context=4, width=16), 6, 4.0, "abc").eval()
     scales = torch.tensor([0.01, 0.1, 1, 1, 1, 1])
     walks = [(torch.randn(1, 80, 6) * scales).cumsum(dim=1) for _ in range(30)]
-    calibrate_energy(predictor, walks[:20])
+    calibrate_energy(predictor, torch.cat([prediction_errors(predictor, walk, 4).flatten(0, 1) for walk in walks[:20]]))
     return predictor, walks[20:]
 
 

@@ -12,13 +12,12 @@ from nbclient import NotebookClient
 from data.embedding_cache import CacheWriter, EmbeddingCache, Provenance, clip_key
 from data.synthetic import BallWorld, write_ball_clip, write_video
 from data.video import VideoError, read_on_clock
-from data.windows import Windows
 from jepa.encoder import EncoderConfig, FrameEncoder
 from jepa.energy import calibrate_energy
 from jepa.predictor import Predictor, PredictorConfig
 from pipelines.cache_embeddings import embed
 from pipelines.evaluate_rollout import clip_of_row, read_pictures
-from pipelines.train_predictor import clip_sequences, fit_ridge_on, measure_embeddings
+from pipelines.train_predictor import Split, fit_ridge_on, hold_out, measure_embeddings, validation_errors
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "rollout_evaluation.ipynb"
 WORLD = BallWorld()
@@ -55,10 +54,9 @@ def artefacts(tmp_path_factory):
     config = PredictorConfig(context=4, width=16, depth=1)
     predictor = Predictor(config, 8, float(WORLD.fps), encoder.fingerprint()).eval()
     measure_embeddings(predictor, cache)
-    windows = Windows(cache, config.context + 1)
-    validation = predictor.standardise(windows.take(np.arange(len(windows))))
-    predictor.ridge = fit_ridge_on(cache, validation, predictor, config.context)
-    calibrate_energy(predictor, clip_sequences(cache, predictor))
+    splits = [Split(cache, cache)]
+    fit_ridge_on(splits, [hold_out(splits[0], predictor, config.context + 3, 100)], predictor)
+    calibrate_energy(predictor, validation_errors(splits, predictor))
     predictor.save_pretrained(folder / "predictor")
     return folder
 

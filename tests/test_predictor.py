@@ -23,7 +23,7 @@ def make(kind: str, context: int = 4) -> Predictor:
     torch.manual_seed(0)
     config = PredictorConfig(kind=kind, context=context, width=16, depth=2, heads=2)  # type: ignore[arg-type]
     predictor = Predictor(config, 5, 4.0, "abc").eval()
-    torch.nn.init.normal_(predictor.head.weight)
+    torch.nn.init.normal_(predictor.members[0].head.weight)
     torch.nn.init.normal_(predictor.ridge.weight)
     return predictor
 

@@ -1,0 +1,67 @@
+"""How far a rollout is trusted, against a search over all weights."""
+
+import itertools
+
+import pytest
+import torch
+
+from jepa.predictor import CopyLast, LinearExtrapolation, Shrunk
+from jepa.rollout import rollout
+from jepa.shrinkage import LONGEST, fit_shrinkage, no_shrinkage, shrink
+from jepa.skill import imagine
+
+
+def mean_squared_errors(imagined: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
+    return (imagined - future).square().mean(dim=(0, 2))
+
+
+def test_a_rollout_that_goes_twice_too_far_is_halved():
+    last, future = torch.randn(50, 4), torch.randn(50, 3, 4)
+    weights = fit_shrinkage(last[:, None] + 2 * (future - last[:, None]), last, future)
+    assert torch.allclose(weights[:3], torch.tensor([0.5, 0.0]), atol=1e-5)
+    assert torch.allclose(shrink(last[:, None] + 2 * (future - last[:, None]), last, weights), future, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_weights_are_better(seed):
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(4, 40, 2, 3, generator=generator)
+    last = draw[0, :, 0]
+    # Futures that return to the mean, follow the rollout, stay, or go against it.
+    mix = torch.rand(3, generator=generator) * torch.tensor([2.0, 1.0, 2.0]) - torch.tensor([0.7, 0.3, 0.5])
+    imagined = draw[1]
+    future = mix[0] * imagined + mix[1] * last[:, None] + mix[2] * draw[2]
+    weights = fit_shrinkage(imagined, last, future)
+    assert weights.min() >= 0
+    assert weights.sum(dim=1).max() <= 1 + 1e-6
+    found = mean_squared_errors(shrink(imagined, last, weights), future)
+    for rollout_weight, mean_weight in itertools.product(torch.linspace(0, 1, 21), repeat=2):
+        if rollout_weight + mean_weight <= 1:
+            other = torch.stack([rollout_weight, mean_weight]).repeat(LONGEST, 1)
+            assert (found <= mean_squared_errors(shrink(imagined, last, other), future) + 1e-6).all()
+
+
+def test_what_copies_anyway_and_what_is_always_right():
+    last, future = torch.randn(20, 4), torch.randn(20, 2, 4)
+    copied = last[:, None].expand(-1, 2, -1)
+    found = mean_squared_errors(shrink(copied, last, fit_shrinkage(copied, last, future)), future)
+    assert (found <= mean_squared_errors(copied, future)).all()
+    assert torch.allclose(fit_shrinkage(future, last, future)[0], torch.tensor([1.0, 0.0]), atol=1e-5)
+
+
+def test_later_horizons_share_the_last_weights():
+    last, future = torch.randn(30, 4), torch.randn(30, 3, 4)
+    weights = fit_shrinkage(future + torch.randn(30, 3, 4), last, future)
+    assert (weights[3:] == weights[2]).all()
+    imagined = torch.randn(30, LONGEST + 5, 4)
+    expected = weights[-1, 0] * imagined[:, -1] + (1 - weights[-1].sum()) * last
+    assert torch.allclose(shrink(imagined, last, weights)[:, -1], expected, atol=1e-6)
+
+
+def test_only_what_has_weights_is_shrunk():
+    past = torch.randn(5, 3, 4)
+    raw = rollout(LinearExtrapolation(), past, 6)
+    assert torch.equal(imagine(LinearExtrapolation(), past, 6), raw)
+    assert torch.equal(imagine(Shrunk(LinearExtrapolation(), no_shrinkage()), past, 6), raw)
+    copying = Shrunk(LinearExtrapolation(), torch.zeros(LONGEST, 2))
+    assert torch.equal(imagine(copying, past, 6), rollout(CopyLast(), past, 6))
