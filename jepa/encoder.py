@@ -10,7 +10,6 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import timm
 import torch
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
@@ -158,6 +157,8 @@ def _build_backbone(config: EncoderConfig) -> tuple[Any, tuple[float, ...], tupl
     """The backbone and the mean and standard deviation of the pixels that it expects."""
     if config.backbone == SMALL_CONV:
         return SmallConv(), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    import timm  # here, because it takes seconds, and every stage would wait for it
+
     if not timm.is_model(config.backbone):
         known = [SMALL_CONV, *timm.list_models()]
         near = difflib.get_close_matches(config.backbone, known, n=3, cutoff=0.5)

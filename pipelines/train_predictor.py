@@ -31,7 +31,7 @@ from pipelines.stage import RunFolder, require, run_stage
 from pipelines.training import Checkpoints, Interruption, lr_at, save_artefact, start_accelerator, step_generator
 
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-VALIDATION_WINDOWS = 2048
+VALIDATION_WINDOWS = 1024
 RIDGE_WINDOWS = 200_000
 """Most windows that ridge regression is fitted on, spread evenly."""
 
@@ -59,10 +59,8 @@ class Options:
     """Weight decay of AdamW."""
     warmup_steps: int = 100
     """Steps of linear warm-up before the cosine."""
-    targets: int = 1
-    """One-step predictions in each window."""
     rollout_steps: int = 5
-    """Also train on rollouts of this many steps, through the predictor's own predictions; 0 for none."""
+    """Train on rollouts of this many steps, through the predictor's own predictions; 1 for the next step alone."""
     input_noise: float = 0.2
     """Gaussian noise on the past while training, in units of the typical change from tick to tick."""
     validation_horizon: int = 10
@@ -85,7 +83,7 @@ class Options:
 
 def main(options: Options) -> None:
     """The story: check, build, train, keep the best on validation clips, calibrate, save."""
-    for name in ("steps", "batch_size", "targets", "validation_horizon", "log_every", "checkpoint_every"):
+    for name in ("steps", "batch_size", "rollout_steps", "validation_horizon", "log_every", "checkpoint_every"):
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
     output = RunFolder(options.output_dir, ("predictor", "training_state", "logs"))
@@ -106,7 +104,7 @@ def main(options: Options) -> None:
         options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, len(splits)
     )
     measure_embeddings(predictor, train_cache)
-    windows = [Windows(split.train, context + max(options.targets, options.rollout_steps)) for split in splits]
+    windows = [Windows(split.train, context + options.rollout_steps) for split in splits]
     held_out = [hold_out(split, predictor, context + horizon, VALIDATION_WINDOWS // len(splits)) for split in splits]
     fit_ridge_on(splits, held_out, predictor)
 
@@ -121,7 +119,7 @@ def main(options: Options) -> None:
     accelerator.wait_for_everyone()
 
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    losses, optimizer = accelerator.prepare(Losses(predictor, options.targets, options.rollout_steps), optimizer)
+    losses, optimizer = accelerator.prepare(Losses(predictor), optimizer)
     best = Best(predictor)
     accelerator.register_for_checkpointing(best)
     checkpoints = Checkpoints(accelerator, options.output_dir / "training_state")
@@ -196,34 +194,22 @@ def main(options: Options) -> None:
 class Losses(nn.Module):
     """The predictor and its losses as one module, so that one call does all that ranks must agree on."""
 
-    def __init__(self, predictor: Predictor, targets: int, rollout_steps: int) -> None:
+    def __init__(self, predictor: Predictor) -> None:
         super().__init__()
-        self.predictor, self.targets, self.rollout_steps = predictor, targets, rollout_steps
+        self.predictor = predictor
 
     def forward(self, noisy: Tensor, window: Tensor) -> dict[str, Tensor]:
-        """Mean squared errors of one-step predictions, and of a rollout if asked for.
+        """Mean squared errors of the first step of a rollout, and of all its steps.
 
-        Each member sees windows of its own; (members, B, T, D). The losses are the members' means.
+        Each member sees windows of its own, (members, B, context + steps, D); the losses are the members' means.
         """
         context = self.predictor.config.context
-        members = [self.predictor.alone(member) for member in range(len(noisy))]
-
-        def mean_error(predicted: list[Tensor]) -> Tensor:
-            steps = predicted[0].shape[1]
-            return (torch.stack(predicted) - window[:, :, context : context + steps]).square().mean()
-
-        one_step = [
-            member(part[:, : context + self.targets - 1], self.targets)
-            for member, part in zip(members, noisy, strict=True)
+        steps = window.shape[2] - context
+        imagined = [
+            rollout(self.predictor.alone(member), past, steps) for member, past in enumerate(noisy[:, :, :context])
         ]
-        terms = {"one_step_loss": mean_error(one_step)}
-        if self.rollout_steps:
-            imagined = [
-                rollout(member, part[:, :context], self.rollout_steps)
-                for member, part in zip(members, noisy, strict=True)
-            ]
-            terms["rollout_loss"] = mean_error(imagined)
-        return terms
+        error = (torch.stack(imagined) - window[:, :, context:]).square()  # (members, B, steps, D)
+        return {"one_step_loss": error[:, :, 0].mean(), "rollout_loss": error.mean()}
 
 
 class HeldOut(NamedTuple):

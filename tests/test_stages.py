@@ -108,7 +108,9 @@ def test_evaluation_reports_every_predictor_at_every_horizon(world, tmp_path):
     )
     assert "copy_last" in shown
     result = json.loads((tmp_path / "rollout.json").read_text())
-    assert set(result["predictors"]) == {"model", "copy_last", "linear_extrapolation", "ridge", "mean"}
+    assert set(result["predictors"]) == {
+        *("model", "copy_last", "linear_extrapolation", "ridge", "shrunk_ridge", "mean")
+    }
     for records in result["predictors"].values():
         assert [record["horizon"] for record in records] == [1, 2, 3, 4, 5, 6]
         for record in records:
@@ -120,6 +122,18 @@ def test_evaluation_reports_every_predictor_at_every_horizon(world, tmp_path):
                 assert record[f"relative_to_{to}"] > 0
     assert all(record["relative_to_copy_last"] == 1 for record in result["predictors"]["copy_last"])
     assert (tmp_path / "rollout.png").stat().st_size > 5000
+
+
+def test_without_videos_to_spare_an_ensemble_is_validated_in_turn(world, tmp_path):
+    options = f"--train-cache {world}/cache/train --output-dir {tmp_path}/predictor --steps 6 --rollout-steps 2"
+    shown = succeed("train_predictor", f"{options} --folds 3 {SMALL_PREDICTOR}")
+    assert "validated on 12 clips, an ensemble of 3 members" in shown
+    assert json.loads((tmp_path / "predictor" / "predictor" / "config.json").read_text())["members"] == 3
+    metrics = json.loads((tmp_path / "predictor" / "metrics.json").read_text())
+    assert metrics["validation_relative_to_copy_last"] <= 1
+    evaluate = f"--cache {world}/cache/test --predictor {tmp_path}/predictor/predictor --horizon 6"
+    assert "model" in succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    assert "holds 12 videos" in fail("train_predictor", f"{options}/2 --folds 13 {SMALL_PREDICTOR}")
 
 
 def test_surprise_is_a_row_for_each_frame_with_enough_past(world, tmp_path):
@@ -170,6 +184,11 @@ def test_two_processes_run_both_trainers_and_share_the_cache(world, tmp_path):
         "train_predictor",
         f"--train-cache {tmp_path}/train --validation-cache {tmp_path}/val --output-dir {tmp_path}/predictor "
         f"--steps 4 --rollout-steps 2 {SMALL_PREDICTOR}",
+        launcher="torchrun",
+    )
+    succeed(
+        "train_predictor",
+        f"--train-cache {tmp_path}/train --folds 2 --output-dir {tmp_path}/ensemble --steps 4 {SMALL_PREDICTOR}",
         launcher="torchrun",
     )
 

@@ -1,0 +1,91 @@
+"""Videos held out in turn: nothing that a member is judged on was among what it learned from."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.embedding_cache import EmbeddingCache
+from data.windows import Windows
+from jepa.predictor import Predictor, PredictorConfig
+from pipelines.stage import UserError
+from pipelines.train_predictor import Trial, fit_ridge_on, hold_out, hold_out_in_turn, measure_embeddings
+
+CONTEXT = 3
+
+
+@pytest.fixture
+def cache(tmp_path, make_clip, write_cache):
+    """Five videos, each on two phases of the clock."""
+    clips = [
+        make_clip(f"/{name}.mp4", 30, seed=seed + int(10 * phase_s), phase_s=phase_s)
+        for seed, name in enumerate("abcde")
+        for phase_s in (0.0, 0.1)
+    ]
+    return EmbeddingCache(write_cache(tmp_path, clips))
+
+
+def ensemble(members: int) -> Predictor:
+    """Members that disagree."""
+    torch.manual_seed(0)
+    predictor = Predictor(PredictorConfig(context=CONTEXT, width=16, depth=1), 5, 4.0, "abc", members).eval()
+    for member in predictor.members:
+        torch.nn.init.normal_(member.head.weight)  # type: ignore[union-attr, arg-type]
+    return predictor
+
+
+def test_each_video_is_held_out_once_with_all_its_phases(cache):
+    splits = hold_out_in_turn(cache, 3)
+    held_out = [{clip.key.source for clip in split.validation.clips} for split in splits]
+    assert held_out == [{"/a.mp4", "/b.mp4"}, {"/c.mp4", "/d.mp4"}, {"/e.mp4"}]
+    for split, sources in zip(splits, held_out, strict=True):
+        assert len(split.validation.clips) == 2 * len(sources)
+        assert len(split.train.clips) == 10 - 2 * len(sources)
+        learned, judged = Windows(split.train, 5), Windows(split.validation, 5)
+        rows = [set(windows.rows(np.arange(len(windows))).ravel()) for windows in (learned, judged)]
+        assert not rows[0] & rows[1]
+        assert rows[0] | rows[1] == set(range(300))
+
+
+def test_too_few_videos_and_too_few_parts_are_refused(cache):
+    with pytest.raises(UserError, match="--folds is 1"):
+        hold_out_in_turn(cache, 1)
+    with pytest.raises(UserError, match=r"--folds is 6, but .* holds 5 videos"):
+        hold_out_in_turn(cache, 6)
+
+
+def test_an_ensemble_predicts_the_mean_of_its_members(tmp_path):
+    predictor, past = ensemble(3), torch.randn(4, 6, 5)
+    alone = [predictor.alone(member)(past, 2) for member in range(3)]
+    assert not torch.allclose(alone[0], alone[1])
+    assert torch.allclose(predictor(past, 2), torch.stack(alone).mean(dim=0), atol=1e-6)
+    assert len(predictor.members) == 3
+    predictor.save_pretrained(tmp_path)
+    assert torch.equal(Predictor.from_pretrained(tmp_path).eval()(past, 2), predictor(past, 2))
+
+
+def test_a_member_alone_shares_its_weights():
+    predictor, past = ensemble(2), torch.randn(4, 6, 5)
+    predictor.alone(1)(past).square().sum().backward()
+    gradients = [member.head.weight.grad for member in predictor.members]
+    assert gradients[0] is None
+    assert gradients[1].abs().max() > 0
+
+
+def test_trials_and_ridge_use_only_what_was_held_out(cache):
+    predictor = ensemble(5)
+    measure_embeddings(predictor, cache)
+    splits = hold_out_in_turn(cache, 5)
+    held_out = [hold_out(split, predictor, CONTEXT + 4, 10_000) for split in splits]
+    members = [predictor.alone(member) for member in range(5)]
+    trial = Trial.of(members, held_out, CONTEXT)
+    assert len(trial.imagined) == sum(len(part.windows) for part in held_out) == 10 * (30 - CONTEXT - 3)
+    first = len(held_out[0].windows)
+    assert torch.equal(trial.imagined[:first, 0], members[0](held_out[0].windows[:, :CONTEXT])[:, 0])
+    assert torch.equal(trial.imagined[-first:, 0], members[4](held_out[4].windows[:, :CONTEXT])[:, 0])
+    # The mean that a member knows is that of the others' embeddings: with the held-out part it adds up to 0.
+    own = predictor.standardise(torch.from_numpy(cache.take(np.concatenate(splits[0].validation.unbroken_runs()))))
+    assert torch.allclose(0.8 * held_out[0].mean + 0.2 * own.mean(dim=0), torch.zeros(5), atol=1e-5)
+    # White noise: the best forecast is the mean, and the ridge regression, fitted without these clips, finds nothing.
+    fit_ridge_on(splits, held_out, predictor)
+    assert predictor.ridge.weight.abs().max() < 0.2
+    assert predictor.ridge_shrinkage.sum(dim=1).min() > 0.9
