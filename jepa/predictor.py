@@ -273,11 +273,11 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         change = torch.stack([member(steps, outputs) for member in self.members]).mean(dim=0)  # (B, outputs, D)
         return past[:, -outputs:] + self.change_std * change
 
-    def alone(self, member: int) -> "Predictor":
-        """One member as a predictor, sharing its weights and all statistics with this one."""
-        shared = copy.copy(self)
-        shared._modules = self._modules | {"members": nn.ModuleList([self.members[member]])}
-        return shared
+    def only(self, members: Sequence[int]) -> "Predictor":
+        """Some members as a predictor, sharing their weights and all statistics with this one."""
+        part = copy.copy(self)
+        part._modules = self._modules | {"members": nn.ModuleList([self.members[member] for member in members])}
+        return part
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Raw embeddings (..., D) to the space that predictors live in."""

@@ -46,7 +46,9 @@ class Options:
     """Embeddings of other videos, to choose the best model by. Not read with --folds."""
     folds: int = 0
     """For a handful of videos, of which none can be spared for validation: divide the training videos into this many
-    parts, and train an ensemble of as many members, each without one part, on which it is validated. 0: one member."""
+    parts, and train an ensemble whose members do each without one part, on which they are validated."""
+    members: int = 1
+    """Networks whose predictions are averaged; with --folds, for each part."""
     output_dir: Path = Path("runs/predictor")
     """Where the predictor, its metrics and its logs are left."""
     steps: int = 800
@@ -83,7 +85,15 @@ class Options:
 
 def main(options: Options) -> None:
     """The story: check, build, train, keep the best on validation clips, calibrate, save."""
-    for name in ("steps", "batch_size", "rollout_steps", "validation_horizon", "log_every", "checkpoint_every"):
+    for name in (
+        "steps",
+        "batch_size",
+        "rollout_steps",
+        "members",
+        "validation_horizon",
+        "log_every",
+        "checkpoint_every",
+    ):
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
     output = RunFolder(options.output_dir, ("predictor", "training_state", "logs"))
@@ -100,8 +110,9 @@ def main(options: Options) -> None:
         validation_cache.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
         splits = [Split(train_cache, validation_cache)]
     context, horizon = options.predictor.context, options.validation_horizon
+    members = len(splits) * options.members
     predictor = Predictor(
-        options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, len(splits)
+        options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, members
     )
     measure_embeddings(predictor, train_cache)
     windows = [Windows(split.train, context + options.rollout_steps) for split in splits]
@@ -114,7 +125,7 @@ def main(options: Options) -> None:
             f"training {options.predictor.kind} ({sum(p.numel() for p in predictor.parameters()):,} weights) on "
             f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}: "
             f"{sum(map(len, windows)):,} windows, validated on {sum(len(split.validation.clips) for split in splits)} "
-            "clips" + (f", an ensemble of {len(splits)} members" if options.folds else "")
+            "clips" + (f", an ensemble of {members} members" if members > 1 else "")
         )
     accelerator.wait_for_everyone()
 
@@ -136,7 +147,9 @@ def main(options: Options) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, options.steps, options.warmup_steps, options.learning_rate)
         draws = step_generator(options.seed, step, accelerator.process_index, torch.device("cpu"))
-        drawn = torch.stack([part.sample(options.batch_size, draws) for part in windows])  # (members, B, T, D)
+        drawn = torch.stack(
+            [part.sample(options.batch_size, draws) for part in windows for _ in range(options.members)]
+        )  # (members, B, T, D)
         window = predictor.standardise(drawn.to(accelerator.device))
         noise = torch.randn(window.shape, generator=draws).to(accelerator.device)
         noisy = window + options.input_noise * predictor.change_std * noise
@@ -206,19 +219,19 @@ class Losses(nn.Module):
         context = self.predictor.config.context
         steps = window.shape[2] - context
         imagined = [
-            rollout(self.predictor.alone(member), past, steps) for member, past in enumerate(noisy[:, :, :context])
+            rollout(self.predictor.only([member]), past, steps) for member, past in enumerate(noisy[:, :, :context])
         ]
         error = (torch.stack(imagined) - window[:, :, context:]).square()  # (members, B, steps, D)
         return {"one_step_loss": error[:, :, 0].mean(), "rollout_loss": error.mean()}
 
 
 class HeldOut(NamedTuple):
-    """Windows that one member was not trained on."""
+    """Windows that members were not trained on."""
 
     windows: Tensor
     """(N, context + horizon, D), standardised."""
     mean: Tensor
-    """(D,), of the embeddings that the member was trained on, standardised by all: not quite 0 if some are held out."""
+    """(D,), of the embeddings that they were trained on, standardised by all: not quite 0 if some are held out."""
 
 
 class Trial(NamedTuple):
@@ -250,12 +263,12 @@ class Trial(NamedTuple):
 def validate(predictor: Predictor, held_out: list[HeldOut]) -> dict[str, Any]:
     """How far to trust the rollouts, into the predictor; then their errors relative to copy-last, and alarms.
 
-    Each member is judged on the windows (N, context + horizon, D) that were held out from it. The spread of the
-    predictions is reported beside that of the truth.
+    Members are judged on the windows that were held out from them. The spread of the predictions is reported beside
+    that of the truth.
     """
     predictor.eval()
-    members = [predictor.alone(member) for member in range(len(held_out))]
-    trial = Trial.of(members, held_out, predictor.config.context)
+    by_split = members_by_split(predictor, len(held_out))
+    trial = Trial.of(by_split, held_out, predictor.config.context)
     predictor.shrinkage.copy_(fit_shrinkage(*trial))
     horizon = trial.future.shape[1]
     shrunk = shrink(trial.imagined, trial.last, predictor.shrinkage, trial.mean)
@@ -263,7 +276,7 @@ def validate(predictor: Predictor, held_out: list[HeldOut]) -> dict[str, Any]:
     copied = (trial.last[:, None] - trial.future).square().mean(dim=(0, 2)).clamp_min(1e-12)
     relative = error / copied  # (horizon,)
     predicted = torch.cat(
-        [member(part.windows[:, :-1], horizon) for member, part in zip(members, held_out, strict=True)]
+        [members(part.windows[:, :-1], horizon) for members, part in zip(by_split, held_out, strict=True)]
     )
     predictor.train()
     metrics: dict[str, Any] = {
@@ -332,7 +345,7 @@ def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
 
 
 class Split(NamedTuple):
-    """What one member learns from, and what it is validated on."""
+    """What members learn from, and what they are validated on."""
 
     train: EmbeddingCache
     validation: EmbeddingCache
@@ -355,6 +368,11 @@ def hold_out_in_turn(cache: EmbeddingCache, folds: int) -> list[Split]:
     return [Split(cache.only(set(sources) - part), cache.only(part)) for part in parts]
 
 
+def members_by_split(predictor: Predictor, splits: int) -> list[Predictor]:
+    """For each split, in order, those members that learned from it."""
+    return [predictor.only(part.tolist()) for part in np.split(np.arange(len(predictor.members)), splits)]
+
+
 def hold_out(split: Split, predictor: Predictor, length: int, most: int) -> HeldOut:
     """Windows spread evenly over the validation clips, standardised (N, length, D), beside the training mean."""
     windows = Windows(split.validation, length)
@@ -367,16 +385,16 @@ def hold_out(split: Split, predictor: Predictor, length: int, most: int) -> Held
 
 
 def validation_errors(splits: list[Split], predictor: Predictor) -> Tensor:
-    """One-step errors (N, D) of each member on all that was held out from it."""
+    """One-step errors (N, D) of members on all that was held out from them."""
     context = predictor.config.context
     errors = []
-    for member, split in enumerate(splits):
+    for members, split in zip(members_by_split(predictor, len(splits)), splits, strict=True):
         for run in split.validation.unbroken_runs():
             if len(run) > context:
                 embeddings = torch.from_numpy(split.validation.take(run)).to(predictor.mean.device)
                 sequence = predictor.standardise(embeddings)[None]
                 with torch.no_grad():
-                    errors.append(prediction_errors(predictor.alone(member), sequence, context)[0])
+                    errors.append(prediction_errors(members, sequence, context)[0])
     return torch.cat(errors)
 
 

@@ -8,7 +8,14 @@ from data.embedding_cache import EmbeddingCache
 from data.windows import Windows
 from jepa.predictor import Predictor, PredictorConfig
 from pipelines.stage import UserError
-from pipelines.train_predictor import Trial, fit_ridge_on, hold_out, hold_out_in_turn, measure_embeddings
+from pipelines.train_predictor import (
+    Trial,
+    fit_ridge_on,
+    hold_out,
+    hold_out_in_turn,
+    measure_embeddings,
+    members_by_split,
+)
 
 CONTEXT = 3
 
@@ -55,7 +62,7 @@ def test_too_few_videos_and_too_few_parts_are_refused(cache):
 
 def test_an_ensemble_predicts_the_mean_of_its_members(tmp_path):
     predictor, past = ensemble(3), torch.randn(4, 6, 5)
-    alone = [predictor.alone(member)(past, 2) for member in range(3)]
+    alone = [predictor.only([member])(past, 2) for member in range(3)]
     assert not torch.allclose(alone[0], alone[1])
     assert torch.allclose(predictor(past, 2), torch.stack(alone).mean(dim=0), atol=1e-6)
     assert len(predictor.members) == 3
@@ -63,9 +70,17 @@ def test_an_ensemble_predicts_the_mean_of_its_members(tmp_path):
     assert torch.equal(Predictor.from_pretrained(tmp_path).eval()(past, 2), predictor(past, 2))
 
 
-def test_a_member_alone_shares_its_weights():
+def test_members_of_a_split_stand_together():
+    predictor, past = ensemble(4), torch.randn(4, 6, 5)
+    first, second = members_by_split(predictor, 2)
+    means = [torch.stack([predictor.only([member])(past) for member in pair]).mean(dim=0) for pair in ((0, 1), (2, 3))]
+    assert torch.allclose(first(past), means[0], atol=1e-6)
+    assert torch.allclose(second(past), means[1], atol=1e-6)
+
+
+def test_one_member_shares_its_weights():
     predictor, past = ensemble(2), torch.randn(4, 6, 5)
-    predictor.alone(1)(past).square().sum().backward()
+    predictor.only([1])(past).square().sum().backward()
     gradients = [member.head.weight.grad for member in predictor.members]
     assert gradients[0] is None
     assert gradients[1].abs().max() > 0
@@ -76,7 +91,7 @@ def test_trials_and_ridge_use_only_what_was_held_out(cache):
     measure_embeddings(predictor, cache)
     splits = hold_out_in_turn(cache, 5)
     held_out = [hold_out(split, predictor, CONTEXT + 4, 10_000) for split in splits]
-    members = [predictor.alone(member) for member in range(5)]
+    members = members_by_split(predictor, 5)
     trial = Trial.of(members, held_out, CONTEXT)
     assert len(trial.imagined) == sum(len(part.windows) for part in held_out) == 10 * (30 - CONTEXT - 3)
     first = len(held_out[0].windows)
