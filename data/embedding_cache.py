@@ -4,7 +4,7 @@ A cache is a folder:
 
     cache.json               what the embeddings are: encoder, clock, transform, versions
     shards/NAME.h5           contiguous `embeddings` (N, D), `times_s` (N,), `ticks` (N,)
-    shards/NAME.json         which clips are in NAME.h5, and its size in bytes and checksum
+    shards/NAME.json         which clips are in NAME.h5, with the checksum of each, and its size in bytes
 
 A shard is written under a temporary name, synced and renamed; its small JSON manifest follows in the same way, and
 *the manifest is the commit*: an HDF5 file without one does not exist for the reader, and its clips are embedded
@@ -16,6 +16,7 @@ import copy
 import fcntl
 import json
 import os
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Collection, Sequence
@@ -26,7 +27,7 @@ from typing import IO, Any, Literal, NamedTuple
 import h5py
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class CacheError(Exception):
@@ -159,18 +160,20 @@ class CacheWriter:
             )
             raise CacheError(f"the embeddings of {sources[0]} are not finite in {dtype}: check the encoder")
 
+        times_s = np.concatenate([clip.times_s for clip in clips]).astype(np.float64)
+        ticks = np.concatenate([clip.ticks for clip in clips]).astype(np.int64)
+        records, start = [], 0
+        for clip in clips:
+            rows = slice(start, start := start + len(clip.ticks))
+            checksum = _checksum(embeddings[rows], times_s[rows], ticks[rows])
+            records.append({**clip.key._asdict(), "frames": len(clip.ticks), "crc32": checksum})
+
         def write(path: Path) -> None:
             with h5py.File(path, "w") as file:
-                file["embeddings"] = embeddings
-                file["times_s"] = np.concatenate([clip.times_s for clip in clips]).astype(np.float64)
-                file["ticks"] = np.concatenate([clip.ticks for clip in clips]).astype(np.int64)
+                file["embeddings"], file["times_s"], file["ticks"] = embeddings, times_s, ticks
 
         _write_synced(shard, write)
-        manifest = {
-            "bytes": shard.stat().st_size,
-            "crc32": zlib.crc32(shard.read_bytes()),
-            "clips": [{**clip.key._asdict(), "frames": len(clip.times_s)} for clip in clips],
-        }
+        manifest = {"bytes": shard.stat().st_size, "written_ns": time.time_ns(), "clips": records}
         _write_synced(shard.with_suffix(".json"), lambda path: path.write_text(json.dumps(manifest)))
         self.buffer = []
 
@@ -189,13 +192,17 @@ class CachedClip:
     start: int
     """Row of its first embedding in the whole cache."""
     frames: int
+    crc32: int
+    """Of its embeddings as stored, times and ticks."""
+    shard: Path
 
 
 class EmbeddingCache:
     """Reads a cache: memory-mapped, opened in a moment whatever its size.
 
     Rows of all shards are numbered through. `clips` are ordered by source and phase, so their order does not depend
-    on how many ranks wrote them; of a file that was embedded before and after a change only the newer clip is there.
+    on how many ranks wrote them; of a file that was embedded before and after a change only the clip that was written
+    last is there.
 
     Raises:
         CacheError: there is no cache, it has a newer format, it is empty, or a shard has the wrong size.
@@ -204,7 +211,7 @@ class EmbeddingCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.provenance = read_provenance(folder)
-        newest: dict[tuple[str, float], CachedClip] = {}
+        newest: dict[tuple[str, float], tuple[int, CachedClip]] = {}
         self._embeddings: list[np.ndarray] = []
         times_s, ticks, first_rows = [], [], []
         row = 0
@@ -230,15 +237,15 @@ class EmbeddingCache:
             self._embeddings.append(mapped)
             first_rows.append(row)
             for record in manifest["clips"]:
-                frames = record.pop("frames")
-                clip = CachedClip(ClipKey(**record), row, frames)
+                frames, crc32 = record.pop("frames"), record.pop("crc32")
+                clip = CachedClip(ClipKey(**record), row, frames, crc32, shard)
                 row += frames
-                name = (clip.key.source, clip.key.phase_s)
-                if name not in newest or newest[name].key.modified_ns <= clip.key.modified_ns:
-                    newest[name] = clip
+                name, written_ns = (clip.key.source, clip.key.phase_s), manifest["written_ns"]
+                if name not in newest or newest[name][0] <= written_ns:
+                    newest[name] = written_ns, clip
         if not newest:
             raise CacheError(f"{folder} holds no embeddings: run cache_embeddings first")
-        self.clips = [newest[name] for name in sorted(newest)]
+        self.clips = [newest[name][1] for name in sorted(newest)]
         self.times_s = np.concatenate(times_s)
         """float64 (rows,), seconds."""
         self.ticks = np.concatenate(ticks)
@@ -265,6 +272,14 @@ class EmbeddingCache:
             chosen = np.flatnonzero(shard_of_row == shard)
             output[chosen] = np.take(self._embeddings[shard], flat[chosen] - self._first_rows[shard], axis=0)
         return output.reshape(*rows.shape, -1)
+
+    def is_intact(self, clip: CachedClip) -> bool:
+        """Whether a clip still has the checksum that it was written with. A flipped bit is read without an error."""
+        rows = slice(clip.start, clip.start + clip.frames)
+        shard = int(np.searchsorted(self._first_rows, clip.start, side="right")) - 1
+        first = clip.start - self._first_rows[shard]
+        stored = self._embeddings[shard][first : first + clip.frames]
+        return _checksum(stored, self.times_s[rows], self.ticks[rows]) == clip.crc32
 
     def clip_embeddings(self, clip: CachedClip) -> np.ndarray:
         """All embeddings of a clip, float32 (T, D)."""
@@ -315,6 +330,11 @@ def read_provenance(folder: Path) -> Provenance:
         version = record.pop("format_version")
         if version > FORMAT_VERSION:
             raise CacheError(f"{folder} has cache format {version}, newer than {FORMAT_VERSION}: update video-jepa")
+        if version < FORMAT_VERSION:
+            raise CacheError(
+                f"{folder} has cache format {version}, older than {FORMAT_VERSION}: "
+                "delete it and run cache_embeddings again"
+            )
         record["image_size"] = tuple(record["image_size"])
         return Provenance(**record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -322,19 +342,30 @@ def read_provenance(folder: Path) -> Provenance:
 
 
 def committed_clips(folder: Path) -> set[ClipKey]:
-    """The clips that a cache holds for good, from its manifests alone."""
-    keys = set()
-    for manifest in (folder / "shards").glob("[!.]*.json"):
-        for record in json.loads(manifest.read_text())["clips"]:
-            del record["frames"]
-            keys.add(ClipKey(**record))
-    return keys
+    """The clips that a cache holds for good, from its manifests alone; of a changed file the one written last."""
+    newest: dict[tuple[str, float], tuple[int, ClipKey]] = {}
+    for path in (folder / "shards").glob("[!.]*.json"):
+        manifest = json.loads(path.read_text())
+        for record in manifest["clips"]:
+            key = ClipKey(**{name: record[name] for name in ClipKey._fields})
+            entry = manifest["written_ns"], key
+            name = key.source, key.phase_s
+            if name not in newest or newest[name][0] <= entry[0]:
+                newest[name] = entry
+    return {key for _, key in newest.values()}
 
 
 def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
     """Those of `wanted` that are still to be embedded, in order."""
     done = committed_clips(folder)
     return [key for key in wanted if key not in done]
+
+
+def _checksum(embeddings: np.ndarray, times_s: np.ndarray, ticks: np.ndarray) -> int:
+    checksum = 0
+    for array in (embeddings, times_s, ticks):
+        checksum = zlib.crc32(np.ascontiguousarray(array).tobytes(), checksum)
+    return checksum
 
 
 def _lock(folder: Path) -> IO[str]:

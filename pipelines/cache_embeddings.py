@@ -116,6 +116,9 @@ def main(options: Options) -> None:
         print(f"  left out: {reason}")
     if accelerator.is_main_process:
         cache = EmbeddingCache(options.output_dir)
+        vanished = sorted({clip.key.source for clip in cache.clips if not Path(clip.key.source).exists()})
+        for source in vanished:
+            print(f"  gone since it was embedded, its embeddings are kept: {source}")
         print(
             f"wrote {options.output_dir}: {len(cache.clips)} clips, {cache.frames:,} embeddings of dimension "
             f"{provenance.embedding_dimension} at {options.fps:g} fps. "

@@ -197,11 +197,14 @@ def test_a_newer_format_is_refused(tmp_path, write_cache, make_provenance, clips
         EmbeddingCache(tmp_path)
     with pytest.raises(CacheError, match="cache format 99, newer than"):
         CacheWriter(tmp_path, make_provenance())
+    (tmp_path / "cache.json").write_text(json.dumps(record | {"format_version": 1}))
+    with pytest.raises(CacheError, match=r"cache format 1, older than .*: delete it"):
+        EmbeddingCache(tmp_path)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b'{"format_version": 1}', b"\0" * 100, b"\xff\xfe{\xe4", b'{"format_version"'],
+    [b"", b"{", b"[]", b"null", b'{"format_version": 2}', b"\0" * 100, b"\xff\xfe{\xe4", b'{"format_version"'],
 )
 def test_a_damaged_description_is_named(tmp_path, write_cache, clips, content):
     write_cache(tmp_path, clips)
@@ -252,12 +255,32 @@ def test_a_changed_file_is_wanted_again(tmp_path, write_cache, make_clip):
 
 
 @pytest.mark.parametrize("clips_per_shard", [1, 4])
-@pytest.mark.parametrize("newer_first", [False, True])
-def test_of_a_changed_file_the_newer_clip_is_read(tmp_path, write_cache, make_clip, clips_per_shard, newer_first):
-    old = [make_clip(f"/{name}.mp4", 4, seed=0, modified_ns=1) for name in "abc"]
-    new = [make_clip(f"/{name}.mp4", 6, seed=1, modified_ns=2) for name in "abc"]
-    folder = write_cache(tmp_path, [*new, *old] if newer_first else [*old, *new], clips_per_shard)
-    assert_holds(folder, new)
+@pytest.mark.parametrize("restored", [False, True])
+def test_of_a_changed_file_the_clip_written_last_is_read(tmp_path, write_cache, make_clip, clips_per_shard, restored):
+    """Whatever the files' dates say: a file may have been replaced by an older one."""
+    before = [make_clip(f"/{name}.mp4", 4, seed=0, modified_ns=2 if restored else 1) for name in "abc"]
+    after = [make_clip(f"/{name}.mp4", 6, seed=1, modified_ns=1 if restored else 2) for name in "abc"]
+    folder = write_cache(tmp_path, [*before, *after], clips_per_shard)
+    assert_holds(folder, after)
+    assert remaining_clips(folder, [clip.key for clip in after]) == []
+    assert remaining_clips(folder, [clip.key for clip in before]) == [clip.key for clip in before]
+
+
+@pytest.mark.parametrize("name", ["embeddings", "times_s", "ticks"])
+def test_a_flipped_bit_is_found(tmp_path, write_cache, clips, name):
+    folder = write_cache(tmp_path, clips, clips_per_shard=10)
+    cache = EmbeddingCache(folder)
+    assert [cache.is_intact(clip) for clip in cache.clips] == [True] * len(clips)
+    victim = cache.clips[1]
+    with h5py.File(victim.shard) as file:
+        dataset = file[name]
+        row_bytes = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
+        offset = dataset.id.get_offset() + victim.start * row_bytes
+    content = bytearray(victim.shard.read_bytes())
+    content[offset] ^= 1
+    victim.shard.write_bytes(content)
+    cache = EmbeddingCache(folder)
+    assert [cache.is_intact(clip) for clip in cache.clips] == [clip != victim for clip in cache.clips]
 
 
 def test_what_a_kill_left_half_written_is_passed_over(tmp_path, write_cache, make_provenance, clips):

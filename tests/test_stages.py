@@ -165,6 +165,23 @@ def test_running_the_cache_again_embeds_only_what_is_new(world, tmp_path):
     assert "2 of 3 clips" in succeed("cache_embeddings", options)
     assert shards < set((tmp_path / "cache" / "shards").iterdir())
     assert "3 of 3 clips" in succeed("cache_embeddings", options)
+    (videos / "clip_00001.mp4").unlink()
+    assert f"gone since it was embedded, its embeddings are kept: {videos}/clip_00001.mp4" in succeed(
+        "cache_embeddings", options
+    )
+    (videos / "clip_00002.mp4").write_bytes((world / "train" / "clip_00003.mp4").read_bytes())
+    shown = succeed("inspect_cache", f"--cache {tmp_path}/cache --verify")
+    assert "3 clips of 3 videos, 72 embeddings" in shown
+    for state in ("1 clips whose video is gone", "1 clips whose video has changed", "1 clips whose video is unchanged"):
+        assert state in shown
+    assert "verified: all 3 clips" in shown
+    shard = next((tmp_path / "cache" / "shards").glob("*.h5"))
+    with shard.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert f"delete {shard}" in fail("inspect_cache", f"--cache {tmp_path}/cache --verify")
 
 
 def test_two_processes_run_both_trainers_and_share_the_cache(world, tmp_path):
@@ -306,7 +323,16 @@ def test_a_video_shorter_than_the_context_is_named(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage", ["pretrain_encoder", "cache_embeddings", "train_predictor", "evaluate_rollout", "score_surprise", "demo"]
+    "stage",
+    [
+        "pretrain_encoder",
+        "cache_embeddings",
+        "train_predictor",
+        "evaluate_rollout",
+        "score_surprise",
+        "demo",
+        "inspect_cache",
+    ],
 )
 def test_help_explains_every_option(stage):
     shown = succeed(stage, "--help")
