@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 FPS = 4
 SIZE = (32, 64)
 STRETCH_FRAMES = 40
-ENCODER = {"views.light-amplitude": 0, "views.pixel-noise": 0}
+ENCODER = {"steps": 600, "phases": 3, "views.light-amplitude": 0, "views.pixel-noise": 0}
 """The camera moves: there is no static background that changing light would have to make useless."""
 PREDICTOR = {
     "predictor.width": 256,

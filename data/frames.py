@@ -39,6 +39,7 @@ class Stretch(NamedTuple):
     path: Path
     start_s: float
     end_s: float
+    phase_s: float
     expected_frames: int
 
 
@@ -64,6 +65,7 @@ class FramePairs:
         ranks: number of processes.
         memory_bytes: bound on the decoded frames held at any time.
         progress: show a progress bar while the first block is decoded.
+        phases: sample each video on this many clocks, shifted against each other.
 
     Raises:
         VideoError: from iteration, if the videos hold fewer pairs than one batch.
@@ -80,10 +82,13 @@ class FramePairs:
         ranks: int = 1,
         memory_bytes: float = 2e9,
         progress: bool = True,
+        phases: int = 1,
     ) -> None:
         self.size, self.fps, self.batch_size, self.seed = size, fps, batch_size, seed
         self.rank, self.ranks, self.memory_bytes, self.progress = rank, ranks, memory_bytes, progress
-        self.stretches = [stretch for video in videos for stretch in _stretches(video, fps)]
+        self.stretches = [
+            stretch for video in videos for phase in range(phases) for stretch in _stretches(video, fps, phase / phases)
+        ]
         self.state = PairsState()
         self.failures: dict[Path, str] = {}
         """Videos whose decoding broke off, and why; the frames before the failure are used."""
@@ -141,7 +146,7 @@ class FramePairs:
             frames, ticks = [], []
             try:
                 for timed in read_on_clock(
-                    stretch.path, self.size, self.fps, start_s=stretch.start_s, end_s=stretch.end_s
+                    stretch.path, self.size, self.fps, stretch.phase_s, stretch.start_s, stretch.end_s
                 ):
                     frames.append(timed.frame)
                     ticks.append(timed.tick)
@@ -204,13 +209,14 @@ def read_sequences(videos: list[VideoInfo], size: FrameSize, fps: float, clips: 
     return torch.from_numpy(np.stack(sequences))
 
 
-def _stretches(video: VideoInfo, fps: float) -> list[Stretch]:
+def _stretches(video: VideoInfo, fps: float, phase: float) -> list[Stretch]:
+    phase_s = phase / fps
     if video.duration_s == 0:
         # Unknown until it is decoded: taken in one piece, and for a minute when memory is planned.
-        return [Stretch(video.path, 0.0, math.inf, int(STRETCH_S * fps))]
+        return [Stretch(video.path, 0.0, math.inf, phase_s, int(STRETCH_S * fps))]
     count = max(1, math.ceil(video.duration_s / STRETCH_S)) if video.seekable else 1
     edges = [index * STRETCH_S for index in range(count)] + [math.inf]
     return [
-        Stretch(video.path, start_s, end_s, math.ceil((min(end_s, video.duration_s) - start_s) * fps) + 1)
+        Stretch(video.path, start_s, end_s, phase_s, math.ceil((min(end_s, video.duration_s) - start_s) * fps) + 1)
         for start_s, end_s in pairwise(edges)
     ]

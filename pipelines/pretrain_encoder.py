@@ -42,6 +42,8 @@ class Options:
     """Where the encoder, its metrics and its logs are left."""
     fps: float = 4.0
     """Frames per second that videos are sampled at, by time; neighbouring views are one such step apart."""
+    phases: int = 1
+    """Sample each video on this many clocks, shifted against each other: more pairs from the same video."""
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 128
@@ -75,7 +77,7 @@ class Options:
 def main(options: Options) -> None:
     """The story: check, build, train, save."""
     require(options.fps > 0, f"--fps is {options.fps:g}: it must be positive")
-    for name in ("steps", "log_every", "checkpoint_every", "memory_gb"):
+    for name in ("steps", "phases", "log_every", "checkpoint_every", "memory_gb"):
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
     require(options.batch_size > 1, f"--batch-size is {options.batch_size}: variance needs at least 2")
@@ -107,7 +109,7 @@ def main(options: Options) -> None:
 
     pairs = FramePairs(
         videos.videos, options.encoder.image_size, options.fps, options.batch_size, options.seed,
-        accelerator.process_index, accelerator.num_processes, options.memory_gb * 1e9, progress=is_main,
+        accelerator.process_index, accelerator.num_processes, options.memory_gb * 1e9, is_main, options.phases,
     )  # fmt: skip
     checkpoints = Checkpoints(accelerator, options.output_dir / "training_state")
     accelerator.register_for_checkpointing(progress := Progress(pairs))

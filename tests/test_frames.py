@@ -96,6 +96,14 @@ def test_neighbours_are_one_tick_of_the_clock_apart(videos, pairs_of):
     assert len(pairs) == sum((length - 1) // 2 for length in LENGTHS)
 
 
+def test_phases_give_the_pairs_that_one_clock_passes_over(videos, pairs_of):
+    pairs, _ = epoch_of(loader_of(videos, fps=5, phases=2), pairs_of)
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) == {
+        (100 * video + at, 100 * video + at + 2) for video, length in enumerate(LENGTHS) for at in range(length - 2)
+    }
+
+
 def test_no_pair_across_a_gap_in_the_recording(tmp_path, encode_video, pairs_of):
     times_s = np.concatenate([np.arange(12), 30 + np.arange(9)]) / 10
     video = encode_video(tmp_path / "gap.mp4", times_s, rate=10)

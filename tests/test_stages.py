@@ -187,7 +187,7 @@ def test_running_the_cache_again_embeds_only_what_is_new(world, tmp_path):
 def test_two_processes_run_both_trainers_and_share_the_cache(world, tmp_path):
     succeed(
         "pretrain_encoder",
-        f"--videos {world}/train --output-dir {tmp_path}/encoder --steps 4 {SMALL_ENCODER}",
+        f"--videos {world}/train --output-dir {tmp_path}/encoder --steps 4 --phases 2 {SMALL_ENCODER}",
         launcher="torchrun",
     )
     for split in ("train", "val"):
