@@ -69,7 +69,8 @@ def _relight(images: Tensor, config: ViewsConfig, generator: torch.Generator) ->
     grid = _uniform((batch, channels, cells, cells), -amplitude, amplitude, generator)
     light = functional.interpolate(grid, size=(height, width), mode="bilinear", align_corners=True)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
-    return (images + light + config.pixel_noise * noise).clamp(0, 1)
+    # In place: on a CPU, fresh memory for each step would cost as much as the arithmetic.
+    return noise.mul_(config.pixel_noise).add_(light).add_(images).clamp_(0, 1)
 
 
 def _augment(images: Tensor, config: ViewsConfig, generator: torch.Generator) -> Tensor:

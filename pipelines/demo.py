@@ -106,11 +106,15 @@ def stage(*words: object, done: Path | None = None) -> None:
     if done is not None and done.exists():
         print("(already done)")
         return
-    program = {"accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"], "python": [sys.executable]}
+    # `accelerate launch` by its other name, `accelerate-launch`, which starts two seconds sooner.
+    if command[:2] == ["accelerate", "launch"]:
+        program, words = [sys.executable, "-m", "accelerate.commands.launch"], words[2:]
+    else:
+        program, words = [sys.executable], words[1:]
     # From the repository's root, where the commands that are shown work as they are.
     root = Path(__file__).parent.parent
     paths = [str(Path(word).absolute()) if isinstance(word, Path) else str(word) for word in words]
-    result = subprocess.run([*program[command[0]], *paths[1:]], cwd=root, env=os.environ)
+    result = subprocess.run([*program, *paths], cwd=root, env=os.environ)
     if result.returncode:
         raise UserError(f"the demo stopped at the command above (exit code {result.returncode}): run it again to go on")
 
