@@ -31,7 +31,7 @@ from jepa.predictor import Predictor
 from jepa.probe import fit_linear_probe, r_squared
 from jepa.skill import Skill, imagine, measure_skill
 from pipelines.artefacts import load_predictor
-from pipelines.stage import RunFolder, require, run_stage, write_json
+from pipelines.stage import RunFolder, counted, require, run_stage, write_json
 
 ENOUGH_CLIPS = 20
 """With fewer clips, the bootstrap resamples stretches of a clip instead of clips."""
@@ -232,6 +232,11 @@ def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
+def summary(results: dict[str, Any]) -> str:
+    """How much was measured."""
+    return f"{counted(results['windows'], 'rollout')} in {counted(results['clips'], 'clip')}"
+
+
 def shown_horizons(horizon: int) -> list[int]:
     """Some horizons to print, the first and the last among them."""
     return sorted({1, *range(5, horizon, 5), horizon})
@@ -250,7 +255,7 @@ def table(results: dict[str, Any]) -> str:
         return lines
 
     lines = [
-        f"{results['windows']:,} rollouts in {results['clips']} clips; horizon in steps (seconds)",
+        f"{summary(results)}; horizon in steps (seconds)",
         *block("error relative to copying the last embedding (below 1 is skill)", lambda r: r["relative_to_copy_last"]),
         *block("how often the nearest of all frames is the one that came", lambda r: r["retrieval_at_1"]),
     ]
@@ -296,7 +301,7 @@ def draw_skill(results: dict[str, Any], axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("horizon in seconds")
     axes.set_ylabel("error relative to copying the last embedding")
-    axes.set_title(f"{results['windows']:,} rollouts in {results['clips']} clips; {results['interval']}", fontsize=9)
+    axes.set_title(f"{summary(results)}; {results['interval']}", fontsize=9)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

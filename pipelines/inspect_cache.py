@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.embedding_cache import CachedClip, EmbeddingCache, clip_key
-from pipelines.stage import UserError, run_stage
+from pipelines.stage import UserError, counted, run_stage
 
 SHOWN = 10
 
@@ -36,7 +36,7 @@ def main(options: Options) -> None:
     states = {clip: compare(clip) for clip in cache.clips}
     for state, count in Counter(states.values()).items():
         clips = [clip for clip in cache.clips if states[clip] == state]
-        print(f"{count} clips whose video {state}" + ("" if state == "is unchanged" else ":"))
+        print(f"{counted(count, 'clip')} whose video {state}" + ("" if state == "is unchanged" else ":"))
         if state != "is unchanged":
             print_some([clip.key.source for clip in clips])
     if options.verify:
@@ -54,11 +54,12 @@ def describe(cache: EmbeddingCache) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in provenance.versions.items())
     return "\n".join(
         [
-            f"{cache.folder}: {len(cache.clips):,} clips of {len({clip.key.source for clip in cache.clips}):,} videos, "
-            f"{cache.frames:,} embeddings, {seconds / 3600:.2f} h, {gaps} gaps in time",
+            f"{cache.folder}: {counted(len(cache.clips), 'clip')} of "
+            f"{counted(len({clip.key.source for clip in cache.clips}), 'video')}, "
+            f"{cache.frames:,} embeddings, {seconds / 3600:.2f} h, {counted(gaps, 'gap')} in time",
             f"embeddings of dimension {provenance.embedding_dimension}, {provenance.dtype}, at {provenance.fps:g} fps, "
             f"of frames of {height}x{width} pixels, by encoder {provenance.encoder_fingerprint}",
-            f"{len(shards)} shards, {size / 1e6:.1f} MB; made with {versions}",
+            f"{counted(len(shards), 'shard')}, {size / 1e6:.1f} MB; made with {versions}",
         ]
     )
 

@@ -158,6 +158,11 @@ def write_json(path: Path, value: Any) -> None:
     unfinished.replace(path)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: 1 clip, 2 clips."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def to_json(value: Any) -> Any:
     """Dataclasses, paths, tuples and NumPy numbers as what JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

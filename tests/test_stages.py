@@ -172,7 +172,7 @@ def test_running_the_cache_again_embeds_only_what_is_new(world, tmp_path):
     (videos / "clip_00002.mp4").write_bytes((world / "train" / "clip_00003.mp4").read_bytes())
     shown = succeed("inspect_cache", f"--cache {tmp_path}/cache --verify")
     assert "3 clips of 3 videos, 72 embeddings" in shown
-    for state in ("1 clips whose video is gone", "1 clips whose video has changed", "1 clips whose video is unchanged"):
+    for state in ("1 clip whose video is gone", "1 clip whose video has changed", "1 clip whose video is unchanged"):
         assert state in shown
     assert "verified: all 3 clips" in shown
     shard = next((tmp_path / "cache" / "shards").glob("*.h5"))
