@@ -65,7 +65,7 @@ class Options:
     """Train on rollouts of this many steps, through the predictor's own predictions; 1 for the next step alone."""
     input_noise: float = 0.2
     """Gaussian noise on the past while training, in units of the typical change from tick to tick."""
-    validation_horizon: int = 10
+    validation_horizon: int = 20
     """Rollout steps on validation clips: the model is chosen by its mean error relative to copy-last over them, and
     how far its rollouts are to be trusted is measured for each of them (the last stands for all later ones)."""
     log_every: int = 100
@@ -275,9 +275,10 @@ def validate(predictor: Predictor, held_out: list[HeldOut]) -> dict[str, Any]:
     error = (shrunk - trial.future).square().mean(dim=(0, 2))
     copied = (trial.last[:, None] - trial.future).square().mean(dim=(0, 2)).clamp_min(1e-12)
     relative = error / copied  # (horizon,)
-    predicted = torch.cat(
-        [members(part.windows[:, :-1], horizon) for members, part in zip(by_split, held_out, strict=True)]
-    )
+    # Some of the windows are enough to see a collapse.
+    some = [part.windows[::4] for part in held_out]
+    predicted = torch.cat([members(part[:, :-1], horizon) for members, part in zip(by_split, some, strict=True)])
+    true = torch.cat(some)[:, -horizon:]
     predictor.train()
     metrics: dict[str, Any] = {
         "validation_relative_to_copy_last": float(relative.mean()),
@@ -286,9 +287,9 @@ def validate(predictor: Predictor, held_out: list[HeldOut]) -> dict[str, Any]:
             for h in sorted({1, 5, horizon})
             if h <= horizon
         },
-        "alarms": prediction_alarms(predicted, trial.future) if horizon > 1 else [],
+        "alarms": prediction_alarms(predicted, true) if horizon > 1 else [],
     }
-    for name, value in (("predicted", predicted), ("true", trial.future)):
+    for name, value in (("predicted", predicted), ("true", true)):
         for over, spread in sequence_spread(value)._asdict().items():
             metrics |= {f"{name}_{over}_std": spread.std, f"{name}_{over}_rank": spread.rank}
     return metrics
