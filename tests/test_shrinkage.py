@@ -11,6 +11,11 @@ from jepa.shrinkage import LONGEST, fit_shrinkage, no_shrinkage, shrink
 from jepa.skill import imagine
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def mean_squared_errors(imagined: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
     return (imagined - future).square().mean(dim=(0, 2))
 
@@ -39,6 +44,18 @@ def test_no_other_weights_are_better(seed):
         if rollout_weight + mean_weight <= 1:
             other = torch.stack([rollout_weight, mean_weight]).repeat(LONGEST, 1)
             assert (found <= mean_squared_errors(shrink(imagined, last, other), future) + 1e-6).all()
+
+
+def test_another_mean_is_another_origin():
+    last, future, shift = torch.randn(40, 4), torch.randn(40, 3, 4), torch.randn(4)
+    imagined = 0.4 * future + 0.5 * torch.randn(40, 3, 4)
+    weights = fit_shrinkage(imagined, last, future)
+    moved = (imagined + shift, last + shift, future + shift)
+    mean = shift.expand(40, 4)
+    assert torch.allclose(fit_shrinkage(*moved, mean), weights, atol=1e-4)
+    assert not torch.allclose(fit_shrinkage(*moved), weights, atol=1e-2)
+    expected = shrink(imagined, last, weights) + shift
+    assert torch.allclose(shrink(*moved[:2], weights, mean), expected, atol=1e-5)
 
 
 def test_what_copies_anyway_and_what_is_always_right():
