@@ -125,15 +125,15 @@ def test_evaluation_reports_every_predictor_at_every_horizon(world, tmp_path):
 
 
 def test_without_videos_to_spare_an_ensemble_is_validated_in_turn(world, tmp_path):
-    options = f"--train-cache {world}/cache/train --output-dir {tmp_path}/predictor --steps 6 --rollout-steps 2"
-    shown = succeed("train_predictor", f"{options} --folds 3 --members 2 {SMALL_PREDICTOR}")
+    options = f"--train-cache {world}/cache/train --steps 6 --rollout-steps 2 {SMALL_PREDICTOR}"
+    shown = succeed("train_predictor", f"{options} --folds 3 --members 2 --output-dir {tmp_path}/predictor")
     assert "validated on 12 clips, an ensemble of 6 members" in shown
     assert json.loads((tmp_path / "predictor" / "predictor" / "config.json").read_text())["members"] == 6
     metrics = json.loads((tmp_path / "predictor" / "metrics.json").read_text())
     assert metrics["validation_relative_to_copy_last"] <= 1
     evaluate = f"--cache {world}/cache/test --predictor {tmp_path}/predictor/predictor --horizon 6"
     assert "model" in succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
-    assert "holds 12 videos" in fail("train_predictor", f"{options}/2 --folds 13 {SMALL_PREDICTOR}")
+    assert "holds 12 videos" in fail("train_predictor", f"{options} --folds 13 --output-dir {tmp_path}/other")
 
 
 def test_surprise_is_a_row_for_each_frame_with_enough_past(world, tmp_path):
@@ -323,20 +323,20 @@ def test_a_video_shorter_than_the_context_is_named(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage",
+    ("stage", "option"),
     [
-        "pretrain_encoder",
-        "cache_embeddings",
-        "train_predictor",
-        "evaluate_rollout",
-        "score_surprise",
-        "demo",
-        "inspect_cache",
+        ("pretrain_encoder", "--seed"),
+        ("cache_embeddings", "--seed"),
+        ("train_predictor", "--seed"),
+        ("evaluate_rollout", "--seed"),
+        ("score_surprise", "--seed"),
+        ("demo", "--seed"),
+        ("inspect_cache", "--verify"),
     ],
 )
-def test_help_explains_every_option(stage):
+def test_help_explains_every_option(stage, option):
     shown = succeed(stage, "--help")
-    assert "--seed" in shown
+    assert option in shown
     assert "pipelines/" in shown
 
 
