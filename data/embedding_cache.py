@@ -211,12 +211,11 @@ class EmbeddingCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.provenance = read_provenance(folder)
-        newest: dict[tuple[str, float], tuple[int, CachedClip]] = {}
+        newest: dict[tuple[str, float], CachedClip] = {}
         self._embeddings: list[np.ndarray] = []
         times_s, ticks, first_rows = [], [], []
         row = 0
-        for manifest_path in sorted((folder / "shards").glob("[!.]*.json")):
-            manifest = json.loads(manifest_path.read_text())
+        for manifest_path, manifest in _manifests(folder):
             shard = manifest_path.with_suffix(".h5")
             size = shard.stat().st_size if shard.exists() else 0
             if size != manifest["bytes"]:
@@ -240,12 +239,10 @@ class EmbeddingCache:
                 frames, crc32 = record.pop("frames"), record.pop("crc32")
                 clip = CachedClip(ClipKey(**record), row, frames, crc32, shard)
                 row += frames
-                name, written_ns = (clip.key.source, clip.key.phase_s), manifest["written_ns"]
-                if name not in newest or newest[name][0] <= written_ns:
-                    newest[name] = written_ns, clip
+                newest[clip.key.source, clip.key.phase_s] = clip
         if not newest:
             raise CacheError(f"{folder} holds no embeddings: run cache_embeddings first")
-        self.clips = [newest[name][1] for name in sorted(newest)]
+        self.clips = [newest[name] for name in sorted(newest)]
         self.times_s = np.concatenate(times_s)
         """float64 (rows,), seconds."""
         self.ticks = np.concatenate(ticks)
@@ -343,16 +340,18 @@ def read_provenance(folder: Path) -> Provenance:
 
 def committed_clips(folder: Path) -> set[ClipKey]:
     """The clips that a cache holds for good, from its manifests alone; of a changed file the one written last."""
-    newest: dict[tuple[str, float], tuple[int, ClipKey]] = {}
-    for path in (folder / "shards").glob("[!.]*.json"):
-        manifest = json.loads(path.read_text())
+    newest: dict[tuple[str, float], ClipKey] = {}
+    for _, manifest in _manifests(folder):
         for record in manifest["clips"]:
             key = ClipKey(**{name: record[name] for name in ClipKey._fields})
-            entry = manifest["written_ns"], key
-            name = key.source, key.phase_s
-            if name not in newest or newest[name][0] <= entry[0]:
-                newest[name] = entry
-    return {key for _, key in newest.values()}
+            newest[key.source, key.phase_s] = key
+    return set(newest.values())
+
+
+def _manifests(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """All manifests, in the order in which they were written: a later clip of a video replaces an earlier one."""
+    paths = sorted((folder / "shards").glob("[!.]*.json"))
+    return sorted(((path, json.loads(path.read_text())) for path in paths), key=lambda entry: entry[1]["written_ns"])
 
 
 def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:

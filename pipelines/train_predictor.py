@@ -376,13 +376,18 @@ def members_by_split(predictor: Predictor, splits: int) -> list[Predictor]:
 
 def hold_out(split: Split, predictor: Predictor, length: int, most: int) -> HeldOut:
     """Windows spread evenly over the validation clips, standardised (N, length, D), beside the training mean."""
-    windows = Windows(split.validation, length)
-    spaced = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
     total, frames = torch.zeros_like(predictor.mean), 0
     for clip in split.train.clips:
         embeddings = predictor.standardise(torch.from_numpy(split.train.clip_embeddings(clip)))
         total, frames = total + embeddings.sum(dim=0), frames + len(embeddings)
-    return HeldOut(predictor.standardise(windows.take(spaced)), total / frames)
+    return HeldOut(spread_windows(split.validation, predictor, length, most), total / frames)
+
+
+def spread_windows(cache: EmbeddingCache, predictor: Predictor, length: int, most: int) -> Tensor:
+    """At most `most` windows, spread evenly over a cache, standardised (N, length, D)."""
+    windows = Windows(cache, length)
+    spaced = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
+    return predictor.standardise(windows.take(spaced))
 
 
 def validation_errors(splits: list[Split], predictor: Predictor) -> Tensor:
@@ -407,9 +412,7 @@ def fit_ridge_on(splits: list[Split], held_out: list[HeldOut], predictor: Predic
     context = predictor.config.context
 
     def windows(cache: EmbeddingCache) -> Tensor:
-        found = Windows(cache, context + 1)
-        spaced = np.linspace(0, len(found) - 1, min(RIDGE_WINDOWS, len(found))).astype(int)
-        return predictor.standardise(found.take(spaced))
+        return spread_windows(cache, predictor, context + 1, RIDGE_WINDOWS)
 
     fitted = [fit_ridge(windows(split.train), context, RIDGE_PENALTIES) for split in splits]  # [split][penalty]
     by_penalty = [list(ridges) for ridges in zip(*fitted, strict=True)]  # [penalty][split]
