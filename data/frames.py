@@ -1,19 +1,18 @@
 """Pairs of neighbouring frames for encoder training, shuffled without random seeks.
 
-Random seeks decode a whole group of pictures for each frame. Here videos are decoded forward in stretches of a
-minute; as many stretches, drawn at random, as fit in memory make a block; the pairs of a block are shuffled. While
-one block is trained on, the next is decoded. A data set that fits in memory is decoded once.
+Random seeks decode a whole group of pictures for each frame. Here videos are decoded forward in stretches of about a
+minute that begin at keyframes; as many stretches, drawn at random, as fit in memory make a block; the pairs of a block
+are shuffled. While one block is trained on, the next is decoded. A data set that fits in memory is decoded once.
 
 The order is a pure function of (seed, epoch, rank), and `state` is all that a resumed run needs.
 """
 
 import math
-import os
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from itertools import islice, pairwise
+from os import cpu_count
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.video import FrameSize, VideoError, VideoInfo, read_on_clock
+from data.decoder import Damage, VideoError
+from data.manifest import Account
+from data.map_ahead import map_ahead
+from data.video import FrameSize, VideoInfo, read_on_clock
 
 STRETCH_S = 60.0
 
@@ -36,11 +38,19 @@ class Pairs(NamedTuple):
 class Stretch(NamedTuple):
     """A part of a video that is decoded in one go."""
 
-    path: Path
+    video: VideoInfo
     start_s: float
     end_s: float
-    phase_s: float
     expected_frames: int
+
+
+class Decoded(NamedTuple):
+    """What a stretch gave."""
+
+    frames: np.ndarray
+    """uint8 (N, 3, H, W), each frame once."""
+    pairs: np.ndarray
+    """int64 (P, 2), which frames are one tick apart, on any of the clocks."""
 
 
 @dataclass
@@ -63,12 +73,13 @@ class FramePairs:
         seed: of the order.
         rank: this process; each rank reads its own share of the stretches (all of them, if there are too few).
         ranks: number of processes.
-        memory_bytes: bound on the decoded frames held at any time.
+        memory_bytes: bound on the decoded frames held at any time, as far as durations are known.
         progress: show a progress bar while the first block is decoded.
         phases: sample each video on this many clocks, shifted against each other.
+        strict: damage inside a video is an error.
 
     Raises:
-        VideoError: from iteration, if the videos hold fewer pairs than one batch.
+        VideoError: from iteration, if the videos hold fewer pairs than one batch, or, with `strict`, are damaged.
     """
 
     def __init__(
@@ -83,15 +94,19 @@ class FramePairs:
         memory_bytes: float = 2e9,
         progress: bool = True,
         phases: int = 1,
+        strict: bool = False,
     ) -> None:
         self.size, self.fps, self.batch_size, self.seed = size, fps, batch_size, seed
         self.rank, self.ranks, self.memory_bytes, self.progress = rank, ranks, memory_bytes, progress
-        self.stretches = [
-            stretch for video in videos for phase in range(phases) for stretch in _stretches(video, fps, phase / phases)
-        ]
+        self.phases_s = [phase / phases / fps for phase in range(phases)]
+        self.strict = strict
+        # An eighth: several stretches share a block, and the block shares the memory with the next one.
+        longest_s = memory_bytes / 8 / (3 * size[0] * size[1]) / (fps * phases)
+        self.stretches = [stretch for video in videos for stretch in _stretches(video, fps * phases, longest_s)]
         self.state = PairsState()
-        self.failures: dict[Path, str] = {}
-        """Videos whose decoding broke off, and why; the frames before the failure are used."""
+        self.account = Account()
+        """What has been read so far, each stretch counted once."""
+        self._accounted: set[Stretch] = set()
 
     def __iter__(self) -> Iterator[Pairs]:
         with ThreadPoolExecutor(max_workers=1) as ahead:
@@ -139,45 +154,57 @@ class FramePairs:
             held += cost
         return blocks
 
-    def _decode(self, block: list[Stretch], show: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Frames (T, 3, H, W) and ticks (T,) of each stretch."""
+    def _decode(self, block: list[Stretch], show: bool) -> list[Decoded]:
+        """Frames and pairs of each stretch."""
+        workers = max(1, (cpu_count() or 1) // self.ranks)
+        bar = tqdm(total=len(block), unit="stretch", desc="decoding videos", leave=False, disable=not show)
+        decoded = []
+        for stretch, (part, seconds, damage) in zip(block, map_ahead(self._read, block, workers), strict=True):
+            decoded.append(part)
+            if stretch not in self._accounted:
+                self._accounted.add(stretch)
+                self.account.add(stretch.video.path, seconds, damage)
+            bar.update()
+        bar.close()
+        return decoded
 
-        def decode(stretch: Stretch) -> tuple[np.ndarray, np.ndarray]:
-            frames, ticks = [], []
-            try:
-                for timed in read_on_clock(
-                    stretch.path, self.size, self.fps, stretch.phase_s, stretch.start_s, stretch.end_s
-                ):
-                    frames.append(timed.frame)
-                    ticks.append(timed.tick)
-            except VideoError as error:
-                self.failures[stretch.path] = str(error)
-            empty = np.empty((0, 3, *self.size), dtype=np.uint8)
-            return np.stack(frames) if frames else empty, np.array(ticks, dtype=np.int64)
+    def _read(self, stretch: Stretch) -> tuple[Decoded, float, Damage]:
+        """A stretch, how many seconds of video it has, and what was wrong."""
+        video, damage = stretch.video, Damage()
+        # One tick more than the stretch, so that no pair is lost between two stretches.
+        timed_frames = read_on_clock(
+            video.path, self.size, self.fps, self.phases_s, stretch.start_s, stretch.end_s + 1 / self.fps,
+            None if self.strict else damage, video.average_fps,
+        )  # fmt: skip
+        frames = np.empty((stretch.expected_frames, 3, *self.size), np.uint8)
+        pairs: list[tuple[int, int]] = []
+        newest = [(-1, -1)] * len(self.phases_s)  # (tick, row) on each clock
+        rows, last_time_s = 0, -math.inf
+        for timed in timed_frames:
+            if timed.time_s > last_time_s:
+                if rows == len(frames):
+                    frames = np.concatenate([frames, np.empty_like(frames[: 1 + rows // 4])])
+                frames[rows] = timed.frame
+                rows, last_time_s = rows + 1, timed.time_s
+            tick, row = newest[timed.clock]
+            if tick == timed.tick - 1 and row >= 0:
+                pairs.append((row, rows - 1))
+            newest[timed.clock] = timed.tick, rows - 1
+        seconds = max(0.0, min(last_time_s, stretch.end_s) - stretch.start_s)
+        return Decoded(frames[:rows], np.array(pairs, dtype=np.int64).reshape(-1, 2)), seconds, damage
 
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // self.ranks)) as pool:
-            bar = tqdm(
-                pool.map(decode, block),
-                total=len(block),
-                unit="stretch",
-                desc="decoding videos",
-                leave=False,
-                disable=not show,
-            )
-            return list(bar)
-
-    def _batches(self, decoded: list[tuple[np.ndarray, np.ndarray]]) -> Generator[Pairs, None, int]:
+    def _batches(self, decoded: list[Decoded]) -> Generator[Pairs, None, int]:
         """Shuffled full batches of a block, from where the state says."""
-        pairs = np.array(
-            [(index, at) for index, (_, ticks) in enumerate(decoded) for at in np.flatnonzero(np.diff(ticks) == 1)]
-        ).reshape(-1, 2)
+        pairs = np.concatenate(
+            [np.insert(part.pairs, 0, index, axis=1) for index, part in enumerate(decoded)] or [np.empty((0, 3), int)]
+        )  # (P, 3): stretch, frame, frame one tick later
         generator = np.random.default_rng([self.seed, self.state.epoch, self.state.block, self.rank])
         pairs = pairs[generator.permutation(len(pairs))]
         batches = len(pairs) // self.batch_size
         while self.state.batch < batches:
             chosen = pairs[self.state.batch * self.batch_size :][: self.batch_size]
-            frames = np.stack([decoded[index][0][at] for index, at in chosen])
-            following = np.stack([decoded[index][0][at + 1] for index, at in chosen])
+            frames = np.stack([decoded[index].frames[at] for index, at, _ in chosen])
+            following = np.stack([decoded[index].frames[at] for index, _, at in chosen])
             self.state.batch += 1
             yield Pairs(torch.from_numpy(frames), torch.from_numpy(following))
         return len(pairs)
@@ -193,11 +220,9 @@ def read_sequences(videos: list[VideoInfo], size: FrameSize, fps: float, clips: 
     # From the middle: the first seconds of a recording are often black, or still.
     for video in videos[:: max(1, len(videos) // clips)]:
         start_s = max(0.0, (video.duration_s - length / fps) / 2)
+        timed_frames = read_on_clock(video.path, size, fps, start_s=start_s, image_fps=video.average_fps)
         try:
-            frames = [
-                timed.frame
-                for timed, _ in zip(read_on_clock(video.path, size, fps, start_s=start_s), range(length), strict=False)
-            ]
+            frames = [timed.frame for timed in islice(timed_frames, length)]
         except VideoError:
             continue
         if len(frames) == length:
@@ -209,14 +234,20 @@ def read_sequences(videos: list[VideoInfo], size: FrameSize, fps: float, clips: 
     return torch.from_numpy(np.stack(sequences))
 
 
-def _stretches(video: VideoInfo, fps: float, phase: float) -> list[Stretch]:
-    phase_s = phase / fps
-    if video.duration_s == 0:
-        # Unknown until it is decoded: taken in one piece, and for a minute when memory is planned.
-        return [Stretch(video.path, 0.0, math.inf, phase_s, int(STRETCH_S * fps))]
-    count = max(1, math.ceil(video.duration_s / STRETCH_S)) if video.seekable else 1
-    edges = [index * STRETCH_S for index in range(count)] + [math.inf]
+def _stretches(video: VideoInfo, frames_per_second: float, longest_s: float) -> list[Stretch]:
+    """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""
+    duration_s = video.duration_s or STRETCH_S  # unknown: taken in one piece, and for a minute when memory is planned
+    edges_s = [0.0]
+    while edges_s[-1] < video.duration_s:
+        # What cannot be sought in is decoded from its beginning for each part: as few of them as memory allows.
+        wanted_s = min(STRETCH_S if video.seekable else math.inf, longest_s)
+        latest_s = min(2 * STRETCH_S, 2 * longest_s)  # rather a little long than decoded from the keyframe before
+        lengths_s = [keyframe_s - edges_s[-1] for keyframe_s in video.keyframes_s]
+        suitable_s = [length_s for length_s in lengths_s if wanted_s / 2 <= length_s <= latest_s]
+        edges_s.append(edges_s[-1] + min(suitable_s, key=lambda length_s: abs(length_s - wanted_s), default=wanted_s))
+    # The last part goes on to the end, wherever that is: headers understate durations.
+    edges_s = [*edges_s[:-1], math.inf] if len(edges_s) > 1 else [0.0, math.inf]
     return [
-        Stretch(video.path, start_s, end_s, phase_s, math.ceil((min(end_s, video.duration_s) - start_s) * fps) + 1)
-        for start_s, end_s in pairwise(edges)
+        Stretch(video, start_s, end_s, math.ceil((min(end_s, duration_s) - start_s) * frames_per_second) + 2)
+        for start_s, end_s in pairwise(edges_s)
     ]

@@ -1,88 +1,347 @@
-"""A folder of videos -> a checked list: what can be used, and what was refused and why."""
+"""A folder of videos -> a checked list: what can be used, what was refused and why; and the account of a run.
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+A manifest is a file of JSON lines: the first names the format, each other one tells about a file: where it lies, its
+size and modification time, and either what is known of the video or why it was refused. Lines are appended as files are
+looked at, and a later line of a file replaces an earlier one, so that nothing is lost if the process dies; a file that
+has not changed is not looked at again.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data.video import VIDEO_SUFFIXES, VideoError, VideoInfo, probe_video
+from data.decoder import Damage, VideoError
+from data.image_sequence import FEWEST_IMAGES, IMAGE_SUFFIXES, find_zipped_sequences, is_image_sequence, sequence_status
+from data.map_ahead import map_ahead
+from data.video import IMAGE_FPS, VIDEO_SUFFIXES, VideoInfo, count_frames, probe_video
+
+MANIFEST_SUFFIX = ".jsonl"
+FORMAT = {"format": "video-jepa manifest", "version": 1}
+EXAMPLES = 10
+
+
+class FileState(NamedTuple):
+    """Which bytes: if any of this has changed, the file is another one."""
+
+    path: str
+    """Absolute."""
+    size_bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of a manifest."""
+
+    state: FileState
+    video: VideoInfo | None
+    """None: the file was refused."""
+    refused: str = ""
+    """Why."""
 
 
 @dataclass(frozen=True)
 class VideoList:
-    """The videos of a run, and an account of those that cannot be used."""
+    """The videos of a run, and those that cannot be used."""
 
     videos: list[VideoInfo]
     refused: dict[Path, str] = field(default_factory=dict)
     """Why each of the other files was refused, by path."""
 
-    def account(self) -> str:
-        """One line for the person who started the run, and one for each refused file."""
-        seconds = sum(video.duration_s for video in self.videos)
-        lines = [f"{len(self.videos)} videos, {seconds / 60:.1f} minutes; {len(self.refused)} refused"]
-        return "\n".join(lines + [f"  refused: {reason}" for reason in self.refused.values()])
+
+@dataclass
+class Account:
+    """What a run read and what it could not, by path: said at its end, and left in its folder."""
+
+    read_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of video that were read."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Why a file was not read at all."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """What was wrong inside a file that was read."""
+    corrupt_frames: dict[str, int] = field(default_factory=dict)
+    """Frames that were left out because the decoder had guessed them."""
+
+    def add(self, path: Path, seconds: float, damage: Damage) -> None:
+        """A video, or a part of one, was read."""
+        name = str(path)
+        self.read_s[name] = self.read_s.get(name, 0.0) + seconds
+        if damage:
+            self.damaged[name] = f"{path}: {damage}"
+            self.corrupt_frames[name] = self.corrupt_frames.get(name, 0) + damage.corrupt_frames
+
+    def refuse(self, path: Path, reason: str) -> None:
+        """A file could not be read."""
+        self.refused[str(path)] = reason
+
+    def merge(self, others: "Iterable[Account]") -> None:
+        """Add what other processes of the same run did."""
+        for other in others:
+            for path, seconds in other.read_s.items():
+                self.read_s[path] = self.read_s.get(path, 0.0) + seconds
+            for path, frames in other.corrupt_frames.items():
+                self.corrupt_frames[path] = self.corrupt_frames.get(path, 0) + frames
+            self.refused |= other.refused
+            self.damaged |= other.damaged
+
+    def __str__(self) -> str:
+        minutes, corrupt = sum(self.read_s.values()) / 60, sum(self.corrupt_frames.values())
+        lines = [
+            f"read {len(self.read_s):,} videos, {minutes:,.1f} minutes; refused {len(self.refused):,}; "
+            f"damaged {len(self.damaged):,}, {corrupt:,} corrupt frames left out"
+        ]
+        for title, reasons in (("refused", self.refused), ("damaged", self.damaged)):
+            lines += [f"  {title}: {reason}" for reason in islice(reasons.values(), EXAMPLES)]
+            if len(reasons) > EXAMPLES:
+                lines.append(f"  {title}: and {len(reasons) - EXAMPLES:,} more")
+        return "\n".join(lines)
 
 
 def find_videos(paths: Sequence[Path]) -> list[Path]:
-    """All video files under `paths`: files as they are named, folders searched recursively; sorted, without doubles.
+    """All videos under `paths`: files as they are named, folders searched recursively; sorted, without doubles.
+
+    A folder that holds at least two images and no video file is an image sequence, as are such folders inside a zip.
 
     Raises:
         VideoError: a path does not exist, cannot be read, or is a folder without videos.
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        if not path.exists():
+        if not path.exists() and not is_image_sequence(path):
             raise VideoError(f"{path}: no such file or folder")
-        if path.is_file():
-            found.setdefault(path.resolve(), path)
-            continue
-        inside = [file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()]
-        if not inside:
-            raise VideoError(f"{path}: no videos in this folder (looked for {', '.join(sorted(VIDEO_SUFFIXES))})")
-        for file in sorted(inside):
-            found.setdefault(file.resolve(), file)
+        files = _videos_inside(path) if path.is_dir() else [path]
+        inside = [one for file in files for one in _sequences_in(file)]
+        if not inside and path.is_dir():
+            looked_for = ", ".join(sorted(VIDEO_SUFFIXES))
+            raise VideoError(f"{path}: no videos in this folder (looked for {looked_for}, and folders of images)")
+        for one in inside or [path]:
+            found.setdefault(one.resolve(), one)
     return sorted(found.values())
 
 
-def check_videos(paths: Sequence[Path], fps: float, progress: bool = True) -> VideoList:
-    """Find the videos under `paths`, and refuse what does not decode or is slower than the clock.
+def _sequences_in(file: Path) -> list[Path]:
+    """A video itself; of a zip file the sequences in it, which may be none."""
+    if file.suffix.lower() != ".zip" or not file.is_file():
+        return [file]
+    try:
+        return find_zipped_sequences(file)
+    except VideoError:
+        return [file]  # opening it will say why
+
+
+def _videos_inside(folder: Path) -> Iterator[Path]:
+    seen: set[str] = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(where) in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        folders.sort()
+        suffixes = [os.path.splitext(name)[1].lower() for name in names]
+        videos = [name for name, suffix in zip(names, suffixes, strict=True) if suffix in VIDEO_SUFFIXES | {".zip"}]
+        yield from (Path(where, name) for name in sorted(videos) if Path(where, name).is_file())
+        if not videos and sum(suffix in IMAGE_SUFFIXES for suffix in suffixes) >= FEWEST_IMAGES:
+            yield Path(where)
+
+
+def file_state(path: Path) -> FileState:
+    """A video as it lies on disk now.
+
+    Raises:
+        OSError: it is gone, or cannot be read.
+    """
+    if is_image_sequence(path):
+        return FileState(str(path.resolve()), *sequence_status(path))
+    status = path.stat()
+    return FileState(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+def read_manifest(path: Path) -> list[Record]:
+    """The records of a manifest, of each file the last.
+
+    Raises:
+        VideoError: it is missing, no manifest, or of another version.
+    """
+    try:
+        lines = path.read_text().splitlines()
+        header = json.loads(lines[0]) if lines else {}
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{path}: not a readable manifest ({error})") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT["format"]:
+        raise VideoError(f"{path}: not a manifest of videos: make one with pipelines/index_videos.py")
+    version = header.get("version")
+    if version != FORMAT["version"]:
+        raise VideoError(f"{path}: a manifest of version {version}, not {FORMAT['version']}: delete it and index again")
+    records = {}
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            record = _from_json(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                break  # the process died while it wrote this line
+            raise VideoError(f"{path}: line {number} is damaged ({error}): delete it and index again") from error
+        records[record.state.path] = record
+    return list(records.values())
+
+
+def index_videos(
+    paths: Sequence[Path], manifest: Path | None, count: bool, image_fps: float = IMAGE_FPS, progress: bool = True
+) -> tuple[list[Record], list[str]]:
+    """Look at all videos under `paths` that the manifest does not know as they are, and bring it up to date.
 
     Args:
-        paths: files and folders.
+        paths: files, folders, and other manifests.
+        manifest: made if missing; what it knows of unchanged files is kept. None: nothing is known or written.
+        count: decode all of each video; otherwise its header and one frame.
+        image_fps: rate of image sequences.
+        progress: show a progress bar.
+
+    Returns:
+        The records in order of path, and the paths that the manifest knew and that are not there any more.
+
+    Raises:
+        VideoError: a path is missing or holds no video, or the manifest cannot be read, or is being written.
+    """
+    given = [record for path in paths if path.suffix == MANIFEST_SUFFIX for record in read_manifest(path)]
+    searched = [path for path in paths if path.suffix != MANIFEST_SUFFIX]
+    files = find_videos(searched) if searched else []
+    records = {record.state.path: record if _is_unchanged(record) else _changed(record) for record in given}
+    known = {record.state: record for record in given}
+
+    def look(path: Path) -> Record:
+        try:
+            state = file_state(path)
+        except OSError as error:
+            return Record(FileState(str(path.resolve()), 0, 0), None, f"{path}: {error.strerror}")
+        path = Path(state.path)
+        if state in known and _knows_enough(known[state], count, image_fps):
+            return known[state]
+        try:
+            return Record(state, count_frames(path, image_fps) if count else probe_video(path, image_fps))
+        except (VideoError, OSError) as error:
+            return Record(state, None, str(error))
+
+    def look_at_all(write: Callable[[str], object]) -> None:
+        doing = "indexing videos" if count else "checking videos"
+        bar = tqdm(total=len(files), unit="video", desc=doing, leave=False, disable=not progress)
+        for record in map_ahead(look, files):
+            if known.get(record.state) is not record:
+                write(_line(record))
+            records[record.state.path] = record
+            bar.update()
+        bar.close()
+
+    if manifest is None:
+        look_at_all(lambda line: None)
+    else:
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(manifest):
+            known |= {record.state: record for record in read_manifest(manifest)} if manifest.exists() else {}
+            _replace(manifest, known.values())  # without a line that was cut off
+            with manifest.open("a", buffering=1) as file:
+                look_at_all(file.write)
+            _replace(manifest, records.values())
+    ordered = [records[path] for path in sorted(records)]
+    return ordered, sorted({record.state.path for record in known.values()} - records.keys())
+
+
+def check_videos(
+    paths: Sequence[Path],
+    fps: float,
+    manifest: Path | None = None,
+    image_fps: float = IMAGE_FPS,
+    strict: bool = False,
+    progress: bool = True,
+) -> VideoList:
+    """The videos under `paths` that a stage can use: those that decode and are not slower than the clock.
+
+    Args:
+        paths: files, folders and manifests.
         fps: the clock that the videos will be sampled on; a slower video could not give a frame for each tick.
+        manifest: where to leave what was found, if anywhere; unchanged files that it knows are not looked at again.
+        image_fps: rate of image sequences.
+        strict: one file that cannot be used is an error.
         progress: show a progress bar.
 
     Raises:
-        VideoError: nothing is there, or nothing of it can be used.
+        VideoError: nothing is there, or nothing of it can be used; with `strict`, any file cannot be used.
     """
-    files = find_videos(paths)
-
-    def check(path: Path) -> VideoInfo | str:
-        try:
-            info = probe_video(path)
-        except (VideoError, OSError) as error:
-            return str(error)
+    records, _ = index_videos(paths, manifest, count=False, image_fps=image_fps, progress=progress)
+    videos, refused = [], {}
+    for record in records:
+        path, reason = Path(record.state.path), record.refused
         # Average rates are rounded in headers, hence the margin.
-        if 0 < info.average_fps < 0.95 * fps:
-            return f"{path}: its {info.average_fps:.4g} fps are fewer than the clock's {fps:g}: lower --fps"
-        return info
-
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(
-            pool.map(check, files),
-            total=len(files),
-            unit="video",
-            desc="checking videos",
-            leave=False,
-            disable=not progress,
-        )
-        results = list(bar)
-    videos = [result for result in results if isinstance(result, VideoInfo)]
-    refused = {path: result for path, result in zip(files, results, strict=True) if isinstance(result, str)}
-    if not videos:
-        reasons = list(refused.values())
-        more = f" (and {len(reasons) - 1} more files, none of them usable)" if len(reasons) > 1 else ""
-        raise VideoError(reasons[0] + more)
+        if record.video is not None and 0 < record.video.average_fps < 0.95 * fps:
+            rate = record.video.average_fps
+            reason = f"{path}: its {rate:.4g} fps are fewer than the clock's {fps:g}: lower --fps"
+        if record.video is not None and not reason:
+            videos.append(record.video)
+        else:
+            refused[path] = reason
+    if refused and (strict or not videos):
+        more = f" (and {len(refused) - 1} more files cannot be used)" if len(refused) > 1 else ""
+        raise VideoError(next(iter(refused.values())) + more)
     return VideoList(videos, refused)
+
+
+@contextmanager
+def _locked(manifest: Path) -> Iterator[None]:
+    """Hold the manifest until done, or until the process dies, however it dies."""
+    with manifest.with_name(f".{manifest.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise VideoError(f"{manifest} is being written by another process: wait for it, or stop it") from error
+        yield
+
+
+def _knows_enough(record: Record, count: bool, image_fps: float) -> bool:
+    if record.video is None:
+        return True
+    if record.video.codec == "images" and record.video.average_fps != image_fps:
+        return False
+    return record.video.frames is not None or not count
+
+
+def _is_unchanged(record: Record) -> bool:
+    try:
+        return file_state(Path(record.state.path)) == record.state
+    except OSError:
+        return False
+
+
+def _changed(record: Record) -> Record:
+    path = record.state.path
+    there = Path(path).exists() or is_image_sequence(Path(path))
+    reason = "has changed since it was indexed: run index_videos again" if there else "is gone since it was indexed"
+    return Record(record.state, None, f"{path}: {reason}")
+
+
+def _replace(manifest: Path, records: Iterable[Record]) -> None:
+    unfinished = manifest.with_name(f".tmp.{manifest.name}")
+    with unfinished.open("w") as file:
+        file.write(json.dumps(FORMAT) + "\n")
+        file.writelines(_line(record) for record in records)
+    unfinished.replace(manifest)
+
+
+def _line(record: Record) -> str:
+    known = asdict(record.video) if record.video else {"refused": record.refused}
+    return json.dumps({**known, **record.state._asdict()}) + "\n"
+
+
+def _from_json(fields: dict[str, Any]) -> Record:
+    state = FileState(*(fields.pop(name) for name in FileState._fields))
+    if "refused" in fields:
+        return Record(state, None, fields["refused"])
+    fields["keyframes_s"] = tuple(fields["keyframes_s"])
+    fields["gaps_s"] = tuple((begin, length) for begin, length in fields["gaps_s"])
+    return Record(state, VideoInfo(path=Path(state.path), **fields))

@@ -16,24 +16,17 @@ damage raises `VideoError` after the good frames before it: nothing is lost in s
 """
 
 import heapq
-import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import count, takewhile
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, TypeVar
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.packet import Packet
-from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
-from av.video.stream import VideoStream
+
+from data.decoder import CLOCK_TOLERANCE_S, Damage, Decoder, VideoDecoder, VideoError
+from data.image_sequence import ImageSequenceDecoder, is_image_sequence
 
 VIDEO_SUFFIXES = frozenset(
     f".{name}"
@@ -47,41 +40,17 @@ FrameSize = tuple[int, int]
 TRANSFORM = "stretched, swscale bilinear (antialiased), upright, bt601 where untagged"
 """What happens to each picture; recorded beside embeddings."""
 
-CLOCK_TOLERANCE_S = 1e-3
-"""Containers round times to a millisecond: a tick half way between two frames goes to the later one, always."""
-SEEKABLE = ("mp4", "matroska")
-"""Containers in which a seek was found exact. In all others (AVI and MPEG streams lose or misplace frames) videos are
-decoded from the beginning."""
-WORTH_SKIPPING_S = 0.5
-"""What lies this near is decoded up to rather than looked up."""
-EARLY_S = 0.5
-"""A video that ends this much before the time in its header is reported as cut off."""
+IMAGE_FPS = 25.0
+"""Rate of image sequences, unless another is given: images have no times."""
 GAP_PERIODS = 5
 """An interval between two frames of more than this many median intervals is reported as a gap."""
+STEADY_GAP_PERIODS = 1.5
+"""The same where the rate is constant: there a single lost frame can be seen."""
+STEADY_SHARE = 0.9
+"""The rate is constant if this share of the intervals is as long as the median."""
 
 
 Label = TypeVar("Label")
-
-
-class VideoError(Exception):
-    """A video that cannot be used; the message names the file and the reason."""
-
-
-@dataclass
-class Damage:
-    """What was found wrong with a video while it was read; filled in by the function that reads."""
-
-    corrupt_frames: int = 0
-    """Frames left out because the decoder marked them as guessed."""
-    breaks: list[str] = field(default_factory=list)
-    """Where decoding failed or the video ended early, and why."""
-
-    def __bool__(self) -> bool:
-        return bool(self.corrupt_frames or self.breaks)
-
-    def __str__(self) -> str:
-        corrupt = [f"{self.corrupt_frames} corrupt frames left out"] if self.corrupt_frames else []
-        return "; ".join(corrupt + self.breaks)
 
 
 class TimedFrame(NamedTuple):
@@ -124,52 +93,58 @@ class VideoInfo:
     """What counting found wrong."""
 
 
-def probe_video(path: Path) -> VideoInfo:
+def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
     """Read the header and decode one frame, so that what is accepted can really be decoded.
 
     Raises:
         VideoError: the file is missing, empty, not a video, has no video stream, or not one frame decodes.
     """
-    with _Player(path, Damage()) as player:
-        first = next(iter(player), None)
+    with open_video(path, Damage(), image_fps) as decoder:
+        first = next(iter(decoder), None)
         if first is None:
-            reason = str(player.damage) or f"the {player.codec} stream is empty"
+            reason = str(decoder.damage) or f"the {decoder.codec} stream is empty"
             raise VideoError(f"{path}: no frame can be decoded ({reason})")
         frame, _ = first
         upright = frame.rotation % 180 == 0
         return VideoInfo(
             path=path,
-            codec=player.codec,
+            codec=decoder.codec,
             height=frame.height if upright else frame.width,
             width=frame.width if upright else frame.height,
-            rotation=frame.rotation,
-            duration_s=player.header_duration_s,
-            average_fps=float(player.stream.average_rate or 0),
-            seekable=player.seekable,
-            keyframes_s=player.keyframes_s,
+            rotation=frame.rotation % 360,
+            duration_s=decoder.header_duration_s,
+            average_fps=decoder.average_fps,
+            seekable=decoder.seekable,
+            keyframes_s=decoder.keyframes_s,
         )
 
 
-def count_frames(path: Path) -> VideoInfo:
+def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
     """Decode all of a video: what is really in it.
 
     Raises:
         VideoError: as `probe_video`.
     """
-    info = probe_video(path)
+    info = probe_video(path, image_fps)
     damage, times_s, keyframes_s = Damage(), [], []
-    with _Player(path, damage) as player:
-        for frame, time_s in player:
+    with open_video(path, damage, image_fps) as decoder:
+        for frame, time_s in decoder:
             times_s.append(time_s)
-            if frame.key_frame:
+            if frame.key_frame or info.codec == "images":
                 keyframes_s.append(time_s)
     intervals_s = np.diff(times_s)
     period_s = float(np.median(intervals_s)) if len(intervals_s) else 1 / (info.average_fps or 25)
-    gaps = np.flatnonzero(intervals_s > GAP_PERIODS * period_s)
+    is_steady = (
+        np.mean(np.abs(intervals_s - period_s) <= 2 * CLOCK_TOLERANCE_S) >= STEADY_SHARE if times_s[1:] else False
+    )
+    gaps = np.flatnonzero(intervals_s > (STEADY_GAP_PERIODS if is_steady else GAP_PERIODS) * period_s)
     return VideoInfo(
         **{name: getattr(info, name) for name in ("path", "codec", "height", "width", "rotation", "seekable")},
         duration_s=times_s[-1] + period_s,
-        average_fps=float(len(intervals_s) / intervals_s.sum()) if len(intervals_s) else info.average_fps,
+        # The rate of images is given, and their times depend on it: gaps do not lower it.
+        average_fps=float(len(intervals_s) / intervals_s.sum())
+        if len(intervals_s) and info.codec != "images"
+        else info.average_fps,
         keyframes_s=tuple(keyframes_s) if info.seekable else (),
         frames=len(times_s),
         gaps_s=tuple((times_s[at], float(intervals_s[at])) for at in gaps),
@@ -178,7 +153,7 @@ def count_frames(path: Path) -> VideoInfo:
 
 
 def read_frames(
-    path: Path, size: FrameSize, start_s: float = 0.0, damage: Damage | None = None
+    path: Path, size: FrameSize, start_s: float = 0.0, damage: Damage | None = None, image_fps: float = IMAGE_FPS
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Yield every frame from `start_s` on, in presentation order, with its time.
 
@@ -189,9 +164,9 @@ def read_frames(
         VideoError: the file cannot be opened; without `damage`, also what is wrong inside.
     """
     convert = _FrameConverter(size)
-    with _Player(path, damage) as player:
-        player.skip_to(start_s)
-        for frame, time_s in player:
+    with open_video(path, damage, image_fps) as decoder:
+        decoder.skip_to(start_s)
+        for frame, time_s in decoder:
             if time_s >= start_s:
                 yield convert(frame), time_s
 
@@ -204,6 +179,7 @@ def read_on_clock(
     start_s: float = 0.0,
     end_s: float = float("inf"),
     damage: Damage | None = None,
+    image_fps: float = IMAGE_FPS,
 ) -> Iterator[TimedFrame]:
     """Yield the frame nearest in time to each tick of a clock: tick k lies at `phase_s + k / fps` seconds.
 
@@ -218,6 +194,7 @@ def read_on_clock(
         start_s: ticks before this time are not sampled.
         end_s: ticks at or after this time are not sampled.
         damage: where to write down what is wrong inside.
+        image_fps: rate of an image sequence; videos have their own times.
 
     Raises:
         VideoError: as `read_frames`.
@@ -236,15 +213,22 @@ def read_on_clock(
 
     def ticks(clock: int, phase_s: float) -> Iterator[tuple[float, tuple[int, int]]]:
         last = first_tick(phase_s, end_s) - 1 if end_s < float("inf") else float("inf")
-        for tick in takewhile(lambda tick: tick <= last, count(first_tick(phase_s, start_s))):
+        tick = first_tick(phase_s, start_s)
+        while tick <= last:
             yield phase_s + tick / fps, (clock, tick)
+            # Where times are damaged a gap may last for years: its ticks are not gone through one by one.
+            tick = max(tick + 1, first_tick(phase_s, gap_until_s))
 
     wanted = heapq.merge(*(ticks(clock, phase_s) for clock, phase_s in enumerate(phases_s)))
+    gap_until_s = 0.0
     last_time_s = [-np.inf] * len(phases_s)
     converted: tuple[VideoFrame, np.ndarray] | None = None
-    with _Player(path, damage) as player:
-        for (tick_s, (clock, tick)), frame, time_s in _nearest(player, wanted, reach_s):
-            if abs(time_s - tick_s) > reach_s or time_s == last_time_s[clock]:
+    with open_video(path, damage, image_fps) as decoder:
+        for (tick_s, (clock, tick)), frame, time_s, until_s in _nearest(decoder, wanted, reach_s):
+            if abs(time_s - tick_s) > reach_s:
+                gap_until_s = (time_s if tick_s < time_s else until_s) - reach_s
+                continue
+            if time_s == last_time_s[clock]:
                 continue
             last_time_s[clock] = time_s
             # Converted only once it is known to be wanted: conversion costs more than decoding.
@@ -254,7 +238,11 @@ def read_on_clock(
 
 
 def read_frames_at(
-    path: Path, size: FrameSize, times_s: Sequence[float] | np.ndarray, damage: Damage | None = None
+    path: Path,
+    size: FrameSize,
+    times_s: Sequence[float] | np.ndarray,
+    damage: Damage | None = None,
+    image_fps: float = IMAGE_FPS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The frames nearest to given times, decoded in one pass that jumps where that saves work.
 
@@ -264,6 +252,7 @@ def read_frames_at(
         times_s: (T,) seconds since the first displayed frame, in any order; before the first frame and after the last,
             those are the nearest.
         damage: where to write down what is wrong inside.
+        image_fps: rate of an image sequence; videos have their own times.
 
     Returns:
         Frames uint8 (T, 3, height, width) and their own times, float64 (T,), in seconds.
@@ -276,8 +265,8 @@ def read_frames_at(
     found_s = np.full(len(times_s), np.nan)
     wanted = ((float(times_s[index]), int(index)) for index in np.argsort(times_s, kind="stable"))
     converted: tuple[VideoFrame, np.ndarray] | None = None
-    with _Player(path, damage) as player:
-        for (_, index), frame, time_s in _nearest(player, wanted, reach_s=np.inf):
+    with open_video(path, damage, image_fps) as decoder:
+        for (_, index), frame, time_s, _ in _nearest(decoder, wanted, reach_s=np.inf):
             if converted is None or converted[0] is not frame:
                 converted = frame, convert(frame)
             frames[index], found_s[index] = converted[1], time_s
@@ -287,7 +276,12 @@ def read_frames_at(
 
 
 def read_clips(
-    path: Path, size: FrameSize, starts_s: Sequence[float] | np.ndarray, length: int, damage: Damage | None = None
+    path: Path,
+    size: FrameSize,
+    starts_s: Sequence[float] | np.ndarray,
+    length: int,
+    damage: Damage | None = None,
+    image_fps: float = IMAGE_FPS,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Clips of consecutive frames from given times on, decoded in one pass that jumps where that saves work.
 
@@ -297,6 +291,7 @@ def read_clips(
         starts_s: each clip's first frame is the first that is shown at this time or later; in any order.
         length: frames in a clip.
         damage: where to write down what is wrong inside.
+        image_fps: rate of an image sequence; videos have their own times.
 
     Returns:
         For each start: frames uint8 (T, 3, height, width) and times float64 (T,) in seconds; T is `length`, or less
@@ -309,11 +304,11 @@ def read_clips(
     clips: list[list[tuple[np.ndarray, float]]] = [[] for _ in starts_s]
     waiting = [int(index) for index in np.argsort(starts_s, kind="stable")]
     filling: list[int] = []
-    with _Player(path, damage) as player:
+    with open_video(path, damage, image_fps) as decoder:
         while waiting or filling:
             if not filling:
-                player.skip_to(float(starts_s[waiting[0]]))
-            following = next(player, None)
+                decoder.skip_to(float(starts_s[waiting[0]]))
+            following = next(decoder, None)
             if following is None:
                 break
             frame, time_s = following
@@ -352,13 +347,24 @@ def random_clips(
     if latest_s < 0:
         raise VideoError(f"{video.path}: its {video.duration_s:.2f} s are shorter than a clip of {length} frames")
     starts_s = np.random.default_rng(seed).uniform(0, latest_s, count)
-    return read_clips(video.path, size, starts_s, length, damage)
+    return read_clips(video.path, size, starts_s, length, damage, video.average_fps)
+
+
+def open_video(path: Path, damage: Damage | None, image_fps: float = IMAGE_FPS) -> Decoder:
+    """A video file, a folder of images or a folder of images inside a zip file, ready to be decoded.
+
+    Raises:
+        VideoError: it cannot be opened.
+    """
+    if is_image_sequence(path):
+        return ImageSequenceDecoder(path, image_fps, damage)
+    return VideoDecoder(path, damage)
 
 
 def _nearest(
-    player: "_Player", wanted: Iterator[tuple[float, Label]], reach_s: float
-) -> Iterator[tuple[tuple[float, Label], VideoFrame, float]]:
-    """For each wanted (time, label), in ascending order, the frame nearest in time and when it is shown.
+    decoder: Decoder, wanted: Iterator[tuple[float, Label]], reach_s: float
+) -> Iterator[tuple[tuple[float, Label], VideoFrame, float, float]]:
+    """For each wanted (time, label), in ascending order, the frame nearest in time, when it is shown, and until when.
 
     Ends at the first time that lies `reach_s` after the last frame.
     """
@@ -366,13 +372,13 @@ def _nearest(
     candidate: tuple[VideoFrame, float] | None = None
     while pending is not None:
         # A keyframe at or before the wanted time is nearer to it than any frame before the keyframe.
-        if player.skip_to(pending[0]):
+        if decoder.skip_to(pending[0]):
             candidate = None
-        following = next(player, None)
+        following = next(decoder, None)
         if candidate is not None:
             until_s = candidate[1] + 2 * reach_s if following is None else following[1]
             while pending is not None and pending[0] < (candidate[1] + until_s) / 2 - CLOCK_TOLERANCE_S:
-                yield pending, *candidate
+                yield pending, *candidate, until_s
                 pending = next(wanted, None)
         if following is None:
             return
@@ -407,190 +413,3 @@ class _FrameConverter:
         if quarter_turns == 0:
             return output
         return np.ascontiguousarray(np.rot90(output, quarter_turns, axes=(1, 2)))
-
-
-class _Player:
-    """An open video that is decoded forward and can skip ahead; iterates over (frame, time in seconds)."""
-
-    def __init__(self, path: Path, damage: Damage | None) -> None:
-        self.path, self.damage = path, damage
-        self.can_skip = True
-        self._open()
-
-    def _open(self) -> None:
-        self.container = _open(self.path)
-        try:
-            self.stream = _video_stream(self.container, self.path)
-        except VideoError:
-            self.container.close()
-            raise
-        # Clips are decoded in parallel, one thread each: frame threads would only add latency and memory.
-        self.stream.thread_type = "SLICE"
-        self.stream.codec_context.thread_count = 1
-        self.first_pts = self.stream.start_time if self.seekable else None
-        self.begun = False
-        self.reached_s = 0.0
-        """Time of the last frame that was given, or to be skipped to."""
-        self.skipped_to_s: float | None = None
-        """Until a frame has been given after a skip."""
-        self.frames = self._decode()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.container.close()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> tuple[VideoFrame, float]:
-        frame, time_s = next(self.frames)
-        if self.skipped_to_s is not None and time_s > self.skipped_to_s + CLOCK_TOLERANCE_S:
-            # The seek led too far: only decoding from the beginning gives the frames between.
-            self.container.close()
-            self._open()
-            self.can_skip = False
-            return next(self)
-        self.skipped_to_s = None
-        self.begun, self.reached_s = True, max(self.reached_s, time_s)
-        return frame, time_s
-
-    def skip_to(self, time_s: float) -> bool:
-        """Go on from the last keyframe at or before a time, if there is one ahead; whether it was done."""
-        if not self.can_skip or self.first_pts is None or time_s <= self.reached_s + WORTH_SKIPPING_S:
-            return False
-        if self.begun and bisect_right(self.keyframes_s, self.reached_s) == bisect_right(self.keyframes_s, time_s):
-            return False
-        assert self.stream.time_base is not None
-        try:
-            self.container.seek(self.first_pts + int(time_s / self.stream.time_base), stream=self.stream)
-        except av.FFmpegError:
-            return False
-        # Not the keyframe's own time: an index may be wrong about that, and the next skip would lead back here.
-        self.begun, self.reached_s, self.skipped_to_s = True, time_s, time_s
-        self.frames = self._decode()
-        return True
-
-    @property
-    def codec(self) -> str:
-        return self.stream.codec_context.name
-
-    @property
-    def seekable(self) -> bool:
-        return any(name in self.container.format.name for name in SEEKABLE)
-
-    @property
-    def header_duration_s(self) -> float:
-        """What the header promises, 0 where it says nothing."""
-        if self.stream.duration is not None and self.stream.time_base is not None:
-            return float(self.stream.duration * self.stream.time_base)
-        written = self.stream.metadata.get("DURATION", "")  # Matroska's, of this stream alone
-        if match := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", written):
-            hours, minutes, seconds = match.groups()
-            return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        return (self.container.duration or 0) / av.time_base
-
-    @cached_property
-    def keyframes_s(self) -> tuple[float, ...]:
-        """Times of the keyframes in the container's index; in MP4, of their decoding, shifted to begin at 0."""
-        if not self.seekable:
-            return ()
-        with _open(self.path) as container:
-            stream = _video_stream(container, self.path)
-            try:
-                container.seek(0)  # Matroska's index is read only now
-            except av.FFmpegError:
-                return ()  # a broken index: decoding goes forward
-            found = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
-        time_base = self.stream.time_base or 0
-        return tuple(float((timestamp - found[0]) * time_base) for timestamp in found)
-
-    def _decode(self) -> Iterator[tuple[VideoFrame, float]]:
-        """Decode forward from where the container stands."""
-        time_base = self.stream.time_base
-        if time_base is None:
-            raise VideoError(f"{self.path}: the stream has no time base, so its frames have no times")
-        period_s = 1 / float(self.stream.average_rate or 25)
-        is_avi = "avi" in self.container.format.name
-        previous_s: float | None = None
-        end_s = 0.0
-        resumed_pts: int | None = None
-        lost = False
-        for packet in self._packets():
-            if lost and not packet.is_keyframe:
-                continue
-            if lost:
-                self.stream.codec_context.flush_buffers()
-                lost, resumed_pts = False, packet.pts
-            try:
-                frames = packet.decode()
-            except av.FFmpegError as error:
-                self._note(f"decoding failed {_after(previous_s)} ({error.strerror})")
-                lost = True
-                continue
-            for frame in frames:
-                # AVI has no presentation times: what PyAV calls so runs backwards around B-frames.
-                pts = frame.dts if is_avi else frame.pts
-                if resumed_pts is not None and pts is not None and pts < resumed_pts:
-                    continue  # shown before the keyframe: it needs frames that were lost
-                if pts is None:
-                    time_s = 0.0 if previous_s is None else previous_s + period_s
-                else:
-                    if self.first_pts is None:
-                        self.first_pts = pts
-                    time_s = float((pts - self.first_pts) * time_base)
-                if frame.is_corrupt:
-                    if self.skipped_to_s is None or time_s >= self.skipped_to_s:
-                        self._note_corrupt(time_s)
-                    continue
-                previous_s, end_s = time_s, time_s + float(frame.duration * time_base)
-                yield frame, time_s
-        promised_s = self.header_duration_s
-        if end_s < promised_s - EARLY_S - 2 * period_s:
-            self._note(f"ends at {end_s:.2f} s, its header promises {promised_s:.2f} s")
-
-    def _packets(self) -> "Iterator[Packet[VideoStream]]":
-        """Coded pictures in the order of the file; a file that breaks off ends there."""
-        try:
-            yield from self.container.demux(self.stream)
-        except av.FFmpegError as error:
-            self._note(f"reading failed {_after(self.reached_s if self.begun else None)} ({error.strerror})")
-
-    def _note(self, reason: str) -> None:
-        if self.damage is None:
-            raise VideoError(f"{self.path}: {reason}")
-        self.damage.breaks.append(reason)
-
-    def _note_corrupt(self, time_s: float) -> None:
-        if self.damage is None:
-            raise VideoError(f"{self.path}: the frame at {time_s:.2f} s is corrupt")
-        self.damage.corrupt_frames += 1
-
-
-def _after(time_s: float | None) -> str:
-    return "before the first frame" if time_s is None else f"after {time_s:.2f} s"
-
-
-def _open(path: Path) -> InputContainer:
-    if not path.exists():
-        raise VideoError(f"{path}: no such file")
-    if not path.is_file():
-        raise VideoError(f"{path}: not a readable video (it is no file)")
-    if path.stat().st_size == 0:
-        raise VideoError(f"{path}: the file is empty")
-    try:
-        return av.open(str(path), metadata_errors="replace")
-    except av.FFmpegError as error:
-        raise VideoError(f"{path}: not a readable video ({error.strerror})") from error
-
-
-def _video_stream(container: InputContainer, path: Path) -> VideoStream:
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream):
-        raise VideoError(f"{path}: there is no video stream in it")
-    if stream.disposition & Disposition.attached_pic:
-        raise VideoError(f"{path}: there is no video stream in it, only a cover picture")
-    return stream

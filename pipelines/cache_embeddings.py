@@ -5,38 +5,30 @@ r"""Stage 2: embed videos on a clock and keep the embeddings on disk.
 
 Leaves HDF5 shards with their manifests. Run the same command again after a kill, or after adding videos: only what is
 missing is embedded.
+
+Videos are decoded in threads, embedded in batches that mix videos, and written in a thread of its own: the slowest of
+the three sets the pace. All batches have one shape, so that an embedding does not depend on what it was computed with.
 """
 
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 
-from data.embedding_cache import (
-    CacheWriter,
-    ClipKey,
-    EmbeddedClip,
-    EmbeddingCache,
-    Provenance,
-    clip_key,
-    remaining_clips,
-)
-from data.manifest import check_videos
-from data.video import FrameSize, TimedFrame, VideoError, read_on_clock
-from jepa.encoder import FrameEncoder
+from data.embedding_cache import CacheWriter, ClipKey, EmbeddingCache, Provenance, remaining_clips
+from data.manifest import Account, file_state
+from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from pipelines.artefacts import load_encoder
-from pipelines.stage import LAUNCH, require, run_stage, versions
-from pipelines.training import start_accelerator
+from pipelines.embed_videos import Task, embed_videos
+from pipelines.stage import LAUNCH, leave_account, require, run_stage, versions
+from pipelines.training import find_usable_videos, main_first, start_accelerator
 
-FRAMES_PER_CHUNK = 256
+WRITES_AHEAD = 8
+"""Videos that may wait to be written."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Options:
     """Embed videos and keep the embeddings on disk."""
 
     videos: tuple[Path, ...]
-    """Folders (searched recursively) and video files."""
+    """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
     encoder: Path = Path("runs/encoder/encoder")
     """The trained encoder."""
     output_dir: Path = Path("cache/train")
@@ -53,134 +45,112 @@ class Options:
     """Ticks per second of the clock that embeddings lie on, by time."""
     phases: int = 1
     """Sample each video on this many clocks, shifted against each other: more training windows from the same video."""
+    image_fps: float = IMAGE_FPS
+    """Rate of folders of images, which have no times of their own."""
     dtype: Literal["float16", "float32"] = "float16"
     """Precision of the stored embeddings."""
+    batch_size: int = 64
+    """Frames that are embedded together, on each process."""
     clips_per_shard: int = 64
     """Clips in one file; a kill loses at most this many."""
+    strict: bool = False
+    """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
     seed: int = 0
     """Seeds whatever a backbone might draw; ours draw nothing."""
 
 
 def main(options: Options) -> None:
-    """The story: check, see what is missing, decode ahead, embed, commit."""
-    require(options.fps > 0, f"--fps is {options.fps:g}: it must be positive")
-    require(options.phases > 0, f"--phases is {options.phases}: it must be positive")
-    require(options.clips_per_shard > 0, f"--clips-per-shard is {options.clips_per_shard}: it must be positive")
+    """The story: check, see what is missing, decode, embed and write side by side, account."""
+    for name in ("fps", "phases", "image_fps", "batch_size", "clips_per_shard"):
+        value = getattr(options, name)
+        require(value > 0, f"--{name.replace('_', '-')} is {value:g}: it must be positive")
     accelerator = start_accelerator()
+    is_main = accelerator.is_main_process
     set_seed(options.seed)
     encoder = load_encoder(options.encoder).to(accelerator.device).eval()
-    # Each phase is a clock of the same rate, so a video need not be faster for several of them.
-    videos = check_videos(options.videos, options.fps, progress=accelerator.is_main_process)
     provenance = Provenance(
         encoder_fingerprint=encoder.fingerprint(),
         embedding_dimension=encoder.config.embedding_dimension,
         fps=options.fps,
+        image_fps=options.image_fps,
         image_size=encoder.config.image_size,
+        transform=TRANSFORM,
         dtype=options.dtype,
         versions=versions(),
     )
-    wanted = [
-        clip_key(video.path, phase / options.phases / options.fps)
-        for video in videos.videos
-        for phase in range(options.phases)
-    ]
-
-    # The main process makes the folder; all others read it before anything is written to it.
-    with accelerator.main_process_first():
-        writer = CacheWriter(options.output_dir, provenance, options.clips_per_shard, accelerator.is_main_process)
+    # Each phase is a clock of the same rate, so a video need not be faster for several of them.
+    videos = find_usable_videos(
+        accelerator, options.videos, options.fps, options.output_dir, options.image_fps, options.strict
+    )
+    phases_s = [phase / options.phases / options.fps for phase in range(options.phases)]
+    wanted = [ClipKey(*file_state(video.path), phase_s) for video in videos.videos for phase_s in phases_s]
+    writer = main_first(
+        accelerator, lambda: CacheWriter(options.output_dir, provenance, options.clips_per_shard, is_main)
+    )
     remaining = remaining_clips(options.output_dir, wanted)
-    accelerator.wait_for_everyone()
-    mine = remaining[accelerator.process_index :: accelerator.num_processes]
-    if accelerator.is_main_process:
-        print(videos.account())
+    accelerator.wait_for_everyone()  # nobody writes before all have seen what is there
+    if is_main:
         print(f"{len(wanted) - len(remaining)} of {len(wanted)} clips are in the cache already")
+    tasks = [Task(Path(source), list(keys)) for source, keys in groupby(remaining, key=lambda key: key.source)]
+    mine = tasks[accelerator.process_index :: accelerator.num_processes]
 
-    failures: list[str] = []
-    frames, started = 0, time.monotonic()
-    bar = tqdm(total=len(mine), unit="clip", desc="embedding", disable=not accelerator.is_main_process)
-    with writer:
-        for key, chunks in decode_ahead(mine, encoder.config.image_size, options.fps):
-            try:
-                clip = embed(encoder, key, chunks, accelerator.device)
-            except VideoError as error:
-                failures.append(str(error))
-            else:
-                frames += len(clip.ticks)
-                writer.add(clip)
-            bar.update()
-            bar.set_postfix({"frames/s": f"{frames / (time.monotonic() - started):.0f}"})
+    account = Account()
+    by_path = {str(video.path): video for video in videos.videos}
+    expected = sum(expected_frames(by_path[str(task.source)], options.fps * len(task.keys)) for task in mine)
+    bar = tqdm(total=expected or None, unit="frame", desc="embedding", disable=not is_main)
+    with writer, ThreadPoolExecutor(1) as writing:
+        writes = []
+        for task in embed_videos(
+            accelerator, encoder, mine, options.fps, options.image_fps, options.batch_size, options.strict, bar
+        ):
+            writes.append(writing.submit(keep, writer, task, account))
+            if len(writes) > WRITES_AHEAD:
+                writes.pop(0).result()
+        for write in writes:
+            write.result()
     bar.close()
-    accelerator.wait_for_everyone()
 
-    for reason in failures:
-        print(f"  left out: {reason}")
-    if accelerator.is_main_process:
-        cache = EmbeddingCache(options.output_dir)
-        vanished = sorted({clip.key.source for clip in cache.clips if not Path(clip.key.source).exists()})
-        for source in vanished:
-            print(f"  gone since it was embedded, its embeddings are kept: {source}")
-        print(
-            f"wrote {options.output_dir}: {len(cache.clips)} clips, {cache.frames:,} embeddings of dimension "
-            f"{provenance.embedding_dimension} at {options.fps:g} fps. "
-            "Next, with a cache of other videos in cache/val:\n"
-            f"  {LAUNCH} pipelines/train_predictor.py --train-cache {options.output_dir} --validation-cache cache/val "
-            "--output-dir runs/predictor"
-        )
+    total = Account(refused={str(path): reason for path, reason in videos.refused.items()})
+    total.merge(gather_object([account]))
+    if is_main:
+        leave_account(total, options.output_dir, add=True)
+        summarise(options)
     accelerator.end_training()
 
 
-def decode_ahead(
-    keys: list[ClipKey], size: FrameSize, fps: float
-) -> Iterator[tuple[ClipKey, Iterator[list[TimedFrame]]]]:
-    """Clips in order, the first chunk of frames of the next ones decoded while the present one is embedded."""
-
-    def begin(key: ClipKey) -> tuple[Iterator[TimedFrame], list[TimedFrame] | VideoError]:
-        frames = read_on_clock(Path(key.source), size, fps, key.phase_s)
-        try:
-            return frames, list(islice(frames, FRAMES_PER_CHUNK))
-        except VideoError as error:
-            return frames, error
-
-    with ThreadPoolExecutor(2) as pool:
-        waiting = [(key, pool.submit(begin, key)) for key in keys[:4]]
-        for position, key in enumerate(keys):
-            _, future = waiting.pop(0)
-            if position + 4 < len(keys):
-                waiting.append((keys[position + 4], pool.submit(begin, keys[position + 4])))
-            frames, first = future.result()
-
-            def chunks(
-                frames: Iterator[TimedFrame] = frames, first: list[TimedFrame] | VideoError = first
-            ) -> Iterator[list[TimedFrame]]:
-                if isinstance(first, VideoError):
-                    raise first
-                chunk = first
-                while chunk:
-                    upcoming = pool.submit(lambda: list(islice(frames, FRAMES_PER_CHUNK)))
-                    yield chunk
-                    chunk = upcoming.result()
-
-            yield key, chunks()
+def expected_frames(video: VideoInfo, frames_per_second: float) -> int:
+    """About how many frames the clocks will ask for, each counted once."""
+    return round(video.duration_s * min(frames_per_second, video.average_fps or frames_per_second))
 
 
-@torch.no_grad()
-def embed(
-    encoder: FrameEncoder, key: ClipKey, chunks: Iterator[list[TimedFrame]], device: torch.device
-) -> EmbeddedClip:
-    """Embed one clip chunk by chunk, so that a video may be longer than memory.
+def keep(writer: CacheWriter, task: Task, account: Account) -> None:
+    """Write down what has become of a video."""
+    if task.refused:
+        account.refuse(task.source, task.refused)
+        return
+    clips = task.clips()
+    if not clips:
+        found = str(task.damage) or "there is no frame on the clock"
+        account.refuse(task.source, f"{task.source}: {found}")
+        return
+    account.add(task.source, max(float(clip.times_s[-1]) for clip in clips), task.damage)
+    for clip in clips:
+        writer.add(clip)
 
-    Raises:
-        VideoError: decoding breaks off, or there is no frame on the clock.
-    """
-    embeddings, times_s, ticks = [], [], []
-    for chunk in chunks:
-        frames = torch.from_numpy(np.stack([timed.frame for timed in chunk])).to(device)
-        embeddings.append(encoder(frames).float().cpu().numpy())
-        times_s += [timed.time_s for timed in chunk]
-        ticks += [timed.tick for timed in chunk]
-    if not embeddings:
-        raise VideoError(f"{key.source}: there is no frame on the clock")
-    return EmbeddedClip(key, np.concatenate(embeddings), np.array(times_s), np.array(ticks))
+
+def summarise(options: Options) -> None:
+    """What the cache holds now, and what to run next."""
+    cache = EmbeddingCache(options.output_dir)
+    vanished = sorted({clip.key.source for clip in cache.clips if not Path(clip.key.source).exists()})
+    for source in vanished:
+        print(f"  gone since it was embedded, its embeddings are kept: {source}")
+    print(
+        f"wrote {options.output_dir}: {len(cache.clips)} clips, {cache.frames:,} embeddings of dimension "
+        f"{cache.provenance.embedding_dimension} at {options.fps:g} fps. "
+        "Next, with a cache of other videos in cache/val:\n"
+        f"  {LAUNCH} pipelines/train_predictor.py --train-cache {options.output_dir} --validation-cache cache/val "
+        "--output-dir runs/predictor"
+    )
 
 
 if __name__ == "__main__":

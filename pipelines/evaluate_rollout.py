@@ -23,9 +23,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 from tqdm import tqdm
 
+from data.decoder import Damage, VideoError
 from data.embedding_cache import CachedClip, EmbeddingCache
 from data.sidecar import read_sidecar
-from data.video import VideoError, probe_video, read_on_clock
+from data.video import probe_video, read_frames_at
 from data.windows import Windows
 from jepa.predictor import Predictor
 from jepa.probe import fit_linear_probe, r_squared
@@ -320,15 +321,15 @@ def read_pictures(cache: EmbeddingCache, rows: Sequence[int] | np.ndarray, heigh
         VideoError: a video is gone, cannot be decoded, or has no frame there any more.
     """
     pictures = []
+    fps, image_fps = cache.provenance.fps, cache.provenance.image_fps
     for row in rows:
-        key = clip_of_row(cache, int(row)).key
-        video, fps, tick = probe_video(Path(key.source)), cache.provenance.fps, int(cache.ticks[row])
+        video = probe_video(Path(clip_of_row(cache, int(row)).key.source), image_fps)
         size = (height, max(1, round(height * video.width / video.height)))
-        tick_s = key.phase_s + tick / fps
-        found = list(read_on_clock(video.path, size, fps, key.phase_s, tick_s, tick_s + 0.5 / fps))
-        if [frame.tick for frame in found] != [tick]:
-            raise VideoError(f"{video.path}: there is no frame at {tick_s:.2f} s: was it changed since it was cached?")
-        pictures.append(found[0].frame.transpose(1, 2, 0))
+        time_s = float(cache.times_s[row])
+        frames, found_s = read_frames_at(video.path, size, [time_s], Damage(), image_fps)
+        if abs(found_s[0] - time_s) > 0.5 / fps:
+            raise VideoError(f"{video.path}: there is no frame at {time_s:.2f} s: was it changed since it was cached?")
+        pictures.append(frames[0].transpose(1, 2, 0))
     return pictures
 
 

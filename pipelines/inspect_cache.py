@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.embedding_cache import CachedClip, EmbeddingCache, clip_key
+from data.embedding_cache import CachedClip, ClipKey, EmbeddingCache
+from data.manifest import file_state
 from pipelines.stage import UserError, counted, run_stage
 
 SHOWN = 10
@@ -58,7 +59,8 @@ def describe(cache: EmbeddingCache) -> str:
             f"{counted(len({clip.key.source for clip in cache.clips}), 'video')}, "
             f"{cache.frames:,} embeddings, {seconds / 3600:.2f} h, {counted(gaps, 'gap')} in time",
             f"embeddings of dimension {provenance.embedding_dimension}, {provenance.dtype}, at {provenance.fps:g} fps, "
-            f"of frames of {height}x{width} pixels, by encoder {provenance.encoder_fingerprint}",
+            f"by encoder {provenance.encoder_fingerprint}",
+            f"of frames of {height}x{width} pixels: {provenance.transform}",
             f"{counted(len(shards), 'shard')}, {size / 1e6:.1f} MB; made with {versions}",
         ]
     )
@@ -67,7 +69,7 @@ def describe(cache: EmbeddingCache) -> str:
 def compare(clip: CachedClip) -> str:
     """What has become of a clip's video since it was embedded."""
     try:
-        now = clip_key(Path(clip.key.source), clip.key.phase_s)
+        now = ClipKey(*file_state(Path(clip.key.source)), clip.key.phase_s)
     except OSError:
         return "is gone"
     return "is unchanged" if now == clip.key else "has changed since (run cache_embeddings again)"

@@ -12,20 +12,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.frames import FramePairs, PairsState, read_sequences
-from data.manifest import check_videos
+from data.manifest import Account
+from data.video import IMAGE_FPS
 from data.views import ViewsConfig, make_views
 from jepa.diagnostics import encoder_alarms, sequence_spread
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import VICRegConfig, vicreg
-from pipelines.stage import LAUNCH, RunFolder, require, run_stage
-from pipelines.training import Checkpoints, Interruption, lr_at, save_artefact, start_accelerator, step_generator
+from pipelines.stage import LAUNCH, RunFolder, counted, leave_account, parse_bytes, require, run_stage
+from pipelines.training import (
+    Checkpoints,
+    Interruption,
+    find_usable_videos,
+    lr_at,
+    save_artefact,
+    start_accelerator,
+    step_generator,
+)
 
 DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES = 16, 16
 FIRST_ALARM_STEP = 50
@@ -37,7 +46,7 @@ class Options:
     """Train a frame encoder on videos, without labels."""
 
     videos: tuple[Path, ...]
-    """Folders (searched recursively) and video files."""
+    """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
     output_dir: Path = Path("runs/encoder")
     """Where the encoder, its metrics and its logs are left."""
     fps: float = 4.0
@@ -54,8 +63,12 @@ class Options:
     """Weight decay of AdamW."""
     warmup_steps: int = 50
     """Steps of linear warm-up before the cosine."""
-    memory_gb: float = 2.0
+    shuffle_memory: str = "2GB"
     """Most memory for decoded frames on each process; larger data sets are streamed through it."""
+    image_fps: float = IMAGE_FPS
+    """Rate of folders of images, which have no times of their own."""
+    strict: bool = False
+    """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
     log_every: int = 100
     """Steps between two entries in the log, each with a check for collapse."""
     checkpoint_every: int = 500
@@ -77,10 +90,11 @@ class Options:
 def main(options: Options) -> None:
     """The story: check, build, train, save."""
     require(options.fps > 0, f"--fps is {options.fps:g}: it must be positive")
-    for name in ("steps", "phases", "log_every", "checkpoint_every", "memory_gb"):
+    for name in ("steps", "phases", "log_every", "checkpoint_every", "image_fps"):
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
     require(options.batch_size > 1, f"--batch-size is {options.batch_size}: variance needs at least 2")
+    shuffle_memory = parse_bytes(options.shuffle_memory, "--shuffle-memory")
     output = RunFolder(options.output_dir, ("encoder", "training_state", "logs"))
     accelerator = start_accelerator(options.tracker, options.output_dir / "logs")
     is_main = accelerator.is_main_process
@@ -88,15 +102,17 @@ def main(options: Options) -> None:
 
     encoder = create_encoder(options.encoder)
     expander = Expander(options.encoder.embedding_dimension, options.expander)
-    videos = check_videos(options.videos, options.fps, progress=is_main)
+    videos = find_usable_videos(
+        accelerator, options.videos, options.fps, options.output_dir, options.image_fps, options.strict
+    )
     if is_main:
-        print(videos.account())
         inputs = {"videos": [video.path for video in videos.videos], "refused": videos.refused}
         output.prepare(options, options.overwrite, options.resume, inputs)
         print(
             f"training {options.encoder.backbone} ({sum(p.numel() for p in encoder.parameters()):,} weights) on "
             f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}, "
-            f"global batch {options.batch_size * accelerator.num_processes}"
+            f"global batch {options.batch_size * accelerator.num_processes}, at most {options.shuffle_memory} of "
+            f"decoded frames on each; {counted(len(videos.videos), 'video')}, {len(videos.refused)} refused"
         )
     accelerator.wait_for_everyone()
 
@@ -109,7 +125,7 @@ def main(options: Options) -> None:
 
     pairs = FramePairs(
         videos.videos, options.encoder.image_size, options.fps, options.batch_size, options.seed,
-        accelerator.process_index, accelerator.num_processes, options.memory_gb * 1e9, is_main, options.phases,
+        accelerator.process_index, accelerator.num_processes, shuffle_memory, is_main, options.phases, options.strict,
     )  # fmt: skip
     checkpoints = Checkpoints(accelerator, options.output_dir / "training_state")
     accelerator.register_for_checkpointing(progress := Progress(pairs))
@@ -154,6 +170,8 @@ def main(options: Options) -> None:
         interruption.save_and_stop(checkpoints, step)
     bar.close()
 
+    account = Account(refused={str(path): reason for path, reason in videos.refused.items()})
+    account.merge(gather_object([pairs.account]))
     if is_main:
         save_artefact(encoder, options.output_dir / "encoder")
         elapsed = time.monotonic() - started
@@ -170,11 +188,10 @@ def main(options: Options) -> None:
                 "encoder_fingerprint": encoder.fingerprint(),
                 "videos": len(videos.videos),
                 "refused_videos": len(videos.refused),
-                "failed_videos": [str(reason) for reason in pairs.failures.values()],
+                "damaged_videos": len(account.damaged),
             }
         )
-        for reason in pairs.failures.values():
-            print(f"  broke off: {reason}")
+        leave_account(account, options.output_dir)
         print(
             f"wrote {options.output_dir}/encoder and metrics.json. Next:\n"
             f"  {LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "

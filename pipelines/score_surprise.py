@@ -22,13 +22,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from data.manifest import check_videos
-from data.video import TimedFrame, VideoError, VideoInfo, read_on_clock
+from data.decoder import Damage, VideoError
+from data.manifest import Account, check_videos
+from data.video import IMAGE_FPS, TimedFrame, VideoInfo, read_on_clock
 from jepa.encoder import FrameEncoder
 from jepa.energy import energy, percentile
 from jepa.predictor import Predictor
 from pipelines.artefacts import load_encoder, load_predictor
-from pipelines.stage import RunFolder, UserError, run_stage
+from pipelines.stage import RunFolder, UserError, leave_account, require, run_stage
 
 FRAMES_PER_CHUNK = 256
 SHOWN_FRAMES = 5
@@ -39,13 +40,17 @@ class Options:
     """Score how surprising each moment of a video is to the world model."""
 
     videos: tuple[Path, ...]
-    """Folders (searched recursively) and video files."""
+    """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
     encoder: Path = Path("runs/encoder/encoder")
     """The trained encoder."""
     predictor: Path = Path("runs/predictor/predictor")
     """The trained predictor; its clock is used."""
     output_dir: Path = Path("runs/surprise")
     """Where the results are left."""
+    image_fps: float = IMAGE_FPS
+    """Rate of folders of images, which have no times of their own."""
+    strict: bool = False
+    """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
     seed: int = 0
     """Seeds whatever a model might draw; the models here draw nothing."""
     overwrite: bool = False
@@ -69,17 +74,24 @@ def main(options: Options) -> None:
     output = RunFolder(options.output_dir, ("surprise.csv", "pictures"))
     encoder, predictor = load_pair(options.encoder, options.predictor)
     output.require_unfinished(options.overwrite)
-    videos = check_videos(options.videos, predictor.fps)
+    require(options.image_fps > 0, f"--image-fps is {options.image_fps:g}: it must be positive")
+    manifest = options.output_dir / "videos.jsonl"
+    videos = check_videos(options.videos, predictor.fps, manifest, options.image_fps, options.strict)
+    account = Account(refused={str(path): reason for path, reason in videos.refused.items()})
     scored: dict[VideoInfo, Surprise] = {}
-    refused = list(videos.refused.values())
-    bar = tqdm(videos.videos, unit="video", desc="scoring")
-    for video in bar:
+    for video in tqdm(videos.videos, unit="video", desc="scoring"):
+        damage = Damage()
         try:
-            scored[video] = score(encoder, predictor, video)
+            found = score(encoder, predictor, video, None if options.strict else damage)
         except VideoError as error:
-            refused.append(str(error))
+            if options.strict:
+                raise
+            account.refuse(video.path, str(error))
+        else:
+            scored[video] = found
+            account.add(video.path, float(found.times_s[-1]), damage)
     if not scored:
-        raise UserError(refused[0])
+        raise UserError(next(iter(account.refused.values())))
 
     # What an interrupted run left can go: there is nothing in it to go on from.
     output.prepare(options, overwrite=True)
@@ -98,12 +110,12 @@ def main(options: Options) -> None:
     output.finish(
         {
             "videos": len(scored),
-            "refused_videos": len(refused),
+            "refused_videos": len(account.refused),
+            "damaged_videos": len(account.damaged),
             "mean_energy": float(np.mean(np.concatenate([found.energies for found in scored.values()]))),
         }
     )
-    for reason in refused:
-        print(f"  refused: {reason}")
+    leave_account(account, options.output_dir)
     for video, found in list(scored.items())[:10]:
         value, time_s, _ = found.frames[0]
         print(f"  {video.path}: most surprising at {time_s:.2f} s (energy {value:.1f}; ordinary is 1)")
@@ -122,11 +134,12 @@ def load_pair(encoder_folder: Path, predictor_folder: Path) -> tuple[FrameEncode
 
 
 @torch.no_grad()
-def score(encoder: FrameEncoder, predictor: Predictor, video: VideoInfo) -> Surprise:
+def score(encoder: FrameEncoder, predictor: Predictor, video: VideoInfo, damage: Damage | None = None) -> Surprise:
     """Energy of each frame on the clock that has enough past, in one pass over the video.
 
     Raises:
-        VideoError: decoding breaks off, or nowhere is there an unbroken stretch longer than the context.
+        VideoError: without `damage`, the video is damaged; nowhere is there an unbroken stretch longer than the
+            context.
     """
     context, dimension = predictor.config.context, len(predictor.mean)
     keep = max(context, predictor.memory)
@@ -134,7 +147,8 @@ def score(encoder: FrameEncoder, predictor: Predictor, video: VideoInfo) -> Surp
     times_s, energies = [], []
     top: list[tuple[float, int, float, np.ndarray]] = []
     serial = count()
-    stream = progress(read_on_clock(video.path, encoder.config.image_size, predictor.fps), video, predictor.fps)
+    size, fps = encoder.config.image_size, predictor.fps
+    stream = progress(read_on_clock(video.path, size, fps, damage=damage, image_fps=video.average_fps), video, fps)
     while chunk := list(islice(stream, FRAMES_PER_CHUNK)):
         frames = torch.from_numpy(np.stack([timed.frame for timed in chunk]))
         embeddings = predictor.standardise(encoder(frames))

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 import tyro
 
+from data.decoder import VideoError
 from data.embedding_cache import CacheError
+from data.manifest import Account
 from data.sidecar import SidecarError
-from data.video import VideoError
 from jepa.encoder import ConfigurationError
 
 Options = TypeVar("Options")
@@ -93,7 +95,7 @@ class RunFolder:
 
     def __init__(self, path: Path, artefacts: tuple[str, ...]) -> None:
         self.path = path
-        self.artefacts = ("metrics.json", "config.json", *artefacts)
+        self.artefacts = ("metrics.json", "config.json", "account.json", *artefacts)
 
     @property
     def finished(self) -> bool:
@@ -151,11 +153,40 @@ def _require_same_options(before: dict[str, Any], now: dict[str, Any], path: Pat
             )
 
 
+def leave_account(account: Account, folder: Path, add: bool = False) -> None:
+    """Say what was read and what was not, and leave it in the run's folder as account.json.
+
+    Args:
+        account: of this run.
+        folder: of the run.
+        add: what earlier runs read still counts; what they refused was tried again.
+    """
+    print(account)
+    path = folder / "account.json"
+    earlier = json.loads(path.read_text()) if add and path.exists() else {}
+    now = to_json(account)
+    write_json(path, {name: now[name] if name == "refused" else earlier.get(name, {}) | now[name] for name in now})
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the new one, whole."""
     unfinished = path.with_name(f".tmp.{path.name}")
     unfinished.write_text(json.dumps(to_json(value), indent=2) + "\n")
     unfinished.replace(path)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """An amount of memory such as 2GB or 500 MB, in bytes.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kMGT]?)B?", text.strip())
+    require(match is not None, f"{option} is {text}: give an amount of memory such as 2GB or 500MB")
+    assert match is not None
+    amount = int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+    require(amount > 0, f"{option} is {text}: it must be positive")
+    return amount
 
 
 def counted(number: int, noun: str) -> str:

@@ -5,16 +5,22 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
+from data.manifest import VideoList, check_videos
 from pipelines.stage import Interrupted, require
 
 KEPT_CHECKPOINTS = 2
+
+Result = TypeVar("Result")
 
 
 def start_accelerator(tracker: str = "none", logs: Path | None = None) -> Accelerator:
@@ -38,6 +44,34 @@ def start_accelerator(tracker: str = "none", logs: Path | None = None) -> Accele
         # `accelerate launch` sets OMP_NUM_THREADS to 1 where it expects a GPU: half a laptop would stand idle.
         torch.set_num_threads(os.cpu_count() or 1)
     return accelerator
+
+
+def main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Do something on the main process and then on the others; what fails on the main process fails on all alike."""
+    failure: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except Exception as error:
+            failure = [error]
+    broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
+    return result if accelerator.is_main_process else work()
+
+
+def find_usable_videos(
+    accelerator: Accelerator, paths: Sequence[Path], fps: float, folder: Path, image_fps: float, strict: bool
+) -> VideoList:
+    """The videos of a stage; the main process looks at them, the others read what it left in the run's folder."""
+    manifest = folder / "videos.jsonl"
+
+    def check() -> VideoList:
+        if accelerator.is_main_process:
+            return check_videos(paths, fps, manifest, image_fps, strict)
+        return check_videos([manifest], fps, strict=strict, progress=False)
+
+    return main_first(accelerator, check)
 
 
 def lr_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:

@@ -47,13 +47,16 @@ def read_number():
 def encode_video():
     """Encode pictures (height, width, 3), or numbers drawn as pictures, to be shown at known times in seconds."""
 
-    def encode(path, times_s, pictures=None, codec="libx264", options=None, rate=30, ticks_per_second=1000):
+    def encode(
+        path, times_s, pictures=None, codec="libx264", options=None, rate=30, ticks_per_second=1000,
+        pixel_format="yuv420p", container_options=None,
+    ):  # fmt: skip
         pictures = range(len(times_s)) if pictures is None else pictures
-        with av.open(str(path), "w") as container:
+        with av.open(str(path), "w", options=container_options or {}) as container:
             stream = container.add_stream(codec, rate=rate, options=options or {})
             stream.codec_context.thread_count = 1
             stream.codec_context.time_base = Fraction(1, ticks_per_second)
-            stream.pix_fmt = "yuv420p"
+            stream.pix_fmt = pixel_format
             opened = False
             for time_s, picture in zip(times_s, pictures, strict=True):
                 pixels = picture if isinstance(picture, np.ndarray) else draw_number(picture)
@@ -94,6 +97,8 @@ def make_provenance():
             "encoder_fingerprint": "0123abcd",
             "embedding_dimension": 5,
             "fps": 4.0,
+            "image_fps": 25.0,
+            "transform": "stretched",
             "image_size": (16, 40),
             "dtype": "float32",
             "versions": {"av": "18.1.0"},

@@ -1,8 +1,14 @@
+import fcntl
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from data.manifest import check_videos, find_videos
-from data.video import VideoError
+from data import manifest as manifests
+from data.decoder import Damage, VideoError
+from data.manifest import Account, check_videos, find_videos, index_videos, read_manifest
 
 
 @pytest.fixture
@@ -63,11 +69,6 @@ def test_unusable_files_are_refused_and_the_others_used(folder):
     assert set(checked.refused) == {folder / "text.mp4", folder / "deep" / "empty.mp4"}
     assert "not a readable video" in checked.refused[folder / "text.mp4"]
     assert "the file is empty" in checked.refused[folder / "deep" / "empty.mp4"]
-    account = checked.account().splitlines()
-    assert account[0].startswith("3 videos")
-    assert account[0].endswith("2 refused")
-    assert len(account) == 3
-    assert any("text.mp4" in line for line in account[1:])
 
 
 def test_a_video_slower_than_the_clock_is_refused(folder, encode_video):
@@ -96,3 +97,301 @@ def test_nothing_usable_is_an_error_that_counts_the_others(tmp_path):
 def test_all_too_slow_is_an_error(folder):
     with pytest.raises(VideoError, match=r"fewer than the clock's 60: lower --fps"):
         check_videos([folder], fps=60, progress=False)
+
+
+def test_links_in_circles_end(folder):
+    (folder / "deep" / "back").symlink_to(folder)
+    (folder / "deep" / "er" / "round").symlink_to(folder / "deep")
+    assert len(find_videos([folder])) == 3
+
+
+def test_a_linked_folder_is_searched(folder, tmp_path, encode_video):
+    (tmp_path / "elsewhere").mkdir()
+    encode_video(tmp_path / "elsewhere" / "d.mp4", np.arange(15) / 10)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "broken.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    assert [path.name for path in find_videos([folder])] == ["a.MKV", "b.mp4", "c.mov", "d.mp4"]
+
+
+# Manifests
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Names of the files that were decoded, or of which the header was read."""
+    looks = []
+    for name in ("count_frames", "probe_video"):
+        look = getattr(manifests, name)
+        monkeypatch.setattr(manifests, name, lambda path, fps, look=look: looks.append(path.name) or look(path, fps))
+    return looks
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    return tmp_path / "out" / "videos.jsonl"
+
+
+@pytest.fixture
+def index(folder, manifest):
+    """Index the folder; the records by name, and the names of what is gone."""
+
+    def run(*paths, count=True, **options):
+        records, vanished = index_videos(paths or [folder], manifest, count=count, progress=False, **options)
+        assert [record.state.path for record in records] == sorted(record.state.path for record in records)
+        return {Path(record.state.path).name: record for record in records}, [Path(path).name for path in vanished]
+
+    return run
+
+
+def test_a_manifest_tells_what_is_there(folder, manifest, index):
+    (folder / "text.mp4").write_text("no video\n" * 50)
+    records, vanished = index()
+    assert vanished == []
+    assert {record.state.path: record for record in read_manifest(manifest)} == {
+        record.state.path: record for record in records.values()
+    }
+    assert [name for name, record in records.items() if record.refused] == ["text.mp4"]
+    video = records["b.mp4"].video
+    assert (video.path, video.frames, video.codec) == (folder / "b.mp4", 15, "h264")
+    assert (video.duration_s, video.average_fps) == pytest.approx((1.5, 10))
+    lines = manifest.read_text().splitlines()
+    assert json.loads(lines[0]) == {"format": "video-jepa manifest", "version": 1}
+    assert len(lines) == 5
+
+
+def test_paths_are_resolved(folder, manifest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    records, _ = index_videos([Path("link")], manifest, count=False, progress=False)
+    assert [record.state.path for record in records] == [
+        str(folder / name) for name in ("a.MKV", "b.mp4", "deep/er/c.mov")
+    ]
+    monkeypatch.chdir("/")
+    assert len(check_videos([manifest], 4, progress=False).videos) == 3
+
+
+def test_a_second_look_decodes_nothing(index, looks, folder, manifest):
+    (folder / "text.mp4").write_text("no video\n" * 50)
+    before = index()
+    assert sorted(looks) == ["a.MKV", "b.mp4", "c.mov", "text.mp4"]
+    written = manifest.read_text()
+    looks.clear()
+    assert index() == before
+    assert check_videos([folder], 4, manifest, progress=False).videos == [
+        record.video for record in before[0].values() if record.video
+    ]
+    assert looks == []
+    assert sorted(manifest.read_text().splitlines()) == sorted(written.splitlines())
+
+
+def test_what_was_looked_at_is_not_yet_counted(index, looks):
+    records, _ = index(count=False)
+    assert records["b.mp4"].video.frames is None
+    looks.clear()
+    records, _ = index(count=True)
+    assert sorted(looks) == ["a.MKV", "b.mp4", "c.mov"]
+    assert records["b.mp4"].video.frames == 15
+
+
+def test_what_has_changed_is_looked_at_again(index, looks, folder, encode_video):
+    index()
+    encode_video(folder / "b.mp4", np.arange(20) / 10)
+    status = (folder / "a.MKV").stat()
+    os.utime(folder / "a.MKV", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    encode_video(folder / "new.mp4", np.arange(7) / 10)
+    looks.clear()
+    records, vanished = index()
+    assert sorted(looks) == ["a.MKV", "b.mp4", "new.mp4"]
+    assert (records["b.mp4"].video.frames, records["new.mp4"].video.frames, vanished) == (20, 7, [])
+
+
+def test_what_was_refused_and_is_mended_is_used(index, folder, encode_video):
+    (folder / "z.mp4").write_text("no video\n" * 50)
+    assert index()[0]["z.mp4"].refused
+    encode_video(folder / "z.mp4", np.arange(7) / 10)
+    assert index()[0]["z.mp4"].video.frames == 7
+
+
+def test_what_is_gone_is_told_once(index, folder, manifest):
+    index()
+    (folder / "b.mp4").unlink()
+    records, vanished = index()
+    assert (sorted(records), vanished) == (["a.MKV", "c.mov"], ["b.mp4"])
+    assert index()[1] == []
+    assert "b.mp4" not in manifest.read_text()
+
+
+def test_a_line_that_was_cut_off_is_looked_at_again(index, looks, manifest):
+    before, _ = index()
+    whole = manifest.read_text()
+    for kept in (1, 20, 150):
+        lines = whole.splitlines(keepends=True)
+        manifest.write_text("".join(lines[:-1]) + lines[-1][:kept])
+        assert len(read_manifest(manifest)) == 2
+        looks.clear()
+        assert index()[0] == before
+        assert len(looks) == 1
+        assert len(read_manifest(manifest)) == 3
+
+
+def test_a_later_line_of_a_file_counts(index, manifest):
+    index()
+    lines = manifest.read_text().splitlines(keepends=True)
+    fields = json.loads(lines[1])
+    manifest.write_text("".join(lines) + json.dumps(fields | {"frames": 3}) + "\n")
+    records = read_manifest(manifest)
+    assert len(records) == 3
+    assert [record.video.frames for record in records if record.state.path == fields["path"]] == [3]
+
+
+@pytest.mark.parametrize("line", ["{", "", "7", "null", "[]", '"text"', "{}", '{"path": "/a", "size_bytes": 1}'])
+def test_a_damaged_line_is_an_error(index, manifest, folder, line):
+    index()
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+    for use in (index, lambda: check_videos([manifest], 4, progress=False)):
+        with pytest.raises(
+            VideoError, match=r"videos\.jsonl: line 3 is damaged \(.*\): delete it and index again"
+        ) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a manifest of videos"),
+        (b"{}\n", "not a manifest of videos"),
+        (b"[1, 2]\n", "not a manifest of videos"),
+        (b'{"format": "another"}\n', "not a manifest of videos"),
+        (b"hello\n", "not a readable manifest"),
+        (b"\xff\xfe\x00\n", "not a readable manifest"),
+        (b'{"format": "video-jepa manifest", "version": 2}\n', "a manifest of version 2, not 1"),
+        (b'{"format": "video-jepa manifest"}\n', "a manifest of version None, not 1"),
+    ],
+)
+def test_a_foreign_file_is_no_manifest(index, manifest, content, message):
+    manifest.parent.mkdir()
+    manifest.write_bytes(content)
+    for use in (index, lambda: check_videos([manifest], 4, progress=False)):
+        with pytest.raises(VideoError, match=rf"videos\.jsonl: {message}") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert manifest.read_bytes() == content
+
+
+def test_a_missing_manifest_is_an_error(manifest):
+    with pytest.raises(VideoError, match=r"videos\.jsonl: not a readable manifest \(.*No such file"):
+        check_videos([manifest], 4, progress=False)
+
+
+def test_a_manifest_stands_for_a_folder(index, looks, folder, manifest, tmp_path, encode_video):
+    (folder / "text.mp4").write_text("no video\n" * 50)
+    index()
+    looks.clear()
+    checked = check_videos([manifest], 4, progress=False)
+    assert [video.path.name for video in checked.videos] == ["a.MKV", "b.mp4", "c.mov"]
+    assert all(video.frames == 15 for video in checked.videos)
+    assert list(checked.refused) == [folder / "text.mp4"]
+    assert looks == []
+    # Beside a file, and the folder that it describes: each file once, and what is known is not looked at again.
+    more = encode_video(tmp_path / "more.mp4", np.arange(7) / 10)
+    checked = check_videos([manifest, more, folder], 4, progress=False)
+    assert [video.path.name for video in checked.videos] == ["more.mp4", "a.MKV", "b.mp4", "c.mov"]
+    assert looks == ["more.mp4"]
+
+
+def test_a_manifest_whose_files_are_others_now(index, folder, manifest, encode_video):
+    index()
+    encode_video(folder / "b.mp4", np.arange(20) / 10)
+    (folder / "deep" / "er" / "c.mov").unlink()
+    checked = check_videos([manifest], 4, progress=False)
+    assert [video.path.name for video in checked.videos] == ["a.MKV"]
+    assert checked.refused == {
+        folder / "b.mp4": f"{folder}/b.mp4: has changed since it was indexed: run index_videos again",
+        folder / "deep/er/c.mov": f"{folder}/deep/er/c.mov: is gone since it was indexed",
+    }
+    with pytest.raises(VideoError, match=r"b\.mp4: has changed .* \(and 1 more files cannot be used\)"):
+        check_videos([manifest], 4, strict=True, progress=False)
+
+
+def test_one_file_that_cannot_be_used_is_an_error_if_strict(folder):
+    assert len(check_videos([folder], 4, strict=True, progress=False).videos) == 3
+    (folder / "text.mp4").write_text("no video\n" * 50)
+    with pytest.raises(VideoError, match=r"text\.mp4: not a readable video \([^(]*\)$"):
+        check_videos([folder], 4, strict=True, progress=False)
+
+
+def test_a_manifest_that_is_being_written_is_left_alone(index, manifest):
+    index()
+    written = manifest.read_text()
+    with manifest.with_name(".videos.jsonl.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(VideoError, match=r"videos\.jsonl is being written by another process"):
+            index()
+    assert manifest.read_text() == written
+    index()
+
+
+def test_what_was_done_before_an_error_is_kept(index, manifest, looks, monkeypatch):
+    count = manifests.count_frames
+
+    def fail(path, fps):
+        if path.name == "c.mov":
+            raise KeyboardInterrupt
+        return count(path, fps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "count_frames", fail)
+        with pytest.raises(KeyboardInterrupt):
+            index()
+    assert [Path(record.state.path).name for record in read_manifest(manifest)] == ["a.MKV", "b.mp4"]
+    looks.clear()
+    index()
+    assert looks == ["c.mov"]
+
+
+def test_names_of_all_kinds(index, folder, encode_video):
+    names = ["with space.mp4", "ümläut.mp4", "new\nline.mp4", "100%.mp4", "'quoted\".mp4", os.fsdecode(b"M\xe4rz.mp4")]
+    for name in names:
+        encode_video(folder / "b.mp4", np.arange(15) / 10).rename(folder / name)
+    records, _ = index()
+    assert all(records[name].video.frames == 15 for name in names)
+    assert index()[0] == records
+
+
+def test_an_account_adds_up():
+    account = Account()
+    account.add(Path("/a.mp4"), 60.0, Damage())
+    account.add(Path("/a.mp4"), 30.0, Damage())
+    account.add(Path("/b.mp4"), 30.0, Damage(2, ["decoding failed after 1.00 s (why)"]))
+    account.refuse(Path("/c.mp4"), "/c.mp4: the file is empty")
+    assert str(account).splitlines() == [
+        "read 2 videos, 2.0 minutes; refused 1; damaged 1, 2 corrupt frames left out",
+        "  refused: /c.mp4: the file is empty",
+        "  damaged: /b.mp4: 2 corrupt frames left out; decoding failed after 1.00 s (why)",
+    ]
+
+
+def test_accounts_of_several_processes_are_one():
+    one, other = Account(), Account()
+    one.add(Path("/a.mp4"), 60.0, Damage(1))
+    other.add(Path("/a.mp4"), 60.0, Damage())
+    other.add(Path("/b.mp4"), 60.0, Damage(2))
+    for account in (one, other):
+        account.refuse(Path("/c.mp4"), "/c.mp4: the file is empty")
+    one.merge([other])
+    assert one.read_s == {"/a.mp4": 120.0, "/b.mp4": 60.0}
+    assert (sorted(one.damaged), sorted(one.refused)) == (["/a.mp4", "/b.mp4"], ["/c.mp4"])
+    assert one.corrupt_frames == {"/a.mp4": 1, "/b.mp4": 2}
+
+
+def test_a_long_account_is_cut_short():
+    account = Account()
+    for index in range(1500):
+        account.refuse(Path(f"/{index}.mp4"), f"/{index}.mp4: the file is empty")
+    lines = str(account).splitlines()
+    assert lines[0].startswith("read 0 videos, 0.0 minutes; refused 1,500;")
+    assert len(lines) == 12
+    assert lines[-1] == "  refused: and 1,490 more"

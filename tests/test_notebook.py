@@ -9,13 +9,14 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from data.embedding_cache import CacheWriter, EmbeddingCache, Provenance, clip_key
+from data.decoder import VideoError
+from data.embedding_cache import CacheWriter, ClipKey, EmbeddedClip, EmbeddingCache, Provenance
+from data.manifest import file_state
 from data.synthetic import BallWorld, write_ball_clip, write_video
-from data.video import VideoError, read_on_clock
+from data.video import TRANSFORM, read_on_clock
 from jepa.encoder import EncoderConfig, FrameEncoder
 from jepa.energy import calibrate_energy
 from jepa.predictor import Predictor, PredictorConfig
-from pipelines.cache_embeddings import embed
 from pipelines.evaluate_rollout import clip_of_row, read_pictures
 from pipelines.train_predictor import Split, fit_ridge_on, hold_out, measure_embeddings, validation_errors
 
@@ -30,6 +31,8 @@ def write_cache(folder, videos, encoder, phases=(0.0,)):
         encoder_fingerprint=encoder.fingerprint(),
         embedding_dimension=encoder.config.embedding_dimension,
         fps=float(WORLD.fps),
+        image_fps=25.0,
+        transform=TRANSFORM,
         image_size=SIZE,
         dtype="float32",
         versions={},
@@ -38,7 +41,10 @@ def write_cache(folder, videos, encoder, phases=(0.0,)):
         for video in videos:
             for phase_s in phases:
                 frames = list(read_on_clock(video, SIZE, WORLD.fps, phase_s))
-                writer.add(embed(encoder, clip_key(video, phase_s), iter([frames]), torch.device("cpu")))
+                with torch.no_grad():
+                    embeddings = encoder(torch.from_numpy(np.stack([timed.frame for timed in frames]))).numpy()
+                times_s, ticks = (np.array([timed[field] for timed in frames]) for field in (1, 2))
+                writer.add(EmbeddedClip(ClipKey(*file_state(video), phase_s), embeddings, times_s, ticks))
     return EmbeddingCache(folder)
 
 

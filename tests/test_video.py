@@ -8,7 +8,8 @@ import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 from torch.nn.functional import interpolate
 
-from data.video import VideoError, probe_video, read_frames, read_on_clock
+from data.decoder import VideoError
+from data.video import probe_video, read_frames, read_on_clock
 
 SIZE = (16, 40)
 LONG_GOP = {"g": "250", "bf": "3", "b_strategy": "0", "sc_threshold": "0"}

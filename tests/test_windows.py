@@ -1,3 +1,6 @@
+import multiprocessing
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +15,9 @@ def clips(make_clip):
     return [make_clip("/a.mp4", 9), make_clip("/b.mp4", 12, gaps=(5, 6), seed=1), make_clip("/c.mp4", 3, seed=2)]
 
 
-@pytest.fixture
-def cache(tmp_path, clips, write_cache):
-    return EmbeddingCache(write_cache(tmp_path, clips))
+@pytest.fixture(params=[1, 2, 64])
+def cache(request, tmp_path, clips, write_cache):
+    return EmbeddingCache(write_cache(tmp_path, clips, clips_per_shard=request.param))
 
 
 @pytest.mark.parametrize("stride", [1, 3])
@@ -52,6 +55,47 @@ def test_take_follows_the_order_asked_for(cache):
     assert everything.dtype == torch.float32
     order = np.array([7, 0, 7, 2])
     assert torch.equal(windows.take(order), everything[order])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_windows_are_the_same_from_one_shard_and_from_many(tmp_path, make_clip, write_cache, dtype):
+    clips = [make_clip(f"/{at:03}.mp4", 7 + at % 5, gaps=(3,) if at % 3 else (), seed=at) for at in range(100)]
+    one, many = (
+        Windows(EmbeddingCache(write_cache(tmp_path / str(size), clips, size, dtype=dtype)), length=3)
+        for size in (100, 1)
+    )
+    assert len(list((tmp_path / "100" / "shards").glob("*.h5"))) == 1
+    assert len(list((tmp_path / "1" / "shards").glob("*.h5"))) == 100
+    np.testing.assert_array_equal(one.clips, many.clips)
+    order = np.random.default_rng(0).permutation(len(one))
+    assert torch.equal(one.take(order), many.take(order))
+    gathered = [windows.cache.windows(windows.starts[order], 3) for windows in (one, many)]
+    assert gathered[0].dtype == gathered[1].dtype == dtype
+    assert gathered[0].tobytes() == gathered[1].tobytes()
+    np.testing.assert_array_equal(one.take(order).numpy(), gathered[0].astype(np.float32))
+
+
+def read_all(windows):
+    return windows.take(np.arange(len(windows))).numpy()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("read_before", [False, True])
+def test_windows_are_read_in_other_processes(tmp_path, clips, write_cache, method, read_before):
+    windows = Windows(EmbeddingCache(write_cache(tmp_path, clips)), length=4)
+    if read_before:
+        read_all(windows)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        theirs = pool.apply(read_all, (windows,))
+    np.testing.assert_array_equal(theirs, read_all(windows))
+
+
+def test_windows_for_another_process_carry_no_embeddings(tmp_path, make_clip, write_cache):
+    cache = EmbeddingCache(write_cache(tmp_path, [make_clip("/a.mp4", 2000, dimension=500)], embedding_dimension=500))
+    windows = Windows(cache, length=16)
+    assert read_all(windows).nbytes > 10_000_000
+    assert len(pickle.dumps(windows)) < windows.starts.nbytes + windows.clips.nbytes + 5_000
 
 
 def test_too_short_clips_say_by_how_much(cache):

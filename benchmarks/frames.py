@@ -1,0 +1,168 @@
+r"""Frames for encoder training: rate against plain decoding, memory, and how well they are shuffled.
+
+  python benchmarks/frames.py --rounds 5
+
+On the driving clips of `$JEPA_SHARED/driving` (default `../shared/driving`), with so little memory that they are
+streamed through it. The rate is CPU time of reading every video once in order, divided by that of an epoch of shuffled
+pairs, both on the same clock, taking turns, medians. Memory is the process's, watched over several epochs. The shuffle
+is measured on the batches themselves, by recognising their frames: how often neighbours in a batch come from the same
+video, and how far apart in time they then are; beside it what perfect and no shuffling would give.
+"""
+
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.frames import FramePairs
+from data.video import VideoInfo, count_frames, read_on_clock
+from pipelines.stage import parse_bytes, require, run_stage, write_json
+
+ROOT = Path(__file__).parent.parent
+PAGE = resource.getpagesize()
+EPOCHS_TIMED = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure the road from videos to shuffled batches."""
+
+    rounds: int = 5
+    """Turns of each contestant; the median counts."""
+    size: int = 64
+    """Height and width of the frames in pixels."""
+    fps: float = 4.0
+    """Ticks per second."""
+    phases: int = 1
+    """Clocks."""
+    batch_size: int = 64
+    """Pairs in a batch."""
+    shuffle_memory: str = "32MB"
+    """Bound on decoded frames; the clips take 51 MB at the default size and rate."""
+    epochs: int = 3
+    """Over which memory is watched."""
+    output_dir: Path = Path("runs/benchmarks/frames")
+    """Where results.json is left."""
+
+
+def main(options: Options) -> None:
+    """The story: index the clips, compare rates, watch memory, look at the order."""
+    require(options.rounds > 0, f"--rounds is {options.rounds}: it must be positive")
+    folder = Path(os.environ.get("JEPA_SHARED", ROOT.parent / "shared")) / "driving"
+    paths = sorted(folder.glob("*.mp4"))
+    require(bool(paths), f"{folder}: the clips to measure on are not there; set JEPA_SHARED")
+    memory = parse_bytes(options.shuffle_memory, "--shuffle-memory")
+    videos = [count_frames(path) for path in paths]
+
+    in_order, shuffled = [], []
+    for _ in range(options.rounds):
+        before = cpu_seconds()
+        frames = sum(1 for video in videos for _ in sequence(video, options))
+        in_order.append(cpu_seconds() - before)
+        seconds, pairs = time_shuffled(make_loader(videos, options, memory))
+        shuffled.append(seconds)
+    decoded = sum(video.frames or 0 for video in videos)
+    results = {
+        "rate, of reading in order": float(np.median(in_order) / np.median(shuffled)),
+        "decoded frames per CPU second, in order": decoded / float(np.median(in_order)),
+        "decoded frames per CPU second, shuffled": decoded / float(np.median(shuffled)),
+        "pairs, of all there are": pairs / (frames - len(videos) * options.phases),
+    }
+    results |= watch_memory(videos, options, memory)
+    results |= shuffle_quality(videos, options, memory)
+    for name, value in results.items():
+        print(f"{name:60} {value:.3g}")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(options.output_dir / "results.json", results)
+
+
+def sequence(video: VideoInfo, options: Options) -> "list[np.ndarray]":
+    """All frames of a video on the clocks, in order."""
+    phases_s = [phase / options.phases / options.fps for phase in range(options.phases)]
+    size = (options.size, options.size)
+    return [timed.frame for timed in read_on_clock(video.path, size, options.fps, phases_s)]
+
+
+def make_loader(videos: list[VideoInfo], options: Options, memory: int) -> FramePairs:
+    """As pretrain_encoder makes it."""
+    return FramePairs(
+        videos, (options.size, options.size), options.fps, options.batch_size, seed=0, memory_bytes=memory,
+        progress=False, phases=options.phases,
+    )  # fmt: skip
+
+
+def epoch(loader: FramePairs, epochs: int = 1) -> Iterator[np.ndarray]:
+    """The first frames of all pairs of some epochs, uint8 (B, 3, H, W) for each batch."""
+    for batch in loader:
+        if loader.state.epoch >= epochs:
+            break
+        yield batch.frames.numpy()
+
+
+def time_shuffled(loader: FramePairs) -> tuple[float, float]:
+    """CPU seconds and pairs of an epoch, from the first batch of one to the first of another.
+
+    Not from the beginning: the next block is always decoded ahead, and would be counted without being used.
+    """
+    started, pairs = 0.0, 0
+    for batch in loader:
+        if loader.state.epoch > EPOCHS_TIMED:
+            break
+        if loader.state.epoch > 0:
+            started = started or cpu_seconds()
+            pairs += len(batch.frames)
+    return (cpu_seconds() - started) / EPOCHS_TIMED, pairs / EPOCHS_TIMED
+
+
+def watch_memory(videos: list[VideoInfo], options: Options, memory: int) -> dict[str, float]:
+    """Greatest size of the process in each epoch, above what it was before."""
+    loader = make_loader(videos, options, memory)
+    before = resident_bytes()
+    greatest = [0.0] * options.epochs
+    for _ in epoch(loader, options.epochs):
+        greatest[loader.state.epoch] = max(greatest[loader.state.epoch], resident_bytes() - before)
+    return {"bound on decoded frames in MB": memory / 1e6} | {
+        f"process above its size before, epoch {number}, in MB": value / 1e6 for number, value in enumerate(greatest)
+    }
+
+
+def shuffle_quality(videos: list[VideoInfo], options: Options, memory: int) -> dict[str, float]:
+    """Neighbours in a batch: the share from one video, and their median distance in time there."""
+    where: dict[bytes, tuple[int, int]] = {}
+    for index, video in enumerate(videos):
+        for position, frame in enumerate(sequence(video, options)):
+            where.setdefault(frame.tobytes(), (index, position))
+    places = [
+        np.array([where[frame.tobytes()] for frame in batch]) for batch in epoch(make_loader(videos, options, memory))
+    ]
+    everything = np.concatenate(places)
+    generator = np.random.default_rng(0)
+    perfect = np.array_split(generator.permutation(everything), len(places))
+    unshuffled = np.array_split(everything[np.lexsort(everything.T[::-1])], len(places))
+    period_s = 1 / options.fps / options.phases
+    results = {}
+    for name, batches in {"ours": places, "perfect": perfect, "none": unshuffled}.items():
+        same = np.concatenate([batch[1:, 0] == batch[:-1, 0] for batch in batches])
+        apart_s = np.concatenate([np.abs(np.diff(batch[:, 1])) for batch in batches])[same] * period_s
+        results[f"shuffle, {name}: neighbours from one video"] = float(same.mean())
+        results[f"shuffle, {name}: their median distance in seconds"] = float(np.median(apart_s))
+        results[f"shuffle, {name}: videos in a batch"] = float(np.mean([len(set(batch[:, 0])) for batch in batches]))
+    return results
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    run_stage(main, Options)

@@ -1,0 +1,194 @@
+r"""Flip bytes of videos and cut them off: nothing may hang, crash, or be lost without a word.
+
+  python benchmarks/fuzz_videos.py --mutations 200
+
+Copies of the clips in `$JEPA_SHARED/clips` (default `../shared/clips`) are mutated at random, with a fixed seed, and
+read in every way that the stages read: all frames counted, on two clocks, in random clips. Each is read in a child
+process under a time limit, so that a hang or a crash costs one file. Faults, any of which makes the exit status 1:
+
+- hang: the child did not end in time;
+- crash: the child died of a signal;
+- traceback: anything but a `VideoError`;
+- silent skip: fewer frames than in the unharmed clip, or clips of other times than reading in order gives, and neither
+  damage nor a gap was reported.
+
+A changed picture among the right number of frames is no fault: most codecs have no checksum, and no decoder can see it.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.decoder import Damage, VideoError
+from data.video import count_frames, read_clips, read_frames, read_on_clock
+from pipelines.stage import require, run_stage, write_json
+
+ROOT = Path(__file__).parent.parent
+SIZE = (16, 24)
+CLIPS = 4
+CLIP_FRAMES = 16
+TRUNCATED = 0.25
+"""Share of the mutations that cut the end off; the others flip bytes."""
+FAULTS = ("hang", "crash", "traceback", "silent skip")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Read mutated videos, and count what goes wrong."""
+
+    mutations: int = 200
+    """How many files to make and read."""
+    videos: Path = Path(os.environ.get("JEPA_SHARED", ROOT.parent / "shared")) / "clips"
+    """The folder of clips that are mutated."""
+    largest_bytes: int = 10**9
+    """Larger clips are left out."""
+    limit_s: float = 60.0
+    """A file that takes longer hangs."""
+    seed: int = 0
+    """Of the mutations."""
+    output_dir: Path = Path("runs/benchmarks/fuzz_videos")
+    """Where results.json is left, and the files with faults."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What reading one file came to."""
+
+    verdict: str
+    """One of `FAULTS`, or "refused", "reported" or "nothing seen"."""
+    detail: str
+    frames: int = 0
+
+
+def main(options: Options) -> None:
+    """The story: mutate a clip, read it in a child, judge what came of it; again and again."""
+    require(options.videos.is_dir(), f"{options.videos}: the clips to mutate are not there; set JEPA_SHARED")
+    clips = [path for path in sorted(options.videos.iterdir()) if path.stat().st_size <= options.largest_bytes]
+    require(bool(clips), f"{options.videos}: no clip of at most {options.largest_bytes} bytes")
+    whole = {clip: count_frames(clip) for clip in clips}
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    results = []
+    with tempfile.TemporaryDirectory() as folder, reading_child(options.limit_s) as read:
+        for number in tqdm(range(options.mutations), unit="file", desc="fuzzing"):
+            generator = np.random.default_rng([options.seed, number])
+            clip = clips[generator.integers(len(clips))]
+            content, what = mutate(clip.read_bytes(), generator)
+            mutated = Path(folder) / f"{number:05d}_{clip.name}"
+            mutated.write_bytes(content)
+            outcome = read(mutated, whole[clip].frames or 0)
+            results.append({"file": mutated.name, "mutation": what, **vars(outcome)})
+            if outcome.verdict in FAULTS:
+                mutated.replace(options.output_dir / mutated.name)
+                tqdm.write(f"{outcome.verdict}: {mutated.name} ({what}): {outcome.detail}")
+            else:
+                mutated.unlink()
+    counts = Counter(result["verdict"] for result in results)
+    write_json(options.output_dir / "results.json", {"counts": counts, "files": results})
+    print("; ".join(f"{verdict}: {number}" for verdict, number in sorted(counts.items())))
+    faults = sum(counts[fault] for fault in FAULTS)
+    require(faults == 0, f"{faults} of {options.mutations} files were not read as they should be: {options.output_dir}")
+
+
+def mutate(content: bytes, generator: np.random.Generator) -> tuple[bytes, str]:
+    """Another file, and what was done to it."""
+    if generator.random() < TRUNCATED:
+        length = int(generator.integers(1, len(content)))
+        return content[:length], f"cut off after {length} of {len(content)} bytes"
+    flips = int(10 ** generator.uniform(0, 2))
+    flipped = np.frombuffer(content, np.uint8).copy()
+    flipped[generator.integers(len(content), size=flips)] ^= generator.integers(1, 256, flips, dtype=np.uint8)
+    return flipped.tobytes(), f"{flips} bytes flipped"
+
+
+def read_in_every_way(path: Path, frames_before: int) -> Outcome:
+    """What the stages would see of a file that had `frames_before` frames before it was harmed."""
+    try:
+        info = count_frames(path)
+        damage, clip_damage = Damage(), Damage()
+        times_s = [time_s for _, time_s in read_frames(path, SIZE, damage=damage)]
+        for _ in read_on_clock(path, SIZE, 10.0, (0.0, 0.05), damage=Damage()):
+            pass
+        starts_s = np.random.default_rng(0).uniform(0, info.duration_s, CLIPS)
+        clips = read_clips(path, SIZE, starts_s, CLIP_FRAMES, clip_damage)
+    except VideoError as error:
+        return Outcome("refused", str(error))
+    except Exception:
+        return Outcome("traceback", traceback.format_exc())
+    frames = info.frames or 0
+    reports = [info.damage, str(damage), str(clip_damage), f"{len(info.gaps_s)} gaps" if info.gaps_s else ""]
+    if any(reports):
+        return Outcome("reported", "; ".join(dict.fromkeys(filter(None, reports))), frames)
+    if frames < frames_before:
+        return Outcome("silent skip", f"{frames} of {frames_before} frames", frames)
+    for start_s, (_, shown_s) in zip(starts_s, clips, strict=True):
+        expected_s = [time_s for time_s in times_s if time_s >= start_s][:CLIP_FRAMES]
+        if expected_s != shown_s.tolist():
+            return Outcome("silent skip", f"the clip at {start_s:.3f} s is not what reading in order gives", frames)
+    return Outcome("nothing seen", "", frames)
+
+
+def _serve(connection: Connection) -> None:
+    """A child: read what is asked for until the other end is closed."""
+    while True:
+        try:
+            path, frames_before = connection.recv()
+        except EOFError:
+            return
+        connection.send(read_in_every_way(path, frames_before))
+
+
+class _Child:
+    """Reads files in another process, which is replaced when it hangs or dies."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __call__(self, path: Path, frames_before: int) -> Outcome:
+        try:
+            self.connection.send((path, frames_before))
+            if self.connection.poll(self.limit_s):
+                return self.connection.recv()
+            outcome = Outcome("hang", f"not done after {self.limit_s:g} s")
+        except (EOFError, ConnectionError):
+            self.process.join()
+            outcome = Outcome("crash", f"exit status {self.process.exitcode}")
+        self.stop()
+        self._start()
+        return outcome
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+@contextmanager
+def reading_child(limit_s: float) -> Iterator[_Child]:
+    """A child that reads files; it ends with the context."""
+    child = _Child(limit_s)
+    try:
+        yield child
+    finally:
+        child.stop()
+
+
+if __name__ == "__main__":
+    run_stage(main, Options)

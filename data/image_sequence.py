@@ -1,0 +1,153 @@
+"""A folder of numbered images, or a zip of such folders, as a video: `frames/000001.jpg ...`.
+
+Images have no times, so the rate is given. Where all names end in a number, a missing number is a gap in time; numbers
+that go up in steps (every fifth frame) count as consecutive.
+"""
+
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from av.video.frame import VideoFrame
+from PIL import Image, ImageOps
+
+from data.decoder import Damage, Decoder, VideoError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+FEWEST_IMAGES = 2
+
+
+def is_image_sequence(path: Path) -> bool:
+    """Whether a path is a folder or a zip (or a folder inside a zip), and so not a video file."""
+    return path.is_dir() or split_zip(path) is not None
+
+
+def split_zip(path: Path) -> tuple[Path, str] | None:
+    """(zip file, folder inside) of a path such as `frames.zip/clip_1`; None if there is no zip file in it."""
+    for parent in (path, *path.parents):
+        if parent.suffix.lower() == ".zip" and parent.is_file():
+            return parent, path.relative_to(parent).as_posix()
+    return None
+
+
+def find_zipped_sequences(path: Path) -> list[Path]:
+    """The folders of images inside a zip file, as `frames.zip/folder`; none if it has no images.
+
+    Raises:
+        VideoError: it is no zip file.
+    """
+    counts = Counter(PurePosixPath(name).parent for name in _zipped_images(path))
+    return sorted(path / folder for folder, images in counts.items() if images >= FEWEST_IMAGES)
+
+
+def sequence_status(path: Path) -> tuple[int, int]:
+    """(bytes, modification time in ns) of a sequence: a change of any image changes it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    split = split_zip(path)
+    if split is not None:
+        status = split[0].stat()
+        return status.st_size, status.st_mtime_ns
+    statuses = [path.stat()]
+    with os.scandir(path) as entries:
+        statuses += [entry.stat() for entry in entries if _is_image(entry.name)]
+    return sum(status.st_size for status in statuses[1:]), max(status.st_mtime_ns for status in statuses)
+
+
+class ImageSequenceDecoder(Decoder):
+    """Images one after the other, `fps` of them in a second; every one can be skipped to.
+
+    Raises:
+        VideoError: there are no images, or the zip file is damaged.
+    """
+
+    def __init__(self, path: Path, fps: float, damage: Damage | None) -> None:
+        super().__init__(path, damage)
+        split = split_zip(path)
+        self.archive = None
+        if split is None:
+            names = [name for name in os.listdir(path) if _is_image(name)]
+        else:
+            folder = PurePosixPath(split[1])
+            names = [name for name in _zipped_images(split[0]) if PurePosixPath(name).parent == folder]
+            self.archive = zipfile.ZipFile(split[0])
+        if len(names) < FEWEST_IMAGES:
+            raise VideoError(f"{path}: not a readable video, but a folder with {len(names)} images in it")
+        self.names, self.times_s = _in_order(names, fps)
+        self.position = 0
+        self.codec = "images"
+        self.seekable = True
+        self.average_fps = fps
+        self.header_duration_s = float(self.times_s[-1]) + 1 / fps
+
+    @cached_property
+    def keyframes_s(self) -> tuple[float, ...]:
+        """Every image's time."""
+        return tuple(self.times_s.tolist())
+
+    def close(self) -> None:
+        """Let go of the zip file."""
+        if self.archive is not None:
+            self.archive.close()
+
+    def __next__(self) -> tuple[VideoFrame, float]:
+        while self.position < len(self.names):
+            name, time_s = self.names[self.position], float(self.times_s[self.position])
+            self.position += 1
+            try:
+                content = BytesIO(self.archive.read(name)) if self.archive else self.path / name
+                with Image.open(content) as image:
+                    pixels = _rgb(ImageOps.exif_transpose(image))
+            except Exception as error:  # damaged bytes make Pillow, zlib and zipfile raise errors of many kinds
+                self.note(f"image {name} cannot be decoded ({error})")
+                continue
+            return VideoFrame.from_ndarray(pixels, format="rgb24"), time_s
+        raise StopIteration
+
+    def skip_to(self, time_s: float) -> bool:
+        """Go on with the last image at or before a time."""
+        target = int(np.searchsorted(self.times_s, time_s, side="right")) - 1
+        if target <= self.position:
+            return False
+        self.position = target
+        return True
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Pixels (height, width, 3), uint8."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of kind {image.mode}, whose range is not known")
+    if image.mode.startswith("I;16"):  # Pillow would clip, not scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
+
+
+def _zipped_images(path: Path) -> Iterator[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield from (name for name in archive.namelist() if _is_image(name))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise VideoError(f"{path}: not a readable zip file ({error})") from error
+
+
+def _in_order(names: list[str], fps: float) -> tuple[list[str], np.ndarray]:
+    """Names in the order of their numbers, and their times, float64 (T,), in seconds from the first."""
+    numbers = [re.search(r"(\d+)$", PurePosixPath(name).stem) for name in names]
+    if not all(numbers) or len({int(number[1]) for number in numbers if number}) < len(names):
+        return sorted(names), np.arange(len(names)) / fps
+    numbered = sorted((int(number[1]), name) for number, name in zip(numbers, names, strict=True) if number)
+    order = np.array([number for number, _ in numbered])
+    step = Counter(np.diff(order).tolist()).most_common(1)[0][0]
+    return [name for _, name in numbered], (order - order[0]) / step / fps

@@ -1,0 +1,793 @@
+"""Random access against reading in order, damage, and files out of the ordinary."""
+
+import io
+import os
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from PIL import Image
+
+from benchmarks import fuzz_videos
+from data.decoder import Damage, VideoDecoder, VideoError
+from data.video import count_frames, probe_video, random_clips, read_clips, read_frames, read_frames_at, read_on_clock
+
+SIZE = (16, 40)
+CLIP = 16
+SHORT_GOP = {"g": "30", "bf": "3"}
+SILENT = "log-level=none"
+CLIPS = [
+    "av1.mkv",
+    "bigbuckbunny.mp4",
+    "bikes.mp4",
+    "carphone.mp4",
+    "corrupted.mp4",
+    "h264_10bit.mp4",
+    "h265.mp4",
+    "pancake.mkv",
+    "rotated_0.mov",
+    "rotated_180.mov",
+    "rotated_270.mov",
+    "rotated_90.mov",
+]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many frames were decoded, in a list of one number."""
+    frames = [0]
+    decode = VideoDecoder.__next__
+
+    def counting(self):
+        frames[0] += 1
+        return decode(self)
+
+    monkeypatch.setattr(VideoDecoder, "__next__", counting)
+    return frames
+
+
+@pytest.fixture
+def begun_again(monkeypatch):
+    """How often a video had to be decoded from its beginning because a seek failed, in a list of one number."""
+    times = [0]
+    begin_again = VideoDecoder._begin_again
+
+    def counting(self):
+        times[0] += 1
+        begin_again(self)
+
+    monkeypatch.setattr(VideoDecoder, "_begin_again", counting)
+    return times
+
+
+def uneven_times(count):
+    """Times on whole milliseconds, 5 to 100 fps."""
+    steps_ms = np.random.default_rng(0).integers(10, 200, size=count - 1)
+    return np.concatenate([[0], np.cumsum(steps_ms)]) / 1000
+
+
+def assert_random_is_sequential(path, clips=8, seeds=(0, 1), damage=None):
+    whole = list(read_frames(path, SIZE, damage=damage))
+    times_s = np.array([time_s for _, time_s in whole])
+    assert (np.diff(times_s) > 0).all()
+    for seed in seeds:
+        starts_s = np.random.default_rng(seed).uniform(0, times_s[-1] * 1.02, clips if seed else 2)
+        found = read_clips(path, SIZE, starts_s, CLIP, damage)
+        assert len(found) == len(starts_s)
+        for start_s, (frames, found_s) in zip(starts_s, found, strict=True):
+            first = np.searchsorted(times_s, start_s)
+            expected = whole[first : first + CLIP]
+            assert found_s.tolist() == [time_s for _, time_s in expected]
+            assert frames.shape == (len(expected), 3, *SIZE)
+            assert all(np.array_equal(one, other) for one, (other, _) in zip(frames, expected, strict=True))
+        frames, found_s = read_frames_at(path, SIZE, starts_s, damage)
+        for wanted_s, frame, time_s in zip(starts_s, frames, found_s, strict=True):
+            index = int(np.flatnonzero(times_s == time_s)[0])
+            assert abs(time_s - wanted_s) <= np.abs(times_s - wanted_s).min() + 2e-3
+            assert np.array_equal(frame, whole[index][0])
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_random_clips_of_the_shared_clips(shared, begun_again, name):
+    damage = Damage() if name == "corrupted.mp4" else None
+    assert_random_is_sequential(shared / "clips" / name, damage=damage)
+    assert begun_again == [0]
+
+
+def test_the_shared_clips_are_all_tested(shared):
+    assert sorted(path.name for path in (shared / "clips").iterdir()) == sorted(CLIPS)
+
+
+@pytest.mark.parametrize("name", ["a_00", "b_00", "b_01", "b_02"])
+def test_random_clips_of_drives(shared, begun_again, name):
+    assert_random_is_sequential(shared / "driving" / f"{name}.mp4", clips=3, seeds=(1,))
+    assert begun_again == [0]
+
+
+def test_clips_from_random_places(shared):
+    video = count_frames(shared / "clips" / "bikes.mp4")
+    whole = {time_s: frame for frame, time_s in read_frames(video.path, SIZE)}
+    found = random_clips(video, SIZE, 5, CLIP, seed=3)
+    again = random_clips(video, SIZE, 5, CLIP, seed=3)
+    assert len({times_s[0] for _, times_s in found}) == 5
+    for (frames, times_s), (same, _) in zip(found, again, strict=True):
+        assert len(frames) == CLIP
+        assert np.array_equal(frames, same)
+        assert all(np.array_equal(frame, whole[time_s]) for frame, time_s in zip(frames, times_s, strict=True))
+    with pytest.raises(VideoError, match=r"10\.00 s are shorter than a clip of 251 frames"):
+        random_clips(video, SIZE, 1, 251, seed=0)
+
+
+ENCODINGS = [
+    ("b_frames.avi", "libx264", SHORT_GOP),
+    ("divx.avi", "mpeg4", SHORT_GOP),
+    ("raw.h264", "libx264", SHORT_GOP),
+    ("raw.hevc", "libx265", {"x265-params": SILENT}),
+    ("long.mp4", "libx264", {"g": "250", "bf": "3"}),
+    ("b_frames.mp4", "libx264", SHORT_GOP),
+    ("b_frames.mkv", "libx264", SHORT_GOP),
+    ("open.mp4", "libx264", SHORT_GOP | {"x264-params": "open-gop=1"}),
+    ("open.mkv", "libx264", SHORT_GOP | {"x264-params": "open-gop=1"}),
+    ("open.ts", "libx264", SHORT_GOP | {"x264-params": "open-gop=1"}),
+    ("open5.mp4", "libx265", {"x265-params": f"open-gop=1:keyint=30:{SILENT}"}),
+    ("open5.mkv", "libx265", {"x265-params": f"open-gop=1:keyint=30:{SILENT}"}),
+    ("open2.mp4", "mpeg2video", {"g": "15", "bf": "2"}),
+    ("open2.ts", "mpeg2video", {"g": "15", "bf": "2"}),
+    ("open4.mp4", "mpeg4", SHORT_GOP),
+    ("nine.webm", "libvpx-vp9", {"g": "30", "deadline": "realtime", "cpu-used": "8"}),
+    ("eight.webm", "libvpx", {"g": "30", "deadline": "realtime", "auto-alt-ref": "1", "lag-in-frames": "10"}),
+    ("one.mkv", "libsvtav1", {"g": "30", "preset": "13"}),
+    ("motion.avi", "mjpeg", {}),
+    ("motion.mov", "mjpeg", {}),
+]
+PLAIN = {"mjpeg": "yuvj420p"}
+
+
+@pytest.mark.filterwarnings("ignore")  # of encoders
+@pytest.mark.parametrize(("name", "codec", "options"), ENCODINGS)
+def test_random_clips_of_every_kind(tmp_path, encode_video, begun_again, name, codec, options):
+    video = encode_video(
+        tmp_path / name, np.arange(140) / 25, codec=codec, rate=25, ticks_per_second=25, options=options,
+        pixel_format=PLAIN.get(codec, "yuv420p"),
+    )  # fmt: skip
+    assert_random_is_sequential(video)
+    info = count_frames(video)
+    assert (info.frames, info.damage, info.gaps_s) == (140, "", ())
+    assert begun_again == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        (name, codec, options)
+        for name, codec, options in ENCODINGS
+        if codec not in ("mpeg2video", "libsvtav1") and not name.endswith((".avi", ".h264", ".hevc"))
+    ],
+)
+def test_random_clips_of_variable_rate(tmp_path, encode_video, begun_again, name, codec, options):
+    video = encode_video(
+        tmp_path / name, uneven_times(140), codec=codec, options=options, pixel_format=PLAIN.get(codec, "yuv420p")
+    )
+    assert_random_is_sequential(video)
+    info = count_frames(video)
+    assert (info.frames, info.damage) == (140, "")
+    assert begun_again == [0]
+
+
+def test_random_clips_of_a_gif(tmp_path, encode_video, read_number):
+    video = encode_video(
+        tmp_path / "a.GIF", np.arange(60) / 25, codec="gif", rate=25, ticks_per_second=100, pixel_format="rgb8"
+    )
+    assert_random_is_sequential(video)
+    assert [read_number(frame) for frame, _ in read_frames(video, SIZE)] == list(range(60))
+
+
+@pytest.mark.parametrize("flags", ["frag_keyframe+empty_moov", "frag_keyframe+empty_moov+default_base_moof+faststart"])
+def test_random_clips_of_a_fragmented_mp4(tmp_path, encode_video, flags):
+    video = encode_video(
+        tmp_path / "fragments.mp4", np.arange(140) / 25, rate=25, ticks_per_second=25, options=SHORT_GOP,
+        container_options={"movflags": flags},
+    )  # fmt: skip
+    assert_random_is_sequential(video)
+    assert (count_frames(video).frames, count_frames(video).damage) == (140, "")
+
+
+def edit(path, skipped, shown, rate):
+    """Make the edit list of an mp4 leave out frames at the beginning, and at the end."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"elst") + 12
+    movie_scale = struct.unpack(">I", content[content.index(b"mvhd") + 16 :][:4])[0]
+    media_scale = struct.unpack(">I", content[content.index(b"mdhd") + 16 :][:4])[0]
+    media_time = struct.unpack(">i", content[at + 4 : at + 8])[0] + skipped * media_scale // rate
+    content[at : at + 8] = struct.pack(">Ii", shown * movie_scale // rate, media_time)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(("skipped", "shown"), [(7, 133), (40, 100), (40, 70), (0, 50)])
+def test_an_edit_list_is_obeyed(tmp_path, encode_video, read_number, begun_again, skipped, shown):
+    video = encode_video(
+        tmp_path / "edited.mp4", np.arange(140) / 25, rate=25, ticks_per_second=25, options=SHORT_GOP,
+        container_options={"use_editlist": "1"},
+    )  # fmt: skip
+    edit(video, skipped, shown, 25)
+    assert_random_is_sequential(video)
+    frames = list(read_frames(video, SIZE))
+    assert [read_number(frame) for frame, _ in frames] == list(range(skipped, skipped + len(frames)))
+    assert shown <= len(frames) <= shown + 3  # FFmpeg shows what is decoded on the way
+    np.testing.assert_allclose([time_s for _, time_s in frames], np.arange(len(frames)) / 25, atol=1e-4)
+    info = count_frames(video)
+    assert (info.frames, info.damage) == (len(frames), "")
+    assert begun_again == [0]
+
+
+@pytest.mark.parametrize("cues", [b"\x1c\x53\xbb\x6c", b"\xec\x53\xbb\x6b"])
+def test_matroska_without_its_cues(tmp_path, encode_video, cues):
+    video = encode_video(
+        tmp_path / "cues.mkv", np.arange(140) / 25, rate=25, ticks_per_second=25, options=SHORT_GOP
+    )  # fmt: skip
+    content = video.read_bytes()
+    assert b"\x1c\x53\xbb\x6b" in content
+    video.write_bytes(content.replace(b"\x1c\x53\xbb\x6b", cues))
+    assert_random_is_sequential(video, damage=Damage())
+
+
+def test_matroska_with_wrong_cues(tmp_path, encode_video):
+    video = encode_video(tmp_path / "cues.mkv", np.arange(140) / 25, rate=25, ticks_per_second=25, options=SHORT_GOP)
+    content = bytearray(video.read_bytes())
+    at = content.rindex(b"\x1c\x53\xbb\x6b")
+    cue_times = [index for index in range(at, len(content) - 3) if content[index : index + 2] == b"\xb3\x82"]
+    assert len(cue_times) >= 3
+    for index in cue_times:  # everything is said to come at half of its time: seeks lead too far
+        content[index + 2 : index + 4] = struct.pack(">H", struct.unpack(">H", content[index + 2 : index + 4])[0] // 2)
+    video.write_bytes(content)
+    assert_random_is_sequential(video)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+def test_clips_overlap_come_in_any_order_and_end_with_the_video(tmp_path, encode_video, read_number, suffix):
+    video = encode_video(
+        tmp_path / f"even{suffix}", np.arange(100) / 25, rate=25, ticks_per_second=25, options=SHORT_GOP
+    )
+    starts = [90, 3, 0, 8, 3, 99, 50]
+    found = read_clips(video, SIZE, [(start - 0.5) / 25 for start in starts] + [4.0, 100], 20)
+    numbers = [[read_number(frame) for frame in frames] for frames, _ in found]
+    assert numbers == [list(range(start, min(100, start + 20))) for start in starts] + [[], []]
+    assert found[-1][0].shape == (0, 3, *SIZE)
+    assert found[-1][1].shape == (0,)
+    assert read_clips(video, SIZE, [], 20) == []
+    frames, times_s = read_frames_at(video, SIZE, [100, 0.1, -3, 0.1])
+    assert [read_number(frame) for frame in frames] == [99, *[read_number(frames[1])], 0, read_number(frames[1])]
+    np.testing.assert_allclose(times_s[[0, 2]], [3.96, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_skipping_saves_decoding(tmp_path, encode_video, decoded, suffix):
+    video = encode_video(
+        tmp_path / f"even{suffix}", np.arange(600) / 25, rate=25, ticks_per_second=25,
+        options={"g": "30", "bf": "3", "sc_threshold": "0"},
+    )  # fmt: skip
+    for start_s in (20.0, 23.0):
+        decoded[0] = 0
+        read_clips(video, SIZE, [start_s], 16)
+        assert 16 <= decoded[0] <= 16 + 2 * 30
+    decoded[0] = 0
+    read_clips(video, SIZE, [1.0, 20.0], 16)
+    assert decoded[0] <= 2 * (16 + 2 * 30)
+    decoded[0] = 0
+    read_frames_at(video, SIZE, [2.0, 12.0, 22.0])
+    assert decoded[0] <= 3 * (2 * 30 + 2)
+    decoded[0] = 0
+    next(read_frames(video, SIZE, start_s=22.0))
+    assert decoded[0] <= 2 * 30
+
+
+def test_neighbouring_clips_are_decoded_once(tmp_path, encode_video, decoded):
+    video = encode_video(tmp_path / "a.mp4", np.arange(300) / 25, rate=25, ticks_per_second=25, options={"g": "250"})
+    read_clips(video, SIZE, np.arange(10) / 5, 16)
+    assert decoded[0] <= 45 + 16 + 2
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+def test_several_clocks_in_one_pass_are_those_clocks_one_by_one(tmp_path, encode_video, suffix):
+    times_s = uneven_times(100) if suffix == ".mp4" else np.arange(100) / 10
+    video = encode_video(tmp_path / f"a{suffix}", times_s, rate=10, options=SHORT_GOP)
+    phases_s = [0.0, 0.05, 0.1, 0.15, 0.033]
+    together = list(read_on_clock(video, SIZE, 5, phases_s, start_s=1.0, end_s=8.0))
+    assert [timed.time_s for timed in together] == sorted(timed.time_s for timed in together)
+    for clock, phase_s in enumerate(phases_s):
+        alone = list(read_on_clock(video, SIZE, 5, phase_s, start_s=1.0, end_s=8.0))
+        ours = [timed for timed in together if timed.clock == clock]
+        assert len(alone) > 20
+        assert [(timed.tick, timed.time_s) for timed in ours] == [(timed.tick, timed.time_s) for timed in alone]
+        assert all(np.array_equal(one.frame, other.frame) for one, other in zip(ours, alone, strict=True))
+
+
+# Damage
+
+
+def damage_pictures(path, which, skipped=0, mask=0xFF):
+    """Overwrite the bytes of some coded pictures, in the order of the file, after the first few of each."""
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        pictures = [packet for packet in container.demux(video=0) if packet.size]
+    for picture in pictures[which] if isinstance(which, slice) else [pictures[which]]:
+        begin = content.find(bytes(picture), picture.pos)
+        begin = picture.pos if begin < 0 else begin  # transport streams cut them up
+        for index in range(begin + skipped, begin + picture.size):
+            content[index] ^= mask
+    path.write_bytes(content)
+    return path
+
+
+def even(encode_video, path, count=100, **options):
+    return encode_video(
+        path, np.arange(count) / 25, rate=25, ticks_per_second=25,
+        options={"g": "20", "bf": "2", "sc_threshold": "0"}, **options,
+    )  # fmt: skip
+
+
+def numbers_and_times(path, read_number, damage):
+    frames = list(read_frames(path, SIZE, damage=damage))
+    return [read_number(frame) for frame, _ in frames], [time_s for _, time_s in frames]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_after_a_break_reading_goes_on_at_the_next_keyframe(tmp_path, encode_video, read_number, suffix):
+    video = damage_pictures(even(encode_video, tmp_path / f"broken{suffix}"), slice(45, 48))
+    damage = Damage()
+    numbers, times_s = numbers_and_times(video, read_number, damage)
+    np.testing.assert_allclose(times_s, np.array(numbers) / 25, atol=1e-3)
+    lost = set(range(100)) - set(numbers)
+    assert lost
+    assert lost <= set(range(40, 60))
+    assert len(damage.breaks) == 1
+    assert damage.breaks[0].startswith("decoding failed after 1.")
+    assert "decoding failed" in count_frames(video).damage
+    assert count_frames(video).frames == len(numbers)
+    # The same from the middle on, and in clips.
+    assert_random_is_sequential(video, damage=Damage())
+    with pytest.raises(VideoError, match=rf"broken{suffix}: decoding failed after 1\."):
+        list(read_frames(video, SIZE))
+    good = []
+    with pytest.raises(VideoError):  # noqa: PT012
+        for frame, _ in read_frames(video, SIZE):
+            good.append(read_number(frame))
+    assert good == list(range(len(good)))
+    assert len(good) >= 40
+
+
+def test_what_is_decoded_twice_is_told_once(tmp_path, encode_video, monkeypatch):
+    video = damage_pictures(even(encode_video, tmp_path / "broken.mp4"), slice(5, 8))
+    monkeypatch.setattr(VideoDecoder, "_seek", lambda self, *where: None)  # a file in which no seek leads anywhere
+    damage, once = Damage(), Damage()
+    read_clips(video, SIZE, [0.0, 3.5], 12, damage)
+    list(read_frames(video, SIZE, damage=once))
+    assert damage == once
+
+
+def test_the_last_frames_before_damage_are_found(tmp_path, encode_video, read_number):
+    video = damage_pictures(even(encode_video, tmp_path / "broken.mp4"), slice(80, None))
+    damage = Damage()
+    frames, times_s = read_frames_at(video, SIZE, [3.9], damage)
+    assert 77 <= read_number(frames[0]) <= 79  # the decoder holds two back for the sake of order
+    assert times_s[0] == pytest.approx(read_number(frames[0]) / 25)
+    assert damage
+
+
+def noisy(encode_video, path, codec, options):
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 48, 80, 3), dtype=np.uint8)
+    return encode_video(
+        path, np.arange(60) / 25, pictures, codec=codec, rate=25, ticks_per_second=25, options=options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("h264.mp4", "libx264", {"g": "20", "bf": "0", "sc_threshold": "0"}),
+        ("hevc.mp4", "libx265", {"x265-params": f"keyint=20:scenecut=0:bframes=2:{SILENT}"}),
+        ("hevc.mkv", "libx265", {"x265-params": f"keyint=20:scenecut=0:bframes=2:{SILENT}"}),
+        ("mpeg4.avi", "mpeg4", {"g": "20"}),
+        ("mjpeg.mkv", "mjpeg", {}),
+        ("nine.webm", "libvpx-vp9", {"g": "20", "deadline": "realtime", "cpu-used": "8"}),
+        ("two.ts", "mpeg2video", {"g": "20"}),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 20, 25, 59])
+def test_no_frame_is_lost_without_a_word(tmp_path, encode_video, name, codec, options, at):
+    video = encode_video(
+        tmp_path / name, np.arange(60) / 25, np.random.default_rng(0).integers(0, 256, (60, 48, 80, 3), np.uint8),
+        codec=codec, rate=25, ticks_per_second=25, options=options, pixel_format=PLAIN.get(codec, "yuv420p"),
+    )  # fmt: skip
+    damage_pictures(video, at, skipped=8, mask=0x55)
+    info = count_frames(video)
+    assert info.frames < 60
+    if name == "two.ts" and at in (0, 59):  # its pictures have no numbers, and its header no duration
+        return
+    assert info.damage or info.gaps_s
+    if info.damage:
+        with pytest.raises(VideoError, match=name):
+            list(read_frames(video, SIZE))
+
+
+def test_frames_that_the_decoder_guessed_are_counted_and_left_out(tmp_path, encode_video):
+    video = noisy(encode_video, tmp_path / "a.mp4", "libx264", {"g": "20", "bf": "0", "sc_threshold": "0"})
+    whole = {time_s: frame for frame, time_s in read_frames(video, SIZE)}
+    damage_pictures(video, 20, skipped=1500, mask=0x55)
+    damage = Damage()
+    times_s = [time_s for _, time_s in read_frames(video, SIZE, damage=damage)]
+    with av.open(str(video)) as container:
+        guessed = [float(frame.pts * frame.time_base) for frame in container.decode(video=0) if frame.is_corrupt]
+    assert guessed
+    assert sorted(set(whole) - set(times_s)) == pytest.approx(guessed)
+    assert damage.corrupt_frames == len(guessed)
+    assert str(damage) == f"{len(guessed)} corrupt frames left out"
+    with pytest.raises(VideoError, match=r"a\.mp4: the frame at 0\.80 s is corrupt"):
+        list(read_frames(video, SIZE))
+
+
+@pytest.mark.parametrize(("suffix", "movflags"), [(".mkv", ""), (".mp4", "faststart"), (".webm", ""), (".avi", "")])
+@pytest.mark.parametrize("share", [0.3, 0.8, 0.99])
+def test_a_truncated_video_is_reported(tmp_path, encode_video, read_number, suffix, movflags, share):
+    codec, options = (
+        ("libvpx-vp9", {"deadline": "realtime", "g": "20"}) if suffix == ".webm" else ("libx264", {"g": "20"})
+    )
+    video = encode_video(
+        tmp_path / f"whole{suffix}", np.arange(100) / 25, codec=codec, rate=25, ticks_per_second=25, options=options,
+        container_options={"movflags": movflags} if movflags else {},
+    )  # fmt: skip
+    with av.open(str(video)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    begin, end = packets[0][0], sum(packets[-1])
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(video.read_bytes()[: begin + int(share * (end - begin))])
+    info = count_frames(cut)
+    assert info.frames < 100
+    assert "ends at" in info.damage or "decoding failed" in info.damage or "reading failed" in info.damage
+    if "its header promises" in info.damage:
+        assert f"ends at {info.duration_s:.2f} s, its header promises 4.00 s" in info.damage
+    numbers = []
+    with pytest.raises(VideoError, match=r"cut\..*: "):  # noqa: PT012
+        for frame, _ in read_frames(cut, SIZE):
+            numbers.append(read_number(frame))
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) >= info.frames - 1
+    assert_random_is_sequential(cut, damage=Damage())
+
+
+def test_times_that_run_backwards_are_left_out(tmp_path, encode_video, read_number):
+    video = even(encode_video, tmp_path / "even.mkv", 40)
+    backwards = tmp_path / "backwards.mkv"
+    with av.open(str(video)) as source, av.open(str(backwards), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                if packet.pts == 480:
+                    packet.pts = 1900
+                packet.stream = stream
+                target.mux(packet)
+    damage = Damage()
+    numbers, times_s = numbers_and_times(backwards, read_number, damage)
+    assert times_s == sorted(times_s)
+    assert len(numbers) < 40
+    assert any(reason.startswith("times run backwards after 1.90 s") for reason in damage.breaks)
+    with pytest.raises(VideoError, match="times run backwards"):
+        list(read_frames(backwards, SIZE))
+
+
+def with_sound(path, source, seconds):
+    """A video with sound that is longer."""
+    with av.open(str(source)) as video, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(video.streams.video[0])
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        for packet in video.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+        for index in range(int(seconds * 8000 / 1024)):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 8000, 1024 * index, Fraction(1, 8000)
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".mov"])
+def test_sound_that_is_longer_is_no_damage(tmp_path, encode_video, suffix):
+    source = even(encode_video, tmp_path / f"source{suffix}", 50)
+    video = with_sound(tmp_path / f"sound{suffix}", source, 8)
+    info = count_frames(video)
+    assert (info.frames, info.damage) == (50, "")
+    assert info.duration_s == pytest.approx(2, abs=0.01)
+
+
+def test_a_matroska_without_tags_is_not_judged_by_its_sound(tmp_path, encode_video):
+    source = even(encode_video, tmp_path / "source.mp4", 50)
+    video = with_sound(tmp_path / "sound.mkv", source, 8)
+    content = video.read_bytes()
+    assert b"DURATION" in content
+    video.write_bytes(content.replace(b"DURATION", b"WHATEVER"))
+    assert count_frames(video).damage == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["late.mp4", "late.mkv", "late.wmv", "late.mov", "late.avi", "late.webm", "late.ts", "late.flv"]
+)
+def test_a_late_beginning_is_no_damage(tmp_path, encode_video, name):
+    codec = {"webm": "libvpx-vp9", "wmv": "wmv2"}.get(name[5:], "libx264")
+    video = encode_video(
+        tmp_path / name, 5.2 + np.arange(50) / 25, codec=codec, rate=25, ticks_per_second=25, options={"g": "20"}
+    )
+    info = count_frames(video)
+    assert (info.frames, info.damage) == (50, "")
+    assert info.duration_s == pytest.approx(2, abs=0.01)
+    if not name.endswith("avi"):
+        assert probe_video(video).duration_s == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in CLIPS if name != "corrupted.mp4"])
+def test_nothing_is_wrong_with_the_shared_clips(shared, name):
+    info = count_frames(shared / "clips" / name)
+    assert (info.damage, info.gaps_s) == ("", ())
+
+
+def test_what_is_wrong_with_the_shared_corrupted_clip(shared):
+    info = count_frames(shared / "clips" / "corrupted.mp4")
+    assert info.frames == 28
+    assert info.damage.startswith("decoding failed after 2.70 s (")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".avi"])
+def test_gaps_in_time_are_counted(tmp_path, encode_video, suffix):
+    times_s = np.delete(np.arange(60) / 25, range(30, 40))
+    video = encode_video(
+        tmp_path / f"gap{suffix}", times_s, rate=25, ticks_per_second=25, options={"g": "10", "bf": "0"}
+    )
+    info = count_frames(video)
+    assert info.frames == 50
+    ((begin_s, length_s),) = info.gaps_s
+    assert (begin_s, length_s) == pytest.approx((29 / 25, 11 / 25), abs=2e-3)
+
+
+def test_one_missing_frame_is_a_gap_where_the_rate_is_constant_only(tmp_path, encode_video):
+    times_s = np.delete(np.arange(60) / 25, 30)
+    steady = encode_video(tmp_path / "steady.mkv", times_s, rate=25, ticks_per_second=25, options={"bf": "0"})
+    assert len(count_frames(steady).gaps_s) == 1
+    uneven = encode_video(tmp_path / "uneven.mkv", uneven_times(60), options={"bf": "0"})
+    assert count_frames(uneven).gaps_s == ()
+
+
+# Out of the ordinary
+
+
+def cover():
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(picture, "JPEG")
+    return picture.getvalue()
+
+
+def with_cover(path, numbers):
+    """Sound with a cover picture, and a video of numbers if there are any."""
+    picture = cover()
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        if numbers:
+            video = container.add_stream("libx264", rate=10)
+            video.height, video.width, video.pix_fmt = 32, 80, "yuv420p"
+        if path.suffix == ".mkv":
+            container.add_attachment("cover.jpg", "image/jpeg", picture)
+        else:
+            attached = container.add_stream("mjpeg", rate=1)
+            attached.width = attached.height = 256
+            attached.pix_fmt, attached.disposition = "yuvj420p", Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 8000, 0
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+        if numbers:
+            for pixels in numbers:
+                container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(video.encode())
+        if path.suffix != ".mkv":
+            packet = av.Packet(picture)
+            packet.stream, packet.pts, packet.dts = attached, 0, 0
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_cover_picture_is_no_video(tmp_path, suffix):
+    music = with_cover(tmp_path / f"music{suffix}", [])
+    with pytest.raises(VideoError, match=rf"music\{suffix}: there is no video stream in it, only a cover picture"):
+        probe_video(music)
+    film = with_cover(tmp_path / f"film{suffix}", [np.full((32, 80, 3), 20 * index, np.uint8) for index in range(10)])
+    assert (probe_video(film).codec, probe_video(film).height) == ("h264", 32)
+    assert count_frames(film).frames == 10
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_of_two_streams_the_best_is_read(tmp_path, suffix):
+    path = tmp_path / f"two{suffix}"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for height, width in ((32, 80), (96, 240)):
+            stream = container.add_stream("libx264", rate=10)
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            streams.append(stream)
+        for index in range(10):
+            for level, stream in zip((20, 200), streams, strict=True):
+                pixels = np.full((stream.height, stream.width, 3), level + index, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        best = container.streams.best("video")
+        expected = best.codec_context.height
+    info = count_frames(path)
+    assert (info.height, info.frames, info.damage) == (expected, 10, "")
+    levels = [frame.mean() for frame, _ in read_frames(path, SIZE)]
+    assert len(levels) == 10
+    assert min(levels) > 150 if expected == 96 else max(levels) < 50
+    assert_random_is_sequential(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "codec", "pixel_format", "options"),
+    [
+        ("alpha.mov", "qtrle", "argb", {}),
+        ("alpha.mov", "png", "rgba", {}),
+        ("alpha.webm", "libvpx-vp9", "yuva420p", {"deadline": "realtime", "auto-alt-ref": "0"}),
+        ("ten_bits.mp4", "libx264", "yuv420p10le", {}),
+        ("ten_bits.mkv", "libx265", "yuv420p10le", {"x265-params": SILENT}),
+        ("studio.mov", "prores_ks", "yuv422p10le", {}),
+        ("grey.mkv", "libx264", "gray", {}),
+        ("planes.avi", "huffyuv", "yuv422p", {}),
+        ("UPPERCASE.MP4", "libx264", "yuv420p", {}),
+        ("no_suffix_at_all", "libx264", "yuv420p", {}),
+    ],
+)
+def test_pixels_of_all_kinds(tmp_path, encode_video, read_number, name, codec, pixel_format, options):
+    written = tmp_path / (name if "." in name else "named.mkv")
+    encode_video(
+        written, np.arange(20) / 25, codec=codec, rate=25, ticks_per_second=25, options=options,
+        pixel_format=pixel_format,
+    )  # fmt: skip
+    written.rename(tmp_path / name)
+    numbers = [read_number(frame) for frame, _ in read_frames(tmp_path / name, SIZE)]
+    assert numbers == list(range(20))
+    assert_random_is_sequential(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "codec", "pixel_format"),
+    [("a.mkv", "libx264", "yuv444p"), ("a.webm", "libvpx-vp9", "yuv420p"), ("b.mkv", "ffv1", "yuv420p"),
+     ("a.mjpeg", "mjpeg", "yuvj420p")],
+)  # fmt: skip
+def test_odd_sizes(tmp_path, encode_video, name, codec, pixel_format):
+    pictures = [np.full((33, 47, 3), 12 * index, np.uint8) for index in range(20)]
+    video = encode_video(
+        tmp_path / name, np.arange(20) / 25, pictures, codec=codec, rate=25, ticks_per_second=25,
+        options={"deadline": "realtime"} if codec == "libvpx-vp9" else {}, pixel_format=pixel_format,
+    )  # fmt: skip
+    info = probe_video(video)
+    assert (info.height, info.width) == (33, 47)
+    for size in ((33, 47), (17, 23), (64, 64)):
+        levels = [frame.mean() for frame, _ in read_frames(video, size)]
+        np.testing.assert_allclose(levels, 12 * np.arange(20), atol=3)
+
+
+def test_transparency_of_a_gif_is_ignored(tmp_path):
+    pictures = [Image.new("RGBA", (40, 16), (200, 30, 30, 255)) for _ in range(4)]
+    for index, picture in enumerate(pictures):
+        picture.paste((0, 0, 0, 0), (0, 0, 10 * index, 16))
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100, disposal=2)
+    frames = [frame for frame, _ in read_frames(tmp_path / "a.gif", SIZE)]
+    assert len(frames) == 4
+    assert all(abs(int(frame[0, 8, 39]) - 200) < 12 for frame in frames)  # what is not transparent
+
+
+def test_tagged_colours_are_read_as_tagged(tmp_path, encode_video):
+    pictures = [np.broadcast_to(np.array([200, 60, 30], np.uint8), (32, 80, 3)).copy()] * 3
+    read = {}
+    for name, tags in {
+        "untagged": "",
+        "bt601": "colormatrix=smpte170m",
+        "bt709": "colormatrix=bt709",
+        "full": "fullrange=on",
+    }.items():
+        path = encode_video(tmp_path / f"{name}.mp4", np.arange(3) / 10, pictures, options={"x264-params": tags})
+        read[name] = next(read_frames(path, SIZE))[0].mean(axis=(1, 2))
+    np.testing.assert_allclose(read["untagged"], [200, 60, 30], atol=3)
+    np.testing.assert_array_equal(read["untagged"], read["bt601"])
+    with av.open(str(tmp_path / "untagged.mp4")) as container:
+        raw = next(container.decode(video=0))
+    as_bt709 = VideoReformatter().reformat(
+        raw, SIZE[1], SIZE[0], "gbrp", src_colorspace=Colorspace.ITU709, interpolation=Interpolation.BILINEAR
+    )
+    expected = [np.frombuffer(memoryview(as_bt709.planes[plane]), np.uint8)[0] for plane in (2, 0, 1)]
+    np.testing.assert_allclose(read["bt709"], expected, atol=2)
+    assert np.abs(read["bt709"] - read["untagged"]).max() > 5
+    # The same numbers, meant as 0 to 255: less contrast.
+    assert 16 + read["untagged"].max() * 219 / 255 == pytest.approx(read["full"].max(), abs=4)
+
+
+def test_what_is_no_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "folder.mkv").mkdir()
+    for name in ("pipe.mp4", "folder.mkv"):
+        with pytest.raises(VideoError, match=rf"{name}: not a readable video"):
+            probe_video(tmp_path / name)
+
+
+def test_an_unknown_codec_is_refused_by_name(tmp_path, encode_video):
+    video = encode_video(tmp_path / "strange.mp4", np.arange(10) / 10)
+    content = video.read_bytes()
+    video.write_bytes(content.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
+    with pytest.raises(VideoError, match=r"strange\.mp4: the codec of its video stream is unknown"):
+        probe_video(video)
+
+
+@pytest.mark.parametrize("fill", [b"\0", b"\xff"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.ts", "a.gif", "a.h264", "a.mjpeg", "a.zip"])
+def test_a_file_of_nothing(tmp_path, name, fill):
+    path = tmp_path / name
+    path.write_bytes(fill * 100_000)
+    with pytest.raises(VideoError, match=name):
+        probe_video(path)
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_mutated_clips_are_read_or_refused(shared, tmp_path, seed):
+    options = fuzz_videos.Options(
+        mutations=12, videos=shared / "clips", largest_bytes=50_000, seed=seed, output_dir=tmp_path, limit_s=30
+    )
+    fuzz_videos.main(options)
+    assert (tmp_path / "results.json").exists()
+
+
+def test_the_fuzzer_sees_hangs_and_crashes_and_goes_on(tmp_path, encode_video):
+    video = even(encode_video, tmp_path / "a.mp4", 20)
+    os.mkfifo(tmp_path / "pipe")
+    with fuzz_videos.reading_child(limit_s=30) as read:
+        assert read(video, 20).verdict == "nothing seen"
+        assert read(video, 21).verdict == "silent skip"
+        read.process.kill()
+        assert read(video, 20).verdict == "crash"
+        assert read(video, 20).verdict == "nothing seen"
+        read.limit_s = 0
+        assert read(video, 20).verdict == "hang"
+        read.limit_s = 30
+        assert read(tmp_path / "missing.mp4", 20).verdict == "refused"
+
+
+def test_a_gif_that_is_cut_off_is_reported(tmp_path, encode_video):
+    video = encode_video(
+        tmp_path / "a.gif", np.arange(30) / 25, codec="gif", rate=25, ticks_per_second=100, pixel_format="rgb8"
+    )
+    assert count_frames(video).damage == ""
+    content = video.read_bytes()
+    video.write_bytes(content[: 2 * len(content) // 3])
+    info = count_frames(video)
+    assert 1 < info.frames < 30
+    assert info.damage == f"ends at {info.duration_s:.2f} s, the file is cut off there"
+
+
+def test_a_gap_of_years_takes_no_time(tmp_path, encode_video, read_number):
+    year_s = 365 * 24 * 3600.0
+    times_s = [0, 0.1, 0.2, 3 * year_s, 3 * year_s + 0.1]
+    video = encode_video(tmp_path / "a.mkv", times_s, options={"bf": "0"})
+    with av.open(str(video)) as container:
+        assert [packet.pts for packet in container.demux(video=0) if packet.size][-1] > 9e10
+    timed = list(read_on_clock(video, SIZE, 10, [0.0, 0.05], damage=Damage()))
+    assert [(one.clock, read_number(one.frame)) for one in timed if one.clock == 0] == [
+        (0, index) for index in range(5)
+    ]
+    assert [one.tick for one in timed if one.clock == 0][3:] == [round(30 * year_s), round(30 * year_s) + 1]
+    assert probe_video(video).duration_s == 0

@@ -1,0 +1,335 @@
+import zipfile
+from itertools import islice
+
+import numpy as np
+import pytest
+from conftest import draw_number
+from PIL import Image
+
+from data.decoder import Damage, VideoError
+from data.frames import FramePairs
+from data.image_sequence import split_zip
+from data.manifest import check_videos, find_videos, index_videos
+from data.video import (
+    count_frames,
+    probe_video,
+    random_clips,
+    read_clips,
+    read_frames,
+    read_frames_at,
+    read_on_clock,
+)
+
+SIZE = (16, 40)
+
+
+def write_images(folder, names, numbers=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in zip(range(len(names)) if numbers is None else numbers, names, strict=True):
+        Image.fromarray(draw_number(number)).save(folder / name)
+    return folder
+
+
+def zip_folder(folder, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder))
+    return path
+
+
+@pytest.fixture
+def numbered(read_number):
+    """(number in the pixels, time) of every image."""
+
+    def read(path, **options):
+        return [(read_number(frame), round(time_s, 9)) for frame, time_s in read_frames(path, SIZE, **options)]
+
+    return read
+
+
+@pytest.fixture(params=["folder", "zip", "folder in zip"])
+def sequence(request, tmp_path):
+    """Forty images, 000000.png to 000039.png, as a folder or in a zip file."""
+    folder = write_images(tmp_path / "frames", [f"{index:06d}.png" for index in range(40)])
+    if request.param == "folder":
+        return folder
+    if request.param == "zip":
+        (path,) = find_videos([zip_folder(folder, tmp_path / "frames.ZIP")])
+        return path
+    (path,) = find_videos([zip_folder(tmp_path, tmp_path.parent / f"{tmp_path.name}.zip")])
+    assert path.name == "frames"
+    return path
+
+
+def test_images_are_frames(sequence, numbered):
+    assert numbered(sequence, image_fps=10) == [(index, index / 10) for index in range(40)]
+    assert numbered(sequence) == [(index, round(index / 25, 9)) for index in range(40)]
+    probed, info = probe_video(sequence, 10), count_frames(sequence, 10)
+    assert (info.codec, info.height, info.width, info.frames) == ("images", 32, 80, 40)
+    assert (info.average_fps, info.duration_s, info.gaps_s, info.damage) == (10, pytest.approx(4), (), "")
+    assert (probed.average_fps, probed.duration_s, probed.seekable) == (10, pytest.approx(4), True)
+    assert np.allclose(info.keyframes_s, np.arange(40) / 10)
+
+
+def test_random_access_is_sequential(sequence):
+    whole = list(read_frames(sequence, SIZE, image_fps=10))
+    starts_s = [2.95, 0.3, 0.31, 3.9, 1.0, 5.0]
+    found = read_clips(sequence, SIZE, starts_s, 16, image_fps=10)
+    for start_s, (frames, times_s) in zip(starts_s, found, strict=True):
+        expected = [(frame, time_s) for frame, time_s in whole if time_s >= start_s][:16]
+        assert times_s.tolist() == [time_s for _, time_s in expected]
+        assert all(np.array_equal(one, other) for one, (other, _) in zip(frames, expected, strict=True))
+    frames, times_s = read_frames_at(sequence, SIZE, [3.14, 0.26, 9.0], image_fps=10)
+    np.testing.assert_allclose(times_s, [3.1, 0.3, 3.9])
+    assert all(
+        np.array_equal(frame, whole[round(10 * time_s)][0]) for frame, time_s in zip(frames, times_s, strict=True)
+    )
+    late = list(read_frames(sequence, SIZE, start_s=3.05, image_fps=10))
+    assert [time_s for _, time_s in late] == [time_s for _, time_s in whole if time_s >= 3.05]
+    for frames, times_s in random_clips(count_frames(sequence, 10), SIZE, 4, 16, seed=0):
+        assert all(
+            np.array_equal(frame, whole[round(10 * time_s)][0]) for frame, time_s in zip(frames, times_s, strict=True)
+        )
+
+
+def test_images_lie_on_the_clock(sequence, read_number):
+    timed = list(read_on_clock(sequence, SIZE, 5, [0.0, 0.1], image_fps=10))
+    assert [(one.clock, one.tick, read_number(one.frame)) for one in timed] == [
+        (index % 2, index // 2, index) for index in range(40)
+    ]
+
+
+def test_images_train(sequence, tmp_path):
+    videos = check_videos([sequence], 5, image_fps=10, progress=False).videos
+    pairs = next(iter(FramePairs(videos, SIZE, 5, batch_size=8, seed=0, progress=False)))
+    assert pairs.frames.shape == (8, 3, *SIZE)
+
+
+def test_only_what_is_wanted_is_opened(sequence, monkeypatch):
+    opened = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda *arguments: opened.append(1) or original(*arguments))
+    read_clips(sequence, SIZE, [3.0, 1.0], 3, image_fps=10)
+    assert len(opened) <= 8
+
+
+def test_numbers_are_ordered_by_value_and_begin_anywhere(tmp_path, numbered):
+    folder = write_images(tmp_path / "frames", ["frame_10.png", "frame_9.png", "frame_100.png", "frame_11.png"])
+    assert numbered(folder, image_fps=10) == [(1, 0), (0, 0.1), (3, 0.2), (2, 9.1)]
+
+
+def test_a_missing_number_is_a_gap(tmp_path, numbered):
+    numbers = [*range(1, 11), *range(31, 41)]
+    folder = write_images(tmp_path / "frames", [f"{number:06d}.jpg" for number in numbers], numbers)
+    assert numbered(folder, image_fps=10) == [(number, round((number - 1) / 10, 9)) for number in numbers]
+    info = count_frames(folder, 10)
+    ((begin_s, length_s),) = info.gaps_s
+    assert (begin_s, length_s) == pytest.approx((0.9, 2.1))
+    # The rate is what was given: the times that a stage reads with it are the same.
+    assert info.average_fps == 10
+    ticks = [timed.tick for timed in read_on_clock(folder, SIZE, 10, image_fps=info.average_fps)]
+    assert ticks == [number - 1 for number in numbers]
+
+
+def test_numbers_in_steps_are_consecutive(tmp_path, numbered):
+    numbers = [0, 5, 10, 15, 25, 30]
+    folder = write_images(tmp_path / "frames", [f"{number}.png" for number in numbers])
+    assert [time_s for _, time_s in numbered(folder, image_fps=10)] == [0, 0.1, 0.2, 0.3, 0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    "names", [["a.png", "b.png", "c.png"], ["1.png", "2.png", "zebra.png"], ["1.png", "01.png", "2.png"]]
+)
+def test_names_without_numbers_are_in_the_order_of_the_alphabet(tmp_path, numbered, names):
+    folder = write_images(tmp_path / "frames", sorted(names))
+    assert numbered(folder, image_fps=10) == [(0, 0), (1, 0.1), (2, 0.2)]
+
+
+def test_what_is_no_image_does_not_count(tmp_path, numbered):
+    folder = write_images(tmp_path / "frames", ["1.png", "2.png"])
+    write_images(folder, [".3.png"])
+    (folder / "labels.csv").write_text("1,2\n")
+    (folder / "4.txt").write_text("no image")
+    assert len(numbered(folder)) == 2
+
+
+def test_images_of_all_kinds(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    level = np.full((24, 36), 100, np.uint8)
+    colours = np.stack([level, level, level], axis=-1)
+    Image.fromarray(level).save(folder / "1.png")
+    Image.fromarray(np.dstack([colours, level // 2])).save(folder / "2.png")
+    Image.fromarray(colours).quantize(4).save(folder / "3.png")
+    Image.fromarray(level.astype(np.uint16) * 257).save(folder / "4.png")
+    Image.fromarray(colours).save(folder / "5.jpeg", quality=95)
+    Image.fromarray(colours).convert("CMYK").save(folder / "6.JPG", quality=95)
+    Image.fromarray(colours).save(folder / "7.bmp")
+    Image.fromarray(colours).save(folder / "8.webp", lossless=True)
+    Image.fromarray(colours).resize((50, 70)).save(folder / "9.tif")
+    Image.fromarray(level > 50).save(folder / "10.png")
+    frames = np.stack([frame for frame, _ in read_frames(folder, (24, 36))])
+    assert np.abs(frames[:9].astype(int) - 100).max() <= 2
+    assert (frames[9] >= 254).all()
+
+
+def test_images_stand_upright(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    upright = Image.fromarray(draw_number(5))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    upright.save(folder / "1.jpg", quality=95)
+    upright.rotate(90, expand=True).save(folder / "2.jpg", exif=exif, quality=95)
+    plain, turned = (frame for frame, _ in read_frames(folder, (32, 80)))
+    assert np.abs(plain.astype(int) - turned).mean() < 2
+    assert (count_frames(folder).height, count_frames(folder).width) == (32, 80)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n", "cut", "flipped"])
+def test_a_damaged_image_is_left_out_and_noted(tmp_path, numbered, content):
+    folder = write_images(tmp_path / "frames", [f"{index:03d}.png" for index in range(10)])
+    victim = folder / "004.png"
+    whole = victim.read_bytes()
+    middle = len(whole) // 2
+    content = {"cut": whole[:middle], "flipped": whole[:middle] + b"\xff" * 10 + whole[middle + 10 :]}.get(
+        content, content
+    )
+    victim.write_bytes(content)
+    for path in (folder, find_videos([zip_folder(folder, tmp_path / "frames.zip")])[0]):
+        damage = Damage()
+        assert numbered(path, image_fps=10, damage=damage) == [(index, index / 10) for index in range(10) if index != 4]
+        assert len(damage.breaks) == 1
+        assert damage.breaks[0].startswith("image 004.png cannot be decoded (")
+        assert "004.png" in count_frames(path, 10).damage
+        assert len(count_frames(path, 10).gaps_s) == 0 or count_frames(path, 10).gaps_s[0][0] == pytest.approx(0.3)
+        with pytest.raises(VideoError, match=r"frames.*: image 004\.png cannot be decoded"):
+            numbered(path, image_fps=10)
+
+
+def test_a_damaged_member_of_a_zip_is_left_out_and_noted(tmp_path, numbered):
+    folder = write_images(tmp_path / "frames", [f"{index}.png" for index in range(5)])
+    path = tmp_path / "frames.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+        info = archive.getinfo("2.png")
+    content = bytearray(path.read_bytes())
+    at = info.header_offset + 30 + len("2.png")
+    content[at : at + info.compress_size] = b"\xff" * info.compress_size
+    path.write_bytes(content)
+    damage = Damage()
+    assert [number for number, _ in numbered(path, damage=damage)] == [0, 1, 3, 4]
+    assert damage.breaks[0].startswith("image 2.png cannot be decoded (")
+
+
+def test_nothing_but_damaged_images(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index in range(3):
+        (folder / f"{index}.jpg").write_bytes(b"no image")
+    with pytest.raises(VideoError, match=r"frames: no frame can be decoded \(image 0\.jpg cannot be decoded"):
+        probe_video(folder)
+
+
+@pytest.mark.parametrize("names", [[], ["1.jpg"]])
+def test_fewer_than_two_images_are_no_sequence(tmp_path, names):
+    folder = write_images(tmp_path / "frames", names)
+    with pytest.raises(VideoError, match="no videos in this folder"):
+        find_videos([folder])
+    with pytest.raises(VideoError, match=rf"frames: not a readable video, but a folder with {len(names)} images"):
+        probe_video(folder)
+
+
+def test_images_beside_a_video_are_no_sequence(tmp_path, encode_video):
+    write_images(tmp_path, ["1.png", "2.png"])
+    video = encode_video(tmp_path / "a.mp4", np.arange(5) / 10)
+    assert find_videos([tmp_path]) == [video]
+
+
+def test_nested_folders_are_sequences_of_their_own(tmp_path, numbered):
+    root = tmp_path / "root"
+    for name in ("b", "a/deep"):
+        write_images(root / name, ["1.png", "2.png", "3.png"])
+    write_images(root / "poor", ["1.png"])
+    assert find_videos([root]) == [root / "a" / "deep", root / "b"]
+    archive = zip_folder(root, tmp_path / "all.zip")
+    assert find_videos([archive]) == [archive / "a" / "deep", archive / "b"]
+    assert split_zip(archive / "a" / "deep") == (archive, "a/deep")
+    assert numbered(archive / "a" / "deep", image_fps=10) == [(0, 0), (1, 0.1), (2, 0.2)]
+    assert find_videos([tmp_path]) == [archive / "a" / "deep", archive / "b", root / "a" / "deep", root / "b"]
+    assert find_videos([archive / "b"]) == [archive / "b"]
+
+
+def test_damaged_zips_are_refused_by_name_and_others_passed_over(tmp_path, encode_video):
+    folder = write_images(tmp_path / "frames", [f"{index}.png" for index in range(3)])
+    whole = zip_folder(folder, tmp_path / "whole.zip").read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.zip").touch()
+    with zipfile.ZipFile(tmp_path / "labels.zip", "w") as archive:
+        archive.writestr("labels.csv", "1,2")
+    records, _ = index_videos([tmp_path], None, count=True, progress=False)
+    reasons = {record.state.path.removeprefix(f"{tmp_path}/"): record.refused for record in records}
+    assert reasons.keys() == {"cut.zip", "empty.zip", "frames", "whole.zip"}
+    assert "not a readable zip file" in reasons["cut.zip"]
+    assert "cut.zip: " in reasons["cut.zip"]
+    assert "not a readable zip file" in reasons["empty.zip"]
+    assert reasons["frames"] == reasons["whole.zip"] == ""
+    with pytest.raises(VideoError, match=r"labels\.zip: not a readable video, but a folder with 0 images"):
+        check_videos([tmp_path / "labels.zip"], 4, progress=False)
+    with pytest.raises(VideoError, match=r"cut\.zip: not a readable zip file"):
+        check_videos([tmp_path / "cut.zip"], 4, progress=False)
+    with pytest.raises(VideoError, match=r"whole\.zip/nowhere: .* 0 images"):
+        probe_video(tmp_path / "whole.zip" / "nowhere")
+    with pytest.raises(VideoError, match=r"missing\.zip: no such file"):
+        find_videos([tmp_path / "missing.zip"])
+
+
+def test_a_zip_with_flipped_bytes_is_read_or_refused(tmp_path):
+    folder = write_images(tmp_path / "frames", [f"{index}.png" for index in range(6)])
+    whole = zip_folder(folder, tmp_path / "whole.zip").read_bytes()
+    mutated = tmp_path / "mutated.zip"
+    for seed in range(150):
+        generator = np.random.default_rng(seed)
+        content = np.frombuffer(whole, np.uint8).copy()
+        flips = int(generator.integers(1, 12))
+        content[generator.integers(len(content), size=flips)] ^= generator.integers(1, 256, flips, dtype=np.uint8)
+        mutated.write_bytes(content.tobytes())
+        ((record,), _) = index_videos([mutated], None, count=True, progress=False)
+        # Names in the directory of a zip have no checksum: an image that is called otherwise cannot be missed.
+        assert record.video is not None or "mutated.zip" in record.refused
+
+
+def test_a_changed_image_changes_the_sequence(tmp_path, sequence):
+    manifest = tmp_path / "manifest.jsonl"
+    (before,), _ = index_videos([sequence], manifest, count=True, image_fps=10, progress=False)
+    (same,), _ = index_videos([sequence], manifest, count=True, image_fps=10, progress=False)
+    assert same == before
+    if split_zip(sequence):
+        return
+    Image.fromarray(draw_number(3)[:16]).save(sequence / "000007.png")
+    (after,), _ = index_videos([sequence], manifest, count=True, image_fps=10, progress=False)
+    assert after.state != before.state
+    write_images(sequence, ["000040.png"])
+    (longer,), _ = index_videos([sequence], manifest, count=True, image_fps=10, progress=False)
+    assert longer.video.frames == 41
+
+
+def test_another_rate_is_another_index(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "frames", ["1.png", "2.png", "4.png"])
+    manifest = tmp_path / "manifest.jsonl"
+    for image_fps, looks in ((10, 1), (10, 0), (30, 1), (30, 0), (29.97, 1), (29.97, 0)):
+        counted = []
+        original = count_frames
+        monkeypatch.setattr("data.manifest.count_frames", lambda *a: counted.append(1) or original(*a))  # noqa: B023
+        (record,), _ = index_videos([folder], manifest, count=True, image_fps=image_fps, progress=False)
+        assert record.video.average_fps == image_fps
+        assert len(counted) == looks
+
+
+def test_a_shared_zip_of_images(shared):
+    sequences = find_videos([shared / "images" / "cifar10.zip"])
+    assert len(sequences) == 20
+    frames = list(islice(read_frames(sequences[3], (32, 32)), 5))
+    assert len(frames) == 5
