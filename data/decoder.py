@@ -52,6 +52,11 @@ class Damage:
     breaks: list[str] = field(default_factory=list)
     """Where decoding failed or the video ended early, and why."""
 
+    def add(self, other: "Damage") -> None:
+        """What was found in another part of the video."""
+        self.corrupt_frames += other.corrupt_frames
+        self.breaks += [reason for reason in other.breaks if reason not in self.breaks]
+
     def __bool__(self) -> bool:
         return bool(self.corrupt_frames or self.breaks)
 

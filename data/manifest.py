@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,18 +64,12 @@ class Account:
     """Seconds of video that were read."""
     refused: dict[str, str] = field(default_factory=dict)
     """Why a file was not read at all."""
-    damaged: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, Damage] = field(default_factory=dict)
     """What was wrong inside a file that was read."""
-    corrupt_frames: dict[str, int] = field(default_factory=dict)
-    """Frames that were left out because the decoder had guessed them."""
 
     def add(self, path: Path, seconds: float, damage: Damage) -> None:
         """A video, or a part of one, was read."""
-        name = str(path)
-        self.read_s[name] = self.read_s.get(name, 0.0) + seconds
-        if damage:
-            self.damaged[name] = f"{path}: {damage}"
-            self.corrupt_frames[name] = self.corrupt_frames.get(name, 0) + damage.corrupt_frames
+        self.merge([Account({str(path): seconds}, damaged={str(path): damage} if damage else {})])
 
     def refuse(self, path: Path, reason: str) -> None:
         """A file could not be read."""
@@ -87,19 +80,20 @@ class Account:
         for other in others:
             for path, seconds in other.read_s.items():
                 self.read_s[path] = self.read_s.get(path, 0.0) + seconds
-            for path, frames in other.corrupt_frames.items():
-                self.corrupt_frames[path] = self.corrupt_frames.get(path, 0) + frames
+            for path, damage in other.damaged.items():
+                self.damaged.setdefault(path, Damage()).add(damage)
             self.refused |= other.refused
-            self.damaged |= other.damaged
 
     def __str__(self) -> str:
-        minutes, corrupt = sum(self.read_s.values()) / 60, sum(self.corrupt_frames.values())
+        minutes = sum(self.read_s.values()) / 60
+        corrupt = sum(damage.corrupt_frames for damage in self.damaged.values())
         lines = [
             f"read {len(self.read_s):,} videos, {minutes:,.1f} minutes; refused {len(self.refused):,}; "
             f"damaged {len(self.damaged):,}, {corrupt:,} corrupt frames left out"
         ]
-        for title, reasons in (("refused", self.refused), ("damaged", self.damaged)):
-            lines += [f"  {title}: {reason}" for reason in islice(reasons.values(), EXAMPLES)]
+        damaged = [f"{path}: {damage}" for path, damage in self.damaged.items()]
+        for title, reasons in (("refused", list(self.refused.values())), ("damaged", damaged)):
+            lines += [f"  {title}: {reason}" for reason in reasons[:EXAMPLES]]
             if len(reasons) > EXAMPLES:
                 lines.append(f"  {title}: and {len(reasons) - EXAMPLES:,} more")
         return "\n".join(lines)

@@ -35,7 +35,7 @@ def map_ahead(
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for a video of hours
 
 
 def stream_ahead(

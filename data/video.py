@@ -46,7 +46,7 @@ GAP_PERIODS = 5
 """An interval between two frames of more than this many median intervals is reported as a gap."""
 STEADY_GAP_PERIODS = 1.5
 """The same where the rate is constant: there a single lost frame can be seen."""
-STEADY_SHARE = 0.9
+STEADY_SHARE = 0.8
 """The rate is constant if this share of the intervals is as long as the median."""
 
 

@@ -2,16 +2,18 @@
 
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import tyro
@@ -44,14 +46,22 @@ def run_stage(main: Callable[[Options], None], options_type: type[Options]) -> N
     """Parse the command line and run `main`; a user's mistake ends in one clear line and a non-zero exit."""
     # The docstring of the script is its help: it names the exact command.
     options = tyro.cli(options_type, description=sys.modules["__main__"].__doc__)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     status = _exit_status(main, options)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # gloo's threads may outlive the process group and abort the interpreter while it shuts down, after all work
-        # is done (pytorch/pytorch#179291): leave without that.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        # is done (pytorch/pytorch#179291).
+        _leave_at_once(status)
     sys.exit(status)
+
+
+def _leave_at_once(status: int) -> NoReturn:
+    """End the process without waiting for its threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _exit_status(main: Callable[[Options], None], options: Options) -> int:
@@ -67,7 +77,7 @@ def _exit_status(main: Callable[[Options], None], options: Options) -> int:
     except KeyboardInterrupt:
         if rank == 0:
             print("\ninterrupted: run the same command again to continue", file=sys.stderr)
-        return 130
+        _leave_at_once(128 + signal.SIGINT)  # not after the hour-long video that a thread may be decoding
     except (UserError, VideoError, CacheError, SidecarError, ConfigurationError) as error:
         print(f"{prefix}error: {error}", file=sys.stderr)
         return 1

@@ -21,19 +21,9 @@ CLIP = 16
 SHORT_GOP = {"g": "30", "bf": "3"}
 SILENT = "log-level=none"
 CLIPS = [
-    "av1.mkv",
-    "bigbuckbunny.mp4",
-    "bikes.mp4",
-    "carphone.mp4",
-    "corrupted.mp4",
-    "h264_10bit.mp4",
-    "h265.mp4",
-    "pancake.mkv",
-    "rotated_0.mov",
-    "rotated_180.mov",
-    "rotated_270.mov",
-    "rotated_90.mov",
-]
+    "av1.mkv", "bigbuckbunny.mp4", "bikes.mp4", "carphone.mp4", "corrupted.mp4", "h264_10bit.mp4", "h265.mp4",
+    "pancake.mkv", "rotated_0.mov", "rotated_180.mov", "rotated_270.mov", "rotated_90.mov",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -229,7 +229,8 @@ def test_a_video_that_breaks_off_is_listed_and_its_good_frames_are_used(
     loader = loader_of([videos[0], info])
     pairs, _ = epoch_of(loader, pairs_of)
     assert list(loader.account.damaged) == [str(broken)]
-    assert "broken.mp4: decoding failed" in loader.account.damaged[str(broken)]
+    assert "decoding failed" in str(loader.account.damaged[str(broken)])
+    assert "broken.mp4: decoding failed" in str(loader.account)
     from_broken = sorted(pair for pair in pairs if pair[0] >= 200)
     # The very last good frame may still be waiting for its successor.
     assert from_broken[:18] == [(200 + at, 201 + at) for at in range(18)]

@@ -384,7 +384,7 @@ def test_accounts_of_several_processes_are_one():
     one.merge([other])
     assert one.read_s == {"/a.mp4": 120.0, "/b.mp4": 60.0}
     assert (sorted(one.damaged), sorted(one.refused)) == (["/a.mp4", "/b.mp4"], ["/c.mp4"])
-    assert one.corrupt_frames == {"/a.mp4": 1, "/b.mp4": 2}
+    assert one.damaged == {"/a.mp4": Damage(1), "/b.mp4": Damage(2)}
 
 
 def test_a_long_account_is_cut_short():
