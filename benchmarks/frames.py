@@ -4,9 +4,10 @@ r"""Frames for encoder training: rate against plain decoding, memory, and how we
 
 On the driving clips of `$JEPA_SHARED/driving` (default `../shared/driving`), with so little memory that they are
 streamed through it. The rate is CPU time of reading every video once in order, divided by that of an epoch of shuffled
-pairs, both on the same clock, taking turns, medians. Memory is the process's, watched over several epochs. The shuffle
-is measured on the batches themselves, by recognising their frames: how often neighbours in a batch come from the same
-video, and how far apart in time they then are; beside it what perfect and no shuffling would give.
+pairs, both on the same clock and by as many threads, taking turns, medians. Memory is the process's, watched over
+several epochs. The shuffle is measured on the batches themselves, by recognising their frames: how often neighbours in
+a batch come from the same video, and how far apart in time they then are; beside it what perfect and no shuffling would
+give.
 """
 
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data.frames import FramePairs
+from data.map_ahead import map_ahead
 from data.video import VideoInfo, count_frames, read_on_clock
 from pipelines.stage import parse_bytes, require, run_stage, write_json
 
@@ -60,7 +62,7 @@ def main(options: Options) -> None:
     in_order, shuffled = [], []
     for _ in range(options.rounds):
         before = cpu_seconds()
-        frames = sum(1 for video in videos for _ in sequence(video, options))
+        frames = sum(map_ahead(lambda video: sum(1 for _ in sequence(video, options)), videos))
         in_order.append(cpu_seconds() - before)
         seconds, pairs = time_shuffled(make_loader(videos, options, memory))
         shuffled.append(seconds)
@@ -79,11 +81,11 @@ def main(options: Options) -> None:
     write_json(options.output_dir / "results.json", results)
 
 
-def sequence(video: VideoInfo, options: Options) -> "list[np.ndarray]":
+def sequence(video: VideoInfo, options: Options) -> Iterator[np.ndarray]:
     """All frames of a video on the clocks, in order."""
     phases_s = [phase / options.phases / options.fps for phase in range(options.phases)]
     size = (options.size, options.size)
-    return [timed.frame for timed in read_on_clock(video.path, size, options.fps, phases_s)]
+    return (timed.frame for timed in read_on_clock(video.path, size, options.fps, phases_s))
 
 
 def make_loader(videos: list[VideoInfo], options: Options, memory: int) -> FramePairs:

@@ -236,6 +236,7 @@ def read_sequences(videos: list[VideoInfo], size: FrameSize, fps: float, clips: 
 
 def _stretches(video: VideoInfo, frames_per_second: float, longest_s: float) -> list[Stretch]:
     """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""
+    frames_per_second = min(frames_per_second, video.average_fps or frames_per_second)  # each frame is held once
     duration_s = video.duration_s or STRETCH_S  # unknown: taken in one piece, and for a minute when memory is planned
     edges_s = [0.0]
     while edges_s[-1] < video.duration_s:
