@@ -11,10 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.embedding_cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_clip
 
 ROOT = Path(__file__).parent.parent
@@ -365,3 +368,58 @@ def test_a_killed_cache_goes_on_where_it_was(world, tmp_path):
     shown = succeed("cache_embeddings", f"{options} --output-dir {tmp_path}/cache")
     assert f"{2 * kept} of 40 clips are in the cache already" in shown
     assert "40 clips" in shown.splitlines()[-2]
+
+
+def test_a_manifest_and_folders_of_images_go_the_same_way(world, tmp_path):
+    """Indexed once, images and videos together, through every stage that reads videos."""
+    for index, path in enumerate(sorted((world / "train").glob("clip_*.mp4"))[:4]):
+        if index < 2:
+            shutil.copy(path, tmp_path / path.name)
+            continue
+        (tmp_path / path.stem).mkdir()
+        with av.open(str(path)) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                frame.to_image().save(tmp_path / path.stem / f"{number:06}.png")
+    (tmp_path / "notes.mp4").write_text("this is no video")
+    indexed = succeed("index_videos", f"--videos {tmp_path} --manifest {tmp_path}/all.jsonl --image-fps 8")
+    assert "4 videos" in indexed
+    assert "refused 1" in indexed
+    assert "notes.mp4" in indexed
+    succeed(
+        "pretrain_encoder",
+        f"--videos {tmp_path}/all.jsonl --output-dir {tmp_path}/encoder --steps 2 --image-fps 8 --shuffle-memory 1MB "
+        f"{SMALL_ENCODER}",
+    )
+    cached = succeed(
+        "cache_embeddings",
+        f"--videos {tmp_path}/all.jsonl --encoder {tmp_path}/encoder/encoder --fps 8 --output-dir {tmp_path}/cache "
+        "--image-fps 8",
+    )
+    assert "4 clips" in cached
+    assert "read 4 videos, 0.2 minutes; refused 1" in cached
+    cache = EmbeddingCache(tmp_path / "cache")
+    assert [clip.frames for clip in cache.clips] == [WORLD.frames] * 4
+    # An image's embedding is nearest to that of the frame it was made from: only the coding of colour lies between.
+    succeed(
+        "cache_embeddings",
+        f"--videos {world}/train --encoder {tmp_path}/encoder/encoder --fps 8 --output-dir {tmp_path}/originals",
+    )
+    originals = EmbeddingCache(tmp_path / "originals")
+    for clip, original in zip(cache.clips, originals.clips, strict=False):
+        assert Path(clip.key.source).stem == Path(original.key.source).stem
+        ours, theirs = cache.clip_embeddings(clip), originals.clip_embeddings(original)
+        nearest = np.linalg.norm(ours[:, None] - theirs[None], axis=2).argmin(axis=1)
+        assert (nearest == np.arange(WORLD.frames)).mean() > 0.9
+    for stage, more in (("pretrain_encoder", SMALL_ENCODER), ("cache_embeddings", "--fps 8")):
+        line = fail(stage, f"--videos {tmp_path}/all.jsonl --output-dir {tmp_path}/strict --strict {more}"
+                    + f" --encoder {tmp_path}/encoder/encoder" * (stage == "cache_embeddings"))  # fmt: skip
+        assert "notes.mp4: not a readable video" in line
+
+
+def test_amounts_of_memory_are_understood_or_refused(world, tmp_path):
+    for amount in ("2QB", "-1GB", "0", "much"):
+        line = fail(
+            "pretrain_encoder",
+            f"--videos {world}/train --output-dir {tmp_path}/out --shuffle-memory={amount} {SMALL_ENCODER}",
+        )
+        assert f"--shuffle-memory is {amount}" in line
