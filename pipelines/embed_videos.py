@@ -6,6 +6,7 @@ filled up, because the last bits of an embedding depend on the shape of its batc
 embeddings whatever else is embedded, and wherever a run was interrupted.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,7 +82,7 @@ def embed_videos(
         VideoError: with `strict`, a video cannot be read or is damaged.
     """
     size = encoder.config.image_size
-    decoders = max(1, (torch.get_num_threads() if accelerator.num_processes == 1 else 1))
+    decoders = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def decode_one(task: Task) -> Iterator[Chunk]:
         return decode(task, size, fps, image_fps, batch_size, strict)
@@ -169,19 +170,29 @@ def give(embedded: "Future[Tensor]", owners: Owners) -> Iterator[Task]:
 class Device:
     """Embeds batches, several at a time.
 
-    A GPU takes them one after the other, and is given the next while it works on one. On a CPU each batch has one
-    thread to itself: threads that share a batch wait for each other in busy loops, which decoding then lacks.
+    On a GPU two threads take turns, each with a stream of its own: while one batch is computed, the next is copied. On
+    a CPU each batch has one thread to itself: threads that share a batch wait for each other in busy loops, and
+    decoding lacks what they waste.
     """
 
     def __init__(self, accelerator: Accelerator, encoder: FrameEncoder) -> None:
         self.accelerator, self.encoder = accelerator, encoder
         self.is_gpu = accelerator.device.type == "cuda"
-        workers = 1 if self.is_gpu else torch.get_num_threads()
+        workers = 2 if self.is_gpu else torch.get_num_threads()
         self.depth = workers + 1
         """Batches that are worked on or wait."""
-        self.pool = ThreadPoolExecutor(workers, initializer=lambda: None if self.is_gpu else torch.set_num_threads(1))
+        self.pool = ThreadPoolExecutor(workers, initializer=self._prepare_thread)
+
+    def _prepare_thread(self) -> None:
+        if self.is_gpu:
+            torch.cuda.set_device(self.accelerator.device)
+            torch.cuda.set_stream(torch.cuda.Stream())
+        else:
+            torch.set_num_threads(1)
 
     def __enter__(self) -> Self:
+        if self.is_gpu:
+            torch.cuda.synchronize()  # the weights were copied on another stream
         return self
 
     def __exit__(self, *_: object) -> None:

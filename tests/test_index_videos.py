@@ -20,7 +20,8 @@ from pipelines.stage import UserError
 ROOT = Path(__file__).resolve().parents[1]
 VIDEOS = 12
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 import data.manifest as manifest
 from pipelines import index_videos
 from pipelines.stage import run_stage
