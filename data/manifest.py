@@ -109,7 +109,7 @@ def find_videos(paths: Sequence[Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        if not path.exists() and not is_image_sequence(path):
+        if not is_there(path):
             raise VideoError(f"{path}: no such file or folder")
         files = _videos_inside(path) if path.is_dir() else [path]
         inside = [one for file in files for one in _sequences_in(file)]
@@ -144,6 +144,11 @@ def _videos_inside(folder: Path) -> Iterator[Path]:
         yield from (Path(where, name) for name in sorted(videos) if Path(where, name).is_file())
         if not videos and sum(suffix in IMAGE_SUFFIXES for suffix in suffixes) >= FEWEST_IMAGES:
             yield Path(where)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a video is where it was: a file, a folder of images, or one inside a zip file."""
+    return path.exists() or is_image_sequence(path)
 
 
 def file_state(path: Path) -> FileState:
@@ -314,7 +319,7 @@ def _is_unchanged(record: Record) -> bool:
 
 def _changed(record: Record) -> Record:
     path = record.state.path
-    there = Path(path).exists() or is_image_sequence(Path(path))
+    there = is_there(Path(path))
     reason = "has changed since it was indexed: run index_videos again" if there else "is gone since it was indexed"
     return Record(record.state, None, f"{path}: {reason}")
 

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 
 from data.embedding_cache import CacheWriter, ClipKey, EmbeddingCache, Provenance, remaining_clips
-from data.manifest import Account, file_state
+from data.manifest import Account, file_state, is_there
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from pipelines.artefacts import load_encoder
 from pipelines.embed_videos import Task, embed_videos
@@ -141,7 +141,7 @@ def keep(writer: CacheWriter, task: Task, account: Account) -> None:
 def summarise(options: Options) -> None:
     """What the cache holds now, and what to run next."""
     cache = EmbeddingCache(options.output_dir)
-    vanished = sorted({clip.key.source for clip in cache.clips if not Path(clip.key.source).exists()})
+    vanished = sorted({clip.key.source for clip in cache.clips if not is_there(Path(clip.key.source))})
     for source in vanished:
         print(f"  gone since it was embedded, its embeddings are kept: {source}")
     print(

@@ -380,6 +380,9 @@ def test_a_manifest_and_folders_of_images_go_the_same_way(world, tmp_path):
         (tmp_path / path.stem).mkdir()
         for number, (frame, _) in enumerate(read_frames(path, (WORLD.size, WORLD.size))):
             Image.fromarray(frame.transpose(1, 2, 0)).save(tmp_path / path.stem / f"{number:06}.png")
+        if index == 3:
+            shutil.make_archive(str(tmp_path / path.stem), "zip", tmp_path / path.stem)
+            shutil.rmtree(tmp_path / path.stem)
     (tmp_path / "notes.mp4").write_text("this is no video")
     indexed = succeed("index_videos", f"--videos {tmp_path} --manifest {tmp_path}/all.jsonl --image-fps 8")
     assert "4 videos" in indexed
@@ -396,6 +399,7 @@ def test_a_manifest_and_folders_of_images_go_the_same_way(world, tmp_path):
         "--image-fps 8",
     )
     assert "4 clips" in cached
+    assert "gone since" not in cached
     assert "read 4 videos, 0.2 minutes; refused 1" in cached
     cache = EmbeddingCache(tmp_path / "cache")
     assert [clip.frames for clip in cache.clips] == [WORLD.frames] * 4
