@@ -20,7 +20,7 @@ import numpy as np
 
 from data.frames import FramePairs
 from data.map_ahead import map_ahead
-from data.video import VideoInfo, count_frames, read_on_clock
+from data.video import VideoInfo, clock_phases_s, count_frames, read_on_clock
 from pipelines.stage import parse_bytes, require, run_stage, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -83,8 +83,7 @@ def main(options: Options) -> None:
 
 def sequence(video: VideoInfo, options: Options) -> Iterator[np.ndarray]:
     """All frames of a video on the clocks, in order."""
-    phases_s = [phase / options.phases / options.fps for phase in range(options.phases)]
-    size = (options.size, options.size)
+    size, phases_s = (options.size, options.size), clock_phases_s(options.fps, options.phases)
     return (timed.frame for timed in read_on_clock(video.path, size, options.fps, phases_s))
 
 

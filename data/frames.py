@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.decoder import Damage, VideoError
 from data.manifest import Account
 from data.map_ahead import map_ahead
-from data.video import FrameSize, VideoInfo, read_on_clock
+from data.video import FrameSize, VideoInfo, clock_phases_s, read_on_clock
 
 STRETCH_S = 60.0
 
@@ -98,7 +98,7 @@ class FramePairs:
     ) -> None:
         self.size, self.fps, self.batch_size, self.seed = size, fps, batch_size, seed
         self.rank, self.ranks, self.memory_bytes, self.progress = rank, ranks, memory_bytes, progress
-        self.phases_s = [phase / phases / fps for phase in range(phases)]
+        self.phases_s = clock_phases_s(fps, phases)
         self.strict = strict
         # An eighth: several stretches share a block, and the block shares the memory with the next one.
         longest_s = memory_bytes / 8 / (3 * size[0] * size[1]) / (fps * phases)
@@ -234,9 +234,9 @@ def read_sequences(videos: list[VideoInfo], size: FrameSize, fps: float, clips: 
     return torch.from_numpy(np.stack(sequences))
 
 
-def _stretches(video: VideoInfo, frames_per_second: float, longest_s: float) -> list[Stretch]:
+def _stretches(video: VideoInfo, ticks_per_second: float, longest_s: float) -> list[Stretch]:
     """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""
-    frames_per_second = min(frames_per_second, video.average_fps or frames_per_second)  # each frame is held once
+    frames_per_second = video.sampled_fps(ticks_per_second)  # each frame is held once
     duration_s = video.duration_s or STRETCH_S  # unknown: taken in one piece, and for a minute when memory is planned
     edges_s = [0.0]
     while edges_s[-1] < video.duration_s:

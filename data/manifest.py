@@ -55,6 +55,10 @@ class VideoList:
     refused: dict[Path, str] = field(default_factory=dict)
     """Why each of the other files was refused, by path."""
 
+    def account(self) -> "Account":
+        """An account of a run that has read none of them yet."""
+        return Account(refused={str(path): reason for path, reason in self.refused.items()})
+
 
 @dataclass
 class Account:

@@ -17,7 +17,8 @@ damage raises `VideoError` after the good frames before it: nothing is lost in s
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -92,6 +93,15 @@ class VideoInfo:
     damage: str = ""
     """What counting found wrong."""
 
+    def sampled_fps(self, ticks_per_second: float) -> float:
+        """Frames per second that clocks of so many ticks together ask for at most, each counted once."""
+        return min(ticks_per_second, self.average_fps or ticks_per_second)
+
+
+def clock_phases_s(fps: float, phases: int) -> list[float]:
+    """Shifts in seconds of several clocks of one rate, evenly between its ticks."""
+    return [phase / phases / fps for phase in range(phases)]
+
 
 def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
     """Read the header and decode one frame, so that what is accepted can really be decoded.
@@ -100,23 +110,32 @@ def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
         VideoError: the file is missing, empty, not a video, has no video stream, or not one frame decodes.
     """
     with open_video(path, Damage(), image_fps) as decoder:
-        first = next(iter(decoder), None)
-        if first is None:
-            reason = str(decoder.damage) or f"the {decoder.codec} stream is empty"
-            raise VideoError(f"{path}: no frame can be decoded ({reason})")
-        frame, _ = first
-        upright = frame.rotation % 180 == 0
-        return VideoInfo(
-            path=path,
-            codec=decoder.codec,
-            height=frame.height if upright else frame.width,
-            width=frame.width if upright else frame.height,
-            rotation=frame.rotation % 360,
-            duration_s=decoder.header_duration_s,
-            average_fps=decoder.average_fps,
-            seekable=decoder.seekable,
-            keyframes_s=decoder.keyframes_s,
-        )
+        frame, _ = _first_frame(decoder)
+        return _describe(decoder, frame, decoder.keyframes_s)
+
+
+def _first_frame(decoder: Decoder) -> tuple[VideoFrame, float]:
+    first = next(decoder, None)
+    if first is None:
+        reason = str(decoder.damage) or f"the {decoder.codec} stream is empty"
+        raise VideoError(f"{decoder.path}: no frame can be decoded ({reason})")
+    return first
+
+
+def _describe(decoder: Decoder, frame: VideoFrame, keyframes_s: tuple[float, ...]) -> VideoInfo:
+    """What header and first frame say."""
+    upright = frame.rotation % 180 == 0
+    return VideoInfo(
+        path=decoder.path,
+        codec=decoder.codec,
+        height=frame.height if upright else frame.width,
+        width=frame.width if upright else frame.height,
+        rotation=frame.rotation % 360,
+        duration_s=decoder.header_duration_s,
+        average_fps=decoder.average_fps,
+        seekable=decoder.seekable,
+        keyframes_s=keyframes_s,
+    )
 
 
 def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
@@ -125,10 +144,11 @@ def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
     Raises:
         VideoError: as `probe_video`.
     """
-    info = probe_video(path, image_fps)
     damage, times_s, keyframes_s = Damage(), [], []
     with open_video(path, damage, image_fps) as decoder:
-        for frame, time_s in decoder:
+        first = _first_frame(decoder)
+        info = _describe(decoder, first[0], ())
+        for frame, time_s in chain([first], decoder):
             times_s.append(time_s)
             if frame.key_frame or info.codec == "images":
                 keyframes_s.append(time_s)
@@ -138,8 +158,8 @@ def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
         np.mean(np.abs(intervals_s - period_s) <= 2 * CLOCK_TOLERANCE_S) >= STEADY_SHARE if times_s[1:] else False
     )
     gaps = np.flatnonzero(intervals_s > (STEADY_GAP_PERIODS if is_steady else GAP_PERIODS) * period_s)
-    return VideoInfo(
-        **{name: getattr(info, name) for name in ("path", "codec", "height", "width", "rotation", "seekable")},
+    return replace(
+        info,
         duration_s=times_s[-1] + period_s,
         # The rate of images is given, and their times depend on it: gaps do not lower it.
         average_fps=float(len(intervals_s) / intervals_s.sum())
@@ -222,7 +242,6 @@ def read_on_clock(
     wanted = heapq.merge(*(ticks(clock, phase_s) for clock, phase_s in enumerate(phases_s)))
     gap_until_s = 0.0
     last_time_s = [-np.inf] * len(phases_s)
-    converted: tuple[VideoFrame, np.ndarray] | None = None
     with open_video(path, damage, image_fps) as decoder:
         for (tick_s, (clock, tick)), frame, time_s, until_s in _nearest(decoder, wanted, reach_s):
             if abs(time_s - tick_s) > reach_s:
@@ -232,9 +251,7 @@ def read_on_clock(
                 continue
             last_time_s[clock] = time_s
             # Converted only once it is known to be wanted: conversion costs more than decoding.
-            if converted is None or converted[0] is not frame:
-                converted = frame, convert(frame)
-            yield TimedFrame(converted[1], time_s, tick, clock)
+            yield TimedFrame(convert(frame), time_s, tick, clock)
 
 
 def read_frames_at(
@@ -264,12 +281,9 @@ def read_frames_at(
     frames = np.empty((len(times_s), 3, *size), np.uint8)
     found_s = np.full(len(times_s), np.nan)
     wanted = ((float(times_s[index]), int(index)) for index in np.argsort(times_s, kind="stable"))
-    converted: tuple[VideoFrame, np.ndarray] | None = None
     with open_video(path, damage, image_fps) as decoder:
         for (_, index), frame, time_s, _ in _nearest(decoder, wanted, reach_s=np.inf):
-            if converted is None or converted[0] is not frame:
-                converted = frame, convert(frame)
-            frames[index], found_s[index] = converted[1], time_s
+            frames[index], found_s[index] = convert(frame), time_s
     if np.isnan(found_s).any():
         raise VideoError(f"{path}: no frame can be decoded")
     return frames, found_s
@@ -388,14 +402,21 @@ def _nearest(
 class _FrameConverter:
     """Resize, convert to planar RGB and rotate, with one scaler for the whole stream.
 
-    A new scaler for each frame costs up to four times as much, and packed RGB loses accuracy in swscale.
+    A new scaler for each frame costs up to four times as much, and packed RGB loses accuracy in swscale. A frame that
+    several clocks ask for, one after the other, is converted once.
     """
 
     def __init__(self, size: FrameSize) -> None:
         self.height, self.width = size
         self.reformatter = VideoReformatter()
+        self.last: tuple[VideoFrame, np.ndarray] | None = None
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
+        if self.last is None or self.last[0] is not frame:
+            self.last = frame, self._convert(frame)
+        return self.last[1]
+
+    def _convert(self, frame: VideoFrame) -> np.ndarray:
         quarter_turns = frame.rotation // 90 % 4
         height, width = (self.height, self.width) if quarter_turns % 2 == 0 else (self.width, self.height)
         interpolation = Interpolation.BILINEAR

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.embedding_cache import CacheWriter, ClipKey, EmbeddingCache, Provenance, remaining_clips
 from data.manifest import Account, file_state, is_there
-from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
+from data.video import IMAGE_FPS, TRANSFORM, clock_phases_s
 from pipelines.artefacts import load_encoder
 from pipelines.embed_videos import Task, embed_videos
 from pipelines.stage import LAUNCH, leave_account, require, run_stage, versions
@@ -82,7 +82,7 @@ def main(options: Options) -> None:
     videos = find_usable_videos(
         accelerator, options.videos, options.fps, options.output_dir, options.image_fps, options.strict
     )
-    phases_s = [phase / options.phases / options.fps for phase in range(options.phases)]
+    phases_s = clock_phases_s(options.fps, options.phases)
     wanted = [ClipKey(*file_state(video.path), phase_s) for video in videos.videos for phase_s in phases_s]
     writer = main_first(
         accelerator, lambda: CacheWriter(options.output_dir, provenance, options.clips_per_shard, is_main)
@@ -96,8 +96,9 @@ def main(options: Options) -> None:
 
     account = Account()
     by_path = {str(video.path): video for video in videos.videos}
-    expected = sum(expected_frames(by_path[str(task.source)], options.fps * len(task.keys)) for task in mine)
-    bar = tqdm(total=expected or None, unit="frame", desc="embedding", disable=not is_main)
+    wanted_of = [(by_path[str(task.source)], options.fps * len(task.keys)) for task in mine]
+    expected = sum(video.duration_s * video.sampled_fps(ticks_per_second) for video, ticks_per_second in wanted_of)
+    bar = tqdm(total=round(expected) or None, unit="frame", desc="embedding", disable=not is_main)
     with writer, ThreadPoolExecutor(1) as writing:
         writes = []
         for task in embed_videos(
@@ -110,17 +111,12 @@ def main(options: Options) -> None:
             write.result()
     bar.close()
 
-    total = Account(refused={str(path): reason for path, reason in videos.refused.items()})
+    total = videos.account()
     total.merge(gather_object([account]))
     if is_main:
         leave_account(total, options.output_dir, add=True)
         summarise(options)
     accelerator.end_training()
-
-
-def expected_frames(video: VideoInfo, frames_per_second: float) -> int:
-    """About how many frames the clocks will ask for, each counted once."""
-    return round(video.duration_s * min(frames_per_second, video.average_fps or frames_per_second))
 
 
 def keep(writer: CacheWriter, task: Task, account: Account) -> None:

@@ -150,8 +150,9 @@ def embed(
                     buffers.rotate(-1)
                     if len(in_flight) > device.depth - 1:
                         yield from give(*in_flight.popleft())
-        in_flight.append((device.embed(buffers[0]), owners))
-        bar.update(filled)
+        if owners:
+            in_flight.append((device.embed(buffers[0]), owners))
+            bar.update(filled)
         while in_flight:
             yield from give(*in_flight.popleft())
 

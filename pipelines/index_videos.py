@@ -40,10 +40,8 @@ def main(options: Options) -> None:
     )
     records, vanished = index_videos(options.videos, options.manifest, count=True, image_fps=options.image_fps)
     print(describe(records))
-    for path in vanished[:SHOWN]:
-        print(f"  no longer there, or not under --videos any more: {path}")
-    if len(vanished) > SHOWN:
-        print(f"  no longer there, or not under --videos any more: {len(vanished) - SHOWN:,} more")
+    for line in first_few("no longer there, or not under --videos any more", vanished):
+        print(line)
     faulty = [record for record in records if record.video is None or record.video.damage]
     print(f"wrote {options.manifest}")
     if faulty and options.strict:
@@ -70,10 +68,14 @@ def describe(records: list[Record]) -> str:
         f"damaged {len(damaged):,}; with gaps in time {len(gaps):,}"
     ]
     for title, found in (("refused", refused), ("damaged", damaged), ("gap", gaps)):
-        lines += [f"  {title}: {one}" for one in found[:SHOWN]]
-        if len(found) > SHOWN:
-            lines.append(f"  {title}: {len(found) - SHOWN:,} more")
+        lines += first_few(title, found)
     return "\n".join(lines)
+
+
+def first_few(title: str, found: list[str]) -> list[str]:
+    """A line for each of the first, and one for the others."""
+    lines = [f"  {title}: {one}" for one in found[:SHOWN]]
+    return lines if len(found) <= SHOWN else [*lines, f"  {title}: {len(found) - SHOWN:,} more"]
 
 
 if __name__ == "__main__":

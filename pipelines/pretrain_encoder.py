@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.frames import FramePairs, PairsState, read_sequences
-from data.manifest import Account
 from data.video import IMAGE_FPS
 from data.views import ViewsConfig, make_views
 from jepa.diagnostics import encoder_alarms, sequence_spread
@@ -170,7 +169,7 @@ def main(options: Options) -> None:
         interruption.save_and_stop(checkpoints, step)
     bar.close()
 
-    account = Account(refused={str(path): reason for path, reason in videos.refused.items()})
+    account = videos.account()
     account.merge(gather_object([pairs.account]))
     if is_main:
         save_artefact(encoder, options.output_dir / "encoder")

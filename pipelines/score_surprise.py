@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
-from data.manifest import Account, check_videos
+from data.manifest import check_videos
 from data.video import IMAGE_FPS, TimedFrame, VideoInfo, read_on_clock
 from jepa.encoder import FrameEncoder
 from jepa.energy import energy, percentile
@@ -77,7 +77,7 @@ def main(options: Options) -> None:
     require(options.image_fps > 0, f"--image-fps is {options.image_fps:g}: it must be positive")
     manifest = options.output_dir / "videos.jsonl"
     videos = check_videos(options.videos, predictor.fps, manifest, options.image_fps, options.strict)
-    account = Account(refused={str(path): reason for path, reason in videos.refused.items()})
+    account = videos.account()
     scored: dict[VideoInfo, Surprise] = {}
     for video in tqdm(videos.videos, unit="video", desc="scoring"):
         damage = Damage()
