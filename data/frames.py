@@ -4,15 +4,18 @@ Random seeks decode a whole group of pictures for each frame. Here videos are de
 minute that begin at keyframes; as many stretches, drawn at random, as fit in memory make a block; the pairs of a block
 are shuffled. While one block is trained on, the next is decoded. A data set that fits in memory is decoded once.
 
-The order is a pure function of (seed, epoch, rank), and `state` is all that a resumed run needs.
+The order is a pure function of (seed, epoch, rank), and the `state` that comes with a batch is all that a resumed run
+needs.
 """
 
 import math
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from os import cpu_count
+from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -28,11 +31,26 @@ from data.video import FrameSize, VideoInfo, clock_phases_s, read_on_clock
 STRETCH_S = 60.0
 
 
+@dataclass
+class PairsState:
+    """Where in the endless sequence of batches the loader stands."""
+
+    epoch: int = 0
+    block: int = 0
+    batch: int = 0
+
+
 class Pairs(NamedTuple):
-    """Frames and those one tick later, uint8 (B, 3, H, W) each."""
+    """A batch."""
 
     frames: Tensor
+    """uint8 (B, 3, H, W)."""
     following: Tensor
+    """uint8 (B, 3, H, W), one tick later."""
+    videos: tuple[Path, ...]
+    """Those that the frames are from, each once."""
+    state: PairsState
+    """Where the next batch begins: what a run that has used this one has to resume from."""
 
 
 class Stretch(NamedTuple):
@@ -51,15 +69,7 @@ class Decoded(NamedTuple):
     """uint8 (N, 3, H, W), each frame once."""
     pairs: np.ndarray
     """int64 (P, 2), which frames are one tick apart, on any of the clocks."""
-
-
-@dataclass
-class PairsState:
-    """Where in the endless sequence of batches the loader stands."""
-
-    epoch: int = 0
-    block: int = 0
-    batch: int = 0
+    video: Path
 
 
 class FramePairs:
@@ -107,6 +117,11 @@ class FramePairs:
         self.account = Account()
         """What has been read so far, each stretch counted once."""
         self._accounted: set[Stretch] = set()
+        self._closed = Event()
+
+    def close(self) -> None:
+        """Let threads that are decoding come to an end: no further batch is wanted."""
+        self._closed.set()
 
     def __iter__(self) -> Iterator[Pairs]:
         with ThreadPoolExecutor(max_workers=1) as ahead:
@@ -181,6 +196,8 @@ class FramePairs:
         newest = [(-1, -1)] * len(self.phases_s)  # (tick, row) on each clock
         rows, last_time_s = 0, -math.inf
         for timed in timed_frames:
+            if self._closed.is_set():
+                break
             if timed.time_s > last_time_s:
                 if rows == len(frames):
                     frames = np.concatenate([frames, np.empty_like(frames[: 1 + rows // 4])])
@@ -191,7 +208,8 @@ class FramePairs:
                 pairs.append((row, rows - 1))
             newest[timed.clock] = timed.tick, rows - 1
         seconds = max(0.0, min(last_time_s, stretch.end_s) - stretch.start_s)
-        return Decoded(frames[:rows], np.array(pairs, dtype=np.int64).reshape(-1, 2)), seconds, damage
+        part = Decoded(frames[:rows], np.array(pairs, dtype=np.int64).reshape(-1, 2), video.path)
+        return part, seconds, damage
 
     def _batches(self, decoded: list[Decoded]) -> Generator[Pairs, None, int]:
         """Shuffled full batches of a block, from where the state says."""
@@ -205,8 +223,9 @@ class FramePairs:
             chosen = pairs[self.state.batch * self.batch_size :][: self.batch_size]
             frames = np.stack([decoded[index].frames[at] for index, at, _ in chosen])
             following = np.stack([decoded[index].frames[at] for index, _, at in chosen])
+            videos = tuple(sorted({decoded[index].video for index in np.unique(chosen[:, 0])}))
             self.state.batch += 1
-            yield Pairs(torch.from_numpy(frames), torch.from_numpy(following))
+            yield Pairs(torch.from_numpy(frames), torch.from_numpy(following), videos, replace(self.state))
         return len(pairs)
 
 

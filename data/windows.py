@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.embedding_cache import CacheError, EmbeddingCache
+from data.embedding_cache import CachedClip, CacheError, EmbeddingCache
 
 
 class Windows:
@@ -56,6 +56,7 @@ class Windows:
         # Gathered as stored and converted by torch: half the bytes to gather, and NumPy is slow with float16.
         return torch.from_numpy(self.cache.windows(self.starts[indices], self.length)).float()
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` windows drawn uniformly, with replacement; float32 (count, length, D)."""
-        return self.take(torch.randint(len(self), (count,), generator=generator).numpy())
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[CachedClip]]:
+        """`count` windows drawn uniformly with replacement, float32 (count, length, D), and the clips they are from."""
+        drawn = torch.randint(len(self), (count,), generator=generator).numpy()
+        return self.take(drawn), [self.cache.clips[clip] for clip in np.unique(self.clips[drawn])]

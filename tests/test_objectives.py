@@ -1,19 +1,30 @@
-"""VICReg against an independent implementation of the published formulas, and N ranks against one."""
+"""The objectives against independent implementations of the published formulas, in NumPy and float64.
+
+That many ranks compute the same is in test_ranks.py.
+"""
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as distributed
-import torch.multiprocessing as multiprocessing
 
-from jepa.objectives import VICRegConfig, vicreg
+from jepa.objectives import ObjectiveConfig, objective
+
+CONFIGS = [
+    ObjectiveConfig(),
+    ObjectiveConfig(variance_weight=1.0, invariance_weight=2.0, covariance_weight=3.0, margin=2.0, epsilon=1e-2),
+    ObjectiveConfig("sigreg"),
+    ObjectiveConfig("sigreg", sigreg_share=0.3, slices=7),
+    ObjectiveConfig("infonce"),
+    ObjectiveConfig("infonce", temperature=0.7),
+]
+SHAPES = [(2, 1), (2, 9), (12, 5), (5, 12), (8, 8)]
+"""Samples and features: below, at and above the crossover of VICReg's covariance."""
 
 
-def reference(first: np.ndarray, second: np.ndarray, config: VICRegConfig) -> float:
-    """The authors' published code, written out feature by feature in float64."""
+def reference_vicreg(first, second, config):
+    """The authors' published code, written out feature by feature."""
     samples, features = first.shape
     invariance = sum((a - b) ** 2 for a, b in zip(first.ravel(), second.ravel(), strict=True)) / (samples * features)
     variance = covariance = 0.0
@@ -25,86 +36,127 @@ def reference(first: np.ndarray, second: np.ndarray, config: VICRegConfig) -> fl
             for k in range(features):
                 if j != k:
                     covariance += ((centred[:, j] * centred[:, k]).sum() / (samples - 1)) ** 2 / features
-    return (
-        config.variance_weight * variance
-        + config.invariance_weight * invariance
-        + config.covariance_weight * covariance
-    )
+    return {
+        "variance": (config.variance_weight, variance),
+        "invariance": (config.invariance_weight, invariance),
+        "covariance": (config.covariance_weight, covariance),
+    }
 
 
-@pytest.mark.parametrize("config", [VICRegConfig(), VICRegConfig(1.0, 2.0, 3.0, margin=2.0, epsilon=1e-2)])
-def test_equals_the_reference(config):
-    generator = np.random.default_rng(0)
-    first = generator.normal(size=(12, 5)) * generator.uniform(0.3, 2, size=5)
-    second = first + 0.3 * generator.normal(size=(12, 5))
-    ours = vicreg(torch.from_numpy(first), torch.from_numpy(second), config)
-    assert ours.loss.item() == pytest.approx(reference(first, second, config), rel=1e-10)
+def reference_sigreg(first, second, config):
+    """LeJEPA: the integral over t of |characteristic function - Gaussian's|^2 exp(-t^2 / 2), by hand, from -3 to 3."""
+    samples, features = first.shape
+    directions = torch.randn(features, config.slices, generator=generator()).double().numpy()
+    statistics = []
+    for view in (first, second):
+        for direction in directions.T:
+            projected = view @ direction / np.sqrt((direction**2).sum())
+            knots = np.linspace(-3, 3, 33)
+            characteristic = np.exp(1j * np.outer(knots, projected)).mean(axis=1)
+            difference = np.abs(characteristic - np.exp(-(knots**2) / 2)) ** 2 * np.exp(-(knots**2) / 2)
+            statistics.append(samples * np.trapezoid(difference, knots))
+    mean = (first + second) / 2
+    invariance = (((first - mean) ** 2).mean() + ((second - mean) ** 2).mean()) / 2
+    return {
+        "sigreg": (config.sigreg_share, np.mean(statistics)),
+        "invariance": (1 - config.sigreg_share, invariance),
+    }
 
 
-def test_gradient_equals_the_reference():
-    generator = np.random.default_rng(1)
-    first, second = generator.normal(size=(2, 6, 3)) * 0.8
-    config = VICRegConfig()
-    leaf = torch.from_numpy(first.copy()).requires_grad_()
-    vicreg(leaf, torch.from_numpy(second), config).loss.backward()
-    for i, j in [(0, 0), (3, 1), (5, 2)]:
-        moved = first.copy()
-        moved[i, j] += 1e-6
-        up = reference(moved, second, config)
-        moved[i, j] -= 2e-6
-        slope = (up - reference(moved, second, config)) / 2e-6
-        assert leaf.grad is not None
-        assert leaf.grad[i, j].item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+def reference_infonce(first, second, config):
+    """SimCLR, algorithm 1, pair by pair."""
+    outputs = [row / np.linalg.norm(row) for row in (*first, *second)]
+    samples, loss = len(first), 0.0
+    for i, row in enumerate(outputs):
+        similarity = {k: math.exp(row @ outputs[k] / config.temperature) for k in range(2 * samples) if k != i}
+        loss -= math.log(similarity[(i + samples) % (2 * samples)] / sum(similarity.values())) / (2 * samples)
+    return {"infonce": (1.0, loss)}
 
 
-def test_half_precision_views_are_measured_in_float32():
-    first, second = torch.randn(2, 64, 8).bfloat16()
-    terms = vicreg(first, second, VICRegConfig())
+REFERENCES = {"vicreg": reference_vicreg, "sigreg": reference_sigreg, "infonce": reference_infonce}
+
+
+def reference_loss(first, second, config):
+    return sum(weight * term for weight, term in REFERENCES[config.kind](first, second, config).values())
+
+
+def generator():
+    return torch.Generator().manual_seed(5)
+
+
+def make_views(samples, features, seed=0):
+    numbers = np.random.default_rng([seed, samples, features])
+    first = numbers.normal(size=(samples, features)) * numbers.uniform(0.3, 2, size=features) + 0.5
+    return first, first + 0.3 * numbers.normal(size=(samples, features))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_equals_the_reference(config, shape):
+    first, second = make_views(*shape)
+    ours = objective(torch.from_numpy(first), torch.from_numpy(second), config, generator())
+    theirs = REFERENCES[config.kind](first, second, config)
+    assert ours.unweighted.keys() == ours.weighted.keys() == theirs.keys()
+    for name, (weight, term) in theirs.items():
+        assert ours.unweighted[name].item() == pytest.approx(term, rel=1e-10, abs=1e-12)
+        assert ours.weighted[name].item() == pytest.approx(weight * term, rel=1e-10, abs=1e-12)
+    assert ours.loss.item() == pytest.approx(reference_loss(first, second, config), rel=1e-10)
+    assert ours.loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gradients_equal_those_of_the_reference(config, shape):
+    views = make_views(*shape, seed=1)
+    leaves = [torch.from_numpy(view).clone().requires_grad_() for view in views]
+    objective(*leaves, config, generator()).loss.backward()
+    for v, i, j in [(0, 0, 0), (0, 3, 1), (1, 2, 3), (1, 1, 0)]:
+        losses = []
+        for step in (1e-6, -1e-6):
+            moved = [view.copy() for view in views]
+            moved[v][i, j] += step
+            losses.append(reference_loss(*moved, config))
+        assert leaves[v].grad[i, j].item() == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (8, 64)])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_half_precision_views_are_measured_in_float32(config, shape):
+    first, second = (torch.from_numpy(view).bfloat16() for view in make_views(*shape))
+    terms = objective(first, second, config, generator())
+    exact = objective(first.double(), second.double(), config, generator()).loss.item()
     assert terms.loss.dtype == torch.float32
-    assert terms.loss.item() == pytest.approx(vicreg(first.float(), second.float(), VICRegConfig()).loss.item())
+    assert terms.loss.item() == pytest.approx(exact, rel=2e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = vicreg(first.float(), second.float(), VICRegConfig())
-    assert under_autocast.loss.item() == pytest.approx(terms.loss.item(), rel=1e-6)
+        under_autocast = objective(first.float(), second.float(), config, generator())
+    assert under_autocast.loss.dtype == torch.float32
+    assert under_autocast.loss.item() == pytest.approx(exact, rel=2e-6)
 
 
-def test_bad_shapes_are_refused():
-    with pytest.raises(ValueError, match="must be"):
-        vicreg(torch.randn(4, 3), torch.randn(4, 2), VICRegConfig())
-    with pytest.raises(ValueError, match="batch of 1"):
-        vicreg(torch.randn(1, 3), torch.randn(1, 3), VICRegConfig())
+def test_covariance_of_decorrelated_features_far_from_zero_does_not_cancel():
+    # Nearly orthogonal features around a mean of a thousand: the squared off-diagonals are a millionth of all squares.
+    numbers = np.random.default_rng(0)
+    orthogonal = np.linalg.qr(np.c_[np.ones(64), numbers.normal(size=(64, 32))])[0][:, 1:] * 8
+    first = (orthogonal + 1e-3 * numbers.normal(size=(64, 32)) + 1000).astype(np.float32)
+    ours = objective(torch.from_numpy(first), torch.from_numpy(first), ObjectiveConfig(), generator())
+    theirs = reference_vicreg(first.astype(float), first.astype(float), ObjectiveConfig())
+    assert ours.unweighted["covariance"].item() == pytest.approx(theirs["covariance"][1], rel=1e-2)
 
 
-def _views() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    first = torch.randn(8, 6, generator=generator, dtype=torch.float64)
-    return first, first + 0.2 * torch.randn(8, 6, generator=generator, dtype=torch.float64)
+def test_only_sigreg_draws_random_numbers():
+    views = [torch.from_numpy(view) for view in make_views(6, 4)]
+    for kind in ("vicreg", "sigreg", "infonce"):
+        numbers = generator()
+        objective(*views, ObjectiveConfig(kind), numbers)
+        assert torch.equal(numbers.get_state(), generator().get_state()) == (kind != "sigreg")
 
 
-def _train_step(rank: int, ranks: int, address: str, queue: multiprocessing.SimpleQueue) -> None:
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
-    torch.manual_seed(0)
-    layer = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(6, 4, dtype=torch.float64))
-    first, second = (view.chunk(ranks)[rank] for view in _views())
-    outputs = layer(torch.cat([first, second]))
-    loss = vicreg(*outputs.chunk(2), VICRegConfig()).loss
-    loss.backward()
-    queue.put((loss.item(), layer.module.weight.grad.tolist()))
-    distributed.barrier()
-    # As `run_stage` does: gloo's threads may abort an interpreter that shuts down.
-    os._exit(0)
-
-
-def test_two_ranks_equal_one(tmp_path):
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(6, 4, dtype=torch.float64)
-    loss = vicreg(*layer(torch.cat(_views())).chunk(2), VICRegConfig()).loss
-    loss.backward()
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    multiprocessing.start_processes(
-        _train_step, args=(2, f"file://{tmp_path}/rendezvous", queue), nprocs=2, start_method="spawn"
-    )
-    for _ in range(2):
-        their_loss, their_gradient = queue.get()
-        assert their_loss == pytest.approx(loss.item(), rel=1e-10)
-        assert torch.allclose(torch.tensor(their_gradient, dtype=torch.float64), layer.weight.grad, rtol=1e-10)
+@pytest.mark.parametrize("kind", ["vicreg", "sigreg", "infonce"])
+def test_bad_shapes_are_refused(kind):
+    config = ObjectiveConfig(kind)
+    for first, second in [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((4,), (4,)), ((4, 3, 1), (4, 3, 1))]:
+        with pytest.raises(ValueError, match="must be"):
+            objective(torch.randn(first), torch.randn(second), config, generator())
+    for samples in (0, 1):
+        with pytest.raises(ValueError, match=f"batch of {samples} "):
+            objective(torch.randn(samples, 3), torch.randn(samples, 3), config, generator())

@@ -107,10 +107,11 @@ def test_too_short_clips_say_by_how_much(cache):
 def test_samples_are_windows_and_a_pure_function_of_the_generator(cache):
     windows = Windows(cache, length=4)
     everything = windows.take(np.arange(len(windows)))
-    sample = windows.sample(300, torch.Generator().manual_seed(0))
+    sample, clips = windows.sample(300, torch.Generator().manual_seed(0))
+    assert set(clips) <= set(cache.clips)
     assert sample.shape == (300, 4, 5)
-    assert torch.equal(sample, windows.sample(300, torch.Generator().manual_seed(0)))
-    assert not torch.equal(sample, windows.sample(300, torch.Generator().manual_seed(1)))
+    assert torch.equal(sample, windows.sample(300, torch.Generator().manual_seed(0))[0])
+    assert not torch.equal(sample, windows.sample(300, torch.Generator().manual_seed(1))[0])
     hits = (sample[:, None] == everything[None]).flatten(2).all(dim=2)
     assert (hits.sum(dim=1) == 1).all()
     # Uniform: 300 draws from 11 windows reach every one, none of them far too often.
