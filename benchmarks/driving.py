@@ -37,7 +37,7 @@ PREDICTOR = {
     "input-noise": 2.0,
     "rollout-steps": 15,
     "validation-horizon": 15,
-    "learning-rate": 1e-3,
+    "optimizer.learning-rate": 1e-3,
     "steps": 300,
 }
 """Both found on a_00 and on b_00, each held out from encoder and predictor; not on b_02."""

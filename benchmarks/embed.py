@@ -25,9 +25,9 @@ from data.manifest import file_state
 from data.map_ahead import stream_ahead
 from data.video import IMAGE_FPS, TRANSFORM
 from jepa.encoder import SMALL_CONV, EncoderConfig, FrameEncoder, create_encoder
+from pipelines.compute import start_accelerator
 from pipelines.embed_videos import Chunk, Task, decode, embed, embed_videos
 from pipelines.stage import require, run_stage, write_json
-from pipelines.training import start_accelerator
 
 ROOT = Path(__file__).parent.parent
 

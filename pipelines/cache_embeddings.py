@@ -23,9 +23,11 @@ from data.embedding_cache import CacheWriter, ClipKey, EmbeddingCache, Provenanc
 from data.manifest import Account, file_state, is_there
 from data.video import IMAGE_FPS, TRANSFORM, clock_phases_s
 from pipelines.artefacts import load_encoder
+from pipelines.compute import start_accelerator
 from pipelines.embed_videos import Task, embed_videos
+from pipelines.guards import Heartbeat
 from pipelines.stage import LAUNCH, leave_account, require, run_stage, versions
-from pipelines.training import find_usable_videos, main_first, start_accelerator
+from pipelines.training import find_usable_videos, main_first
 
 WRITES_AHEAD = 8
 """Videos that may wait to be written."""
@@ -65,6 +67,7 @@ def main(options: Options) -> None:
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value:g}: it must be positive")
     accelerator = start_accelerator()
+    heartbeat = Heartbeat(accelerator)
     is_main = accelerator.is_main_process
     set_seed(options.seed)
     encoder = load_encoder(options.encoder).to(accelerator.device).eval()
@@ -116,6 +119,8 @@ def main(options: Options) -> None:
     if is_main:
         leave_account(total, options.output_dir, add=True)
         summarise(options)
+    accelerator.wait_for_everyone()
+    heartbeat.stop()
     accelerator.end_training()
 
 

@@ -11,18 +11,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
-import tyro
 
 from data.decoder import VideoError
 from data.embedding_cache import CacheError
 from data.manifest import Account
 from data.sidecar import SidecarError
 from jepa.encoder import ConfigurationError
+from pipelines.presets import PresetError, parse_options
 
 Options = TypeVar("Options")
 
@@ -32,6 +33,18 @@ LAUNCH = "accelerate launch --quiet --config_file accelerate_config.yaml"
 
 class UserError(Exception):
     """A mistake in how a stage was called; the message says what, with which value, and the mend."""
+
+
+LOST_CONTACT = re.compile(
+    r"connection (closed|reset|refused|was likely closed|abort)|broken pipe|caused pair closure|timed out waiting \d+ms"
+    r"|connectFullMesh failed|failed to recv|ncclRemoteError|communicator was aborted|collective operation timeout",
+    re.IGNORECASE,
+)
+"""How gloo, NCCL and the store say that another process has gone; mistakes in using them read otherwise."""
+NOT_MET = re.compile(r"waiting for clients|timed out after \d+ms while trying to connect")
+"""How torch.distributed says that not all processes have come."""
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED|std::bad_alloc")
+"""How a GPU, its libraries and the CPU's allocator say it."""
 
 
 class Interrupted(Exception):
@@ -44,17 +57,21 @@ class Interrupted(Exception):
 
 def run_stage(main: Callable[[Options], None], options_type: type[Options]) -> None:
     """Parse the command line and run `main`; a user's mistake ends in one clear line and a non-zero exit."""
-    # The docstring of the script is its help: it names the exact command.
-    options = tyro.cli(options_type, description=sys.modules["__main__"].__doc__)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    status = _exit_status(main, options)
+    try:
+        # The docstring of the script is its help: it names the exact command.
+        main(parse_options(options_type, sys.modules["__main__"].__doc__))
+    except BaseException as error:
+        status, line = _explain(error)
+        if line:
+            print(line, file=sys.stderr)
+        _leave_at_once(status)  # not after the hour-long video that a thread may be decoding
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # gloo's threads may outlive the process group and abort the interpreter while it shuts down, after all work
         # is done (pytorch/pytorch#179291).
-        _leave_at_once(status)
-    sys.exit(status)
+        _leave_at_once(0)
 
 
 def _leave_at_once(status: int) -> NoReturn:
@@ -64,30 +81,54 @@ def _leave_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _exit_status(main: Callable[[Options], None], options: Options) -> int:
-    """Run `main`; say in one line on standard error what went wrong, if anything did."""
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit status and the one line that an error deserves; an error of our own making keeps its traceback."""
     rank = int(os.environ.get("RANK", "0"))
     prefix = f"[rank {rank}] " if rank else ""
-    try:
-        main(options)
-    except Interrupted as stop:
-        if rank == 0:
-            print(f"\n{stop}", file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("\ninterrupted: run the same command again to continue", file=sys.stderr)
-        _leave_at_once(128 + signal.SIGINT)  # not after the hour-long video that a thread may be decoding
-    except (UserError, VideoError, CacheError, SidecarError, ConfigurationError) as error:
-        print(f"{prefix}error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        # h5py puts the system's reason ("No space left on device") into the text alone.
-        reason = error.strerror or (str(error) or repr(error)).splitlines()[0]
-        place = error.filename or "writing"
-        print(f"{prefix}error: {place}: {reason}: what was complete before is kept", file=sys.stderr)
-        return 1
-    return 0
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if rank and getattr(error, "on_all_ranks", False):
+        return 1, ""  # rank 0 says it
+    match error:
+        case Interrupted():
+            return error.exit_code, "" if rank else f"\n{error}"
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT, "" if rank else "\ninterrupted: run the same command again to continue"
+        case UserError() | VideoError() | CacheError() | SidecarError() | ConfigurationError() | PresetError():
+            return 1, f"{prefix}error: {error}"
+        case OSError():
+            # h5py puts the system's reason ("No space left on device") into the text alone.
+            reason = error.strerror or (str(error) or repr(error)).splitlines()[0]
+            place = error.filename or "writing"
+            return 1, f"{prefix}error: {place}: {reason}: what was complete before is kept"
+        case MemoryError() | RuntimeError() if is_out_of_memory(error):
+            return 1, (
+                f"{prefix}error: out of memory ({_first_sentence(error)}): lower what says how much is held at a time, "
+                "such as --batch-size; what was complete before is kept"
+            )
+        case RuntimeError() if several and NOT_MET.search(str(error)):
+            return 1, (
+                f"{prefix}error: not all processes have met ({_first_sentence(error)}): start as many as each of them "
+                "was told, and see whether one has ended already or cannot reach the first machine"
+            )
+        case RuntimeError() if several and (lost := LOST_CONTACT.search(str(error))):
+            return 1, (
+                f"{prefix}error: another process has ended ({_first_sentence(error, lost.start())}), its own message "
+                "says why: what was complete before is kept, and --resume goes on from there"
+            )
+        case SystemExit():
+            raise error
+    traceback.print_exception(error)
+    return 1, ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; a CPU's allocator has no exception of its own."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def _first_sentence(error: BaseException, start: int = 0) -> str:
+    """Of a message that may go on for many lines, from some character on."""
+    return re.split(r"\.\s|\n", str(error)[start:] or repr(error))[0].strip().removesuffix(".")
 
 
 def require(condition: bool, message: str) -> None:
@@ -153,14 +194,21 @@ class RunFolder:
         write_json(self.path / "metrics.json", metrics)
 
 
+MAY_CHANGE = ("resume", "overwrite", "output_dir", "checkpoints", "tracker", "optimizer")
+"""What an unfinished run may be resumed with another value of: a run that diverged needs another learning rate."""
+
+
 def _require_same_options(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    free = {"resume", "overwrite", "output_dir"}
-    for name in sorted(now.keys() - free):
-        if before.get(name) != now[name]:
+    for name in sorted(now):
+        if before.get(name) == now[name]:
+            continue
+        if name not in MAY_CHANGE:
             raise UserError(
                 f"{path} was started with {name} = {before.get(name)}, not {now[name]}: "
                 "resume with the same options, or add --overwrite to start again"
             )
+        if name == "optimizer":
+            print(f"resuming with {name} = {now[name]} instead of {before.get(name)}")
 
 
 def leave_account(account: Account, folder: Path, add: bool = False) -> None:
@@ -197,6 +245,11 @@ def parse_bytes(text: str, option: str) -> int:
     amount = int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
     require(amount > 0, f"{option} is {text}: it must be positive")
     return amount
+
+
+def readable_bytes(number: int) -> str:
+    """Such as 27 MB or 1.3 GB."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def counted(number: int, noun: str) -> str:

@@ -8,27 +8,32 @@ tracker logs. Ctrl-C saves; the same command with --resume goes on.
 """
 
 import copy
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.embedding_cache import EmbeddingCache
+from data.map_ahead import stream_ahead
 from data.windows import Windows
 from jepa.diagnostics import prediction_alarms, sequence_spread
 from jepa.energy import calibrate_energy, prediction_errors
 from jepa.predictor import Predictor, PredictorConfig, Ridge, changes, fit_ridge
 from jepa.rollout import rollout
 from jepa.shrinkage import fit_shrinkage, shrink
-from pipelines.stage import RunFolder, require, run_stage
-from pipelines.training import Checkpoints, Interruption, lr_at, save_artefact, start_accelerator, step_generator
+from pipelines.checkpoints import CheckpointConfig, Checkpoints
+from pipelines.compute import ComputeConfig, MemoryEstimate, describe_devices, start_accelerator
+from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agreement, summary
+from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
+from pipelines.stage import RunFolder, readable_bytes, require, run_stage, to_json
+from pipelines.trackers import start_trackers
+from pipelines.training import Progress, Rates, feed, on_main, save_artefact, step_generator
 
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 VALIDATION_WINDOWS = 1024
@@ -55,12 +60,6 @@ class Options:
     """Optimiser steps."""
     batch_size: int = 128
     """Windows in a batch, on each process."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 1e-2
-    """Weight decay of AdamW."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up before the cosine."""
     rollout_steps: int = 5
     """Train on rollouts of this many steps, through the predictor's own predictions; 1 for the next step alone."""
     input_noise: float = 0.2
@@ -70,10 +69,8 @@ class Options:
     how far its rollouts are to be trusted is measured for each of them (the last stands for all later ones)."""
     log_every: int = 100
     """Steps between two validations, each with a check for collapse."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints."""
-    tracker: str = "tensorboard"
-    """Where curves go: tensorboard, wandb, mlflow, ..., or none."""
+    tracker: tuple[str, ...] = ("tensorboard",)
+    """Where curves go, one or several: tensorboard, csv, wandb, mlflow; or none."""
     seed: int = 0
     """Of the weights, the windows and the noise."""
     resume: bool = False
@@ -81,24 +78,28 @@ class Options:
     overwrite: bool = False
     """Replace the run in the output folder."""
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(weight_decay=1e-2, warmup_steps=100, clip_norm=1.0)
+    )
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 def main(options: Options) -> None:
     """The story: check, build, train, keep the best on validation clips, calibrate, save."""
-    for name in (
-        "steps",
-        "batch_size",
-        "rollout_steps",
-        "members",
-        "validation_horizon",
-        "log_every",
-        "checkpoint_every",
-    ):
+    for name in ("steps", "batch_size", "rollout_steps", "members", "validation_horizon", "log_every"):
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
+    options.optimizer.check()
+    options.checkpoints.check()
     output = RunFolder(options.output_dir, ("predictor", "training_state", "logs"))
-    accelerator = start_accelerator(options.tracker, options.output_dir / "logs")
-    is_main = accelerator.is_main_process
+    accelerator = start_accelerator(options.compute, options.tracker, options.output_dir / "logs")
+    heartbeat = Heartbeat(accelerator)
+    is_main, device = accelerator.is_main_process, accelerator.device
+    require(
+        accelerator.distributed_type != DistributedType.FSDP,
+        "predictors are small and not split over GPUs: use configs/accelerate/multi_gpu.yaml instead of fsdp.yaml",
+    )
     set_seed(options.seed)
 
     train_cache = EmbeddingCache(options.train_cache)
@@ -119,79 +120,97 @@ def main(options: Options) -> None:
     held_out = [hold_out(split, predictor, context + horizon, VALIDATION_WINDOWS // len(splits)) for split in splits]
     fit_ridge_on(splits, held_out, predictor)
 
+    clips = [clip.key for split in splits for cache in (split.train, split.validation) for clip in cache.clips]
+    require_agreement(accelerator, options=options, provenance=provenance, clips=summary(clips))
+    inputs = {"provenance": provenance}
+    on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, inputs))
+    losses: nn.Module = Losses(predictor)
+    global_batch = options.batch_size * accelerator.num_processes
+    example = torch.zeros(members, 2, context + options.rollout_steps, provenance.embedding_dimension)
+    memory = MemoryEstimate.of(losses, (example, example), 2, accelerator)
+    peak = options.optimizer.peak_learning_rate(global_batch)
     if is_main:
-        output.prepare(options, options.overwrite, options.resume, {"provenance": provenance})
         print(
             f"training {options.predictor.kind} ({sum(p.numel() for p in predictor.parameters()):,} weights) on "
-            f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}: "
-            f"{sum(map(len, windows)):,} windows, validated on {sum(len(split.validation.clips) for split in splits)} "
-            "clips" + (f", an ensemble of {members} members" if members > 1 else "")
+            f"{describe_devices(accelerator)}: global batch {global_batch}, learning rate {peak:g}, about "
+            f"{readable_bytes(memory.total(options.batch_size))} of tensors on each; {sum(map(len, windows)):,} "
+            f"windows, validated on {sum(len(split.validation.clips) for split in splits)} clips"
+            + (f", an ensemble of {members} members" if members > 1 else "")
         )
-    accelerator.wait_for_everyone()
 
-    optimizer = torch.optim.AdamW(predictor.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    losses, optimizer = accelerator.prepare(Losses(predictor), optimizer)
-    best = Best(predictor)
-    accelerator.register_for_checkpointing(best)
-    checkpoints = Checkpoints(accelerator, options.output_dir / "training_state")
-    step = checkpoints.load_newest() if options.resume else 0
-    interruption = Interruption(accelerator)
-    accelerator.init_trackers("train_predictor")
-    held_out = [HeldOut(*(tensor.to(accelerator.device) for tensor in part)) for part in held_out]
-    if step == 0:
-        best.consider(0, validate(predictor, held_out))
+    averaged = moving_average(predictor.to(device), options.optimizer, buffers=False)
+    judged: Predictor = predictor if averaged is None else averaged.module  # type: ignore[assignment]
+    if options.compute.compile:
+        for member in predictor.members:
+            member.compile()
+    losses, optimizer = accelerator.prepare(losses, make_optimizer(losses, options.optimizer))
+    best = Best(judged)
+    for state in (best, averaged):
+        if state is not None:
+            accelerator.register_for_checkpointing(state)
+    held_out = [HeldOut(*(tensor.to(device) for tensor in part)) for part in held_out]
 
-    started = time.monotonic()
+    progress, rates = Progress(), Rates(device)
+    states = options.output_dir / "training_state"
+    guard = FiniteGuard(accelerator, states)
+    checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle)
+    step = checkpoints.load_newest() if options.resume else None
+    if step is None:
+        best.consider(0, *validate(judged, held_out))
+        checkpoints.save(step := 0)
+    start_trackers(accelerator, "train_predictor", to_json(options), step)
+    checkpoints.listen()
+
+    draw = Draw(windows, options, accelerator.process_index)
+    batches = stream_ahead(lambda first: feed(draw.batches(first), device), [step], workers=1, ahead=2)
     bar = tqdm(total=options.steps, initial=step, unit="step", desc="predictor", disable=not is_main)
+    rates.start()
     while step < options.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, options.steps, options.warmup_steps, options.learning_rate)
-        draws = step_generator(options.seed, step, accelerator.process_index, torch.device("cpu"))
-        drawn = torch.stack(
-            [part.sample(options.batch_size, draws) for part in windows for _ in range(options.members)]
-        )  # (members, B, T, D)
-        window = predictor.standardise(drawn.to(accelerator.device))
-        noise = torch.randn(window.shape, generator=draws).to(accelerator.device)
-        noisy = window + options.input_noise * predictor.change_std * noise
-        with accelerator.autocast():
+        batch = rates.wait_for(batches, global_batch)
+        set_learning_rate(optimizer, lr_at(step, options.steps, options.optimizer.warmup_steps, peak))
+        with memory_advice(memory, options.batch_size, "--batch-size", "lower it to {samples}", device):
+            window = predictor.standardise(batch.windows)
+            noisy = window + options.input_noise * predictor.change_std * batch.noise
             terms = losses(noisy, window)
-        optimizer.zero_grad()
-        accelerator.backward(sum(terms.values()))
-        accelerator.clip_grad_norm_(predictor.parameters(), 1.0)
-        optimizer.step()
+            accelerator.backward(sum(terms.values()))
+            gradient_norm = accelerator.clip_grad_norm_(losses.parameters(), clip_length(options.optimizer))
+            guard.watch(step, batch.videos, terms["rollout_loss"], gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if averaged is not None:
+            averaged.update_parameters(predictor)
         step += 1
         bar.update()
 
         if step % options.log_every == 0 or step == options.steps:
-            metrics = validate(predictor, held_out)
-            metrics |= {name: value.item() for name, value in terms.items()}
-            best.consider(step, metrics)
+            speed = rates.report(progress)
+            metrics, alarms = validate(judged, held_out)
+            metrics |= {name: float(accelerator.reduce(value.detach(), "mean")) for name, value in terms.items()}
+            best.consider(step, metrics, alarms)
             bar.set_postfix({
                 "loss": f"{metrics['one_step_loss']:.4f}",
                 "of copy": f"{metrics['validation_relative_to_copy_last']:.3f}",
             })  # fmt: skip
-            accelerator.log({**numbers(metrics), "learning_rate": optimizer.param_groups[0]["lr"]}, step=step)
-            best.report(metrics["alarms"], step, bar, is_main)
-        if step == options.steps:
-            break
-        if step % options.checkpoint_every == 0:
-            checkpoints.save(step)
-        interruption.save_and_stop(checkpoints, step)
+            progress.report(metrics, alarms, step, bar)
+            extra = {"gradient_norm": gradient_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
+            accelerator.log({**metrics, **extra, **speed}, step=step)
+            rates.start()
+        checkpoints.after_step(step)
     bar.close()
+    checkpoints.save(step)
 
     if is_main:
-        predictor.load_state_dict(best.weights)
-        calibrate_energy(predictor, validation_errors(splits, predictor))
-        save_artefact(predictor, options.output_dir / "predictor")
+        judged.load_state_dict(best.weights)
+        calibrate_energy(judged, validation_errors(splits, judged))
+        save_artefact(judged, options.output_dir / "predictor")
         output.finish(
             {
-                **numbers(best.metrics),
+                **best.metrics,
+                **progress.verdict(),
+                "collapsed": best.collapsed,
                 "best_step": best.step,
-                "collapsed": bool(best.metrics["alarms"]),
-                "collapse_alarms": best.alarms,
-                "first_collapse_step": best.first_alarm_step,
                 "steps": step,
-                "seconds": time.monotonic() - started,
+                "windows_per_second": step * global_batch / max(progress.seconds, 1e-9),
                 "encoder_fingerprint": provenance.encoder_fingerprint,
             }
         )
@@ -201,7 +220,40 @@ def main(options: Options) -> None:
             f"  python pipelines/evaluate_rollout.py --cache cache/test --predictor {options.output_dir}/predictor "
             "--output-dir runs/evaluation"
         )
+    accelerator.wait_for_everyone()
+    heartbeat.stop()
     accelerator.end_training()
+
+
+class Batch(NamedTuple):
+    """What a step learns from."""
+
+    windows: Tensor
+    """float32 (members, B, T, D), as cached."""
+    noise: Tensor
+    """float32 (members, B, T, D), standard normal."""
+    videos: tuple[Path, ...]
+    """Those that the windows are from, each once."""
+
+
+class Draw:
+    """Draws batches: each a function of seed, step and rank alone."""
+
+    def __init__(self, windows: list[Windows], options: Options, rank: int) -> None:
+        self.windows, self.options, self.rank = windows, options, rank
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """From this step on, each member's windows from its own split."""
+        options = self.options
+        while step < options.steps:
+            generator = step_generator(options.seed, step, self.rank, torch.device("cpu"))
+            drawn = [
+                part.sample(options.batch_size, generator) for part in self.windows for _ in range(options.members)
+            ]
+            windows = torch.stack([windows for windows, _ in drawn])
+            videos = sorted({Path(clip.key.source) for _, clips in drawn for clip in clips})
+            yield Batch(windows, torch.randn(windows.shape, generator=generator), tuple(videos))
+            step += 1
 
 
 class Losses(nn.Module):
@@ -260,7 +312,7 @@ class Trial(NamedTuple):
 
 
 @torch.no_grad()
-def validate(predictor: Predictor, held_out: list[HeldOut]) -> dict[str, Any]:
+def validate(predictor: Predictor, held_out: list[HeldOut]) -> tuple[dict[str, float], list[str]]:
     """How far to trust the rollouts, into the predictor; then their errors relative to copy-last, and alarms.
 
     Members are judged on the windows that were held out from them. The spread of the predictions is reported beside
@@ -280,57 +332,42 @@ def validate(predictor: Predictor, held_out: list[HeldOut]) -> dict[str, Any]:
     predicted = torch.cat([members(part[:, :-1], horizon) for members, part in zip(by_split, some, strict=True)])
     true = torch.cat(some)[:, -horizon:]
     predictor.train()
-    metrics: dict[str, Any] = {
+    metrics = {
         "validation_relative_to_copy_last": float(relative.mean()),
         **{
             f"validation_relative_to_copy_last_{h}": float(relative[h - 1])
             for h in sorted({1, 5, horizon})
             if h <= horizon
         },
-        "alarms": prediction_alarms(predicted, true) if horizon > 1 else [],
     }
     for name, value in (("predicted", predicted), ("true", true)):
         for over, spread in sequence_spread(value)._asdict().items():
             metrics |= {f"{name}_{over}_std": spread.std, f"{name}_{over}_rank": spread.rank}
-    return metrics
+    return metrics, prediction_alarms(predicted, true) if horizon > 1 else []
 
 
 class Best:
     """The weights with the lowest validation error so far; step 0, which copies the last embedding, included."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: nn.Module) -> None:
         self.predictor = predictor
-        self.step, self.metrics, self.weights = 0, dict[str, Any](), dict[str, Tensor]()
-        self.alarms: list[str] = []
-        self.first_alarm_step: int | None = None
+        self.step, self.metrics, self.weights = 0, dict[str, float](), dict[str, Tensor]()
+        self.collapsed = False
 
-    def consider(self, step: int, metrics: dict[str, Any]) -> None:
+    def consider(self, step: int, metrics: dict[str, float], alarms: list[str]) -> None:
         """Keep the present weights if they are the best."""
         name = "validation_relative_to_copy_last"
         if not self.metrics or metrics[name] < self.metrics[name]:
-            self.step, self.metrics = step, metrics
+            self.step, self.metrics, self.collapsed = step, metrics, bool(alarms)
             self.weights = copy.deepcopy(self.predictor.state_dict())
-
-    def report(self, alarms: list[str], step: int, bar: "tqdm[None]", is_main: bool) -> None:
-        """Say loudly, once, that the predictions have collapsed."""
-        if alarms and self.first_alarm_step is None:
-            self.first_alarm_step, self.alarms = step, alarms
-            if is_main:
-                bar.write(f"COLLAPSE at step {step}: {'; '.join(alarms)}")
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        names = ("step", "metrics", "weights", "alarms", "first_alarm_step")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("step", "metrics", "weights", "collapsed")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
         vars(self).update(state)
-
-
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The entries that a tracker can plot."""
-    return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
 def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:

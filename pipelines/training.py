@@ -1,53 +1,28 @@
-"""What both trainers share: the schedule, randomness from (seed, step), checkpoints, and stopping without loss."""
+"""What both trainers share: the videos they use, randomness from (seed, step), how fast they are, what they leave."""
 
-import math
-import os
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
 from data.manifest import VideoList, check_videos
-from pipelines.stage import Interrupted, require
-
-KEPT_CHECKPOINTS = 2
+from pipelines.compute import memory_in_use
 
 Result = TypeVar("Result")
+Batch = TypeVar("Batch", bound=tuple[Any, ...])
 
 
-def start_accelerator(tracker: str = "none", logs: Path | None = None) -> Accelerator:
-    """One process or one of many; on a CPU too.
-
-    Without a GPU, `Accelerator()` under torchrun takes every process for the only one, and each of them would train
-    and write for itself. It has to be told that several processes on a CPU are meant.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
-        cpu=processes > 1 and not torch.cuda.is_available(),
-        log_with=None if tracker == "none" else tracker,
-        project_dir=logs,
-    )
-    require(
-        accelerator.num_processes == processes,
-        f"{processes} processes were started, but accelerate sees {accelerator.num_processes}: "
-        "check the --config_file of accelerate launch",
-    )
-    if processes == 1 and accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        # `accelerate launch` sets OMP_NUM_THREADS to 1 where it expects a GPU: half a laptop would stand idle.
-        torch.set_num_threads(os.cpu_count() or 1)
-    return accelerator
-
-
-def main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
-    """Do something on the main process and then on the others; what fails on the main process fails on all alike."""
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
+    """Do something on the main process only; what fails there fails on all alike. Collective."""
+    result: Result | None = None
     failure: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -56,8 +31,15 @@ def main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
             failure = [error]
     broadcast_object_list(failure)
     if failure[0] is not None:
+        failure[0].on_all_ranks = True  # type: ignore[attr-defined]  # one of them is enough to say it
         raise failure[0]
-    return result if accelerator.is_main_process else work()
+    return result
+
+
+def main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Do something on the main process and then on the others; what fails there fails on all alike. Collective."""
+    result = on_main(accelerator, work)
+    return work() if result is None else result
 
 
 def find_usable_videos(
@@ -74,85 +56,102 @@ def find_usable_videos(
     return main_first(accelerator, check)
 
 
-def lr_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:
-    """Learning rate at a step: linear warm-up to `peak`, then a cosine to 0.
-
-    A pure function, because a prepared scheduler would step once for each process.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
     """The randomness of one step on one rank: the same however often a run was interrupted."""
     state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
-class Checkpoints:
-    """Complete training states under `folder`, the newest few of them.
+def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches with their tensors on a device; for a thread ahead, which waits for the copies so that nobody else does.
 
-    A state is written under a temporary name and renamed when whole; one without its name does not exist.
+    Args:
+        batches: named tuples, of tensors and other things.
+        device: on a GPU, copies go through pinned memory and a stream of their own.
     """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
-        self.accelerator, self.folder = accelerator, folder
+    def copy(value: Any) -> Any:
+        if stream is None or not isinstance(value, torch.Tensor):
+            return value
+        with torch.cuda.stream(stream):
+            copied = value.pin_memory().to(device, non_blocking=True)
+        copied.record_stream(torch.cuda.default_stream(device))  # its memory is not reused before that is done with it
+        return copied
 
-    def save(self, step: int) -> None:
-        """Write the state after `step` steps. Collective."""
-        unfinished, finished = self.folder / f".tmp.step_{step:08d}", self.folder / f"step_{step:08d}"
-        if finished.exists():
-            return
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            unfinished.rename(finished)
-            for old in self._all()[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def load_newest(self) -> int:
-        """Load the newest state and return its number of steps; 0 if there is none. Collective."""
-        checkpoints = self._all()
-        if not checkpoints:
-            return 0
-        self.accelerator.load_state(str(checkpoints[-1]))
-        return int(checkpoints[-1].name.removeprefix("step_"))
-
-    def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*"))
+    for batch in batches:
+        copied = type(batch)(*map(copy, batch))
+        if stream is not None:
+            stream.synchronize()
+        yield copied
 
 
-class Interruption:
-    """Turns SIGINT and SIGTERM into a checkpoint and a clean exit; a second Ctrl-C stops at once."""
+@dataclass
+class Progress:
+    """What must survive an interruption on each rank beside weights: its place in the data, and what was found out."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.received = 0
-        signal.signal(signal.SIGINT, self._receive)
-        signal.signal(signal.SIGTERM, self._receive)
+    place: dict[str, int] = field(default_factory=dict)
+    """In the data."""
+    seconds: float = 0.0
+    """Of training, up to the last entry in the log."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last entry in the log."""
+    alarms: list[str] = field(default_factory=list)
+    """The first ones."""
+    first_alarm_step: int | None = None
+    collapsed: bool = False
+    """At the last entry in the log."""
 
-    def _receive(self, signal_number: int, frame: FrameType | None) -> None:
-        if self.received and signal_number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal_number
-        if self.accelerator.is_main_process:
-            print("\nsaving after this step; Ctrl-C again to stop at once", file=sys.stderr)
+    def report(self, metrics: dict[str, float], alarms: list[str], step: int, bar: "tqdm[None]") -> None:
+        """Keep the newest findings; say loudly, once, that the run has collapsed."""
+        self.metrics, self.collapsed = metrics, bool(alarms)
+        if alarms and self.first_alarm_step is None:
+            self.first_alarm_step, self.alarms = step, alarms
+            if not bar.disable:
+                bar.write(f"COLLAPSE at step {step}: {'; '.join(alarms)}")
 
-    def save_and_stop(self, checkpoints: Checkpoints, step: int) -> None:
-        """After each step: if any rank was asked to stop, save and raise `Interrupted` on all. Collective."""
-        received = self.received
-        if self.accelerator.num_processes > 1:
-            # The signal reaches the ranks at different steps; they must agree, or one waits for ever.
-            flag = torch.tensor([float(received)], device=self.accelerator.device)
-            received = int(self.accelerator.gather(flag).max())
-        if received:
-            checkpoints.save(step)
-            self.accelerator.end_training()
-            raise Interrupted(f"stopped and saved after step {step}: add --resume to go on", received)
+    def verdict(self) -> dict[str, Any]:
+        """For metrics.json."""
+        return {
+            "collapsed": self.collapsed,
+            "collapse_alarms": self.alarms,
+            "first_collapse_step": self.first_alarm_step,
+            "seconds": self.seconds,
+        }
+
+
+class Rates:
+    """How fast training is and how long it waits for data; validation and logging do not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lived = time.monotonic()
+        self.start()
+
+    def start(self) -> None:
+        """Begin to count anew."""
+        self.samples, self.waited_s, self.since = 0, 0.0, time.monotonic()
+
+    def wait_for(self, batches: Iterator[Result], samples: int) -> Result:
+        """The next batch, of so many samples on all ranks."""
+        began = time.monotonic()
+        batch = next(batches)
+        self.waited_s += time.monotonic() - began
+        self.samples += samples
+        return batch
+
+    def report(self, progress: Progress) -> dict[str, float]:
+        """Rates since the count began, for a tracker; `progress` learns how long the run has lived."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps that are still under way count
+        now = time.monotonic()
+        progress.seconds += now - self.lived
+        self.lived = now
+        return {
+            "samples_per_second": self.samples / (now - self.since),
+            "data_wait_fraction": self.waited_s / (now - self.since),
+            "memory_gigabytes": memory_in_use(self.device) / 1e9,
+        }
 
 
 def save_artefact(module: torch.nn.Module, folder: Path) -> None:

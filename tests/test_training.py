@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.optimizer import lr_at
 from pipelines.stage import RunFolder, UserError, to_json, write_json
-from pipelines.training import lr_at, step_generator
+from pipelines.training import step_generator
 
 
 def test_schedule_warms_up_and_ends_at_zero():
