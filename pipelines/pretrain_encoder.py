@@ -176,7 +176,9 @@ def main(options: Options) -> None:
     checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle)
     step = checkpoints.load_newest() if options.resume else None
     if step is None:
-        checkpoints.save(step := 0)
+        step = 0
+        if accelerator.distributed_type != DistributedType.FSDP:  # where saving itself would take an optimiser step
+            checkpoints.save(step)
     pairs.state = PairsState(**progress.place)
     start_trackers(accelerator, "pretrain_encoder", to_json(options), step)
     sequences = read_sequences(

@@ -1,0 +1,252 @@
+"""What is shipped to start many processes works as shipped: configurations, commands, SLURM, two machines."""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed.run
+import tyro
+import yaml
+from accelerate.commands import accelerate_cli
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
+
+from data.synthetic import BallWorld, write_ball_clip
+
+ROOT = Path(__file__).parent.parent
+CONFIGURATIONS = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))]
+SBATCH = ROOT / "configs" / "slurm" / "train.sbatch"
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+}  # fmt: skip
+SMALL = (
+    "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.width 16 --batch-size 16 "
+    "--tracker none"
+)
+STAND_INS = {
+    # One process for each task, each signalled as SLURM signals the tasks of a step; the highest code comes back.
+    "srun": """#!{python}
+import os, signal, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    del command[0]
+tasks = [
+    subprocess.Popen(command, env=os.environ | {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
+    for rank in range(int(os.environ["SLURM_NTASKS"]))
+]
+signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+open("{folder}/srun.pid", "w").write(str(os.getpid()))
+sys.exit(max(code if code >= 0 else 128 - code for code in [task.wait() for task in tasks]))
+""",
+    "scontrol": """#!/bin/bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {folder}/requeued; fi
+""",
+    "squeue": """#!/bin/bash
+cat {folder}/state
+""",
+}
+
+FSDP_ON_CPUS = """
+import runpy, sys
+import accelerate.state, torch
+from accelerate.utils import DistributedType
+
+# Accelerate shards over GPUs only. It is told that gloo is one of their backends; all else is its own and torch's.
+torch.distributed.init_process_group("gloo")
+State = accelerate.state.PartialState
+State._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+State.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    for index in range(4):
+        write_ball_clip(folder, index, BallWorld(size=32, radius=3, frames=24, fps=8), seed=0)
+    return folder
+
+
+def commands(path):
+    """The shell commands that a file shows, in comments, code blocks and table cells."""
+    text = re.sub(r"\\\n#?\s*", "", path.read_text())
+    text = re.sub(r"^#\s*", "", text, flags=re.MULTILINE)
+    text = text.replace("| `", "\n`")
+    return re.findall(
+        r"^ *`?((?:accelerate launch|torchrun|sbatch) [^`\n]*pipelines/[^`\n]*)", text, flags=re.MULTILINE
+    )
+
+
+def launched(monkeypatch, arguments):
+    """What `accelerate launch` would start: torchrun's arguments and the environment, or None for one process."""
+    started = {}
+    monkeypatch.setattr(
+        torch.distributed.run, "run", lambda arguments: started.update(vars(arguments), environment=dict(os.environ))
+    )
+    monkeypatch.setattr(sys, "argv", ["accelerate", "launch", *arguments])
+    accelerate_cli.main()
+    return started
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_accelerate_understands_every_key(path):
+    load_config_from_file(str(path))  # raises on unknown keys, but for those of fsdp_config
+    known = {action.dest for action in launch_command_parser()._actions}
+    content = yaml.safe_load(path.read_text())
+    assert set(content.get("fsdp_config", {})) <= known
+    # Read by the loader, but overridden by the launcher's own default, so without effect.
+    assert not {"same_network", "tpu_use_sudo"} & set(content)
+
+
+def test_the_launcher_starts_what_the_configurations_say(monkeypatch):
+    script = ["pipelines/pretrain_encoder.py", "--videos", "DIR"]
+    started = launched(monkeypatch, ["--config_file", "configs/accelerate/multi_gpu.yaml", *script])
+    assert (started["nproc_per_node"], started["training_script_args"]) == ("8", ["--videos", "DIR"])
+    assert started["environment"]["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    node = ["--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
+    started = launched(monkeypatch, ["--config_file", "configs/accelerate/multi_node.yaml", *node, *script])
+    assert (started["nnodes"], started["nproc_per_node"], started["node_rank"]) == ("2", "8", 1)
+    assert (started["rdzv_backend"], started["rdzv_endpoint"]) == ("static", "10.0.0.1:29500")
+
+
+def test_fsdp_arrives_in_its_plugin(monkeypatch, caplog):
+    started = launched(monkeypatch, ["--config_file", "configs/accelerate/fsdp.yaml", "pipelines/pretrain_encoder.py"])
+    assert started["nproc_per_node"] == "8"
+    environment = started["environment"]
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    for name, value in environment.items():
+        if name.startswith("FSDP_"):
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy is torch.distributed.fsdp.wrap.size_based_auto_wrap_policy
+    assert plugin.min_num_params == 1_000_000
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+    assert not plugin.cpu_ram_efficient_loading
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "path", [*CONFIGURATIONS[1:], SBATCH, ROOT / "docs" / "distributed.md"], ids=lambda path: path.name
+)
+def test_documented_commands_are_understood(path):
+    shown = commands(path)
+    assert len(shown) == (7 if path.suffix == ".md" else 1)
+    for line in shown:
+        if line.startswith("accelerate"):
+            arguments = launch_command_parser().parse_args(shlex.split(line)[2:])
+            assert (ROOT / arguments.config_file).exists()
+            script, options = arguments.training_script, arguments.training_script_args
+        elif line.startswith("torchrun"):
+            arguments = torch.distributed.run.get_args_parser().parse_args(shlex.split(line)[1:])
+            script, options = arguments.training_script, arguments.training_script_args
+        else:
+            _, batch, script, *options = shlex.split(line)
+            assert (ROOT / batch).exists()
+        stage = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        assert tyro.cli(stage.Options, args=options).videos == (Path("DIR"),)
+
+
+def test_fsdp_trains_on_cpus(videos, tmp_path):
+    (tmp_path / "on_cpus.py").write_text(FSDP_ON_CPUS)
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+         "--config_file", "configs/accelerate/fsdp.yaml", "--num_processes", "2", "--fsdp_min_num_params", "1000",
+         tmp_path / "on_cpus.py", "pipelines/pretrain_encoder.py", "--videos", videos, "--output-dir", tmp_path / "run",
+         "--steps", "2", *SMALL.split()],
+        capture_output=True, text=True, env=os.environ | ENVIRONMENT, cwd=ROOT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " on 2 x cpu" in result.stdout
+    assert list((tmp_path / "run" / "training_state").glob("step_*2/pytorch_model_fsdp_0/__1_*"))  # of the second rank
+    assert load_file(tmp_path / "run" / "encoder" / "model.safetensors")["head.bias"].shape == (8,)  # whole again
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Run the batch script with stand-ins for SLURM's commands; returns the process."""
+    for name, content in STAND_INS.items():
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(content.format(python=sys.executable, folder=tmp_path))
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "state").write_text("RUNNING\n")
+
+    def start(*arguments):
+        environment = os.environ | ENVIRONMENT | {
+            "PATH": os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2",
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", str(SBATCH), *map(str, arguments)], env=environment, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+def test_a_slurm_job_saves_queues_again_and_finishes(slurm, videos, tmp_path):
+    run = tmp_path / "run"
+    command = ["pipelines/pretrain_encoder.py", "--videos", videos, "--output-dir", run, *SMALL.split(),
+               "--steps", 60, "--checkpoints.every-steps", 10]  # fmt: skip
+    job = slurm(*command)
+    while not list((run / "training_state").glob("step_*[1-9]*")) and job.poll() is None:
+        time.sleep(0.02)
+    assert job.poll() is None, job.communicate()[0]
+    os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
+    said = job.communicate(timeout=30)[0]
+    assert job.returncode == 0, said  # of scontrol
+    assert "add --resume" in said
+    assert " on 2 x cpu" in said
+    saved = max(path.name for path in (run / "training_state").glob("step_*[1-9]*"))
+    assert 10 <= int(saved.removeprefix("step_")) < 60
+    assert not (run / "metrics.json").exists()
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+
+    job = slurm(*command)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 0, said
+    assert (run / "metrics.json").exists()
+    assert len((tmp_path / "requeued").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"), [(7, "RUNNING", False), (143, "CANCELLED", False), (143, "RUNNING", True)]
+)
+def test_a_slurm_job_that_fails_or_is_cancelled_stays_ended(code, state, requeued, slurm, tmp_path):
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\nexit {code}\n")
+    (tmp_path / "state").write_text(state)
+    job = slurm("pipelines/pretrain_encoder.py")
+    job.communicate(timeout=10)
+    assert job.returncode == (0 if requeued else code)
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def can_make_networks():
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    name = f"jepa-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+    return made
+
+
+@pytest.mark.skipif(not can_make_networks(), reason="network namespaces need root")
+def test_two_machines_train_and_survive_the_loss_of_one(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "two_machines.py", "--output-dir", tmp_path]
+    options = ["--losses", "kill_second", "--no-compare", "--steps", "60"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    assert result.returncode == 0, result.stdout + result.stderr
