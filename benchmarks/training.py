@@ -7,6 +7,11 @@ Encoder: `pretrain_encoder.py` on the driving clips of `$JEPA_SHARED/driving` (d
 beside an eager float32 loop of the same network, views, objective and optimiser over decoded batches on the device.
 Predictor: `train_predictor.py` on a cache of random embeddings beside the same steps on windows that lie on the device.
 Contestants take turns; medians of samples per second, which leave out start-up, validation and logging for all alike.
+
+  python benchmarks/training.py --preset configs/presets/laptop_cpu.yaml
+
+Time and memory of a shipped preset on this machine instead: both stages with it for a few steps, and what the whole run
+would take at that rate. On one of 8 GPUs it is a projection that leaves out what they say to each other.
 """
 
 import csv
@@ -22,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from data.embedding_cache import CacheWriter, ClipKey, EmbeddedClip, EmbeddingCache, Provenance
@@ -61,6 +67,8 @@ class Options:
     """For `pretrain_encoder.py`."""
     predictor_options: str = ""
     """For `train_predictor.py`."""
+    preset: Path | None = None
+    """Time this preset instead; only `videos`, `stages`, `steps` and `output_dir` count beside it."""
     stages: tuple[str, ...] = ("encoder", "predictor")
     """Which to time."""
     videos: tuple[Path, ...] = ()
@@ -79,6 +87,9 @@ def main(options: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(os.cpu_count() or 1)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    if options.preset is not None:
+        time_preset(options.preset, paths, options, name)
+        return
     print(f"{options.backbone}, {options.size}x{options.size}, batch {options.batch_size}, on {name}")
     results: dict[str, float] = {}
     if "encoder" in options.stages:
@@ -110,27 +121,53 @@ def compare(
     return results
 
 
-def run(stage: str, arguments: list[object], folder: Path) -> tuple[float, float]:
-    """Run a stage; samples per second and share of waiting in the second half of it."""
+def time_preset(preset: Path, paths: tuple[Path, ...], options: Options, device: str) -> None:
+    """Both stages with a preset for a few steps; the rate, the memory, and the time of the whole run."""
+    cache, folder = write_cache(options.output_dir / "cache").absolute(), options.output_dir.absolute()
+    sections = yaml.safe_load(preset.read_text())
+    inputs: dict[str, list[object]] = {
+        "pretrain_encoder": ["--videos", *paths, "--fps", FPS],
+        "train_predictor": ["--train-cache", cache, "--validation-cache", cache],
+    }
+    print(f"{preset.name} on {device}")
+    for stage, arguments in inputs.items():
+        steps = options.steps * (10 if stage == "train_predictor" else 1)
+        last = run(stage, ["--preset", preset.absolute(), *arguments, "--steps", 2 * steps, "--log-every", steps],
+                   folder / stage)  # fmt: skip
+        per_second, waiting = rates(last)
+        minutes = sections[stage]["steps"] * sections[stage]["batch_size"] / per_second / 60
+        print(
+            f"  {stage}: {per_second:.4g} samples/s, waiting {waiting:.1%}, "
+            f"memory {float(last['memory_gigabytes']):.2f} GB, "
+            f"{sections[stage]['steps']:,} steps in {minutes:.1f} minutes"
+        )
+
+
+def rates(last: dict[str, str]) -> tuple[float, float]:
+    """Samples per second and share of waiting."""
+    return float(last["samples_per_second"]), float(last["data_wait_fraction"])
+
+
+def run(stage: str, arguments: list[object], folder: Path) -> dict[str, str]:
+    """Run a stage; the last entry of its curve, which is of the second half of it."""
     command = [sys.executable, ROOT / "pipelines" / f"{stage}.py", *arguments, "--output-dir", folder,
                "--tracker", "csv", "--overwrite", "--checkpoints.every-steps", 10**9]  # fmt: skip
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT)
     require(done.returncode == 0, f"{stage} failed: {done.stderr[-2000:]}")
     with (folder / "logs" / "curve.csv").open() as file:
-        last = list(csv.DictReader(file))[-1]
-    return float(last["samples_per_second"]), float(last["data_wait_fraction"])
+        return list(csv.DictReader(file))[-1]
 
 
 def train_encoder(paths: tuple[Path, ...], options: Options) -> tuple[float, float]:
     """The stage, from video."""
-    return run(
+    return rates(run(
         "pretrain_encoder",
         ["--videos", *paths, "--fps", FPS, "--steps", 2 * options.steps, "--log-every", options.steps,
          "--batch-size", options.batch_size, "--encoder.backbone", options.backbone,
          "--encoder.image-size", options.size, options.size, "--encoder.pooling", pooling(options),
          *shlex.split(options.encoder_options)],
         options.output_dir.absolute() / "encoder",
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def pooling(options: Options) -> str:
@@ -163,7 +200,7 @@ def plain_encoder(paths: tuple[Path, ...], options: Options, device: torch.devic
 
 
 def write_cache(folder: Path, clips: int = 500, length: int = 64, dimension: int = 64) -> Path:
-    """Random embeddings, as many as a hundred hours at 4 fps have in 50 clips each... of modest size."""
+    """A cache of random embeddings."""
     if not folder.exists():
         provenance = Provenance(
             encoder_fingerprint="benchmark", embedding_dimension=dimension, fps=FPS, image_fps=IMAGE_FPS,
@@ -180,12 +217,12 @@ def write_cache(folder: Path, clips: int = 500, length: int = 64, dimension: int
 def train_predictor(cache: Path, options: Options) -> tuple[float, float]:
     """The stage, from the cache."""
     steps = 10 * options.steps
-    return run(
+    return rates(run(
         "train_predictor",
         ["--train-cache", cache.absolute(), "--validation-cache", cache.absolute(), "--steps", 2 * steps,
          "--log-every", steps, "--batch-size", options.batch_size, *shlex.split(options.predictor_options)],
         options.output_dir.absolute() / "predictor",
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def plain_predictor(folder: Path, options: Options, device: torch.device) -> Callable[[], float]:
