@@ -95,6 +95,8 @@ class MemoryEstimate:
     """Weights, gradients and the optimiser's state."""
     per_sample: int
     """What there is of one sample when most is: between forward and backward pass."""
+    per_waiting_sample: int = 0
+    """What there is of a sample of the batch while others are held: its inputs, and what they are made from."""
 
     @classmethod
     def of(cls, network: nn.Module, example: Any, samples: int, accelerator: Accelerator) -> "MemoryEstimate":
@@ -129,12 +131,13 @@ class MemoryEstimate:
         everything = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
         # What goes in is made from something of the same size. What is largest has a gradient of its size, and another
         # is made from that; without anything to train before it, it still is there with what it becomes.
-        passing = 2 * sum(tensor.nbytes for tensor in inputs) + 2 * max([weights.largest, *kept.values()])
-        return cls(everything + 3 * 4 * trained, (sum(kept.values()) + passing) // samples)
+        given = sum(tensor.nbytes for tensor in inputs)
+        passing = 2 * given + 2 * max([weights.largest, *kept.values()])
+        return cls(everything + 3 * 4 * trained, (sum(kept.values()) + passing) // samples, 3 * given // samples)
 
-    def total(self, samples: int) -> int:
-        """For so many samples at a time."""
-        return self.fixed + samples * self.per_sample
+    def total(self, held: int, batch: int = 0) -> int:
+        """For so many samples at a time, out of a batch of so many."""
+        return self.fixed + held * self.per_sample + max(0, batch - held) * self.per_waiting_sample
 
     def largest_batch(self, capacity: int) -> int:
         """The largest power of 2 of samples that four fifths of the memory hold; at least 1."""

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pipelines.compute import MemoryEstimate, memory_capacity, memory_in_use
-from pipelines.stage import UserError, is_out_of_memory, readable_bytes, to_json
+from pipelines.stage import GO_ON, UserError, is_out_of_memory, readable_bytes, to_json
 
 SHOWN_VIDEOS = 5
 BEAT_S = 2.0
@@ -87,8 +87,10 @@ class FiniteGuard:
                 more = f" and {len(videos) - SHOWN_VIDEOS} more" if len(videos) > SHOWN_VIDEOS else ""
                 raise UserError(
                     f"the loss or its gradient is not finite in step {step + 1}, with frames of {names}{more}. "
-                    f"The newest checkpoint is from before: {max(self.states.glob('step_*'))}. Look at those videos; "
-                    "--resume with a lower --optimizer.learning-rate or with --optimizer.clip-norm 1"
+                    f"The newest checkpoint is from before: {max(self.states.glob('step_*'), default='none')}. "
+                    "Look at those videos; "
+                    "--resume with a lower --optimizer.learning-rate or with --optimizer.clip-norm 1; delete that "
+                    "checkpoint if its weights have grown too large already"
                 )
 
 
@@ -116,7 +118,8 @@ def memory_advice(
         if not is_out_of_memory(error):
             raise
         capacity = memory_capacity(device)
-        fits = max(1, min(estimate.largest_batch(capacity - elsewhere), samples // 2))
+        waiting = samples * estimate.per_waiting_sample
+        fits = max(1, min(estimate.largest_batch(capacity - elsewhere - waiting), samples // 2))
         raise UserError(
             f"out of memory on {device} ({readable_bytes(capacity)}) with {option} {samples}, which "
             f"needs about {readable_bytes(estimate.total(samples))}: {mend.format(samples=fits)}"
@@ -216,7 +219,7 @@ class Heartbeat:
 
     def _die(self, reason: str) -> None:
         if not self.stopped.is_set():
-            message = f"{reason}: stopped; add --resume to go on from the newest checkpoint"
+            message = f"{reason}: stopped; {GO_ON}"
             print(f"\n[rank {self.rank}] error: {message}", file=sys.stderr, flush=True)
             os._exit(1)
 

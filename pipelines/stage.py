@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from data.decoder import VideoError
 from data.embedding_cache import CacheError
@@ -43,6 +44,7 @@ LOST_CONTACT = re.compile(
 """How gloo, NCCL and the store say that another process has gone; mistakes in using them read otherwise."""
 NOT_MET = re.compile(r"waiting for clients|timed out after \d+ms while trying to connect")
 """How torch.distributed says that not all processes have come."""
+GO_ON = "what was complete before is kept: start all of them again, trainers with --resume"
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED|std::bad_alloc")
 """How a GPU, its libraries and the CPU's allocator say it."""
 
@@ -84,7 +86,8 @@ def _leave_at_once(status: int) -> NoReturn:
 def _explain(error: BaseException) -> tuple[int, str]:
     """The exit status and the one line that an error deserves; an error of our own making keeps its traceback."""
     rank = int(os.environ.get("RANK", "0"))
-    prefix = f"[rank {rank}] " if rank else ""
+    # A line of its own, also after a progress bar.
+    prefix = ("\n" if getattr(tqdm, "_instances", ()) else "") + (f"[rank {rank}] " if rank else "")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if rank and getattr(error, "on_all_ranks", False):
         return 1, ""  # rank 0 says it
@@ -113,7 +116,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         case RuntimeError() if several and (lost := LOST_CONTACT.search(str(error))):
             return 1, (
                 f"{prefix}error: another process has ended ({_first_sentence(error, lost.start())}), its own message "
-                "says why: what was complete before is kept, and --resume goes on from there"
+                f"says why: {GO_ON}"
             )
         case SystemExit():
             raise error
