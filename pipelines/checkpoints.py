@@ -56,14 +56,15 @@ class Checkpoints:
         config: when to save, and how many to keep.
         progress: a dataclass of what JSON knows, each rank's own: it is written from and read into this object.
         settle: called before a state is written; it may raise, if the state is not worth it.
+        leave: called when all have saved and are about to go.
     """
 
     def __init__(
         self, accelerator: Accelerator, folder: Path, config: CheckpointConfig, progress: Any,
-        settle: Callable[[], None],
+        settle: Callable[[], None], leave: Callable[[], None],
     ) -> None:  # fmt: skip
         self.accelerator, self.folder, self.config = accelerator, folder, config
-        self.progress, self.settle = progress, settle
+        self.progress, self.settle, self.leave = progress, settle, leave
         self.received = 0
         self.broken: list[Path] = []
         self.saved_step, self.saved_at = -1, time.monotonic()
@@ -146,6 +147,7 @@ class Checkpoints:
         if received or due or step % self.config.every_steps == 0:
             self.save(step)
         if received:
+            self.leave()
             self.accelerator.end_training()
             raise Interrupted(f"stopped and saved after step {step}: add --resume to go on", received)
 
@@ -177,8 +179,9 @@ def seal(folder: Path, facts: dict[str, int]) -> None:
 def find_fault(folder: Path) -> str:
     """What is wrong with a checkpoint; empty if it is complete."""
     try:
-        files = json.loads((folder / COMPLETE).read_text())["files"]
-        for name, recorded in files.items():
+        facts = json.loads((folder / COMPLETE).read_text())
+        int(facts["processes"])
+        for name, recorded in facts["files"].items():
             if _size_and_checksum(folder / name) != recorded:
                 return f"{name} has changed since it was written"
     except FileNotFoundError as error:

@@ -63,11 +63,16 @@ def start_accelerator(
     accelerator = Accelerator(
         cpu=processes > 1 and not torch.cuda.is_available(),
         mixed_precision=PRECISIONS.get(compute.precision),
-        log_with=find_trackers(trackers, logs) if logs else None,
+        log_with=(find_trackers(trackers, logs) or None) if logs else None,
         project_dir=logs,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=LONGEST_START),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,
+                # Looking for unused ones keeps it from rearranging gradients after the first step: three ranks or more
+                # would add them up in another order in the first step after each start.
+                find_unused_parameters=compute.deterministic or not torch.cuda.is_available(),
+            ),
         ],
     )
     require(

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pipelines.compute import MemoryEstimate, memory_capacity, memory_in_use
-from pipelines.stage import GO_ON, UserError, is_out_of_memory, readable_bytes, to_json
+from pipelines.stage import GO_ON, UserError, flat, is_out_of_memory, readable_bytes, to_json
 
 SHOWN_VIDEOS = 5
 BEAT_S = 2.0
@@ -134,7 +134,7 @@ def require_agreement(accelerator: Accelerator, **facts: Any) -> None:
     """
     everyone = gather_object([{name: to_json(value) for name, value in facts.items()}])
     for rank, theirs in enumerate(everyone):
-        mine, other = _flat(everyone[0]), _flat(theirs)
+        mine, other = flat(everyone[0]), flat(theirs)
         for name in [*mine, *other]:
             if name not in mine or name not in other or mine[name] != other[name]:
                 error = UserError(
@@ -148,14 +148,6 @@ def require_agreement(accelerator: Accelerator, **facts: Any) -> None:
 def summary(names: Sequence[Any]) -> str:
     """A long list in short: ranks that agree on it agree on the list."""
     return f"{len(names):,}, fingerprint {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
-
-
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted names."""
-    if not isinstance(values, dict):
-        return {name: values}
-    return {key: value for part, inner in values.items()
-            for key, value in _flat(inner, f"{name}.{part}".removeprefix(".")).items()}  # fmt: skip
 
 
 class Heartbeat:

@@ -151,8 +151,8 @@ def main(options: Options) -> None:
             f"training {options.encoder.backbone} ({sum(p.numel() for p in encoder.parameters()):,} weights) on "
             f"{describe_devices(accelerator)}: global batch {global_batch}"
             + (f" in parts of {held} on each" if held < options.batch_size else "")
-            + f", learning rate {peak:g}, about {readable_bytes(memory.total(held))} of tensors and at most "
-            f"{options.shuffle_memory} of decoded frames on each; {counted(len(names), 'video')}, "
+            + f", learning rate {peak:g}, about {readable_bytes(memory.total(held, options.batch_size))} of tensors "
+            f"and at most {options.shuffle_memory} of decoded frames on each; {counted(len(names), 'video')}, "
             f"{len(videos.refused)} refused"
         )
 
@@ -173,7 +173,7 @@ def main(options: Options) -> None:
     progress, rates = Progress(place=asdict(PairsState())), Rates(device)
     states = options.output_dir / "training_state"
     guard = FiniteGuard(accelerator, states)
-    checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle)
+    checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle, heartbeat.stop)
     step = checkpoints.load_newest() if options.resume else None
     if step is None:
         step = 0
@@ -185,7 +185,7 @@ def main(options: Options) -> None:
         videos.videos, options.encoder.image_size, options.fps, DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES
     ).to(device)
 
-    mend = "add --micro-batch-size {samples}, which leaves the objective as it is, or lower --batch-size to that"
+    mend = "add --micro-batch-size {samples}, which leaves the objective as it is, and --resume"
     advice = ("--micro-batch-size" if options.micro_batch_size else "--batch-size", mend)
     bar = tqdm(total=options.steps, initial=step, unit="step", desc="encoder", disable=not is_main)
     batches = stream_ahead(lambda pairs: feed(pairs, device), [pairs], workers=1, ahead=2)
@@ -232,6 +232,7 @@ def main(options: Options) -> None:
         trained = FrameEncoder(encoder.config)
         trained.load_state_dict(weights)
         save_artefact(trained, options.output_dir / "encoder")
+        leave_account(account, options.output_dir)
         output.finish(
             {
                 **progress.metrics,
@@ -244,7 +245,6 @@ def main(options: Options) -> None:
                 "damaged_videos": len(account.damaged),
             }
         )
-        leave_account(account, options.output_dir)
         print(
             f"wrote {options.output_dir}/encoder and metrics.json. Next:\n"
             f"  {LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "

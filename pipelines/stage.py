@@ -197,21 +197,33 @@ class RunFolder:
         write_json(self.path / "metrics.json", metrics)
 
 
-MAY_CHANGE = ("resume", "overwrite", "output_dir", "checkpoints", "tracker", "optimizer")
-"""What an unfinished run may be resumed with another value of: a run that diverged needs another learning rate."""
+MAY_CHANGE = re.compile(
+    r"(resume|overwrite|output_dir|tracker|micro_batch_size|checkpoints\..*"
+    r"|optimizer\.(learning_rate|scaling|warmup_steps|clip_norm))"
+)
+"""What an unfinished run may be resumed with another value of: where things go, and what stopped it."""
 
 
 def _require_same_options(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    for name in sorted(now):
-        if before.get(name) == now[name]:
+    old, new = flat(before), flat(now)
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name):
             continue
-        if name not in MAY_CHANGE:
+        if not MAY_CHANGE.fullmatch(name):
             raise UserError(
-                f"{path} was started with {name} = {before.get(name)}, not {now[name]}: "
+                f"{path} was started with {name} = {old.get(name)}, not {new.get(name)}: "
                 "resume with the same options, or add --overwrite to start again"
             )
-        if name == "optimizer":
-            print(f"resuming with {name} = {now[name]} instead of {before.get(name)}")
+        if name.startswith(("optimizer", "micro_batch_size")):
+            print(f"resuming with {name} = {new.get(name)} instead of {old.get(name)}")
+
+
+def flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    if not isinstance(values, dict):
+        return {name: values}
+    return {key: value for part, inner in values.items()
+            for key, value in flat(inner, f"{name}.{part}".removeprefix(".")).items()}  # fmt: skip
 
 
 def leave_account(account: Account, folder: Path, add: bool = False) -> None:

@@ -8,7 +8,7 @@ tracker logs. Ctrl-C saves; the same command with --resume goes on.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from pipelines.checkpoints import CheckpointConfig, Checkpoints
 from pipelines.compute import ComputeConfig, MemoryEstimate, describe_devices, start_accelerator
 from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agreement, summary
 from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
-from pipelines.stage import RunFolder, readable_bytes, require, run_stage, to_json
+from pipelines.stage import RunFolder, UserError, readable_bytes, require, run_stage, to_json
 from pipelines.trackers import start_trackers
 from pipelines.training import Progress, Rates, feed, on_main, save_artefact, step_generator
 
@@ -101,6 +101,7 @@ def main(options: Options) -> None:
         "predictors are small and not split over GPUs: use configs/accelerate/multi_gpu.yaml instead of fsdp.yaml",
     )
     set_seed(options.seed)
+    require_agreement(accelerator, options=options)
 
     train_cache = EmbeddingCache(options.train_cache)
     provenance = train_cache.provenance
@@ -121,7 +122,7 @@ def main(options: Options) -> None:
     fit_ridge_on(splits, held_out, predictor)
 
     clips = [clip.key for split in splits for cache in (split.train, split.validation) for clip in cache.clips]
-    require_agreement(accelerator, options=options, provenance=provenance, clips=summary(clips))
+    require_agreement(accelerator, provenance=provenance, clips=summary(clips))
     inputs = {"provenance": provenance}
     on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, inputs))
     losses: nn.Module = Losses(predictor)
@@ -153,7 +154,7 @@ def main(options: Options) -> None:
     progress, rates = Progress(), Rates(device)
     states = options.output_dir / "training_state"
     guard = FiniteGuard(accelerator, states)
-    checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle)
+    checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle, heartbeat.stop)
     step = checkpoints.load_newest() if options.resume else None
     if step is None:
         best.consider(0, *validate(judged, held_out))
@@ -373,6 +374,7 @@ class Best:
 def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     """Mean and standard deviation of the training embeddings, and of their changes, into the predictor's buffers."""
     runs = [torch.from_numpy(cache.take(run)).double() for run in cache.unbroken_runs()]
+    require_finite(cache, runs)
     count = sum(len(run) for run in runs)
     mean = torch.stack([run.sum(dim=0) for run in runs]).sum(dim=0) / count
     variance = torch.stack([(run - mean).square().sum(dim=0) for run in runs]).sum(dim=0) / count
@@ -380,6 +382,17 @@ def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     predictor.std.copy_(variance.sqrt().clamp_min(1e-6))
     squares = torch.stack([changes(predictor.standardise(run)[None])[0].square().sum(dim=0) for run in runs]).sum(dim=0)
     predictor.change_std.copy_((squares / max(1, count - len(runs))).sqrt().clamp_min(1e-6))
+
+
+def require_finite(cache: EmbeddingCache, found: Iterable[Tensor]) -> None:
+    """Raises `UserError` naming the first clip that holds NaN or infinity, if `found` in the cache are any."""
+    if all(bool(part.isfinite().all()) for part in found):
+        return
+    clips = [clip for clip in cache.clips if not np.isfinite(cache.clip_embeddings(clip)).all()]
+    raise UserError(
+        f"{cache.folder} holds embeddings that are not finite, first of {clips[0].key.source}: "
+        f"see what is wrong with pipelines/inspect_cache.py --cache {cache.folder} --verify"
+    )
 
 
 class Split(NamedTuple):
@@ -424,7 +437,9 @@ def spread_windows(cache: EmbeddingCache, predictor: Predictor, length: int, mos
     """At most `most` windows, spread evenly over a cache, standardised (N, length, D)."""
     windows = Windows(cache, length)
     spaced = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
-    return predictor.standardise(windows.take(spaced))
+    taken = windows.take(spaced)
+    require_finite(cache, [taken])
+    return predictor.standardise(taken)
 
 
 def validation_errors(splits: list[Split], predictor: Predictor) -> Tensor:
