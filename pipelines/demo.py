@@ -41,7 +41,7 @@ class Options:
     """Where videos, caches, models and pictures are left."""
     train_clips: int = 1000
     """Clips to train on; a tenth as many are made for validation, and as many again for the test."""
-    encoder_steps: int = 1000
+    encoder_steps: int = 1300
     """Optimiser steps of the encoder."""
     predictor_steps: int = 800
     """Optimiser steps of the predictor."""
