@@ -8,7 +8,7 @@ beside an eager float32 loop of the same network, views, objective and optimiser
 Predictor: `train_predictor.py` on a cache of random embeddings beside the same steps on windows that lie on the device.
 Contestants take turns; medians of samples per second, which leave out start-up, validation and logging for all alike.
 
-  python benchmarks/training.py --preset configs/presets/laptop_cpu.yaml
+  python benchmarks/training.py --time-preset configs/presets/laptop_cpu.yaml
 
 Time and memory of a shipped preset on this machine instead: both stages with it for a few steps, and what the whole run
 would take at that rate. On one of 8 GPUs it is a projection that leaves out what they say to each other.
@@ -67,7 +67,7 @@ class Options:
     """For `pretrain_encoder.py`."""
     predictor_options: str = ""
     """For `train_predictor.py`."""
-    preset: Path | None = None
+    time_preset: Path | None = None
     """Time this preset instead; only `videos`, `stages`, `steps` and `output_dir` count beside it."""
     stages: tuple[str, ...] = ("encoder", "predictor")
     """Which to time."""
@@ -87,8 +87,8 @@ def main(options: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(os.cpu_count() or 1)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    if options.preset is not None:
-        time_preset(options.preset, paths, options, name)
+    if options.time_preset is not None:
+        time_preset(options.time_preset, paths, options, name)
         return
     print(f"{options.backbone}, {options.size}x{options.size}, batch {options.batch_size}, on {name}")
     results: dict[str, float] = {}

@@ -13,9 +13,8 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from os import cpu_count
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +86,7 @@ class FramePairs:
         progress: show a progress bar while the first block is decoded.
         phases: sample each video on this many clocks, shifted against each other.
         strict: damage inside a video is an error.
+        workers: threads that decode, one a core by default.
 
     Raises:
         VideoError: from iteration, if the videos hold fewer pairs than one batch, or, with `strict`, are damaged.
@@ -105,7 +105,9 @@ class FramePairs:
         progress: bool = True,
         phases: int = 1,
         strict: bool = False,
+        workers: int | None = None,
     ) -> None:
+        self.workers = workers
         self.size, self.fps, self.batch_size, self.seed = size, fps, batch_size, seed
         self.rank, self.ranks, self.memory_bytes, self.progress = rank, ranks, memory_bytes, progress
         self.phases_s = clock_phases_s(fps, phases)
@@ -117,11 +119,12 @@ class FramePairs:
         self.account = Account()
         """What has been read so far, each stretch counted once."""
         self._accounted: set[Stretch] = set()
-        self._closed = Event()
+        self._closed, self._closing = Event(), Lock()
 
     def close(self) -> None:
-        """Let threads that are decoding come to an end: no further batch is wanted."""
-        self._closed.set()
+        """Let threads that are decoding come to an end: no further batch is wanted, and the account is complete."""
+        with self._closing:
+            self._closed.set()
 
     def __iter__(self) -> Iterator[Pairs]:
         with ThreadPoolExecutor(max_workers=1) as ahead:
@@ -171,14 +174,16 @@ class FramePairs:
 
     def _decode(self, block: list[Stretch], show: bool) -> list[Decoded]:
         """Frames and pairs of each stretch."""
-        workers = max(1, (cpu_count() or 1) // self.ranks)
         bar = tqdm(total=len(block), unit="stretch", desc="decoding videos", leave=False, disable=not show)
         decoded = []
-        for stretch, (part, seconds, damage) in zip(block, map_ahead(self._read, block, workers), strict=True):
-            decoded.append(part)
-            if stretch not in self._accounted:
-                self._accounted.add(stretch)
-                self.account.add(stretch.video.path, seconds, damage)
+        for stretch, (part, seconds, damage) in zip(block, map_ahead(self._read, block, self.workers), strict=True):
+            with self._closing:  # after which nobody touches the account
+                if self._closed.is_set():
+                    break
+                decoded.append(part)
+                if stretch not in self._accounted:
+                    self._accounted.add(stretch)
+                    self.account.add(stretch.video.path, seconds, damage)
             bar.update()
         bar.close()
         return decoded

@@ -63,7 +63,13 @@ class Terms(NamedTuple):
     """Their sum is the loss."""
 
 
-def objective(first: Tensor, second: Tensor, config: ObjectiveConfig, generator: torch.Generator) -> Terms:
+def objective(
+    first: Tensor,
+    second: Tensor,
+    config: ObjectiveConfig,
+    generator: torch.Generator,
+    rows: Sequence[int] | None = None,
+) -> Terms:
     """The objective on the expander outputs of two views. Collective when several processes run.
 
     Args:
@@ -72,6 +78,7 @@ def objective(first: Tensor, second: Tensor, config: ObjectiveConfig, generator:
         second: (N, D) outputs of the second view.
         config: which objective, and its weights.
         generator: in the same state on all ranks; only `sigreg` draws from it.
+        rows: N of each rank, where it is known: otherwise they are exchanged, and the host waits for the device.
 
     Returns:
         The terms over the global batch, equal on all ranks.
@@ -81,7 +88,7 @@ def objective(first: Tensor, second: Tensor, config: ObjectiveConfig, generator:
     """
     if first.shape != second.shape or first.ndim != 2:
         raise ValueError(f"views have shapes {tuple(first.shape)} and {tuple(second.shape)}: both must be (N, D)")
-    rows = rows_of_ranks(len(first), first.device)
+    rows = rows or rows_of_ranks(len(first), first.device)
     if sum(rows) < 2:
         raise ValueError(f"a batch of {sum(rows)} has no spread to speak of: use a batch of at least 2")
     with torch.autocast(first.device.type, enabled=False):

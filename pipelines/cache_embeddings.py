@@ -119,7 +119,6 @@ def main(options: Options) -> None:
     if is_main:
         leave_account(total, options.output_dir, add=True)
         summarise(options)
-    accelerator.wait_for_everyone()
     heartbeat.stop()
     accelerator.end_training()
 

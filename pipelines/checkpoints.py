@@ -19,7 +19,7 @@ import torch.distributed as distributed
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from pipelines.stage import Interrupted, UserError, require, write_json
+from pipelines.stage import Interrupted, UserError, require, said_by_all, write_json
 
 COMPLETE = "complete.json"
 """Written last into a checkpoint: its steps, the number of processes, and size and checksum of each file."""
@@ -96,8 +96,7 @@ class Checkpoints:
                 f"{newest} was saved by {processes} processes, and {running} are running: "
                 f"resume with {processes}, or add --overwrite to start again"
             )
-            error.on_all_ranks = True  # type: ignore[attr-defined]  # one of them is enough to say it
-            raise error
+            raise said_by_all(error)
         self.accelerator.load_state(str(newest))
         vars(self.progress).update(json.loads((newest / self._progress_file()).read_text()))
         self.saved_step = int(newest.name.removeprefix("step_"))
@@ -162,7 +161,8 @@ class Checkpoints:
             raise KeyboardInterrupt
         self.received = signal_number
         if self.accelerator.is_main_process:
-            print("\nsaving after this step; Ctrl-C again to stop at once", file=sys.stderr)
+            # Not by print: the progress bar may be writing at this moment, and streams refuse to be entered twice.
+            os.write(2, b"\nsaving after this step; Ctrl-C again to stop at once\n")
 
 
 def seal(folder: Path, facts: dict[str, int]) -> None:

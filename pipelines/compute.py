@@ -55,7 +55,7 @@ def start_accelerator(
     Raises:
         UserError: the processes that were started are not those that accelerate sees, or a tracker is unknown.
     """
-    compute = compute or ComputeConfig()
+    compute = compute or ComputeConfig(tf32=False)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -84,8 +84,14 @@ def start_accelerator(
         # torch before 2.15 has no other name for it.
         set_timeout = getattr(distributed, "set_timeout", None) or distributed.distributed_c10d._set_pg_timeout
         set_timeout(LONGEST_WAIT)
+    require(
+        accelerator.mixed_precision != "fp16" or accelerator.device.type == "cuda",
+        "precision fp16 needs a GPU: take --compute.precision bf16 or fp32",
+    )
     if accelerator.device.type == "cuda":
-        torch.backends.fp32_precision = "tf32" if compute.tf32 else "ieee"  # type: ignore[attr-defined]
+        # By the older of torch's two interfaces: once the newer is used, its own compiler fails to read the older.
+        torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = compute.tf32
     elif processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # `accelerate launch` sets OMP_NUM_THREADS to 1 where it expects a GPU: half a laptop would stand idle.
         torch.set_num_threads(os.cpu_count() or 1)

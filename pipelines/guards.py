@@ -18,9 +18,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pipelines.compute import MemoryEstimate, memory_capacity, memory_in_use
-from pipelines.stage import GO_ON, UserError, flat, is_out_of_memory, readable_bytes, to_json
+from pipelines.stage import GO_ON, UserError, flat, is_out_of_memory, readable_bytes, said_by_all, to_json
 
 SHOWN_VIDEOS = 5
+SMALLEST_SCALE = 1e-3
+"""Of the loss in fp16; healthy runs have thousands."""
 BEAT_S = 2.0
 SILENCE_S = 30.0
 """After which a rank counts as dead. Its heart beats in a thread of its own, however long a step may take."""
@@ -43,13 +45,13 @@ class FiniteGuard:
 
     Args:
         accelerator: tells the precision and the device.
-        states: folder of the checkpoints, of which there is at least one.
+        states: folder of the checkpoints.
     """
 
     def __init__(self, accelerator: Accelerator, states: Path) -> None:
         self.states = states
         # With fp16, infinite gradients are ordinary: the scaler skips the step and lowers its scale.
-        self.gradients_count = accelerator.mixed_precision != "fp16"
+        self.scaler = accelerator.scaler
         self.asynchronous = accelerator.device.type == "cuda"
         self.watched: deque[_Watched] = deque()
 
@@ -62,7 +64,7 @@ class FiniteGuard:
             loss: scalar.
             gradient_norm: scalar, of the gradient averaged over ranks.
         """
-        values = [loss.detach(), gradient_norm.detach()] if self.gradients_count else [loss.detach()]
+        values = [loss.detach(), gradient_norm.detach()] if self.scaler is None else [loss.detach()]
         finite = torch.stack([value.float() for value in values]).isfinite().all()
         ready = None
         if self.asynchronous:
@@ -71,6 +73,14 @@ class FiniteGuard:
             ready.record()
         self.watched.append(_Watched(step, videos, finite, ready))
         self.settle(but=1 if self.asynchronous else 0)
+
+    def check_scale(self, step: int) -> None:
+        """Raises `UserError` if gradients in fp16 are never finite: the scaler has lowered its scale to nothing."""
+        if self.scaler is not None and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise UserError(
+                f"gradients are not finite in fp16 (step {step}, loss scale {self.scaler.get_scale():g}): "
+                "take --compute.precision bf16 or fp32"
+            )
 
     def settle(self, but: int = 0) -> None:
         """Look at all steps' numbers but those of the last few.
@@ -137,12 +147,10 @@ def require_agreement(accelerator: Accelerator, **facts: Any) -> None:
         mine, other = flat(everyone[0]), flat(theirs)
         for name in [*mine, *other]:
             if name not in mine or name not in other or mine[name] != other[name]:
-                error = UserError(
+                raise said_by_all(UserError(
                     f"rank {rank} has {name} = {other.get(name)}, rank 0 has {mine.get(name)}: "
                     "start all of them with the same command, code and data"
-                )
-                error.on_all_ranks = True  # type: ignore[attr-defined]  # one of them is enough to say it
-                raise error
+                ))  # fmt: skip
 
 
 def summary(names: Sequence[Any]) -> str:
@@ -173,8 +181,8 @@ class Heartbeat:
 
     def stop(self) -> None:
         """From now on ranks may go. Collective, so that none goes while another still watches it."""
-        self.stopped.set()
         self.accelerator.wait_for_everyone()
+        self.stopped.set()
 
     def _beat(self) -> None:
         """Count up, and see whether the others do."""

@@ -6,7 +6,8 @@ import difflib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -40,8 +41,9 @@ def parse_options(options_type: type[Options], description: str | None) -> Optio
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise PresetError(f"--preset {known.preset} holds no sections of options, named like the stages")
     stages = {path.stem for path in stage.parent.glob("*.py")}
-    for name in sorted(sections.keys() - stages, key=str):
-        raise PresetError(f"--preset {known.preset} has a section '{name}', which is no stage: {_hint(name, stages)}")
+    if unknown := sorted(sections.keys() - stages, key=str):
+        hint = _hint(unknown[0], stages)
+        raise PresetError(f"--preset {known.preset} has a section '{unknown[0]}', which is no stage: {hint}")
     values = sections.get(stage.stem, {})
     return tyro.cli(options_type, description=help_text, args=rest, default=_filled(options_type, values, known.preset))
 
@@ -81,6 +83,8 @@ def _filled(options: Any, values: dict[str, Any], preset: Path, place: str = "")
 
 def _converted(value: Any, kind: Any) -> Any:
     """A value as the type of its field; an error says what it should have been."""
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(one for one in get_args(kind) if one is not NoneType)  # Path | None: a path
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value

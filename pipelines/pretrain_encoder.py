@@ -48,6 +48,7 @@ from pipelines.trackers import start_trackers
 from pipelines.training import (
     Progress,
     Rates,
+    cores_of_this_process,
     feed,
     find_usable_videos,
     on_main,
@@ -56,6 +57,8 @@ from pipelines.training import (
 )
 
 DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES = 16, 16
+SHARED = 2**32 - 1
+"""A rank that there is not, for the random numbers that all of them share."""
 FIRST_ALARM_STEP = 50
 """Before, nothing has had time to spread out, and batch normalisation has seen too little: every run would alarm."""
 
@@ -124,9 +127,14 @@ def main(options: Options) -> None:
     accelerator = start_accelerator(options.compute, options.tracker, options.output_dir / "logs")
     heartbeat = Heartbeat(accelerator)
     is_main, device = accelerator.is_main_process, accelerator.device
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
     require(
-        accelerator.distributed_type != DistributedType.FSDP
-        or not (options.micro_batch_size or options.optimizer.ema_decay),
+        not fsdp or accelerator.mixed_precision == "no",
+        f"precision {accelerator.mixed_precision} does not go with fsdp.yaml, which would turn weights into it: take "
+        "--compute.precision fp32",
+    )
+    require(
+        not fsdp or not (options.micro_batch_size or options.optimizer.ema_decay),
         "--micro-batch-size and --optimizer.ema-decay need whole weights: take configs/accelerate/multi_gpu.yaml, not "
         "fsdp.yaml",
     )
@@ -157,7 +165,7 @@ def main(options: Options) -> None:
         )
 
     network = synchronise_batch_norm(network.to(device))
-    if options.channels_last and accelerator.distributed_type != DistributedType.FSDP:  # which refuses them
+    if options.channels_last and not fsdp:  # which refuses them
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if options.compute.compile:
         encoder.compile()
@@ -169,6 +177,7 @@ def main(options: Options) -> None:
     pairs = FramePairs(
         videos.videos, options.encoder.image_size, options.fps, options.batch_size, options.seed,
         accelerator.process_index, accelerator.num_processes, shuffle_memory, is_main, options.phases, options.strict,
+        cores_of_this_process(),
     )  # fmt: skip
     progress, rates = Progress(place=asdict(PairsState())), Rates(device)
     states = options.output_dir / "training_state"
@@ -177,15 +186,20 @@ def main(options: Options) -> None:
     step = checkpoints.load_newest() if options.resume else None
     if step is None:
         step = 0
-        if accelerator.distributed_type != DistributedType.FSDP:  # where saving itself would take an optimiser step
+        if not fsdp:  # where saving itself would take an optimiser step
             checkpoints.save(step)
     pairs.state = PairsState(**progress.place)
     start_trackers(accelerator, "pretrain_encoder", to_json(options), step)
     sequences = read_sequences(
         videos.videos, options.encoder.image_size, options.fps, DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES
     ).to(device)
+    require_agreement(accelerator, frames_for_diagnostics=list(sequences.shape))
 
-    mend = "add --micro-batch-size {samples}, which leaves the objective as it is, and --resume"
+    mend = (
+        "lower it to {samples}, with --overwrite"
+        if fsdp
+        else "add --micro-batch-size {samples}, which leaves the objective as it is, and --resume"
+    )
     advice = ("--micro-batch-size" if options.micro_batch_size else "--batch-size", mend)
     bar = tqdm(total=options.steps, initial=step, unit="step", desc="encoder", disable=not is_main)
     batches = stream_ahead(lambda pairs: feed(pairs, device), [pairs], workers=1, ahead=2)
@@ -199,7 +213,7 @@ def main(options: Options) -> None:
         generator = step_generator(options.seed, step, accelerator.process_index, device)
         with memory_advice(memory, held, *advice, device):
             views = make_views(batch.frames, batch.following, options.views, generator)
-            terms = backward(accelerator, network, views, held, options, step)
+            terms = forward_and_backward(accelerator, network, views, held, options, step)
             gradient_norm = accelerator.clip_grad_norm_(network.parameters(), clip_length(options.optimizer))
             guard.watch(step, batch.videos, terms.loss, gradient_norm)
             optimizer.step()
@@ -217,6 +231,7 @@ def main(options: Options) -> None:
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
             values |= {f"weighted_{name}": value.item() for name, value in terms.weighted.items()}
             progress.report(metrics | values, alarms if step >= FIRST_ALARM_STEP else [], step, bar)
+            guard.check_scale(step)
             extra = {"gradient_norm": gradient_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
             accelerator.log({**progress.metrics, **extra, **speed}, step=step)
             rates.start()
@@ -250,7 +265,6 @@ def main(options: Options) -> None:
             f"  {LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "
             f"--encoder {options.output_dir}/encoder --fps {options.fps:g} --output-dir cache/train"
         )
-    accelerator.wait_for_everyone()
     heartbeat.stop()
     accelerator.end_training()
 
@@ -267,16 +281,16 @@ class Pretraining(nn.Module):
         return embeddings, self.expander(embeddings)
 
 
-def backward(
+def forward_and_backward(
     accelerator: Accelerator, network: nn.Module, views: tuple[Tensor, Tensor], held: int, options: Options, step: int
 ) -> Terms:
     """Forward and backward pass of the objective of the whole batch on all ranks, `held` frames at a time."""
-    # A rank that there is not: the random numbers that all of them share.
-    shared = step_generator(options.seed, step, accelerator.num_processes, torch.device("cpu"))
+    shared = step_generator(options.seed, step, SHARED, torch.device("cpu"))
+    rows = [options.batch_size] * accelerator.num_processes
     if held == options.batch_size:
         _, outputs = network(torch.cat(views))  # (2 B, E)
         first, second = outputs.chunk(2)
-        terms = objective(first, second, options.objective, shared)
+        terms = objective(first, second, options.objective, shared, rows)
         accelerator.backward(terms.loss)
         return terms
 
@@ -291,7 +305,7 @@ def backward(
         with accelerator.autocast():
             outputs = pretraining.expander(torch.cat([torch.cat(view) for view in halves])).float()
         first, second = outputs.chunk(2)
-        return objective(first, second, options.objective, shared)
+        return objective(first, second, options.objective, shared, rows)
 
     # Both views of the same frames, so that batch normalisation in the encoder sees both.
     parts = [torch.cat(both) for both in zip(*(view.split(held) for view in views), strict=True)]

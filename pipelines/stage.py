@@ -49,6 +49,12 @@ OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED|st
 """How a GPU, its libraries and the CPU's allocator say it."""
 
 
+def said_by_all(error: Exception) -> Exception:
+    """Mark an error that all ranks raise alike: one of them is enough to say it."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
 class Interrupted(Exception):
     """The stage was asked to stop and has saved its work."""
 
@@ -95,7 +101,10 @@ def _explain(error: BaseException) -> tuple[int, str]:
         case Interrupted():
             return error.exit_code, "" if rank else f"\n{error}"
         case KeyboardInterrupt():
-            return 128 + signal.SIGINT, "" if rank else "\ninterrupted: run the same command again to continue"
+            return (
+                128 + signal.SIGINT,
+                "" if rank else "\ninterrupted: run the same command again to continue, a trainer with --resume",
+            )
         case UserError() | VideoError() | CacheError() | SidecarError() | ConfigurationError() | PresetError():
             return 1, f"{prefix}error: {error}"
         case OSError():
@@ -169,9 +178,10 @@ class RunFolder:
         """Make the folder and record the run; called on one rank, after all inputs have been checked.
 
         Raises:
-            UserError: the folder holds a run, and neither `overwrite` nor `resume` says what to do with it, or the
-                run to be resumed was started with other options.
+            UserError: both `overwrite` and `resume` are given; the folder holds a run, and neither says what to do with
+                it; or the run to be resumed was started with other options.
         """
+        require(not (overwrite and resume), "--overwrite starts again and --resume goes on: give one of them")
         record = {"options": to_json(options), "inputs": inputs or {}, **environment()}
         recorded = self.path / "config.json"
         if overwrite:

@@ -169,7 +169,9 @@ def main(options: Options) -> None:
     while step < options.steps:
         batch = rates.wait_for(batches, global_batch)
         set_learning_rate(optimizer, lr_at(step, options.steps, options.optimizer.warmup_steps, peak))
-        with memory_advice(memory, options.batch_size, "--batch-size", "lower it to {samples}", device):
+        with memory_advice(
+            memory, options.batch_size, "--batch-size", "lower it to {samples}, with --overwrite", device
+        ):
             window = predictor.standardise(batch.windows)
             noisy = window + options.input_noise * predictor.change_std * batch.noise
             terms = losses(noisy, window)
@@ -193,6 +195,7 @@ def main(options: Options) -> None:
                 "of copy": f"{metrics['validation_relative_to_copy_last']:.3f}",
             })  # fmt: skip
             progress.report(metrics, alarms, step, bar)
+            guard.check_scale(step)
             extra = {"gradient_norm": gradient_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
             accelerator.log({**metrics, **extra, **speed}, step=step)
             rates.start()
@@ -221,7 +224,6 @@ def main(options: Options) -> None:
             f"  python pipelines/evaluate_rollout.py --cache cache/test --predictor {options.output_dir}/predictor "
             "--output-dir runs/evaluation"
         )
-    accelerator.wait_for_everyone()
     heartbeat.stop()
     accelerator.end_training()
 

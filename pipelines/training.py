@@ -1,5 +1,6 @@
 """What both trainers share: the videos they use, randomness from (seed, step), how fast they are, what they leave."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from data.manifest import VideoList, check_videos
 from pipelines.compute import memory_in_use
+from pipelines.stage import said_by_all
 
 Result = TypeVar("Result")
 Batch = TypeVar("Batch", bound=tuple[Any, ...])
@@ -31,8 +33,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | No
             failure = [error]
     broadcast_object_list(failure)
     if failure[0] is not None:
-        failure[0].on_all_ranks = True  # type: ignore[attr-defined]  # one of them is enough to say it
-        raise failure[0]
+        raise said_by_all(failure[0])
     return result
 
 
@@ -54,6 +55,12 @@ def find_usable_videos(
         return check_videos([manifest], fps, strict=strict, progress=False)
 
     return main_first(accelerator, check)
+
+
+def cores_of_this_process() -> int:
+    """How many threads may decode: the cores that this process may use, shared with the others on its machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
@@ -79,8 +86,8 @@ def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         copied.record_stream(torch.cuda.default_stream(device))  # its memory is not reused before that is done with it
         return copied
 
-    # Of this thread alone. Two pools of threads on the same cores wait for each other in busy loops: training from a
-    # cache ran at .69 of what it does with one.
+    # Of this thread and those that it starts. Two pools of threads on the same cores wait for each other in busy loops:
+    # training from a cache ran at .69 of what it does with one.
     torch.set_num_threads(1)
     for batch in batches:
         copied = type(batch)(*map(copy, batch))
@@ -96,7 +103,7 @@ class Progress:
     place: dict[str, int] = field(default_factory=dict)
     """In the data."""
     seconds: float = 0.0
-    """Of training, up to the last entry in the log."""
+    """That the run has lived, up to the last entry in the log: training, validation and the start of each life."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last entry in the log."""
     alarms: list[str] = field(default_factory=list)
@@ -136,7 +143,7 @@ class Rates:
         self.samples, self.waited_s, self.since = 0, 0.0, time.monotonic()
 
     def wait_for(self, batches: Iterator[Result], samples: int) -> Result:
-        """The next batch, of so many samples on all ranks."""
+        """The next batch, of so many samples on all ranks. Raises StopIteration if there is none."""
         began = time.monotonic()
         batch = next(batches)
         self.waited_s += time.monotonic() - began
@@ -158,7 +165,7 @@ class Rates:
 
 
 def save_artefact(module: torch.nn.Module, folder: Path) -> None:
-    """Write `model.safetensors` and `config.json`, replacing an older artefact in one move."""
+    """Write `model.safetensors` and `config.json`; an older artefact gives way when the new one is whole."""
     unfinished = folder.with_name(f".tmp.{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     module.save_pretrained(unfinished)  # type: ignore[operator]

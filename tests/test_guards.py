@@ -283,8 +283,9 @@ def states(tmp_path):
     return tmp_path
 
 
-def watch(states, loss, norm=1.0, precision="no", videos=9):
-    guard = FiniteGuard(SimpleNamespace(mixed_precision=precision, device=torch.device("cpu")), states)
+def watch(states, loss, norm=1.0, scale=None, videos=9):
+    scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+    guard = FiniteGuard(SimpleNamespace(scaler=scaler, device=torch.device("cpu")), states)
     guard.watch(11, [Path(f"{index}.mp4") for index in range(videos)], torch.tensor(loss), torch.tensor(norm))
     return guard
 
@@ -300,12 +301,14 @@ def test_guard_names_step_videos_and_the_newest_checkpoint(bad, states):
 
 
 def test_guard_leaves_gradients_of_fp16_to_the_scaler(states):
-    watch(states, 1.0, float("inf"), "fp16")
-    watch(states, 1e30, 1.0, "bf16")
+    watch(states, 1.0, float("inf"), scale=1024.0).check_scale(12)
+    watch(states, 1e30, 1.0).check_scale(12)
     with pytest.raises(UserError):
-        watch(states, float("nan"), 1.0, "fp16")
+        watch(states, float("nan"), 1.0, scale=1024.0)
     with pytest.raises(UserError):
-        watch(states, 1.0, float("inf"), "bf16")
+        watch(states, 1.0, float("inf"))
+    with pytest.raises(UserError, match="not finite in fp16"):  # the scaler has skipped one step after the other
+        watch(states, 1.0, float("inf"), scale=1e-6).check_scale(12)
 
 
 def test_guard_looks_at_a_step_when_the_next_is_under_way_and_at_all_before_a_checkpoint(states, monkeypatch):
@@ -321,7 +324,7 @@ def test_guard_looks_at_a_step_when_the_next_is_under_way_and_at_all_before_a_ch
             Event.waited += 1
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    guard = FiniteGuard(SimpleNamespace(mixed_precision="no", device=torch.device("cuda")), states)
+    guard = FiniteGuard(SimpleNamespace(scaler=None, device=torch.device("cuda")), states)
     one, bad = torch.tensor(1.0), torch.tensor(float("nan"))
     guard.watch(0, [], one, one)
     assert (len(guard.watched), Event.waited) == (1, 0)
