@@ -9,7 +9,6 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +18,7 @@ import torch.distributed as distributed
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from pipelines.compute import LONGEST_WAIT
 from pipelines.stage import Interrupted, UserError, require, said_by_all, write_json
 
 COMPLETE = "complete.json"
@@ -70,7 +70,7 @@ class Checkpoints:
         self.saved_step, self.saved_at = -1, time.monotonic()
         # Agreed upon through the CPU: nobody has to wait for the GPU's queue of work to run empty.
         several_gpus = accelerator.num_processes > 1 and accelerator.device.type == "cuda"
-        self.group = distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if several_gpus else None
+        self.group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT) if several_gpus else None
 
     def load_newest(self) -> int | None:
         """Load the newest complete state and return its number of steps; None if there is none. Collective.

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers, on_main_process
 
-from pipelines.stage import UserError, require, to_json, write_json
+from pipelines.stage import UserError, flat, require, to_json, write_json
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "csv", "none")
 LONGEST_OPTION = 500
@@ -94,21 +94,19 @@ def start_trackers(accelerator: Accelerator, stage: str, options: dict[str, Any]
         raise UserError(f"the tracker {library} could not start: {reason}") from error
 
 
-def flatten(options: Any, prefix: str = "") -> dict[str, str | int | float | bool]:
+def flatten(options: Any) -> dict[str, str | int | float | bool]:
     """Nested options as dotted names and plain values; a list becomes one text, and long texts are cut.
 
     TensorBoard rejects nested dicts and tuples.
     """
-    flat: dict[str, str | int | float | bool] = {}
-    for name, value in to_json(options).items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, bool | int | float):
-            flat[prefix + name] = value
-        else:
-            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            flat[prefix + name] = text if len(text) <= LONGEST_OPTION else text[: LONGEST_OPTION - 3] + "..."
-    return flat
+    return {name: _plain(value) for name, value in flat(to_json(options)).items()}
+
+
+def _plain(value: Any) -> str | int | float | bool:
+    if isinstance(value, bool | int | float):
+        return value
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= LONGEST_OPTION else text[: LONGEST_OPTION - 3] + "..."
 
 
 class CurveFile(GeneralTracker):  # type: ignore[misc]

@@ -162,8 +162,8 @@ def main(options: Options) -> None:
     start_trackers(accelerator, "train_predictor", to_json(options), step)
     checkpoints.listen()
 
-    draw = Draw(windows, options, accelerator.process_index)
-    batches = stream_ahead(lambda first: feed(draw.batches(first), device), [step], workers=1, ahead=2)
+    drawn = draw_batches(windows, options, accelerator.process_index, step)
+    batches = stream_ahead(lambda drawn: feed(drawn, device), [drawn], workers=1, ahead=2)
     bar = tqdm(total=options.steps, initial=step, unit="step", desc="predictor", disable=not is_main)
     rates.start()
     while step < options.steps:
@@ -239,24 +239,14 @@ class Batch(NamedTuple):
     """Those that the windows are from, each once."""
 
 
-class Draw:
-    """Draws batches: each a function of seed, step and rank alone."""
-
-    def __init__(self, windows: list[Windows], options: Options, rank: int) -> None:
-        self.windows, self.options, self.rank = windows, options, rank
-
-    def batches(self, step: int) -> Iterator[Batch]:
-        """From this step on, each member's windows from its own split."""
-        options = self.options
-        while step < options.steps:
-            generator = step_generator(options.seed, step, self.rank, torch.device("cpu"))
-            drawn = [
-                part.sample(options.batch_size, generator) for part in self.windows for _ in range(options.members)
-            ]
-            windows = torch.stack([windows for windows, _ in drawn])
-            videos = sorted({Path(clip.key.source) for _, clips in drawn for clip in clips})
-            yield Batch(windows, torch.randn(windows.shape, generator=generator), tuple(videos))
-            step += 1
+def draw_batches(windows: list[Windows], options: Options, rank: int, step: int) -> Iterator[Batch]:
+    """From this step on, each member's windows from its own split; each batch a function of seed, step and rank."""
+    for at in range(step, options.steps):
+        generator = step_generator(options.seed, at, rank, torch.device("cpu"))
+        drawn = [part.sample(options.batch_size, generator) for part in windows for _ in range(options.members)]
+        stacked = torch.stack([taken for taken, _ in drawn])
+        videos = sorted({Path(clip.key.source) for _, clips in drawn for clip in clips})
+        yield Batch(stacked, torch.randn(stacked.shape, generator=generator), tuple(videos))
 
 
 class Losses(nn.Module):

@@ -1,5 +1,7 @@
 """Fixtures that several test files share. Videos here carry the number of each frame in its pixels."""
 
+import multiprocessing
+import multiprocessing.forkserver
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -133,3 +135,21 @@ def write_cache(make_provenance):
         return folder
 
     return write
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Import the stages once; each process of the context `forkserver` is a fork of that one."""
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONWARNINGS": "ignore",
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed is gone: glibc would keep up to half of what training needs
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipelines.pretrain_encoder", "pipelines.train_predictor", "timm.optim.lars"])
+        multiprocessing.forkserver.ensure_running()
+        yield

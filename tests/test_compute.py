@@ -35,23 +35,7 @@ BF16 = SimpleNamespace(mixed_precision="bf16")
 
 
 FORKS = multiprocessing.get_context("forkserver")
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONWARNINGS": "ignore",
-    "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed is gone: glibc would keep up to half of what training needs
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forks():
-    """Import the stages once; each process is a fork of that one."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        FORKS.set_forkserver_preload(["pipelines.pretrain_encoder", "pipelines.train_predictor", "timm.optim.lars"])
-        multiprocessing.forkserver.ensure_running()
-        yield
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 @pytest.fixture

@@ -29,25 +29,9 @@ from pipelines.stage import UserError, _explain, run_stage
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONWARNINGS": "ignore",
-    "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed is gone: glibc would keep up to half of what training needs
-}
+pytestmark = pytest.mark.usefixtures("forks")
 SMALL = "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.width 16 --tracker none"
 QUICK = {"SILENCE_S": 2.0, "BEAT_S": 0.2, "GRACE_S": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forks():
-    """Import the stages once; each process is a fork of that one."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        FORKS.set_forkserver_preload(["pipelines.pretrain_encoder", "pipelines.train_predictor", "timm.optim.lars"])
-        multiprocessing.forkserver.ensure_running()
-        yield
 
 
 @pytest.fixture(scope="module")
