@@ -1,17 +1,28 @@
-"""True state beside a video: `clip.csv` next to `clip.mp4`, one row a frame, with a `time_s` column."""
+"""True state beside a video: `clip.csv` next to `clip.mp4`, a row for each frame or for each of some moments.
+
+The column `time_s` says when, in seconds since the first displayed frame; without it, `frame` says which decoded frame
+of the video, counted from 0 in presentation order. All other columns are state.
+"""
 
 import csv
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+
+from data.decoder import Damage
+from data.embedding_cache import EmbeddingCache
+from data.video import IMAGE_FPS, open_video
 
 
 class SidecarError(Exception):
     """A CSV that cannot be used; the message names it and the reason."""
 
 
-def read_sidecar(video: Path, times_s: np.ndarray, columns: Sequence[str], tolerance_s: float) -> np.ndarray:
+def read_sidecar(
+    video: Path, times_s: np.ndarray, columns: Sequence[str], tolerance_s: float, image_fps: float = IMAGE_FPS
+) -> np.ndarray:
     """The rows nearest in time to the given frames.
 
     Args:
@@ -19,30 +30,21 @@ def read_sidecar(video: Path, times_s: np.ndarray, columns: Sequence[str], toler
         times_s: (T,), seconds since the first displayed frame.
         columns: which columns.
         tolerance_s: a row must be at least this near.
+        image_fps: rate of a folder of images.
 
     Returns:
         float64 (T, columns).
 
     Raises:
-        SidecarError: the CSV or a column is missing, a value is not a number, or no row is near enough to a frame.
+        SidecarError: the CSV or a column is missing, a value is not a number, the video has no such frame, or no row is
+            near enough to a frame.
+        VideoError: frames are counted, and the video cannot be opened.
     """
     path = video.with_suffix(".csv")
-    if not path.exists():
-        raise SidecarError(f"{path}: there is no such file, and {video.name} has no state to probe for without it")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        known = reader.fieldnames or []
-        for column in ("time_s", *columns):
-            if column not in known:
-                raise SidecarError(f"{path}: there is no column '{column}' among {', '.join(known)}")
-        try:
-            rows = np.array([[float(row["time_s"]), *(float(row[column]) for column in columns)] for row in reader])
-        except (TypeError, ValueError) as error:
-            raise SidecarError(f"{path}: a value is not a number ({error})") from error
-    if not np.isfinite(rows).all():
-        raise SidecarError(f"{path}: a value is not a number (row {int((~np.isfinite(rows)).any(axis=1).argmax())})")
-    if len(rows) == 0:
-        raise SidecarError(f"{path}: there are no rows in it")
+    clock, rows = _read_table(path, columns)
+    if clock == "frame":
+        rows[:, 0] = _frame_times_s(video, rows[:, 0], path, image_fps)
+    rows = rows[rows[:, 0].argsort(kind="stable")]
     after = np.searchsorted(rows[:, 0], times_s).clip(1, max(1, len(rows) - 1)).clip(max=len(rows) - 1)
     before = np.maximum(after - 1, 0)
     nearer_before = np.abs(rows[before, 0] - times_s) <= np.abs(rows[after, 0] - times_s)
@@ -52,3 +54,57 @@ def read_sidecar(video: Path, times_s: np.ndarray, columns: Sequence[str], toler
         worst = int(distance_s.argmax())
         raise SidecarError(f"{path}: no row within {tolerance_s:.3f} s of the frame at {times_s[worst]:.3f} s")
     return rows[nearest, 1:]
+
+
+def read_states(cache: EmbeddingCache, columns: Sequence[str]) -> np.ndarray:
+    """State of each embedding in a cache, from the CSVs beside its videos.
+
+    Returns:
+        float64 (rows, columns); not a number for rows that belong to no clip.
+
+    Raises:
+        SidecarError: see `read_sidecar`; the nearest row may be half a tick away.
+        VideoError: see `read_sidecar`.
+    """
+    states = np.full((len(cache.times_s), len(columns)), np.nan)
+    tolerance_s, image_fps = 0.5 / cache.provenance.fps, cache.provenance.image_fps
+    for source, clips in groupby(cache.clips, key=lambda clip: clip.key.source):
+        rows = np.concatenate([np.arange(clip.start, clip.start + clip.frames) for clip in clips])
+        states[rows] = read_sidecar(Path(source), cache.times_s[rows], columns, tolerance_s, image_fps)
+    return states
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:
+    """Which column says when, and the rows: that column first, then `columns`; float64 (rows, 1 + columns)."""
+    if not path.exists():
+        raise SidecarError(f"{path}: there is no such file, and no state to probe for without it")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        known = reader.fieldnames or []
+        clock = "time_s" if "time_s" in known else "frame"
+        if clock not in known:
+            raise SidecarError(f"{path}: there is neither a column 'time_s' nor 'frame' among {', '.join(known)}")
+        for column in columns:
+            if column not in known:
+                raise SidecarError(f"{path}: there is no column '{column}' among {', '.join(known)}")
+        try:
+            rows = np.array([[float(row[column]) for column in (clock, *columns)] for row in reader])
+        except (TypeError, ValueError) as error:
+            raise SidecarError(f"{path}: a value is not a number ({error})") from error
+    if len(rows) == 0:
+        raise SidecarError(f"{path}: there are no rows in it")
+    if not np.isfinite(rows).all():
+        raise SidecarError(f"{path}: a value is not a number (row {int((~np.isfinite(rows)).any(axis=1).argmax())})")
+    return clock, rows
+
+
+def _frame_times_s(video: Path, frames: np.ndarray, path: Path, image_fps: float) -> np.ndarray:
+    """When the counted frames are shown, float64 (rows,); decoded, because headers lie about times and order."""
+    with open_video(video, Damage(), image_fps) as decoder:
+        times_s = np.array([time_s for _, time_s in decoder])
+    unknown = ~np.isin(frames, np.arange(len(times_s)))
+    if unknown.any():
+        raise SidecarError(
+            f"{path}: there is no frame {frames[unknown][0]:g} in {video.name}: it has {len(times_s)}, counted from 0"
+        )
+    return times_s[frames.astype(int)]

@@ -55,8 +55,8 @@ def sequence_spread(embeddings: Tensor) -> SequenceSpread:
     )
 
 
-SMALLEST_EXPANDER_STD = 0.25
-"""VICReg holds the expander's standard deviation at its margin, 1; collapsed runs fall below a tenth of that."""
+SMALLEST_OBJECTIVE_STD = 0.25
+"""VICReg holds the standard deviation of what it sees at its margin, 1; collapsed runs fall below a tenth of that."""
 SMALLEST_EMBEDDING_STD = 0.02
 """Relative to the size of the embedding itself: the embedding has no scale of its own."""
 SMALLEST_TIME_SHARE = 0.02
@@ -66,21 +66,24 @@ SMALLEST_PREDICTED_SHARE = 0.25
 """Of the true embeddings' standard deviation and rank, for predicted ones."""
 
 
-def encoder_alarms(embeddings: Tensor, outputs: Tensor) -> list[str]:
+def encoder_alarms(embeddings: Tensor, outputs: Tensor | None) -> list[str]:
     """What is wrong with an encoder, one line each; empty when it is healthy.
 
     Args:
         embeddings: (clips, time, D) embeddings of frames that follow each other in time.
-        outputs: (clips, time, E) the expander's outputs for them.
+        outputs: (clips, time, E) the expander's outputs for them; None where the objective sees the embeddings.
     """
     alarms = []
-    embedding, output = sequence_spread(embeddings), sequence_spread(outputs)
+    spreads = {"embedding": sequence_spread(embeddings)}
+    if outputs is not None:
+        spreads["expander output"] = sequence_spread(outputs)
+    seen, std = list(spreads.items())[-1][0], list(spreads.values())[-1].batch.std
+    if std < SMALLEST_OBJECTIVE_STD:
+        alarms.append(f"the {seen}'s standard deviation is {std:.3f} (healthy: about 1)")
     size = float(embeddings.float().square().mean().sqrt())
-    if output.batch.std < SMALLEST_EXPANDER_STD:
-        alarms.append(f"the expander's standard deviation is {output.batch.std:.3f} (healthy: about 1)")
-    if embedding.batch.std < SMALLEST_EMBEDDING_STD * size:
-        alarms.append(f"the embedding's standard deviation is {embedding.batch.std / size:.4f} of its size")
-    for name, value in (("embedding", embedding), ("expander output", output)):
+    if spreads["embedding"].batch.std < SMALLEST_EMBEDDING_STD * size:
+        alarms.append(f"the embedding's standard deviation is {spreads['embedding'].batch.std / size:.4f} of its size")
+    for name, value in spreads.items():
         if value.batch.rank < SMALLEST_RANK:
             alarms.append(f"the {name}'s effective rank is {value.batch.rank:.1f}")
         if value.time.std < SMALLEST_TIME_SHARE * value.batch.std:

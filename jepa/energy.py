@@ -1,74 +1,110 @@
-"""How badly does what happened fit what was expected? The number that a user calls surprise.
+"""How badly does a future fit a past? The number that a user calls surprise.
 
-The energy of a moment is the squared error of the one-step prediction, measured in units of the errors that the
-predictor makes on ordinary video: whitened by their covariance on validation clips (a squared Mahalanobis distance
-per dimension). Directions in which the predictor is always wrong count little, directions in which it is always
-right count much. Its mean on validation clips is 1 by construction.
+The energy of a moment is the squared error of its prediction, some steps ahead, measured in units of the errors that
+the predictor makes that far ahead on ordinary video: whitened by their covariance on validation clips (a squared
+Mahalanobis distance per dimension). Directions in which the predictor is always wrong count little, directions in
+which it is always right count much. Its mean on validation clips is 1 by construction (with a latent, about 1).
+
+With a latent there are several predictions, and the latent is marginalised: the energy is the free energy of a mixture
+of Gaussians around them, -2 / D log mean exp(-D E / 2) (LeCun et al. 2006, "A tutorial on energy-based learning"),
+which is little where *one* of the predictions is near. For a single prediction it is E itself.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from jepa.baselines import Baseline
 from jepa.predictor import Predictor
+from jepa.rollout import rollout
+from jepa.sampling import sample
+
+LATENTS = 16
+"""Predictions of a moment by a predictor with a latent."""
 
 
-def prediction_errors(predictor: nn.Module, embeddings: Tensor, context: int) -> Tensor:
-    """One-step errors along sequences, after enough past to predict from.
+@torch.no_grad()
+def prediction_errors(predictor: Predictor | Baseline, past: Tensor, future: Tensor) -> Tensor:
+    """Errors of rollouts, step by step.
 
     Args:
         predictor: any predictor, baselines too.
-        embeddings: (B, T, D), standardised, T greater than `context`.
-        context: how many embeddings come before the first prediction.
+        past: (B, T, D), standardised.
+        future: (B, horizon, D), what came.
 
     Returns:
-        (B, T - context, D): for embeddings context, context + 1, ...
-
-    Raises:
-        ValueError: the sequences are not longer than the context.
+        (n, B, horizon, D); n is 1, or `LATENTS` with a latent, drawn from a fixed seed.
     """
-    if embeddings.shape[1] <= context:
-        raise ValueError(f"{embeddings.shape[1]} embeddings are not more than the context of {context}")
-    return embeddings[:, context:] - predictor(embeddings[:, :-1], embeddings.shape[1] - context)
+    if isinstance(predictor, Predictor) and predictor.config.latent_dimension:
+        generator = torch.Generator(past.device).manual_seed(0)
+        return future - sample(predictor, past, future.shape[1], LATENTS, generator)
+    return future - rollout(predictor, past, future.shape[1])[None]
 
 
 class UsualErrors(NamedTuple):
-    """What errors are usual: their mean (D,) and the whitening (D, D) that makes their covariance the identity."""
+    """What errors are usual at each horizon: their mean, and the whitening that makes their covariance the identity."""
 
     mean: Tensor
+    """(horizon, D)"""
     whitening: Tensor
+    """(horizon, D, D)"""
 
     def energy(self, errors: Tensor) -> Tensor:
-        """Squared Mahalanobis distance per dimension; (..., D) -> (...)."""
-        return ((errors - self.mean) @ self.whitening).square().mean(dim=-1)
+        """Squared Mahalanobis distance per dimension, marginalised over predictions; (n, B, h, D) -> (B, h)."""
+        steps = errors.shape[2]
+        whitened = torch.einsum("n b h d, h d k -> n b h k", errors - self.mean[:steps], self.whitening[:steps])
+        each = whitened.square().mean(dim=-1)  # (n, B, h)
+        if len(each) == 1:
+            return each[0]
+        inverse_temperature = errors.shape[3] / 2
+        mixture = torch.logsumexp(-inverse_temperature * each, dim=0) - torch.tensor(float(len(each))).log()
+        return -mixture / inverse_temperature
 
 
 def measure_usual_errors(errors: Tensor, shrinkage: float = 0.05) -> UsualErrors:
-    """Mean and whitening of errors (N, D); their own mean energy is 1.
+    """Mean and whitening of errors (n, N, horizon, D), of the nearest of n predictions; their own mean energy is 1.
 
     `shrinkage` draws the covariance towards its diagonal, for short validation sets: features keep their own scale.
     """
-    errors = errors.double()
-    centred = errors - errors.mean(dim=0)
-    covariance = centred.T @ centred / max(1, len(errors) - 1)
-    variance = covariance.diagonal().clamp_min(1e-12)
-    values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * torch.diag(variance))
-    whitening = (vectors / values.clamp_min(1e-12).sqrt()) @ vectors.T
-    energy = (centred @ whitening).square().mean().clamp_min(1e-12)
-    return UsualErrors(errors.mean(dim=0).float(), (whitening / energy.sqrt()).float())
+    nearest = errors.square().mean(dim=-1).argmin(dim=0)  # (N, horizon)
+    errors = errors.take_along_dim(nearest[None, ..., None], dim=0)[0].double()  # (N, horizon, D)
+    centred = (errors - errors.mean(dim=0)).transpose(0, 1)  # (horizon, N, D)
+    covariance = centred.mT @ centred / max(1, len(errors) - 1)
+    variance = covariance.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
+    values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * torch.diag_embed(variance))
+    whitening = (vectors / values.clamp_min(1e-12).sqrt()[:, None]) @ vectors.mT
+    energy = (centred @ whitening).square().mean(dim=(1, 2)).clamp_min(1e-12)  # (horizon,)
+    return UsualErrors(errors.mean(dim=0).float(), (whitening / energy.sqrt()[:, None, None]).float())
 
 
-def energy(predictor: Predictor, embeddings: Tensor) -> Tensor:
-    """Energy of each embedding given those before it; standardised (B, T, D) -> (B, T - context)."""
-    errors = prediction_errors(predictor, embeddings, predictor.config.context)
-    return UsualErrors(predictor.error_mean, predictor.error_whitening).energy(errors)
+def energy(predictor: Predictor, past: Tensor, future: Tensor) -> Tensor:
+    """How badly each embedding of a future fits the past, predicted from the past alone.
+
+    Args:
+        predictor: with its usual errors measured (`calibrate_energy`).
+        past: (B, T, D), standardised.
+        future: (B, horizon, D).
+
+    Returns:
+        (B, horizon).
+
+    Raises:
+        ValueError: the horizon is longer than usual errors were measured for.
+    """
+    if future.shape[1] > predictor.energy_horizon:
+        raise ValueError(
+            f"a future of {future.shape[1]} steps: energies are known for horizons up to {predictor.energy_horizon}"
+        )
+    usual = UsualErrors(predictor.error_mean, predictor.error_whitening)
+    return usual.energy(prediction_errors(predictor, past, future))
 
 
-def percentile(predictor: Predictor, energies: Tensor) -> Tensor:
-    """Which share of ordinary moments (on validation clips) has less energy, in percent, 0 to 100."""
-    steps = len(predictor.energy_quantiles) - 1
-    return torch.searchsorted(predictor.energy_quantiles, energies.contiguous()).clamp(max=steps) * (100 / steps)
+def percentile(predictor: Predictor, energies: Tensor, horizon: int = 1) -> Tensor:
+    """Which share of ordinary moments (on validation clips) has less energy at this horizon, in percent, 0 to 100."""
+    quantiles = predictor.energy_quantiles[horizon - 1]
+    steps = len(quantiles) - 1
+    return torch.searchsorted(quantiles, energies.contiguous()).clamp(max=steps) * (100 / steps)
 
 
 @torch.no_grad()
@@ -77,11 +113,11 @@ def calibrate_energy(predictor: Predictor, errors: Tensor) -> None:
 
     Args:
         predictor: changed in place.
-        errors: (N, D), `prediction_errors` on ordinary video that the predictor was not trained on.
+        errors: (n, N, energy horizon, D), `prediction_errors` on ordinary video that it was not trained on.
     """
     usual = measure_usual_errors(errors)
     predictor.error_mean.copy_(usual.mean)
     predictor.error_whitening.copy_(usual.whitening)
-    energies = usual.energy(errors).double()
-    grid = torch.linspace(0, 1, len(predictor.energy_quantiles), dtype=torch.float64, device=energies.device)
-    predictor.energy_quantiles.copy_(torch.quantile(energies, grid))
+    energies = usual.energy(errors).double()  # (N, horizon)
+    grid = torch.linspace(0, 1, predictor.energy_quantiles.shape[1], dtype=torch.float64, device=energies.device)
+    predictor.energy_quantiles.copy_(torch.quantile(energies, grid, dim=0).T)

@@ -1,17 +1,16 @@
-"""Rollout skill: error by horizon, beside every trivial guess, with confidence intervals.
-
-Neighbouring windows of one clip are not independent, so intervals come from a bootstrap over *groups*: clips where
-there are many, stretches of a clip where there are few. Ratios are resampled in pairs (the same groups above and
-below the line).
-"""
+"""Rollout skill: error by horizon, beside every trivial guess, with confidence intervals (`jepa.bootstrap`)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jepa.rollout import rollout
+from jepa.baselines import Baseline
+from jepa.bootstrap import Bootstrap, interval
+from jepa.diagnostics import Spread, spread
+from jepa.predictor import Predictor
+from jepa.sampling import expected_future
 from jepa.shrinkage import shrink
 
 REFERENCES = ("copy_last", "ridge", "mean")
@@ -31,15 +30,27 @@ class Skill:
     """(horizon, 2) for each reference."""
     retrieval_at_1: np.ndarray
     """How often the nearest of all test frames to the imagined embedding is the frame that came."""
+    spread: list[Spread]
+    """Of the imagined embeddings over the windows: predictions that grow timid over the horizon lose it."""
+
+    @property
+    def useful_steps(self) -> int:
+        """The useful horizon: how many steps from the first on are better than the mean, without interruption.
+
+        Better means that the whole confidence interval of the error relative to the mean lies below 1. Beyond it, to
+        know the video's past is worth nothing that can be shown on these windows.
+        """
+        better = self.relative_interval["mean"][:, 1] < 1
+        return len(better) if better.all() else int(better.argmin())
 
 
 @torch.no_grad()
-def imagine(predictor: nn.Module, past: Tensor, horizon: int, batch: int = 4096) -> Tensor:
+def imagine(predictor: Predictor | Baseline, past: Tensor, horizon: int, batch: int = 4096) -> Tensor:
     """The futures of many windows, in batches; past (N, T, D) -> (N, horizon, D).
 
-    Rollouts, shrunk as far as validation advised where the predictor has a `shrinkage`.
+    Expected futures, shrunk as far as validation advised where the predictor has a `shrinkage`.
     """
-    imagined = torch.cat([rollout(predictor, part, horizon) for part in past.split(batch)])
+    imagined = torch.cat([expected_future(predictor, part, horizon) for part in past.split(batch)])
     weights = getattr(predictor, "shrinkage", None)
     return imagined if weights is None else shrink(imagined, past[:, -1], weights)
 
@@ -69,44 +80,25 @@ def retrieval_at_1(imagined: Tensor, bank: Tensor, true_rows: Tensor) -> np.ndar
     return np.array(hits)
 
 
+def spread_by_horizon(embeddings: Tensor) -> list[Spread]:
+    """Spread over the windows at each horizon, (N, horizon, D)."""
+    return [spread(embeddings[:, step]) for step in range(embeddings.shape[1])]
+
+
 def measure_skill(
-    imagined: dict[str, Tensor],
-    future: Tensor,
-    groups: np.ndarray,
-    bank: Tensor,
-    true_rows: Tensor,
-    seed: int = 0,
-    resamples: int = 1000,
+    imagined: dict[str, Tensor], future: Tensor, bootstrap: Bootstrap, bank: Tensor, true_rows: Tensor
 ) -> dict[str, Skill]:
     """Skill of several predictors on the same windows.
 
     Args:
         imagined: rollouts (N, horizon, D) by predictor; the names in `REFERENCES` must be among them.
         future: (N, horizon, D), what came.
-        groups: int (N,), windows of one group are resampled together.
+        bootstrap: over groups of these N windows.
         bank: see `retrieval_at_1`.
         true_rows: see `retrieval_at_1`.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
     """
-    generator = np.random.default_rng(seed)
-    names, membership = np.unique(groups, return_inverse=True)
-    sizes = np.bincount(membership).astype(np.float64)  # (groups,)
-    draws = generator.multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=resamples
-    )  # (resamples, groups)
-    weights = draws @ sizes  # windows in each resample
-
     errors = {name: (value - future).square().mean(dim=2).double().cpu().numpy() for name, value in imagined.items()}
-    resampled = {}
-    for name, error in errors.items():
-        sums = np.zeros((len(names), error.shape[1]))
-        np.add.at(sums, membership, error)
-        resampled[name] = draws @ sums / weights[:, None]  # (resamples, horizon)
-
-    def interval(samples: np.ndarray) -> np.ndarray:
-        return np.quantile(samples, [0.025, 0.975], axis=0).T
-
+    resampled = {name: bootstrap.means(error) for name, error in errors.items()}  # (resamples, horizon)
     return {
         name: Skill(
             mse=error.mean(axis=0),
@@ -114,6 +106,7 @@ def measure_skill(
             relative={to: error.mean(axis=0) / errors[to].mean(axis=0) for to in REFERENCES},
             relative_interval={to: interval(resampled[name] / resampled[to]) for to in REFERENCES},
             retrieval_at_1=retrieval_at_1(imagined[name], bank, true_rows),
+            spread=spread_by_horizon(imagined[name]),
         )
         for name, error in errors.items()
     }

@@ -115,7 +115,7 @@ class MemoryEstimate:
 
         Args:
             network: not yet prepared, and not yet compiled.
-            example: its input, a tensor or a tuple of them.
+            example: its input, a tensor or a tuple of its inputs.
             samples: how many samples the example holds.
             accelerator: tells the precision.
         """
@@ -142,7 +142,7 @@ class MemoryEstimate:
         everything = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
         # What goes in is made from something of the same size. What is largest has a gradient of its size, and another
         # is made from that; without anything to train before it, it still is there with what it becomes.
-        given = sum(tensor.nbytes for tensor in inputs)
+        given = sum(part.nbytes for part in inputs if isinstance(part, Tensor))
         passing = 2 * given + 2 * max([weights.largest, *kept.values()])
         return cls(everything + 3 * 4 * trained, (sum(kept.values()) + passing) // samples, 3 * given // samples)
 

@@ -21,10 +21,10 @@ from data.embedding_cache import EmbeddingCache
 from data.synthetic import BALL_COLOURS, STATE_COLUMNS, BallWorld, write_ball_videos
 from data.video import read_on_clock
 from jepa.predictor import Predictor
-from jepa.probe import LinearProbe, fit_linear_probe
+from jepa.probe import Probe
 from jepa.skill import imagine
 from pipelines.artefacts import load_predictor
-from pipelines.evaluate_rollout import states
+from pipelines.evaluate_rollout import fit_probe_on
 from pipelines.stage import LAUNCH, UserError, run_stage
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -40,11 +40,13 @@ class Options:
     output_dir: Path = Path("demo")
     """Where videos, caches, models and pictures are left."""
     train_clips: int = 1000
-    """Clips to train on; a tenth as many are made for validation, and as many again for the test."""
+    """Clips to train on; a tenth as many, at most 100, are made for validation, and as many again for the test."""
     encoder_steps: int = 1300
     """Optimiser steps of the encoder."""
     predictor_steps: int = 800
     """Optimiser steps of the predictor."""
+    predictor_options: str = ""
+    """Further options of train_predictor, as they stand on its command line."""
     seed: int = 0
     """Of the videos and of all stages."""
 
@@ -54,7 +56,7 @@ def main(options: Options) -> None:
     folder, world = options.output_dir, BallWorld()
     videos = {split: folder / "videos" / split for split in SPLITS}
     for split, number in SPLITS.items():
-        clips = options.train_clips if split == "train" else max(10, options.train_clips // 10)
+        clips = options.train_clips if split == "train" else min(100, max(10, options.train_clips // 10))
         write_ball_videos(videos[split], clips, world, seed=3 * options.seed + number)
 
     launch, seed = LAUNCH.split(), ["--seed", str(options.seed)]
@@ -72,6 +74,7 @@ def main(options: Options) -> None:
     stage(
         *launch, "pipelines/train_predictor.py", "--train-cache", folder / "cache" / "train", "--validation-cache",
         folder / "cache" / "val", "--output-dir", predictor, "--steps", options.predictor_steps, "--resume", *seed,
+        *options.predictor_options.split(),
         done=predictor / "metrics.json",
     )  # fmt: skip
     stage(
@@ -126,8 +129,7 @@ def draw_futures(
 
     Embeddings cannot be decoded to pixels; a linear probe reads the balls' positions off the imagined embeddings.
     """
-    inputs, targets = states(train, STATE_COLUMNS)
-    probe = fit_linear_probe(predictor.standardise(inputs), targets)
+    probe = fit_probe_on(train, STATE_COLUMNS, predictor)
     context = predictor.config.context
     columns = []
     for clip in test.clips[:SHOWN_CLIPS]:
@@ -148,7 +150,7 @@ def draw_futures(
 
 @torch.no_grad()
 def draw_imagined(
-    predictor: Predictor, probe: LinearProbe, embeddings: torch.Tensor, frames: int, world: BallWorld
+    predictor: Predictor, probe: Probe, embeddings: torch.Tensor, frames: int, world: BallWorld
 ) -> np.ndarray:
     """Balls where the probe reads them: off true embeddings while the model watches, then off imagined ones.
 

@@ -3,17 +3,18 @@ r"""Stage 4: by how much does the predictor beat the trivial guesses, and how fa
   python pipelines/evaluate_rollout.py --cache cache/test --predictor runs/predictor/predictor \
       --output-dir runs/evaluation
 
-Leaves `rollout.json` (for each predictor and horizon: error, confidence interval, error relative to copying the last
-embedding, to ridge regression and to the mean, retrieval), `rollout.png`, `metrics.json` and `config.json`. With
---probe-cache and --probe-columns, also how well true state (a CSV beside each video) can be read off the imagined
-embeddings.
+Leaves `rollout.json` and `rollout.csv` (for each predictor and horizon: error, confidence interval, error relative to
+copying the last embedding, to ridge regression and to the mean, retrieval, spread; for each predictor its useful
+horizon), `rollout.png`, `metrics.json` and `config.json`. With --probe-cache and --probe-columns, also how well true
+state (a CSV beside each video) can be read off the imagined embeddings.
 """
 
+import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,17 +26,23 @@ from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
 from data.embedding_cache import CachedClip, EmbeddingCache
-from data.sidecar import read_sidecar
+from data.groups import group_rows, stretch_for
+from data.sidecar import read_states
 from data.video import probe_video, read_frames_at
 from data.windows import Windows
+from jepa.bootstrap import Bootstrap
 from jepa.predictor import Predictor
-from jepa.probe import fit_linear_probe, r_squared
-from jepa.skill import Skill, imagine, measure_skill
+from jepa.probe import Probe, ProbeKind, fit_probe, measure_agreement
+from jepa.skill import Skill, imagine, measure_skill, spread_by_horizon
 from pipelines.artefacts import load_predictor
+from pipelines.probe_embeddings import label_windows
 from pipelines.stage import RunFolder, counted, require, run_stage, write_json
 
 ENOUGH_CLIPS = 20
 """With fewer clips, the bootstrap resamples stretches of a clip instead of clips."""
+PROBE_FRAMES = 20_000
+"""A probe is fitted on at most so many frames: neighbouring ones are nearly equal."""
+SHOWN_HORIZONS = 5
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ class Options:
     stride: int = 1
     """Steps between the beginnings of rollouts."""
     probe_cache: Path | None = None
-    """Fit linear probes on these embeddings, from the CSV beside each of their videos."""
+    """Fit probes on these embeddings, from the CSV beside each of their videos."""
     probe_columns: tuple[str, ...] = ()
     """Columns of the CSVs to probe for."""
+    probe_kind: ProbeKind = "ridge"
+    """What reads them off: ridge regression, a small MLP, or the nearest neighbours."""
     resamples: int = 1000
     """Bootstrap resamples for the confidence intervals."""
     seed: int = 0
@@ -72,35 +81,35 @@ def main(options: Options) -> None:
         bool(options.probe_cache) == bool(options.probe_columns),
         "--probe-cache and --probe-columns belong together: give both or neither",
     )
-    output = RunFolder(options.output_dir, ("rollout.json", "rollout.png"))
+    output = RunFolder(options.output_dir, ("rollout.json", "rollout.csv", "rollout.png"))
     output.require_unfinished(options.overwrite)
     predictor = load_predictor(options.predictor)
     cache = EmbeddingCache(options.cache)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
     trials = lay_out_trials(cache, predictor, options.horizon, options.stride)
-    probes = fit_probes(options, predictor, cache, trials.future_rows) if options.probe_cache else None
     changing = bool((trials.future != trials.past[:, -1:]).any())
     require(changing, f"{options.cache}: no embedding ever changes, so nothing can beat copying it: bring moving video")
+    readout = None
+    if options.probe_cache:
+        probe_cache = EmbeddingCache(options.probe_cache)
+        probe_cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+        true_states = torch.from_numpy(read_states(cache, options.probe_columns)[trials.future_rows])
+        for column, values in zip(options.probe_columns, true_states.unbind(dim=2), strict=True):
+            require(bool(values.std() > 0), f"--probe-columns {column}: it never changes beside {options.cache}")
+        probe = fit_probe_on(probe_cache, options.probe_columns, predictor, options.probe_kind, options.seed)
+        readout = Readout(options.probe_columns, probe, true_states)
     # What an interrupted evaluation left can go: there is nothing in it to go on from.
     output.prepare(options, overwrite=True, inputs={"provenance": cache.provenance})
 
     imagined = imagine_all(predictor, trials.past, options.horizon)
-    results = measure(trials, imagined, predictor, options.seed, options.resamples)
-    if probes is not None:
-        probe, true_state = probes
-        results["probe_columns"] = list(options.probe_columns)
-        for name, value in imagined.items():
-            for step, entry in enumerate(results["predictors"][name]):
-                entry["probe_r2"] = r_squared(probe(value[:, step]), true_state[:, step]).tolist()
-        results["probe_r2_of_true_embeddings"] = r_squared(
-            probe(trials.future).flatten(0, 1), true_state.flatten(0, 1)
-        ).tolist()
+    results = measure(trials, imagined, predictor, options.seed, options.resamples, readout)
     write_json(options.output_dir / "rollout.json", results)
+    write_table(results, options.output_dir / "rollout.csv")
     draw(results, options.output_dir / "rollout.png")
     output.finish(flat_metrics(results))
     print(table(results))
     print(
-        f"wrote {options.output_dir}/rollout.json and rollout.png. Next:\n"
+        f"wrote {options.output_dir}/rollout.json, rollout.csv and rollout.png. Next:\n"
         f"  python pipelines/score_surprise.py --videos VIDEO --encoder runs/encoder/encoder "
         f"--predictor {options.predictor} --output-dir runs/surprise"
     )
@@ -150,59 +159,81 @@ def imagine_all(predictor: Predictor, past: Tensor, horizon: int) -> dict[str, T
     return {name: imagine(one, past, horizon) for name, one in bar}
 
 
+class Readout(NamedTuple):
+    """What reads true state off imagined embeddings, and what it should read."""
+
+    columns: Sequence[str]
+    probe: Probe
+    true: Tensor
+    """float64 (N, horizon, columns)."""
+
+
+def fit_probe_on(
+    cache: EmbeddingCache, columns: Sequence[str], predictor: Predictor, kind: ProbeKind = "ridge", seed: int = 0
+) -> Probe:
+    """A probe from standardised embeddings of single frames to state, fitted on a cache with a CSV beside each video.
+
+    Raises:
+        SidecarError: a CSV cannot be used.
+    """
+    frames = label_windows(cache, columns, 1, PROBE_FRAMES, stretch_for(cache, 2))
+    return fit_probe(kind, predictor.standardise(frames.inputs[:, 0]), frames.states, frames.groups, seed)
+
+
 def measure(
-    trials: Trials, imagined: dict[str, Tensor], predictor: Predictor, seed: int = 0, resamples: int = 1000
+    trials: Trials,
+    imagined: dict[str, Tensor],
+    predictor: Predictor,
+    seed: int = 0,
+    resamples: int = 1000,
+    readout: Readout | None = None,
 ) -> dict[str, Any]:
     """What is written to `rollout.json`: a record for each predictor and horizon, and what they were measured on."""
     cache, bank_rows = trials.windows.cache, trials.bank_rows
     place = np.empty(bank_rows.max() + 1, dtype=np.int64)
     place[bank_rows] = np.arange(len(bank_rows))
     true_rows = torch.from_numpy(place[trials.future_rows])
-    groups, grouped_by = bootstrap_groups(trials.windows, cache, predictor)
-    skills = measure_skill(imagined, trials.future, groups, trials.bank, true_rows, seed, resamples)
-    return {
-        "fps": predictor.fps,
+    groups, grouped_by = bootstrap_groups(trials.windows)
+    bootstrap = Bootstrap(groups, resamples, seed)
+    skills = measure_skill(imagined, trials.future, bootstrap, trials.bank, true_rows)
+    fps, horizon = predictor.fps, trials.future.shape[1]
+    records = {name: by_horizon(skill, fps) for name, skill in skills.items()}
+    truth = [spread._asdict() for spread in spread_by_horizon(trials.future)]
+    results: dict[str, Any] = {
+        "fps": fps,
         "context": predictor.config.context,
         "windows": len(trials.windows),
         "clips": len(cache.clips),
         "frames": len(trials.bank),
         "interval": f"95 %, bootstrap over {len(np.unique(groups))} {grouped_by}",
-        "predictors": {name: by_horizon(skill, predictor.fps) for name, skill in skills.items()},
+        "useful_horizon": {
+            name: {
+                "steps": skill.useful_steps,
+                "time_s": skill.useful_steps / fps,
+                "exceeds_longest": skill.useful_steps == horizon,
+            }
+            for name, skill in skills.items()
+        },
+        "predictors": records,
+        "truth": [{"horizon": step, "time_s": step / fps, **record} for step, record in enumerate(truth, 1)],
     }
+    if readout is not None:
+        results["probe_columns"] = list(readout.columns)
+        for name, embeddings in {**imagined, "truth": trials.future}.items():
+            agreement = measure_agreement(readout.probe(embeddings), readout.true, bootstrap)
+            for step, record in enumerate(results["truth"] if name == "truth" else records[name]):
+                for field, value in vars(agreement).items():
+                    record[f"probe_{field}"] = value[step].tolist()
+    return results
 
 
-def bootstrap_groups(windows: Windows, cache: EmbeddingCache, predictor: Predictor) -> tuple[np.ndarray, str]:
-    """Which windows are resampled together: those of a clip, or of a stretch as long as two windows of one."""
-    if len(np.unique(windows.clips)) >= ENOUGH_CLIPS:
-        return windows.clips, "clips"
-    length = 2 * windows.length
-    stretches = windows.clips * (len(cache.times_s) + 1) + windows.starts // length
-    return stretches, f"stretches of {length / predictor.fps:.0f} s"
-
-
-def fit_probes(
-    options: Options, predictor: Predictor, cache: EmbeddingCache, future_rows: np.ndarray
-) -> tuple[Any, Tensor]:
-    """A linear probe fitted on the probe cache, and the true state of the future frames, (N, horizon, columns)."""
-    assert options.probe_cache is not None
-    probe_cache = EmbeddingCache(options.probe_cache)
-    probe_cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
-    inputs, targets = states(probe_cache, options.probe_columns)
-    probe = fit_linear_probe(predictor.standardise(inputs), targets)
-    _, test_states = states(cache, options.probe_columns)
-    by_row = torch.full((len(cache.times_s), len(options.probe_columns)), math.nan, dtype=torch.float64)
-    by_row[np.concatenate(cache.unbroken_runs())] = test_states
-    return probe, by_row[torch.from_numpy(future_rows)]
-
-
-def states(cache: EmbeddingCache, columns: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """All embeddings of a cache (frames, D) and the state of each from the CSV beside its video (frames, columns)."""
-    embeddings, values = [], []
-    for clip in cache.clips:
-        embeddings.append(cache.clip_embeddings(clip))
-        times_s = cache.clip_times_s(clip)
-        values.append(read_sidecar(Path(clip.key.source), times_s, columns, tolerance_s=0.5 / cache.provenance.fps))
-    return torch.from_numpy(np.concatenate(embeddings)), torch.from_numpy(np.concatenate(values))
+def bootstrap_groups(windows: Windows) -> tuple[np.ndarray, str]:
+    """Which windows are resampled together: those of a video, or of a stretch as long as two windows of one."""
+    cache = windows.cache
+    if len({clip.key.source for clip in cache.clips}) >= ENOUGH_CLIPS:
+        return group_rows(cache)[windows.starts], "videos"
+    stretch_s = 2 * windows.length / cache.provenance.fps
+    return group_rows(cache, stretch_s)[windows.starts], f"stretches of {stretch_s:.0f} s"
 
 
 def by_horizon(skill: Skill, fps: float) -> list[dict[str, Any]]:
@@ -219,18 +250,45 @@ def by_horizon(skill: Skill, fps: float) -> list[dict[str, Any]]:
             record[f"relative_to_{to}"] = float(value[step])
             record[f"relative_to_{to}_interval"] = skill.relative_interval[to][step].tolist()
         record["retrieval_at_1"] = float(skill.retrieval_at_1[step])
-        records.append(record)
+        records.append(record | skill.spread[step]._asdict())
     return records
+
+
+def flat_record(record: dict[str, Any], probe_columns: Sequence[str] = ()) -> dict[str, float]:
+    """A record with plain numbers alone: intervals as `_low` and `_high`, what probes read under their columns."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        stem = name.removesuffix("_interval")
+        parts = {stem: value}
+        if name.startswith("probe_"):
+            parts = {f"{stem}_{column}": part for column, part in zip(probe_columns, value, strict=True)}
+        for key, part in parts.items():
+            flat |= {key: part} if name == stem else {f"{key}_low": part[0], f"{key}_high": part[1]}
+    return flat
 
 
 def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
     """The model's final values under flat keys."""
-    metrics = {}
+    metrics = {"useful_horizon_s": results["useful_horizon"]["model"]["time_s"]}
     for record in results["predictors"]["model"]:
-        for name, value in record.items():
-            if isinstance(value, float) and name != "time_s":
+        for name, value in flat_record(record, results.get("probe_columns", ())).items():
+            if not name.endswith(("_low", "_high")) and name not in ("horizon", "time_s"):
                 metrics[f"{name}_at_{record['horizon']}"] = value
     return metrics
+
+
+def write_table(results: dict[str, Any], path: Path) -> None:
+    """A row for each predictor and horizon; of the truth what can be said of it."""
+    columns = results.get("probe_columns", ())
+    rows = [
+        {"predictor": name, **flat_record(record, columns)}
+        for name, records in {**results["predictors"], "truth": results["truth"]}.items()
+        for record in records
+    ]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -239,68 +297,111 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def shown_horizons(horizon: int) -> list[int]:
-    """Some horizons to print, the first and the last among them."""
-    return sorted({1, *range(5, horizon, 5), horizon})
+    """A few horizons to show, evenly, the first and the last among them."""
+    return sorted({1, *(math.ceil(horizon * part / (SHOWN_HORIZONS - 1)) for part in range(1, SHOWN_HORIZONS))})
 
 
 def table(results: dict[str, Any]) -> str:
     """The results on one screen."""
-    predictors = results["predictors"]
-    shown = shown_horizons(len(predictors["model"]))
+    predictors, with_truth = results["predictors"], {**results["predictors"], "truth": results["truth"]}
+    shown = shown_horizons(len(results["truth"]))
+
+    def block(title: str, rows: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        lines = (f"  {name:21}" + "".join(f"{cell(rows[name][h - 1]):>13}" for h in shown) for name in rows)
+        return [title, *lines]
+
     heads = [f"{h} ({h / results['fps']:.3g} s)" for h in shown]
-
-    def block(title: str, cell: Any) -> list[str]:
-        lines = [title, f"  {'':22}" + "".join(f"{head:>14}" for head in heads)]
-        for name, records in predictors.items():
-            lines.append(f"  {name:22}" + "".join(f"{cell(records[h - 1]):>14.3f}" for h in shown))
-        return lines
-
+    skill = block(
+        "error relative to copying the last embedding (below 1 is skill); how long it is better than the mean",
+        predictors,
+        lambda record: f"{record['relative_to_copy_last']:.3f}",
+    )
+    for index, useful in enumerate(results["useful_horizon"].values(), 1):
+        at_least = "> " if useful["exceeds_longest"] else ""
+        skill[index] += f"{at_least + format(useful['time_s'], '.3g'):>9} s"
     lines = [
         f"{summary(results)}; horizon in steps (seconds)",
-        *block("error relative to copying the last embedding (below 1 is skill)", lambda r: r["relative_to_copy_last"]),
-        *block("how often the nearest of all frames is the one that came", lambda r: r["retrieval_at_1"]),
+        f"  {'':21}" + "".join(f"{head:>13}" for head in heads) + f"{'useful for':>11}",
+        *skill,
+        *block(
+            "how often the nearest of all frames is the one that came",
+            predictors,
+            lambda record: f"{record['retrieval_at_1']:.3f}",
+        ),
+        *block(
+            "spread of the embeddings: standard deviation, effective rank",
+            with_truth,
+            lambda record: f"{record['std']:.2f} {record['rank']:5.1f}",
+        ),
     ]
     if "probe_columns" in results:
-        ceiling = float(np.mean(results["probe_r2_of_true_embeddings"]))
-        title = f"R2 of {', '.join(results['probe_columns'])} (true embeddings: {ceiling:.3f})"
-        lines += block(title, lambda r: float(np.mean(r["probe_r2"])))
+        lines += block(
+            f"R2 of {', '.join(results['probe_columns'])}",
+            with_truth,
+            lambda record: f"{np.mean(record['probe_r2']):.3f}",
+        )
     return "\n".join(lines)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Leave the picture of the skill in a file."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    draw_skill(results, figure.add_subplot())
+    probed = "probe_columns" in results
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
+    upper, lower = parts
+    draw_skill(results, upper.subplots())
+    panels = dict(zip(("retrieval", "spread", "probe"), lower.subplots(1, 3 if probed else 2), strict=False))
+    colours = colour_of(results)
+    truth = results["truth"]
+    times_s = [record["time_s"] for record in truth]
+    for name, records in results["predictors"].items():
+        look: dict[str, Any] = {"color": colours[name], "linewidth": 2 if name == "model" else 1.2}
+        panels["retrieval"].plot(times_s, [record["retrieval_at_1"] for record in records], **look)
+        for field, style in (("std", "-"), ("rank", ":")):
+            share = [record[field] / true[field] for record, true in zip(records, truth, strict=True)]
+            panels["spread"].plot(times_s, share, style, **look)
+        if probed:
+            panels["probe"].plot(times_s, [np.mean(record["probe_r2"]) for record in records], **look)
+    panels["retrieval"].set_title("how often the nearest frame is the one that came", fontsize=9)
+    panels["spread"].set_title("std (lines) and rank (dots) as a share of the truth's", fontsize=9)
+    panels["spread"].set_ylim(0, 1.6)
+    if probed:
+        panels["probe"].plot(times_s, [np.mean(record["probe_r2"]) for record in truth], color="black", linewidth=1)
+        panels["probe"].set_title("R² of true state; black: read off what came", fontsize=9)
+        panels["probe"].set_ylim(-0.3, 1.03)
+    for axes in panels.values():
+        axes.set_xlabel("horizon in seconds")
     figure.savefig(path, dpi=120)
+
+
+def colour_of(results: dict[str, Any]) -> dict[str, str]:
+    """The colour of each predictor: the guesses that say least are grey."""
+    others = [name for name in results["predictors"] if name not in ("copy_last", "mean")]
+    return {"copy_last": "0.5", "mean": "0.2"} | {name: f"C{index % 10}" for index, name in enumerate(others)}
 
 
 def draw_skill(results: dict[str, Any], axes: Axes) -> None:
     """Error relative to copy-last against the horizon in seconds, with confidence bands."""
-    colours = {
-        "model": "C0",
-        "copy_last": "0.5",
-        "linear_extrapolation": "C1",
-        "ridge": "C2",
-        "shrunk_ridge": "C4",
-        "mean": "C3",
-    }
+    colours = colour_of(results)
     for name, records in results["predictors"].items():
         time_s = [record["time_s"] for record in records]
         axes.plot(
             time_s,
             [record["relative_to_copy_last"] for record in records],
             label=name.replace("_", " "),
-            color=colours.get(name, "C0"),
+            color=colours[name],
             linewidth=2.5 if name == "model" else 1.5,
         )
         low, high = np.array([record["relative_to_copy_last_interval"] for record in records]).T
-        axes.fill_between(time_s, low, high, color=colours.get(name, "C0"), alpha=0.2, linewidth=0)
+        axes.fill_between(time_s, low, high, color=colours[name], alpha=0.2, linewidth=0)
+    useful = results["useful_horizon"]["model"]
+    axes.axvline(useful["time_s"], color=colours["model"], linewidth=1, linestyle=":")
     # Logarithmic: extrapolation and the mean are wrong by factors that would flatten the rest on a linear scale.
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("horizon in seconds")
+    axes.set_xlabel("horizon in seconds; dotted: the model is better than the mean until there")
     axes.set_ylabel("error relative to copying the last embedding")
     axes.set_title(f"{summary(results)}; {results['interval']}", fontsize=9)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

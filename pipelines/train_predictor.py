@@ -9,7 +9,7 @@ tracker logs. Ctrl-C saves; the same command with --resume goes on.
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,15 @@ from tqdm import tqdm
 from data.embedding_cache import EmbeddingCache
 from data.map_ahead import stream_ahead
 from data.windows import Windows
+from jepa.baselines import Baseline, Ridge, changes, fit_ridge
 from jepa.diagnostics import prediction_alarms, sequence_spread
 from jepa.energy import calibrate_energy, prediction_errors
-from jepa.predictor import Predictor, PredictorConfig, Ridge, changes, fit_ridge
+from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
+from jepa.sampling import expected_future
+from jepa.scoring import energy_score
 from jepa.shrinkage import fit_shrinkage, shrink
+from pipelines.artefacts import load_predictor
 from pipelines.checkpoints import CheckpointConfig, Checkpoints
 from pipelines.compute import ComputeConfig, MemoryEstimate, describe_devices, start_accelerator
 from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agreement, summary
@@ -35,8 +39,14 @@ from pipelines.stage import RunFolder, UserError, readable_bytes, require, run_s
 from pipelines.trackers import start_trackers
 from pipelines.training import Progress, Rates, feed, on_main, save_artefact, step_generator
 
+GROWTH = 0.5
+"""Share of the training during which the horizon of rollouts grows."""
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 VALIDATION_WINDOWS = 1024
+ENERGY_HORIZON = 8
+"""Steps ahead for which usual errors are measured, if validation looks so far."""
+ENERGY_WINDOWS = 8192
+"""Most windows that they are measured on, spread evenly."""
 RIDGE_WINDOWS = 200_000
 """Most windows that ridge regression is fitted on, spread evenly."""
 
@@ -54,15 +64,22 @@ class Options:
     parts, and train an ensemble whose members do each without one part, on which they are validated."""
     members: int = 1
     """Networks whose predictions are averaged; with --folds, for each part."""
+    initial_predictor: Path | None = None
+    """Go on from this trained predictor of the same encoder, as train_jointly leaves one, not from new weights; with
+    --steps 0 it is only measured and calibrated on the caches."""
     output_dir: Path = Path("runs/predictor")
     """Where the predictor, its metrics and its logs are left."""
     steps: int = 800
     """Optimiser steps."""
     batch_size: int = 128
     """Windows in a batch, on each process."""
-    rollout_steps: int = 5
-    """Train on rollouts of this many steps, through the predictor's own predictions; 1 for the next step alone."""
-    input_noise: float = 0.2
+    rollout_steps: int = 10
+    """Train on rollouts of this many steps, through the predictor's own predictions; 1 for the next step alone. The
+    horizon grows from 1 to this many over the first half of the training."""
+    longest_gap: int = 1
+    """Train on futures at irregular times too: half of the rollouts leap from step to step by up to this many ticks, so
+    that a future may be asked for at given times. 1 for the clock alone."""
+    input_noise: float = 0.1
     """Gaussian noise on the past while training, in units of the typical change from tick to tick."""
     validation_horizon: int = 20
     """Rollout steps on validation clips: the model is chosen by its mean error relative to copy-last over them, and
@@ -87,9 +104,11 @@ class Options:
 
 def main(options: Options) -> None:
     """The story: check, build, train, keep the best on validation clips, calibrate, save."""
-    for name in ("steps", "batch_size", "rollout_steps", "members", "validation_horizon", "log_every"):
+    for name in ("batch_size", "rollout_steps", "longest_gap", "members", "validation_horizon", "log_every"):
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
+    least = 0 if options.initial_predictor else 1
+    require(options.steps >= least, f"--steps is {options.steps}: it must be at least {least}")
     options.optimizer.check()
     options.checkpoints.check()
     output = RunFolder(options.output_dir, ("predictor", "training_state", "logs"))
@@ -111,13 +130,19 @@ def main(options: Options) -> None:
         validation_cache = EmbeddingCache(options.validation_cache)
         validation_cache.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
         splits = [Split(train_cache, validation_cache)]
-    context, horizon = options.predictor.context, options.validation_horizon
     members = len(splits) * options.members
+    initial = None if options.initial_predictor is None else load_initial_predictor(options, train_cache, members)
+    if initial is not None:
+        options = replace(options, predictor=initial.config)
+    context, horizon = options.predictor.context, options.validation_horizon
     predictor = Predictor(
-        options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, members
-    )
+        options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, members,
+        min(ENERGY_HORIZON, horizon),
+    )  # fmt: skip
+    if initial is not None:
+        predictor.members.load_state_dict(initial.members.state_dict())
     measure_embeddings(predictor, train_cache)
-    windows = [Windows(split.train, context + options.rollout_steps) for split in splits]
+    windows = [Windows(split.train, context + options.longest_gap * options.rollout_steps) for split in splits]
     held_out = [hold_out(split, predictor, context + horizon, VALIDATION_WINDOWS // len(splits)) for split in splits]
     fit_ridge_on(splits, held_out, predictor)
 
@@ -128,7 +153,9 @@ def main(options: Options) -> None:
     losses: nn.Module = Losses(predictor)
     global_batch = options.batch_size * accelerator.num_processes
     example = torch.zeros(members, 2, context + options.rollout_steps, provenance.embedding_dimension)
-    memory = MemoryEstimate.of(losses, (example, example), 2, accelerator)
+    times_s = (torch.arange(options.rollout_steps) + 1.0).expand(members, 2, -1) / provenance.fps
+    chance = step_generator(options.seed, 0, 0, torch.device("cpu"))
+    memory = MemoryEstimate.of(losses, (example[:, :, :context], example, times_s, chance), 2, accelerator)
     peak = options.optimizer.peak_learning_rate(global_batch)
     if is_main:
         print(
@@ -174,7 +201,11 @@ def main(options: Options) -> None:
         ):
             window = predictor.standardise(batch.windows)
             noisy = window + options.input_noise * predictor.change_std * batch.noise
-            terms = losses(noisy, window)
+            reached = growing_horizon(step, options)
+            chance = step_generator(options.seed, step, accelerator.process_index, device)
+            terms = losses(
+                noisy[:, :, :context], window[:, :, : context + reached], batch.times_s[:, :, :reached], chance
+            )
             accelerator.backward(sum(terms.values()))
             gradient_norm = accelerator.clip_grad_norm_(losses.parameters(), clip_length(options.optimizer))
             guard.watch(step, batch.videos, terms["rollout_loss"], gradient_norm)
@@ -228,11 +259,29 @@ def main(options: Options) -> None:
     accelerator.end_training()
 
 
+def load_initial_predictor(options: Options, cache: EmbeddingCache, members: int) -> Predictor:
+    """The predictor to go on from. Raises `UserError`."""
+    assert options.initial_predictor is not None
+    initial = load_predictor(options.initial_predictor)
+    cache.require_same_space(initial.encoder_fingerprint, initial.fps, str(options.initial_predictor))
+    require(
+        options.predictor in (PredictorConfig(), initial.config),
+        f"{options.initial_predictor} was built with other --predictor options: leave them out, they come with it",
+    )
+    require(
+        members == len(initial.members),
+        f"{options.initial_predictor} has {len(initial.members)} members, not {members}: change --members or --folds",
+    )
+    return initial
+
+
 class Batch(NamedTuple):
     """What a step learns from."""
 
     windows: Tensor
-    """float32 (members, B, T, D), as cached."""
+    """float32 (members, B, context + rollout steps, D), as cached."""
+    times_s: Tensor
+    """float32 (members, B, rollout steps): seconds from the last embedding of the past to each of the future."""
     noise: Tensor
     """float32 (members, B, T, D), standard normal."""
     videos: tuple[Path, ...]
@@ -241,12 +290,32 @@ class Batch(NamedTuple):
 
 def draw_batches(windows: list[Windows], options: Options, rank: int, step: int) -> Iterator[Batch]:
     """From this step on, each member's windows from its own split; each batch a function of seed, step and rank."""
+    context = options.predictor.context
     for at in range(step, options.steps):
         generator = step_generator(options.seed, at, rank, torch.device("cpu"))
         drawn = [part.sample(options.batch_size, generator) for part in windows for _ in range(options.members)]
-        stacked = torch.stack([taken for taken, _ in drawn])
+        stacked = torch.stack([taken for taken, _ in drawn])  # (members, B, context + longest gap x rollout steps, D)
+        gaps = draw_gaps((*stacked.shape[:2], options.rollout_steps), options.longest_gap, generator)
+        ticks = gaps.cumsum(dim=2)
+        places = torch.cat([torch.arange(1 - context, 1).expand(*ticks.shape[:2], -1), ticks], dim=2) + context - 1
+        chosen = stacked.gather(2, places[..., None].expand(-1, -1, -1, stacked.shape[3]))
         videos = sorted({Path(clip.key.source) for _, clips in drawn for clip in clips})
-        yield Batch(stacked, torch.randn(stacked.shape, generator=generator), tuple(videos))
+        noise = torch.randn(chosen.shape, generator=generator)
+        yield Batch(chosen, ticks / windows[0].cache.provenance.fps, noise, tuple(videos))
+
+
+def draw_gaps(shape: tuple[int, int, int], longest: int, generator: torch.Generator) -> Tensor:
+    """Ticks from step to step, int (members, B, steps): 1 for half of the rollouts, from 1 to `longest` for others."""
+    if longest == 1:
+        return torch.ones(shape, dtype=torch.int64)
+    leaping = torch.rand((*shape[:2], 1), generator=generator) < 0.5
+    return torch.where(leaping, torch.randint(1, longest + 1, shape, generator=generator), 1)
+
+
+def growing_horizon(step: int, options: Options) -> int:
+    """Rollout steps at this point of the training: what is far cannot be learned before what is near."""
+    grown = min(1.0, step / max(1, GROWTH * options.steps))
+    return 1 + int(grown * (options.rollout_steps - 1))
 
 
 class Losses(nn.Module):
@@ -256,18 +325,29 @@ class Losses(nn.Module):
         super().__init__()
         self.predictor = predictor
 
-    def forward(self, noisy: Tensor, window: Tensor) -> dict[str, Tensor]:
-        """Mean squared errors of the first step of a rollout, and of all its steps.
+    def forward(self, past: Tensor, window: Tensor, times_s: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Errors of the first step of a rollout, and of all its steps.
 
-        Each member sees windows of its own, (members, B, context + steps, D); the losses are the members' means.
+        Each member sees windows of its own; the losses are the members' means. The error is the squared error; with a
+        latent the energy score of two samples, which has its least value where they are as far from each other as
+        from what came (Pacchiardi et al. 2024, arXiv:2112.08217).
+
+        Args:
+            past: (members, B, context, D), with noise.
+            window: (members, B, context + steps, D), without.
+            times_s: (members, B, steps), see `Batch`.
+            generator: draws the latent.
         """
-        context = self.predictor.config.context
-        steps = window.shape[2] - context
+        future = window[:, :, past.shape[2] :]  # (members, B, steps, D)
+        if self.predictor.config.latent_dimension:
+            twice = rollout(self.predictor, past[0].repeat(2, 1, 1), None, times_s[0].repeat(2, 1), generator)
+            error = energy_score(twice.unflatten(0, (2, -1)), future[0])  # (B, steps)
+            return {"one_step_loss": error[:, 0].mean(), "rollout_loss": error.mean()}
         imagined = [
-            rollout(self.predictor.only([member]), past, steps) for member, past in enumerate(noisy[:, :, :context])
+            rollout(self.predictor.only([member]), past[member], None, times_s[member]) for member in range(len(past))
         ]
-        error = (torch.stack(imagined) - window[:, :, context:]).square()  # (members, B, steps, D)
-        return {"one_step_loss": error[:, :, 0].mean(), "rollout_loss": error.mean()}
+        squared = (torch.stack(imagined) - future).square()
+        return {"one_step_loss": squared[:, :, 0].mean(), "rollout_loss": squared.mean()}
 
 
 class HeldOut(NamedTuple):
@@ -293,12 +373,13 @@ class Trial(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, predictors: Sequence[nn.Module], held_out: list[HeldOut], context: int) -> "Trial":
+    def of(cls, predictors: Sequence[Predictor | Baseline], held_out: list[HeldOut], context: int) -> "Trial":
         """Each predictor on what was held out from it."""
         windows = torch.cat([part.windows for part in held_out])
         horizon = windows.shape[1] - context
         imagined = [
-            rollout(one, part.windows[:, :context], horizon) for one, part in zip(predictors, held_out, strict=True)
+            expected_future(one, part.windows[:, :context], horizon)
+            for one, part in zip(predictors, held_out, strict=True)
         ]
         means = [part.mean.expand(len(part.windows), -1) for part in held_out]
         return cls(torch.cat(imagined), windows[:, context - 1], windows[:, context:], torch.cat(means))
@@ -435,17 +516,14 @@ def spread_windows(cache: EmbeddingCache, predictor: Predictor, length: int, mos
 
 
 def validation_errors(splits: list[Split], predictor: Predictor) -> Tensor:
-    """One-step errors (N, D) of members on all that was held out from them."""
-    context = predictor.config.context
+    """Errors (n, N, energy horizon, D) of members on what was held out from them."""
+    context, most = predictor.config.context, ENERGY_WINDOWS // len(splits)
     errors = []
     for members, split in zip(members_by_split(predictor, len(splits)), splits, strict=True):
-        for run in split.validation.unbroken_runs():
-            if len(run) > context:
-                embeddings = torch.from_numpy(split.validation.take(run)).to(predictor.mean.device)
-                sequence = predictor.standardise(embeddings)[None]
-                with torch.no_grad():
-                    errors.append(prediction_errors(members, sequence, context)[0])
-    return torch.cat(errors)
+        windows = spread_windows(split.validation, predictor, context + predictor.energy_horizon, most)
+        for part in windows.to(predictor.mean.device).split(1024):
+            errors.append(prediction_errors(members, part[:, :context], part[:, context:]))
+    return torch.cat(errors, dim=1)
 
 
 def fit_ridge_on(splits: list[Split], held_out: list[HeldOut], predictor: Predictor) -> None:

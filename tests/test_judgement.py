@@ -1,14 +1,23 @@
-"""The numbers that judge a model: diagnostics, probes, skill and energy, each against a case known beforehand."""
+"""The numbers that judge a model: diagnostics, skill and energy, each against a case known beforehand."""
 
 import numpy as np
 import pytest
 import torch
 
+from jepa.baselines import CopyLast, Mean
+from jepa.bootstrap import Bootstrap
 from jepa.diagnostics import effective_rank, encoder_alarms, prediction_alarms, sequence_spread
-from jepa.energy import calibrate_energy, energy, measure_usual_errors, percentile, prediction_errors
-from jepa.predictor import CopyLast, Mean, Predictor, PredictorConfig
-from jepa.probe import fit_linear_probe, r_squared
-from jepa.skill import imagine, measure_skill, retrieval_at_1
+from jepa.energy import (
+    LATENTS,
+    UsualErrors,
+    calibrate_energy,
+    energy,
+    measure_usual_errors,
+    percentile,
+    prediction_errors,
+)
+from jepa.predictor import Predictor, PredictorConfig
+from jepa.skill import imagine, measure_skill, retrieval_at_1, spread_by_horizon
 
 
 def test_effective_rank_counts_dimensions():
@@ -30,7 +39,7 @@ def test_healthy_embeddings_raise_no_alarm():
 
 def test_each_way_to_collapse_is_noticed():
     points = 5 + 1e-3 * healthy()
-    assert any("expander's standard deviation" in alarm for alarm in encoder_alarms(healthy(), 0.05 * healthy()))
+    assert any("expander output's standard deviation" in alarm for alarm in encoder_alarms(healthy(), 0.05 * healthy()))
     assert any("embedding's standard deviation" in alarm for alarm in encoder_alarms(points, healthy()))
     line = healthy(features=1) * torch.ones(12)
     assert any("effective rank" in alarm for alarm in encoder_alarms(line, healthy()))
@@ -47,16 +56,6 @@ def test_spread_over_time_leaves_clip_identity_out():
     assert spread.time.std == pytest.approx(1, rel=0.1)
 
 
-def test_probe_reads_what_is_linear():
-    torch.manual_seed(0)
-    embeddings = torch.randn(500, 6)
-    targets = embeddings @ torch.randn(6, 2) + 3
-    probe = fit_linear_probe(embeddings[:400], targets[:400], penalty=1e-8)
-    assert r_squared(probe(embeddings[400:]), targets[400:]).min() > 0.9999
-    nonsense = fit_linear_probe(torch.randn(400, 6), targets[:400])
-    assert r_squared(nonsense(embeddings[400:]), targets[400:]).max() < 0.3
-
-
 def skill_of_known_errors():
     generator = torch.Generator().manual_seed(0)
     future = torch.randn(60, 3, 4, generator=generator)
@@ -64,7 +63,7 @@ def skill_of_known_errors():
     imagined = {name: future + value for name, value in off.items()}
     bank = torch.cat([future.flatten(0, 1), torch.full((1, 4), 100.0)])
     rows = torch.arange(180).reshape(60, 3)
-    return measure_skill(imagined, future, np.repeat(np.arange(20), 3), bank, rows, resamples=200)
+    return measure_skill(imagined, future, Bootstrap(np.repeat(np.arange(20), 3), 200), bank, rows)
 
 
 def test_skill_of_known_errors():
@@ -85,10 +84,54 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         names = ("copy_last", "ridge", "mean", "model")
         rows = torch.zeros(120, 1, dtype=torch.int64)
         skill = measure_skill(
-            dict.fromkeys(names, error), future, np.repeat(np.arange(30), 4), torch.zeros(1, 50), rows, seed, 200
+            dict.fromkeys(names, error),
+            future,
+            Bootstrap(np.repeat(np.arange(30), 4), 200, seed),
+            torch.zeros(1, 50),
+            rows,
         )["model"]
         covered += skill.mse_interval[0, 0] <= 0.5 <= skill.mse_interval[0, 1]
     assert 85 <= covered <= 100  # ignoring that windows belong to groups, it would be about 70
+
+
+def useful_steps(errors: list[float], spread: float = 0.0) -> int:
+    """Of a model whose error is so many times the mean's at each horizon, more or less so by group."""
+    generator = torch.Generator().manual_seed(0)
+    future = torch.zeros(200, len(errors), 4)
+    ones = torch.ones_like(future)
+    by_group = 1 + spread * torch.randn(20, 1, 1, generator=generator).repeat_interleave(10, dim=0)
+    model = ones * torch.tensor(errors).sqrt()[:, None] * by_group
+    imagined = {"model": model, "copy_last": ones, "ridge": ones, "mean": ones}
+    rows = torch.zeros(200, len(errors), dtype=torch.int64)
+    return measure_skill(imagined, future, Bootstrap(np.arange(200) // 10), future[:1, 0], rows)["model"].useful_steps
+
+
+def test_the_useful_horizon_ends_where_the_mean_is_as_good():
+    assert useful_steps([0.1, 0.5, 0.9, 1.1, 1.2]) == 3
+    assert useful_steps([0.1, 1.1, 0.1]) == 1  # counted without interruption
+    assert useful_steps([0.1, 0.2]) == 2
+    assert useful_steps([1.0, 0.1]) == 0
+
+
+def test_the_useful_horizon_is_of_what_is_certain():
+    assert useful_steps([0.1, 0.9, 1.1]) == 2
+    assert useful_steps([0.1, 0.9, 1.1], spread=0.5) == 1
+
+
+def test_timid_predictions_lose_spread():
+    generator = torch.Generator().manual_seed(0)
+    future = torch.randn(300, 2, 6, generator=generator)
+    timid = future * torch.tensor([1.0, 0.1])[:, None]
+    line = future[:, :, :1].expand(-1, -1, 6)
+    imagined = {"model": timid, "copy_last": line, "ridge": line, "mean": torch.zeros_like(future)}
+    skills = measure_skill(
+        imagined, future, Bootstrap(np.arange(300), 2), future[:1, 0], torch.zeros(300, 2, dtype=torch.int64)
+    )
+    true = spread_by_horizon(future)
+    assert [spread.std for spread in skills["model"].spread] == pytest.approx([true[0].std, true[1].std / 10])
+    assert skills["model"].spread[1].rank == pytest.approx(true[1].rank)
+    assert skills["copy_last"].spread[0].rank == pytest.approx(1, abs=1e-3)
+    assert skills["mean"].spread[0] == (0, 1)
 
 
 def test_retrieval():
@@ -102,46 +145,79 @@ def test_imagining_in_batches_changes_nothing():
     assert torch.equal(imagine(CopyLast(), past, 5, batch=2), imagine(CopyLast(), past, 5))
 
 
-def calibrated_predictor() -> tuple[Predictor, list[torch.Tensor]]:
+CONTEXT, HORIZON = 4, 3
+
+
+def split_walks(walks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All windows of (N, T, D) as past (M, CONTEXT, D) and future (M, HORIZON, D)."""
+    windows = walks.unfold(1, CONTEXT + HORIZON, 1).flatten(0, 1).mT  # (M, CONTEXT + HORIZON, D)
+    return windows[:, :CONTEXT], windows[:, CONTEXT:]
+
+
+def calibrated_predictor(latent_dimension: int = 0) -> tuple[Predictor, torch.Tensor]:
+    """It copies, and knows how random walks go on; beside it walks that it was not calibrated on."""
     torch.manual_seed(0)
-    predictor = Predictor(PredictorConfig(context=4, width=16), 6, 4.0, "abc").eval()
-    scales = torch.tensor([0.01, 0.1, 1, 1, 1, 1])
-    walks = [(torch.randn(1, 80, 6) * scales).cumsum(dim=1) for _ in range(30)]
-    calibrate_energy(predictor, torch.cat([prediction_errors(predictor, walk, 4).flatten(0, 1) for walk in walks[:20]]))
+    config = PredictorConfig(context=CONTEXT, width=16, latent_dimension=latent_dimension)
+    predictor = Predictor(config, 6, 4.0, "abc", energy_horizon=HORIZON).eval()
+    walks = (torch.randn(30, 80, 6) * torch.tensor([0.01, 0.1, 1, 1, 1, 1])).cumsum(dim=1)
+    calibrate_energy(predictor, prediction_errors(predictor, *split_walks(walks[:20])))
     return predictor, walks[20:]
 
 
-def test_energy_is_one_and_percentiles_are_even_on_ordinary_video():
-    predictor, held_out = calibrated_predictor()
-    with torch.no_grad():
-        energies = torch.cat([energy(predictor, walk).flatten() for walk in held_out])
-    assert energies.mean() == pytest.approx(1, rel=0.1)
-    shares = percentile(predictor, energies)
-    for level in (10, 50, 90):
-        assert float((shares < level).float().mean()) * 100 == pytest.approx(level, abs=6)
+@pytest.mark.parametrize("latent_dimension", [0, 2])
+def test_energy_is_one_and_percentiles_are_even_on_ordinary_video(latent_dimension):
+    predictor, held_out = calibrated_predictor(latent_dimension)
+    energies = energy(predictor, *split_walks(held_out))
+    for step in range(HORIZON):
+        assert energies[:, step].mean() == pytest.approx(1, rel=0.15)
+        shares = percentile(predictor, energies[:, step], step + 1)
+        for level in (10, 50, 90):
+            assert float((shares < level).float().mean()) * 100 == pytest.approx(level, abs=6)
+    with pytest.raises(ValueError, match="horizons up to 3"):
+        energy(predictor, held_out[:, :4], held_out[:, 4:8])
 
 
 def test_energy_notices_a_small_jump_where_nothing_ever_moves():
     predictor, held_out = calibrated_predictor()
-    walk = held_out[0].clone()
+    walk = held_out[:1].clone()
     walk[:, 40:, 0] += 0.2  # invisible to plain squared error, 20 times the usual change of this feature
-    with torch.no_grad():
-        energies = energy(predictor, walk)[0]
-    assert energies.argmax() == 40 - 4
-    assert percentile(predictor, energies.max()[None])[0] > 99
+    energies = energy(predictor, *split_walks(walk))
+    assert energies[:, 0].argmax() == 40 - CONTEXT
+    assert percentile(predictor, energies[:, 0].max()[None])[0] > 99
+
+
+def test_energy_is_little_where_one_of_several_predictions_is_near():
+    """-2 / D log of the mean of exp(-D E / 2), written out; for one prediction E itself."""
+    torch.manual_seed(0)
+    errors, usual = torch.randn(5, 7, 2, 6), UsualErrors(torch.randn(2, 6), torch.randn(2, 6, 6))
+    each = torch.stack(
+        [((errors[:, :, h] - usual.mean[h]) @ usual.whitening[h]).square().mean(dim=-1) for h in range(2)], dim=-1
+    )
+    free = -2 / 6 * (-6 / 2 * each.double()).exp().mean(dim=0).log()
+    assert torch.allclose(usual.energy(errors).double(), free, rtol=1e-4)
+    assert torch.allclose(usual.energy(errors[:1]), each[0])
+    assert (usual.energy(errors) < each.mean(dim=0)).all()
 
 
 def test_errors_are_of_the_right_moments():
-    sequence = torch.arange(8.0)[None, :, None].expand(1, 8, 2)
-    assert torch.equal(prediction_errors(Mean(), sequence, 3)[0, :, 0], torch.arange(3.0, 8.0))
-    assert torch.equal(prediction_errors(CopyLast(), sequence, 3)[0, :, 0], torch.ones(5))
-    with pytest.raises(ValueError, match="not more than the context"):
-        prediction_errors(CopyLast(), sequence, 8)
+    past = torch.arange(3.0)[None, :, None].expand(1, 3, 2)
+    future = torch.arange(3.0, 8.0)[None, :, None].expand(1, 5, 2)
+    assert torch.equal(prediction_errors(Mean(), past, future)[0, 0, :, 0], torch.arange(3.0, 8.0))
+    assert torch.equal(prediction_errors(CopyLast(), past, future)[0, 0, :, 0], torch.arange(1.0, 6.0))
+    predictor, walks = calibrated_predictor(2)
+    assert prediction_errors(predictor, walks[:, :4], walks[:, 4:6]).shape == (LATENTS, 10, 2, 6)
 
 
 def test_whitening_makes_usual_errors_round():
     torch.manual_seed(0)
-    errors = torch.randn(5000, 4) @ torch.randn(4, 4) + 2
+    errors = torch.randn(1, 2, 5000, 4).matmul(torch.randn(2, 4, 4)).transpose(1, 2) + 2
     usual = measure_usual_errors(errors, shrinkage=0.0)
-    white = (errors - usual.mean) @ usual.whitening
-    assert torch.allclose(white.T @ white / len(white), torch.eye(4), atol=1e-2)
+    for step in range(2):
+        white = (errors[0, :, step] - usual.mean[step]) @ usual.whitening[step]
+        assert torch.allclose(white.T @ white / len(white), torch.eye(4), atol=1e-2)
+
+
+def test_of_several_predictions_the_nearest_tells_what_is_usual():
+    far, near = torch.full((1, 400, 1, 3), 5.0), torch.randn(1, 400, 1, 3)
+    alone, beside = measure_usual_errors(near), measure_usual_errors(torch.cat([far, near]))
+    assert torch.equal(alone.whitening, beside.whitening)

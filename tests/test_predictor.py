@@ -3,25 +3,18 @@
 import pytest
 import torch
 
+from jepa.baselines import CopyLast, LinearExtrapolation, Mean, Ridge, changes, fit_ridge
 from jepa.encoder import ConfigurationError
-from jepa.predictor import (
-    NETWORKS,
-    CopyLast,
-    LinearExtrapolation,
-    Mean,
-    Predictor,
-    PredictorConfig,
-    changes,
-    fit_ridge,
-    last_steps,
-)
+from jepa.networks import NETWORKS, last_steps
+from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
+from jepa.sampling import GaussianFutures, expected_future, sample
 
 
-def make(kind: str, context: int = 4) -> Predictor:
+def make(kind: str, context: int = 4, latent_dimension: int = 0) -> Predictor:
     """A predictor whose head is no longer zero, so that it says something."""
     torch.manual_seed(0)
-    config = PredictorConfig(kind=kind, context=context, width=16, depth=2, heads=2)  # type: ignore[arg-type]
+    config = PredictorConfig(kind, context, width=16, depth=2, heads=2, latent_dimension=latent_dimension)  # type: ignore[arg-type]
     predictor = Predictor(config, 5, 4.0, "abc").eval()
     torch.nn.init.normal_(predictor.members[0].head.weight)
     torch.nn.init.normal_(predictor.ridge.weight)
@@ -30,7 +23,7 @@ def make(kind: str, context: int = 4) -> Predictor:
 
 def everyone() -> dict[str, torch.nn.Module]:
     predictors: dict[str, torch.nn.Module] = {kind: make(kind) for kind in NETWORKS}
-    return predictors | make("mlp").baselines()
+    return predictors | {"latent": make("mlp", latent_dimension=3)} | make("mlp").baselines()
 
 
 @pytest.mark.parametrize("name", list(everyone()))
@@ -124,14 +117,82 @@ def test_changes():
 
 
 @pytest.mark.parametrize("name", list(everyone()))
-def test_rollout_feeds_itself(name):
+def test_a_rollout_that_remembers_is_one_that_reads_everything_again(name):
     predictor = everyone()[name]
     past = torch.randn(2, 6, 5)
     with torch.no_grad():
-        future = rollout(predictor, past, 4)
-        again = rollout(predictor, torch.cat([past, future[:, :2]], dim=1), 2)
-    assert future.shape == (2, 4, 5)
-    assert torch.allclose(future[:, 2:], again, atol=1e-6)
+        future = rollout(predictor, past, 9)
+        sequence = past
+        for _ in range(9):
+            sequence = torch.cat([sequence, predictor(sequence)], dim=1)
+    assert future.shape == (2, 9, 5)
+    assert torch.allclose(future, sequence[:, 6:], rtol=1e-4, atol=1e-5)
+    assert (future[:, 1:] != future[:, :-1]).any() or name in ("copy_last", "mean")
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "latent"])
+def test_at_the_ticks_of_the_clock_times_say_the_same_as_a_horizon(name):
+    predictor = everyone()[name]  # at 4 fps
+    past = torch.randn(2, 6, 5)
+    with torch.no_grad():
+        on_clock = rollout(predictor, past, 3)
+        assert torch.equal(rollout(predictor, past, times_s=torch.tensor([0.25, 0.5, 0.75])), on_clock)
+        elsewhere = rollout(predictor, past, times_s=torch.tensor([[0.25, 0.6, 1.0], [0.5, 0.6, 1.0]]))
+    assert torch.equal(elsewhere[0, 0], on_clock[0, 0])
+    assert not torch.allclose(elsewhere[:, 1:], on_clock[:, 1:])
+    assert not torch.allclose(elsewhere[1, 0], on_clock[1, 0])
+
+
+def test_the_network_is_told_of_time():
+    """Twice the gap is twice the velocity's way, and embeddings that came more slowly moved more slowly."""
+    predictor = make("mlp")
+    torch.nn.init.zeros_(predictor.members[0].head.weight)
+    torch.nn.init.ones_(predictor.members[0].head.bias)
+    past = torch.randn(1, 3, 5)
+    gaps = torch.tensor([[1.0, 2.0, 3.0]])
+    assert torch.allclose(predictor(past, 3, gaps) - past, gaps[..., None].expand(1, 3, 5), atol=1e-6)
+    seen = []
+    predictor.members[0].network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    predictor(past, 1, gaps)
+    features, ticks = seen[0]
+    assert ticks.tolist() == [[0, 1, 3]]
+    assert torch.allclose(features[0, 2, 5:10], (past[0, 2] - past[0, 1]) / 2)
+    assert torch.allclose(features[0, :, 10:], torch.tensor([[1.0, 1.0], [1.0, 2.0], [2.0, 3.0]]).log2())
+
+
+def test_rotary_attention_knows_time_but_not_when_the_clock_was_started():
+    block = make("transformer").members[0].network.blocks[0]
+    hidden, ticks = torch.randn(1, 4, 16), torch.tensor([[0.0, 1.0, 2.0, 4.0]])
+    with torch.no_grad():
+        here = block(hidden, ticks, None)[0]
+        assert torch.allclose(block(hidden, ticks + 50, None)[0], here, atol=1e-5)
+        assert not torch.allclose(block(hidden, 2 * ticks, None)[0], here, atol=1e-3)
+
+
+def test_samples_differ_by_their_latent_alone():
+    predictor, past = make("mlp", latent_dimension=3), torch.randn(2, 6, 5)
+    drawn = sample(predictor, past, 4, 7, torch.Generator().manual_seed(0))
+    assert drawn.shape == (7, 2, 4, 5)
+    assert torch.equal(sample(predictor, past, 4, 7, torch.Generator().manual_seed(0)), drawn)
+    assert drawn[:, :, 0].std(dim=0).min() > 0
+    expected = expected_future(predictor, past, 4)
+    assert torch.equal(expected_future(predictor, past, 4), expected)
+    many = sample(predictor, past, 4, 2000, torch.Generator().manual_seed(1)).mean(dim=0)
+    assert (expected - many).square().mean() < drawn.var(dim=0).mean() / 8  # 16 samples: a sixteenth is expected
+    with pytest.raises(ValueError, match="one future only"):
+        sample(make("mlp"), past, 4, 7, torch.Generator())
+
+
+def test_a_gaussian_is_as_wide_as_the_errors_were():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(3, 5, 5, generator=generator)
+    imagined = torch.randn(4000, 3, 5, generator=generator)
+    errors = torch.einsum("h d k, n h k -> n h d", mixing, torch.randn(4000, 3, 5, generator=generator))
+    drawn = GaussianFutures(imagined, imagined + errors).sample(imagined[:2], 20000, generator)
+    assert drawn.shape == (20000, 2, 3, 5)
+    for step in range(3):
+        around = drawn[:, 0, step] - imagined[0, step]
+        assert torch.allclose(around.T.cov(), mixing[step] @ mixing[step].T, atol=0.6)
 
 
 def test_rollout_refuses_what_it_cannot_do():
@@ -139,6 +200,20 @@ def test_rollout_refuses_what_it_cannot_do():
         rollout(CopyLast(), torch.randn(1, 2, 3), 0)
     with pytest.raises(ValueError, match="at least one embedding"):
         rollout(CopyLast(), torch.randn(1, 0, 3), 1)
+    past = torch.randn(2, 4, 5)
+    with pytest.raises(ValueError, match="one of them"):
+        rollout(make("mlp"), past)
+    with pytest.raises(ValueError, match="must increase"):
+        rollout(make("mlp"), past, times_s=torch.tensor([0.5, 0.5]))
+    with pytest.raises(ValueError, match="CopyLast has no clock"):
+        rollout(CopyLast(), past, times_s=torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="other times"):
+        Ridge(5, 3)(past, 1, torch.tensor([[1.0, 1.0, 1.0, 2.0]]))
+
+
+def test_extrapolation_goes_on_at_the_speed_of_the_last_change():
+    line = torch.tensor([0.0, 1.0, 3.0])[None, :, None]
+    assert LinearExtrapolation()(line, 1, torch.tensor([[1.0, 2.0, 0.5]])).item() == 3.5
 
 
 def test_impossible_configurations_are_refused():
@@ -148,3 +223,7 @@ def test_impossible_configurations_are_refused():
         Predictor(PredictorConfig(kind="transformer", width=16, heads=3), 5, 4.0, "abc")
     with pytest.raises(ConfigurationError, match="context is 1"):
         Predictor(PredictorConfig(context=1), 5, 4.0, "abc")
+    with pytest.raises(ConfigurationError, match="latent-dimension is -1"):
+        Predictor(PredictorConfig(latent_dimension=-1), 5, 4.0, "abc")
+    with pytest.raises(ConfigurationError, match="no sample"):
+        Predictor(PredictorConfig(latent_dimension=2), 5, 4.0, "abc", members=2)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from jepa.predictor import CopyLast, LinearExtrapolation, Shrunk
+from jepa.baselines import CopyLast, LinearExtrapolation, Shrunk
 from jepa.rollout import rollout
 from jepa.shrinkage import LONGEST, fit_shrinkage, no_shrinkage, shrink
 from jepa.skill import imagine

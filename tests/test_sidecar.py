@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from data.sidecar import SidecarError, read_sidecar
+from data.embedding_cache import EmbeddingCache
+from data.sidecar import SidecarError, read_sidecar, read_states
 
 TABLE = "frame,time_s,speed,steering\n0,0.0,10,-1\n1,0.1,11,-0.5\n2,0.25,12,0\n3,0.7,13,0.5\n"
 
@@ -37,8 +38,8 @@ def test_missing_file(tmp_path):
     ("table", "column", "message"),
     [
         (TABLE, "brake", "no column 'brake' among frame, time_s, speed, steering"),
-        ("frame,speed\n0,1\n", "speed", "no column 'time_s'"),
-        ("", "speed", "no column 'time_s'"),
+        ("second,speed\n0,1\n", "speed", "neither a column 'time_s' nor 'frame' among second, speed"),
+        ("", "speed", "neither a column 'time_s' nor 'frame'"),
         ("time_s,speed\n", "speed", "no rows"),
         ("time_s,speed\n0.0,fast\n", "speed", "not a number .*fast"),
         ("time_s,speed\n0.0,\n", "speed", "not a number"),
@@ -52,6 +53,56 @@ def test_unusable_tables_say_why(video, table, column, message):
     video.with_suffix(".csv").write_text(table)
     with pytest.raises(SidecarError, match=rf"clip\.csv: .*{message}"):
         read_sidecar(video, np.zeros(1), [column], 0.1)
+
+
+@pytest.fixture
+def uneven(tmp_path, encode_video):
+    """A video of uneven rate, and the state of some of its frames."""
+    (tmp_path / "uneven.csv").write_text("speed,frame\n13,3\n10,0\n12,2\n")
+    return encode_video(tmp_path / "uneven.mp4", [0.0, 0.1, 0.25, 0.7, 0.8])
+
+
+def test_frames_are_counted_where_there_are_no_times(uneven):
+    values = read_sidecar(uneven, np.array([0.0, 0.05, 0.25, 0.69, 0.8]), ["speed"], tolerance_s=0.11)
+    assert values[:, 0].tolist() == [10, 10, 12, 13, 13]
+    with pytest.raises(SidecarError, match=r"no row within 0\.100 s of the frame at 0\.400 s"):
+        read_sidecar(uneven, np.array([0.4]), ["speed"], tolerance_s=0.1)
+
+
+@pytest.mark.parametrize(("frame", "shown"), [("5", "5"), ("-1", "-1"), ("1.5", "1.5")])
+def test_frames_that_are_not_in_the_video(uneven, frame, shown):
+    uneven.with_suffix(".csv").write_text(f"frame,speed\n0,1\n{frame},2\n")
+    with pytest.raises(SidecarError, match=rf"there is no frame {shown} in uneven\.mp4: it has 5, counted from 0"):
+        read_sidecar(uneven, np.zeros(1), ["speed"], 0.1)
+
+
+def test_times_are_taken_before_frames(uneven):
+    uneven.with_suffix(".csv").write_text("frame,time_s,speed\n900,0.0,1\n901,0.5,2\n")
+    assert read_sidecar(uneven, np.array([0.5, 0.0]), ["speed"], 0.1)[:, 0].tolist() == [2, 1]
+
+
+def test_rows_need_not_be_in_order(video):
+    video.with_suffix(".csv").write_text("time_s,speed\n0.5,7\n0.0,5\n0.2,6\n")
+    assert read_sidecar(video, np.array([0.0, 0.21, 0.5]), ["speed"], 0.1)[:, 0].tolist() == [5, 6, 7]
+
+
+def test_states_of_a_cache_are_those_of_its_rows(tmp_path, make_clip, write_cache):
+    """Two clocks on one video and a second video; the first shard holds a clip that was replaced since."""
+    for name, slope in (("a", 1), ("b", 2)):
+        rows = "".join(f"{tick / 20},{slope * tick / 20}\n" for tick in range(200))
+        (tmp_path / f"{name}.csv").write_text("time_s,position\n" + rows)
+    source = str(tmp_path / "a.mp4")
+    write_cache(tmp_path / "cache", [make_clip(source, 8)])
+    clips = [make_clip(source, 8, modified_ns=2), make_clip(source, 8, phase_s=0.1),
+             make_clip(str(tmp_path / "b.mp4"), 6, gaps=(3,))]  # fmt: skip
+    cache = EmbeddingCache(write_cache(tmp_path / "cache", clips))
+    states = read_states(cache, ["position"])
+    assert states.shape == (30, 1)
+    assert np.isnan(states).sum() == 8
+    for clip in cache.clips:
+        rows = slice(clip.start, clip.start + clip.frames)
+        slope = 2 if clip.key.source.endswith("b.mp4") else 1
+        np.testing.assert_allclose(states[rows, 0], slope * cache.times_s[rows], atol=1e-9)
 
 
 def test_no_row_near_enough_names_the_worst_frame(video):

@@ -425,3 +425,39 @@ def test_amounts_of_memory_are_understood_or_refused(world, tmp_path):
             f"--videos {world}/train --output-dir {tmp_path}/out --shuffle-memory={amount} {SMALL_ENCODER}",
         )
         assert f"--shuffle-memory is {amount}" in line
+
+
+def test_sampled_futures_are_measured_against_a_gaussian(world, tmp_path):
+    caches = f"--train-cache {world}/cache/train --validation-cache {world}/cache/val"
+    options = f"{caches} --steps 8 --rollout-steps 2 {SMALL_PREDICTOR} --predictor.latent-dimension 2"
+    succeed("train_predictor", f"{options} --output-dir {tmp_path}/latent")
+    judge = f"--cache {world}/cache/test --validation-cache {world}/cache/val --horizon 4 --samples 5 --resamples 50"
+    latent = f"--predictor {tmp_path}/latent/predictor --output-dir {tmp_path}/samples"
+    shown = succeed("evaluate_samples", f"{judge} {latent} --point-predictor {world}/predictor/predictor")
+    assert "central 90 %" in shown
+    result = json.loads((tmp_path / "samples" / "samples.json").read_text())
+    for name in ("model", "gaussian"):
+        assert [record["horizon"] for record in result[name]] == [1, 2, 3, 4]
+        for record in result[name]:
+            low, high = record["energy_score_interval"]
+            assert low <= record["energy_score"] <= high
+            assert 0 <= record["coverage_50%"] <= record["coverage_90%"] <= 1
+    assert (tmp_path / "samples" / "samples.png").stat().st_size > 5000
+    # It is a predictor like any other: rollouts are the mean of samples, and surprise is marginalised over them.
+    evaluate = f"--cache {world}/cache/test --predictor {tmp_path}/latent/predictor --horizon 4"
+    assert "model" in succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    surprise = (
+        f"--videos {world}/test/clip_00000.mp4 --encoder {world}/encoder/encoder --output-dir {tmp_path}/surprise"
+    )
+    assert "energy" in succeed("score_surprise", f"{surprise} --predictor {tmp_path}/latent/predictor")
+
+    plain = f"--predictor {world}/predictor/predictor --output-dir {tmp_path}/plain"
+    assert "knows one future only: train one with" in fail("evaluate_samples", f"{judge} {plain}")
+    assert "--samples is 1" in fail("evaluate_samples", f"{judge} {latent} --samples 1 --overwrite")
+
+
+def test_a_future_at_irregular_times_is_learned_where_clips_are_long_enough(world, tmp_path):
+    caches = f"--train-cache {world}/cache/train --validation-cache {world}/cache/val"
+    options = f"{caches} --steps 4 --rollout-steps 4 {SMALL_PREDICTOR} --output-dir {tmp_path}/predictor"
+    succeed("train_predictor", f"{options} --longest-gap 3")
+    assert "a window takes 31 embeddings" in fail("train_predictor", f"{options} --longest-gap 7 --overwrite")

@@ -1,0 +1,107 @@
+r"""What does imagining cost? Rollouts with and without remembering, and imagined frames a second.
+
+  python benchmarks/rollout.py
+
+For each kind of predictor, at its default size: a rollout of 256 clips over 100 steps, with the state that networks
+carry along (keys and values, hidden states) against reading the sequence again at each step, as far back as it can
+matter, in turn, in one run;
+then imagined frames a second, and how much memory 100 and 400 steps allocate beside the embeddings they return.
+Prints a table in Markdown and writes `results.json`.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from jepa.networks import NETWORKS
+from jepa.predictor import Predictor, PredictorConfig
+from jepa.rollout import rollout
+from pipelines.stage import run_stage, write_json
+
+
+@dataclass(frozen=True)
+class Options:
+    """What imagining costs."""
+
+    output_dir: Path = Path("runs/benchmarks/rollout")
+    """Where the results are left."""
+    clips: int = 256
+    """Futures imagined at once."""
+    horizon: int = 100
+    """Steps of each."""
+    dimension: int = 64
+    """Of the embeddings."""
+    rounds: int = 3
+    """Each measurement is repeated, in turns with its rival; medians are reported."""
+
+
+@torch.no_grad()
+def main(options: Options) -> None:
+    """The story: each kind of predictor, then the table."""
+    rows = []
+    for kind in NETWORKS:
+        torch.manual_seed(0)
+        predictor = Predictor(PredictorConfig(kind=kind), options.dimension, 10.0, "benchmark").eval()  # type: ignore[arg-type]
+        past = torch.randn(options.clips, predictor.config.context, options.dimension)
+        rollout(predictor, past, 2)  # warm up
+        remembering, reading = [], []
+        for _ in range(options.rounds):
+            remembering.append(seconds(lambda p=predictor, x=past: rollout(p, x, options.horizon)))  # type: ignore[misc]
+            reading.append(seconds(lambda p=predictor, x=past: read_again(p, x, options.horizon)))  # type: ignore[misc]
+        cost = statistics.median(remembering)
+        rows.append(
+            {
+                "kind": kind,
+                "seconds": cost,
+                "seconds without state": statistics.median(reading),
+                "times faster": statistics.median(reading) / cost,
+                "imagined frames a second": options.clips * options.horizon / cost,
+                "MB held at once, 100 steps": memory_mb(predictor, past, 100),
+                "MB held at once, 400 steps": memory_mb(predictor, past, 400),
+                "MB returned, 100 steps": options.clips * 100 * options.dimension * 4 / 1e6,
+            }
+        )
+    write_json(options.output_dir / "results.json", rows)
+    print(f"{options.clips} clips, {options.horizon} steps, {torch.get_num_threads()} threads\n")
+    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(f"{cell:,.1f}" if isinstance(cell, float) else cell for cell in row.values()) + " |")
+
+
+def read_again(predictor: Predictor, past: Tensor, horizon: int) -> Tensor:
+    """The same rollout without any state: at each step the sequence again, as far back as it can matter."""
+    sequence = past
+    for _ in range(horizon):
+        sequence = torch.cat([sequence, predictor(sequence[:, -predictor.memory - 1 :])], dim=1)
+    return sequence[:, past.shape[1] :]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    gc.collect()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def memory_mb(predictor: Predictor, past: Tensor, horizon: int) -> float:
+    """The most memory that tensors of one rollout hold at the same time, in MB, what it returns included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        rollout(predictor, past, horizon)
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 1e6
+
+
+if __name__ == "__main__":
+    run_stage(main, Options)

@@ -1,0 +1,109 @@
+r"""Futures that cannot be known: balls that leave walls at random angles, several seeds.
+
+  python benchmarks/stochastic_walls.py --seeds 0 1 2 --runs runs/benchmarks/balls
+
+Uses the encoders of `benchmarks/balls.py` (`RUNS/seed_N/encoder/encoder`). For each seed: videos of its own with random
+walls, cached; a predictor with a latent, and one without, trained alike; on the test clips the sampled futures of the
+one against a plain Gaussian around the rollouts of the other (`pipelines/evaluate_samples.py`), and against a Gaussian
+around its own mean. Prints a table in Markdown and writes `results.json`.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.synthetic import BallWorld, write_ball_videos
+from pipelines.stage import require, run_stage, write_json
+
+ROOT = Path(__file__).parent.parent
+CLIPS = {"train": 2000, "val": 200, "test": 200}
+TRAINING = ["--steps", 2500, "--rollout-steps", 10, "--compute.precision", "bf16"]
+LATENT = ["--predictor.latent-dimension", 16]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sampled futures where chance decides, several seeds."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each makes its own videos and predictors."""
+    runs: Path = Path("runs/benchmarks/balls")
+    """Where benchmarks/balls.py left its runs: the encoder of the same seed is used."""
+    output_dir: Path = Path("runs/benchmarks/stochastic_walls")
+    """Where all runs and the results are left."""
+
+
+def main(options: Options) -> None:
+    """The story: run each seed, gather, print."""
+    for seed in options.seeds:
+        encoder = options.runs / f"seed_{seed}" / "encoder" / "encoder"
+        require(encoder.is_dir(), f"{encoder}: there is no encoder: run benchmarks/balls.py first")
+    runs = [measure_seed(seed, options) for seed in options.seeds]
+    write_json(options.output_dir / "results.json", runs)
+    print("| measure | mean | range |\n| --- | --- | --- |")
+    for name in runs[0]:
+        values = [float(run[name]) for run in runs]
+        print(f"| {name} | {np.mean(values):.3f} | {min(values):.3f} to {max(values):.3f} |")
+
+
+def measure_seed(seed: int, options: Options) -> dict[str, Any]:
+    """All figures of one seed, flat."""
+    folder = (options.output_dir / f"seed_{seed}").absolute()
+    encoder = (options.runs / f"seed_{seed}" / "encoder" / "encoder").absolute()
+    world = BallWorld(walls="random")
+    for number, (split, clips) in enumerate(CLIPS.items()):
+        write_ball_videos(folder / "videos" / split, clips, world, seed=5000 + 3 * seed + number)
+        call("cache_embeddings", "--videos", folder / "videos" / split, "--encoder", encoder, "--fps", world.fps,
+             "--output-dir", folder / "cache" / split)  # fmt: skip
+    caches = ["--train-cache", folder / "cache" / "train", "--validation-cache", folder / "cache" / "val"]
+    results: dict[str, Any] = {}
+    for name, extra in {"latent": LATENT, "point": []}.items():
+        started, fresh = time.monotonic(), not (folder / name).exists()
+        if not (folder / name / "metrics.json").exists():
+            call("train_predictor", *caches, "--output-dir", folder / name, "--seed", seed, "--resume", *TRAINING,
+                 *extra)  # fmt: skip
+        if fresh:
+            results[f"training, {name}: seconds"] = time.monotonic() - started
+    judged = ["--cache", folder / "cache" / "test", "--validation-cache", folder / "cache" / "val", "--predictor",
+              folder / "latent" / "predictor", "--seed", seed, "--overwrite"]  # fmt: skip
+    around = {"rollout without a latent": ["--point-predictor", folder / "point" / "predictor"], "own mean": []}
+    for centre, point in around.items():
+        output = folder / f"samples_around_{centre.split()[0]}"
+        call("evaluate_samples", *judged, *point, "--output-dir", output)
+        found = json.loads((output / "samples.json").read_text())
+        for horizon in (1, 5, 10, 20):
+            ours, plain = found["model"][horizon - 1], found["gaussian"][horizon - 1]
+            apart = ours["energy_score_interval"][1] < plain["energy_score_interval"][0]
+            results |= {
+                f"horizon {horizon}: energy score of the model": ours["energy_score"],
+                f"horizon {horizon}: energy score of a Gaussian around the {centre}": plain["energy_score"],
+                f"horizon {horizon}: relative to a Gaussian around the {centre}": ours[
+                    "energy_score_relative_to_gaussian"
+                ],
+                f"horizon {horizon}: upper end of that": ours["energy_score_relative_to_gaussian_interval"][1],
+                f"horizon {horizon}: intervals apart from a Gaussian around the {centre} (1 = yes)": float(apart),
+                f"horizon {horizon}: best of 32, relative to a Gaussian around the {centre}": ours["best_of"]
+                / plain["best_of"],
+                **{
+                    f"horizon {horizon}: central {share}, {name}": record[f"coverage_{share}"]
+                    for share in ("50%", "90%")
+                    for name, record in (("model", ours), (f"Gaussian around the {centre}", plain))
+                },
+            }
+    return results
+
+
+def call(stage: str, *words: object) -> None:
+    """Run a stage with this Python, from the root."""
+    command = [sys.executable, f"pipelines/{stage}.py", *map(str, words)]
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    run_stage(main, Options)

@@ -1,0 +1,180 @@
+"""The networks inside predictors. To add one, write a class here and name it in `NETWORKS`.
+
+A network is causal: it maps the steps of a sequence to hidden states, one for each of the last `outputs` steps, and
+remembers what it needs to go on from there. Called with a whole sequence or step by step with its own state, it gives
+the same hidden states: that is what makes a rollout cost one step for each imagined frame, and no more. It says in
+`memory` how many past steps can matter to a hidden state.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from jepa.encoder import ConfigurationError
+
+
+class NetworkConfig(Protocol):
+    """What networks are built from: `jepa.predictor.PredictorConfig` documents the fields."""
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
+
+
+class Steps(NamedTuple):
+    """A sequence as networks see it."""
+
+    features: Tensor
+    """float (B, T, F)."""
+    ticks: Tensor
+    """float (B, T): the time of each step, in ticks of the clock."""
+
+
+class ResidualMLP(nn.Module):
+    """Residual blocks on the last `context` steps, flattened. Its state is the steps before the newest."""
+
+    def __init__(self, inputs: int, config: NetworkConfig) -> None:
+        super().__init__()
+        self.context = self.memory = config.context
+        self.embed = nn.Linear(inputs * config.context, config.width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(config.width),
+                nn.Linear(config.width, config.width),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(config.width, config.width),
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, steps: Steps, outputs: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        features = steps.features if state is None else torch.cat([state, steps.features], dim=1)
+        hidden = self.embed(last_steps(features, self.context, outputs))  # (B, outputs, width)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.norm(hidden), features[:, max(0, features.shape[1] - self.context + 1) :]
+
+
+class CausalTransformer(nn.Module):
+    """Pre-norm transformer; each layer attends to the last `context` steps, by rotary positions in time.
+
+    Rotary positions (Su et al. 2021, arXiv:2104.09864) turn queries and keys by angles that grow with *time*, not with
+    the index, so attention knows how long ago a step was, on an irregular clock too, and never when the sequence
+    began. The state holds each layer's keys and values of the last `context` - 1 steps.
+    """
+
+    def __init__(self, inputs: int, config: NetworkConfig) -> None:
+        super().__init__()
+        if config.width % (2 * config.heads):
+            raise ConfigurationError(
+                f"--predictor.width {config.width} is no multiple of twice --predictor.heads {config.heads}: "
+                "rotary positions turn pairs of channels; choose another number of heads"
+            )
+        self.memory = config.depth * (config.context - 1) + 1
+        self.embed = nn.Linear(inputs, config.width)
+        self.blocks = nn.ModuleList(AttentionBlock(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(
+        self, steps: Steps, outputs: int, state: list[tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        hidden, kept = self.embed(steps.features), []
+        for index, block in enumerate(self.blocks):
+            hidden, keys_values = block(hidden, steps.ticks, None if state is None else state[index])
+            kept.append(keys_values)
+        return self.norm(hidden[:, -outputs:]), kept
+
+
+class AttentionBlock(nn.Module):
+    """Causal self-attention, then an MLP; hidden (B, T, width), ticks (B, T), keys and values of the steps before."""
+
+    wavelengths: Tensor
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.context, self.heads, self.dropout = config.context, config.heads, config.dropout
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.queries_keys_values = nn.Linear(config.width, 3 * config.width)
+        self.mix = nn.Linear(config.width, config.width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(config.width),
+            nn.Linear(config.width, 4 * config.width),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(4 * config.width, config.width),
+        )
+
+    def forward(
+        self, hidden: Tensor, ticks: Tensor, state: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        projected = self.queries_keys_values(self.attention_norm(hidden))
+        queries, keys, values = rearrange(projected, "b t (three h c) -> three b h t c", three=3, h=self.heads)
+        queries, keys = self.turn(queries, ticks), self.turn(keys, ticks)
+        if state is not None:
+            keys, values = torch.cat([state[0], keys], dim=2), torch.cat([state[1], values], dim=2)
+        attended = functional.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=self.visible(queries.shape[2], keys.shape[2], hidden.device),
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        hidden = hidden + self.mix(rearrange(attended, "b h t c -> b t (h c)"))
+        oldest = max(0, keys.shape[2] - self.context + 1)
+        return hidden + self.mlp(hidden), (keys[:, :, oldest:], values[:, :, oldest:])
+
+    def visible(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """Which keys each query may see: itself and the `context` - 1 before it; None for all of them."""
+        if queries == 1 and keys <= self.context:
+            return None
+        back = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+        return (back >= 0) & (back < self.context)  # (queries, keys)
+
+    def turn(self, channels: Tensor, ticks: Tensor) -> Tensor:
+        """Turn pairs of channels (B, heads, T, C) by time; wavelengths from 4 ticks to 16 contexts."""
+        pairs = channels.shape[3] // 2
+        slowest = 16.0 * self.context / 4.0
+        angular = (2 * torch.pi / 4) * slowest ** -(torch.arange(pairs, device=ticks.device) / max(1, pairs - 1))
+        angle = (ticks[:, None, :, None] * angular).to(channels.dtype)  # (B, 1, T, C / 2)
+        even, odd = channels[..., :pairs], channels[..., pairs:]
+        return torch.cat([even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], dim=-1)
+
+
+class GRU(nn.Module):
+    """Gated recurrent unit. Its state is the hidden state."""
+
+    def __init__(self, inputs: int, config: NetworkConfig) -> None:
+        super().__init__()
+        self.memory = 2 * config.context
+        dropout = config.dropout if config.depth > 1 else 0.0
+        self.recurrence = nn.GRU(inputs, config.width, config.depth, batch_first=True, dropout=dropout)
+
+    def forward(self, steps: Steps, outputs: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        hidden, state = self.recurrence(steps.features, state)
+        return hidden[:, -outputs:], state
+
+
+NETWORKS: dict[str, Any] = {"mlp": ResidualMLP, "transformer": CausalTransformer, "gru": GRU}
+
+
+def last_steps(steps: Tensor, context: int, outputs: int) -> Tensor:
+    """For each of the last `outputs` steps the `context` steps up to it, oldest first, flattened.
+
+    Before the beginning the first step is repeated. (B, T, F) -> (B, outputs, context x F).
+    """
+    needed = context + outputs - 1
+    steps = steps[:, -needed:]
+    padded = functional.pad(rearrange(steps, "b t f -> b f t"), (needed - steps.shape[1], 0), mode="replicate")
+    return rearrange(padded.unfold(2, context, 1), "b f t k -> b t (k f)")

@@ -1,0 +1,72 @@
+"""How good are sampled futures? Proper scores and calibration, of ensembles of samples against what came.
+
+Gneiting and Raftery 2007, "Strictly proper scoring rules, prediction, and estimation": a score is proper if nobody can
+gain by claiming to be more or less certain than they are.
+"""
+
+import torch
+from torch import Tensor
+
+
+def energy_score(samples: Tensor, future: Tensor) -> Tensor:
+    """E|X - y| - E|X - X'| / 2: small for samples that are near what came, and as far apart as they ought to be.
+
+    A proper score of the whole vector; the error of a single certain guess is its special case. The second
+    expectation is over *different* samples, which makes the estimate fair to small ensembles (Ferro 2014).
+
+    Args:
+        samples: (n, ..., D), n at least 2.
+        future: (..., D), what came.
+
+    Returns:
+        (...), in units of the root mean square per feature. Differentiable.
+
+    Raises:
+        ValueError: there are fewer than 2 samples.
+    """
+    if len(samples) < 2:
+        raise ValueError(f"{len(samples)} samples: an energy score takes at least 2")
+    near = distance(samples, future[None]).mean(dim=0)
+    apart = torch.zeros_like(near)
+    for shift in range(1, len(samples) // 2 + 1):  # each pair of different samples once, without n x n memory
+        rolled = distance(samples, samples.roll(shift, dims=0)).sum(dim=0)
+        apart = apart + (rolled / 2 if 2 * shift == len(samples) else rolled)
+    pairs = len(samples) * (len(samples) - 1) / 2
+    return near - apart / pairs / 2
+
+
+def distance(first: Tensor, second: Tensor) -> Tensor:
+    """Root mean square difference over the features, (..., D) twice -> (...); its gradient at 0 is 0."""
+    return ((first - second).square().mean(dim=-1) + 1e-12).sqrt()
+
+
+def coverage(samples: Tensor, future: Tensor, share: float) -> Tensor:
+    """How often each feature of what came lies inside the central interval of the samples that should hold `share`.
+
+    The interval runs from one sample to another, sorted; ranks are interpolated so that for samples from the true
+    distribution the expected coverage is `share` exactly.
+
+    Args:
+        samples: (n, ..., D).
+        future: (..., D).
+        share: 0.5 for the central 50 %.
+
+    Returns:
+        (...): the share of features covered.
+    """
+    n = len(samples)
+    ordered = samples.sort(dim=0).values
+
+    def quantile(level: float) -> Tensor:
+        # A new draw is below the k-th of n others with probability k / (n + 1).
+        place = min(max(level * (n + 1) - 1, 0.0), n - 1.0)
+        low = int(place)
+        return torch.lerp(ordered[low], ordered[min(low + 1, n - 1)], place - low)
+
+    inside = (future >= quantile((1 - share) / 2)) & (future <= quantile((1 + share) / 2))
+    return inside.float().mean(dim=-1)
+
+
+def best_of(samples: Tensor, future: Tensor) -> Tensor:
+    """Mean squared error per feature of the sample nearest to what came; (n, ..., D), (..., D) -> (...)."""
+    return (samples - future[None]).square().mean(dim=-1).amin(dim=0)

@@ -1,0 +1,78 @@
+"""What a predictor learns from: windows at the times that were drawn, over a horizon that grows."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from data.embedding_cache import EmbeddingCache
+from data.windows import Windows
+from jepa.predictor import Predictor, PredictorConfig
+from jepa.sampling import sample
+from pipelines.train_predictor import Losses, Options, draw_batches, draw_gaps, growing_horizon
+
+OPTIONS = Options(
+    batch_size=64, rollout_steps=4, longest_gap=3, steps=10, predictor=PredictorConfig(context=3, width=16, depth=1)
+)
+
+
+@pytest.fixture
+def cache(tmp_path, make_clip, write_cache):
+    """Two videos, each on two phases of the clock."""
+    clips = [make_clip(f"/{name}.mp4", 40, seed=seed) for seed, name in enumerate("ab")]
+    return EmbeddingCache(write_cache(tmp_path, clips))
+
+
+def test_windows_hold_the_embeddings_of_the_times_that_they_name(cache):
+    windows = Windows(cache, 3 + 3 * 4)
+    (batch,) = list(draw_batches([windows], replace(OPTIONS, steps=1), rank=0, step=0))
+    rows = np.concatenate(cache.unbroken_runs())
+    all_embeddings = torch.from_numpy(cache.take(rows)).float()
+    assert batch.windows.shape == (1, 64, 7, 5)
+    seen = set()
+    for window, times_s in zip(batch.windows[0], batch.times_s[0], strict=True):
+        found = torch.cdist(window, all_embeddings).argmin(dim=1)
+        assert torch.equal(all_embeddings[found], window)
+        ticks = times_s * cache.provenance.fps
+        expected = found[2] + torch.cat([torch.tensor([-2.0, -1.0, 0.0]), ticks])
+        assert torch.allclose(found.float(), expected)
+        seen |= set(torch.diff(ticks, prepend=torch.zeros(1)).round().int().tolist())
+    assert seen == {1, 2, 3}
+    assert {path.name for path in batch.videos} == {"a.mp4", "b.mp4"}
+
+
+def test_half_of_the_rollouts_stay_on_the_clock():
+    gaps = draw_gaps((2, 500, 6), 4, torch.Generator().manual_seed(0))
+    on_clock = (gaps == 1).all(dim=2).float().mean()
+    assert 0.45 < on_clock < 0.55
+    assert set(gaps.unique().tolist()) == {1, 2, 3, 4}
+    assert (draw_gaps((1, 3, 2), 1, torch.Generator()) == 1).all()
+
+
+def test_the_horizon_grows_to_its_full_length_by_half_of_the_training():
+    options = replace(OPTIONS, steps=100)
+    horizons = [growing_horizon(step, options) for step in range(100)]
+    assert horizons[0] == 1
+    assert horizons == sorted(horizons)
+    assert set(horizons) == {1, 2, 3, 4}
+    assert set(horizons[50:]) == {4}
+    assert growing_horizon(0, replace(OPTIONS, rollout_steps=1)) == 1
+
+
+def test_samples_are_trained_to_be_as_far_apart_as_from_what_came():
+    """On a coin toss the mean is the worst place for every sample to be; a trained latent goes both ways."""
+    torch.manual_seed(0)
+    predictor = Predictor(PredictorConfig(context=2, width=32, depth=1, latent_dimension=1), 3, 4.0, "abc")
+    losses, chance = Losses(predictor), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(losses.parameters(), 3e-3)
+    past, times_s = torch.zeros(1, 64, 2, 3), torch.full((1, 64, 1), 0.25)
+    for _ in range(300):
+        side = torch.randint(0, 2, (1, 64, 1, 1), generator=chance) * 2.0 - 1
+        loss = losses(past, torch.cat([past, side.expand(-1, -1, 1, 3)], dim=2), times_s, chance)["rollout_loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = sample(predictor.eval(), torch.zeros(1, 2, 3), 1, 200, chance)[:, 0, 0].mean(dim=1)
+    assert 0.35 < (drawn > 0).float().mean() < 0.65
+    assert drawn.abs().mean() > 0.7
