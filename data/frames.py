@@ -1,7 +1,7 @@
-"""Pairs of neighbouring frames for encoder training, shuffled without random seeks.
+"""Clips of neighbouring frames for training on videos, shuffled without random seeks; a pair is a clip of two.
 
 Random seeks decode a whole group of pictures for each frame. Here videos are decoded forward in stretches of about a
-minute that begin at keyframes; as many stretches, drawn at random, as fit in memory make a block; the pairs of a block
+minute that begin at keyframes; as many stretches, drawn at random, as fit in memory make a block; the clips of a block
 are shuffled. While one block is trained on, the next is decoded. A data set that fits in memory is decoded once.
 
 The order is a pure function of (seed, epoch, rank), and the `state` that comes with a batch is all that a resumed run
@@ -9,6 +9,7 @@ needs.
 """
 
 import math
+from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ STRETCH_S = 60.0
 
 
 @dataclass
-class PairsState:
+class ClipsState:
     """Where in the endless sequence of batches the loader stands."""
 
     epoch: int = 0
@@ -39,17 +40,28 @@ class PairsState:
     batch: int = 0
 
 
-class Pairs(NamedTuple):
+class Clips(NamedTuple):
     """A batch."""
+
+    frames: Tensor
+    """uint8 (B, T, 3, H, W), each one tick after the one before."""
+    videos: tuple[Path, ...]
+    """Those that the frames are from, each once."""
+    state: ClipsState
+    """Where the next batch begins: what a run that has used this one has to resume from."""
+
+
+class Pairs(NamedTuple):
+    """A batch of clips of two."""
 
     frames: Tensor
     """uint8 (B, 3, H, W)."""
     following: Tensor
     """uint8 (B, 3, H, W), one tick later."""
     videos: tuple[Path, ...]
-    """Those that the frames are from, each once."""
-    state: PairsState
-    """Where the next batch begins: what a run that has used this one has to resume from."""
+    """As in `Clips`."""
+    state: ClipsState
+    """As in `Clips`."""
 
 
 class Stretch(NamedTuple):
@@ -66,19 +78,19 @@ class Decoded(NamedTuple):
 
     frames: np.ndarray
     """uint8 (N, 3, H, W), each frame once."""
-    pairs: np.ndarray
-    """int64 (P, 2), which frames are one tick apart, on any of the clocks."""
+    clips: np.ndarray
+    """int64 (C, T), which frames follow each other tick by tick, on any of the clocks."""
     video: Path
 
 
-class FramePairs:
-    """Endless batches of neighbouring frames.
+class FrameClips:
+    """Endless batches of clips of neighbouring frames; clips overlap, one begins at each frame.
 
     Args:
         videos: the checked videos.
         size: (height, width).
         fps: the clock; neighbours are one tick apart.
-        batch_size: pairs in a batch, on this rank.
+        batch_size: clips in a batch, on this rank.
         seed: of the order.
         rank: this process; each rank reads its own share of the stretches (all of them, if there are too few).
         ranks: number of processes.
@@ -87,9 +99,10 @@ class FramePairs:
         phases: sample each video on this many clocks, shifted against each other.
         strict: damage inside a video is an error.
         workers: threads that decode, one a core by default.
+        length: frames in a clip.
 
     Raises:
-        VideoError: from iteration, if the videos hold fewer pairs than one batch, or, with `strict`, are damaged.
+        VideoError: from iteration, if the videos hold fewer clips than one batch, or, with `strict`, are damaged.
     """
 
     def __init__(
@@ -106,16 +119,17 @@ class FramePairs:
         phases: int = 1,
         strict: bool = False,
         workers: int | None = None,
+        length: int = 2,
     ) -> None:
         self.workers = workers
-        self.size, self.fps, self.batch_size, self.seed = size, fps, batch_size, seed
+        self.size, self.fps, self.batch_size, self.seed, self.length = size, fps, batch_size, seed, length
         self.rank, self.ranks, self.memory_bytes, self.progress = rank, ranks, memory_bytes, progress
         self.phases_s = clock_phases_s(fps, phases)
         self.strict = strict
         # An eighth: several stretches share a block, and the block shares the memory with the next one.
         longest_s = memory_bytes / 8 / (3 * size[0] * size[1]) / (fps * phases)
-        self.stretches = [stretch for video in videos for stretch in _stretches(video, fps * phases, longest_s)]
-        self.state = PairsState()
+        self.stretches = [stretch for video in videos for stretch in _stretches(video, fps * phases, longest_s, length)]
+        self.state = ClipsState()
         self.account = Account()
         """What has been read so far, each stretch counted once."""
         self._accounted: set[Stretch] = set()
@@ -126,11 +140,11 @@ class FramePairs:
         with self._closing:
             self._closed.set()
 
-    def __iter__(self) -> Iterator[Pairs]:
+    def __iter__(self) -> Iterator[Clips]:
         with ThreadPoolExecutor(max_workers=1) as ahead:
             blocks = self._blocks(self.state.epoch)
             decoded = self._decode(blocks[self.state.block], show=self.progress)
-            idle_blocks, pairs_seen = 0, 0
+            idle_blocks, clips_seen = 0, 0
             while True:
                 last = self.state.block == len(blocks) - 1
                 following_blocks = self._blocks(self.state.epoch + 1) if last else blocks
@@ -138,16 +152,16 @@ class FramePairs:
                 # What fits in memory is decoded once: the next block holds the same frames.
                 only_one = len(blocks) == len(following_blocks) == 1
                 upcoming = None if only_one else ahead.submit(self._decode, following_block, False)
-                pairs = yield from self._batches(decoded)
-                enough = pairs >= self.batch_size
-                idle_blocks, pairs_seen = (0, 0) if enough else (idle_blocks + 1, pairs_seen + pairs)
+                clips = yield from self._batches(decoded)
+                enough = clips >= self.batch_size
+                idle_blocks, clips_seen = (0, 0) if enough else (idle_blocks + 1, clips_seen + clips)
                 if idle_blocks >= len(blocks):
                     raise VideoError(
-                        f"the videos hold {pairs_seen} pairs of neighbouring frames at {self.fps:g} fps, "
+                        f"the videos hold {clips_seen} clips of {self.length} neighbouring frames at {self.fps:g} fps, "
                         f"fewer than --batch-size {self.batch_size}: lower it, or bring more videos"
                     )
                 self.state = (
-                    PairsState(self.state.epoch + 1) if last else PairsState(self.state.epoch, self.state.block + 1)
+                    ClipsState(self.state.epoch + 1) if last else ClipsState(self.state.epoch, self.state.block + 1)
                 )
                 blocks = following_blocks
                 if upcoming is not None:
@@ -173,7 +187,7 @@ class FramePairs:
         return blocks
 
     def _decode(self, block: list[Stretch], show: bool) -> list[Decoded]:
-        """Frames and pairs of each stretch."""
+        """Frames and clips of each stretch."""
         bar = tqdm(total=len(block), unit="stretch", desc="decoding videos", leave=False, disable=not show)
         decoded = []
         for stretch, (part, seconds, damage) in zip(block, map_ahead(self._read, block, self.workers), strict=True):
@@ -191,14 +205,16 @@ class FramePairs:
     def _read(self, stretch: Stretch) -> tuple[Decoded, float, Damage]:
         """A stretch, how many seconds of video it has, and what was wrong."""
         video, damage = stretch.video, Damage()
-        # One tick more than the stretch, so that no pair is lost between two stretches.
+        # Some ticks more than the stretch, so that no clip is lost between two stretches.
+        end_s = stretch.end_s + (self.length - 1) / self.fps
         timed_frames = read_on_clock(
-            video.path, self.size, self.fps, self.phases_s, stretch.start_s, stretch.end_s + 1 / self.fps,
+            video.path, self.size, self.fps, self.phases_s, stretch.start_s, end_s,
             None if self.strict else damage, video.average_fps,
         )  # fmt: skip
         frames = np.empty((stretch.expected_frames, 3, *self.size), np.uint8)
-        pairs: list[tuple[int, int]] = []
-        newest = [(-1, -1)] * len(self.phases_s)  # (tick, row) on each clock
+        clips: list[tuple[int, ...]] = []
+        newest = [deque[int](maxlen=self.length) for _ in self.phases_s]  # rows on each clock, without a gap
+        last_ticks = [-1] * len(self.phases_s)
         rows, last_time_s = 0, -math.inf
         for timed in timed_frames:
             if self._closed.is_set():
@@ -208,30 +224,42 @@ class FramePairs:
                     frames = np.concatenate([frames, np.empty_like(frames[: 1 + rows // 4])])
                 frames[rows] = timed.frame
                 rows, last_time_s = rows + 1, timed.time_s
-            tick, row = newest[timed.clock]
-            if tick == timed.tick - 1 and row >= 0:
-                pairs.append((row, rows - 1))
-            newest[timed.clock] = timed.tick, rows - 1
+            clip = newest[timed.clock]
+            if timed.tick != last_ticks[timed.clock] + 1:
+                clip.clear()
+            clip.append(rows - 1)
+            last_ticks[timed.clock] = timed.tick
+            if len(clip) == self.length:
+                clips.append(tuple(clip))
         seconds = max(0.0, min(last_time_s, stretch.end_s) - stretch.start_s)
-        part = Decoded(frames[:rows], np.array(pairs, dtype=np.int64).reshape(-1, 2), video.path)
+        part = Decoded(frames[:rows], np.array(clips, dtype=np.int64).reshape(-1, self.length), video.path)
         return part, seconds, damage
 
-    def _batches(self, decoded: list[Decoded]) -> Generator[Pairs, None, int]:
+    def _batches(self, decoded: list[Decoded]) -> Generator[Clips, None, int]:
         """Shuffled full batches of a block, from where the state says."""
-        pairs = np.concatenate(
-            [np.insert(part.pairs, 0, index, axis=1) for index, part in enumerate(decoded)] or [np.empty((0, 3), int)]
-        )  # (P, 3): stretch, frame, frame one tick later
+        clips = np.concatenate(
+            [np.empty((0, 1 + self.length), np.int64)]
+            + [np.insert(part.clips, 0, index, axis=1) for index, part in enumerate(decoded)]
+        )  # (C, 1 + T): stretch, frames
         generator = np.random.default_rng([self.seed, self.state.epoch, self.state.block, self.rank])
-        pairs = pairs[generator.permutation(len(pairs))]
-        batches = len(pairs) // self.batch_size
+        clips = clips[generator.permutation(len(clips))]
+        batches = len(clips) // self.batch_size
         while self.state.batch < batches:
-            chosen = pairs[self.state.batch * self.batch_size :][: self.batch_size]
-            frames = np.stack([decoded[index].frames[at] for index, at, _ in chosen])
-            following = np.stack([decoded[index].frames[at] for index, _, at in chosen])
+            chosen = clips[self.state.batch * self.batch_size :][: self.batch_size]
+            frames = np.stack([decoded[index].frames[rows] for index, *rows in chosen])  # (B, T, 3, H, W)
             videos = tuple(sorted({decoded[index].video for index in np.unique(chosen[:, 0])}))
             self.state.batch += 1
-            yield Pairs(torch.from_numpy(frames), torch.from_numpy(following), videos, replace(self.state))
-        return len(pairs)
+            yield Clips(torch.from_numpy(frames), videos, replace(self.state))
+        return len(clips)
+
+
+class FramePairs(FrameClips):
+    """Endless batches of pairs of neighbouring frames: clips of two, taken apart."""
+
+    def __iter__(self) -> Iterator[Pairs]:  # type: ignore[override]  # the same batches, by other names
+        for clips in super().__iter__():
+            frames, following = clips.frames.unbind(dim=1)
+            yield Pairs(frames, following, clips.videos, clips.state)
 
 
 def read_sequences(videos: list[VideoInfo], size: FrameSize, fps: float, clips: int, length: int) -> Tensor:
@@ -258,7 +286,7 @@ def read_sequences(videos: list[VideoInfo], size: FrameSize, fps: float, clips: 
     return torch.from_numpy(np.stack(sequences))
 
 
-def _stretches(video: VideoInfo, ticks_per_second: float, longest_s: float) -> list[Stretch]:
+def _stretches(video: VideoInfo, ticks_per_second: float, longest_s: float, length: int) -> list[Stretch]:
     """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""
     frames_per_second = video.sampled_fps(ticks_per_second)  # each frame is held once
     duration_s = video.duration_s or STRETCH_S  # unknown: taken in one piece, and for a minute when memory is planned
@@ -273,6 +301,6 @@ def _stretches(video: VideoInfo, ticks_per_second: float, longest_s: float) -> l
     # The last part goes on to the end, wherever that is: headers understate durations.
     edges_s = [*edges_s[:-1], math.inf] if len(edges_s) > 1 else [0.0, math.inf]
     return [
-        Stretch(video, start_s, end_s, math.ceil((min(end_s, duration_s) - start_s) * frames_per_second) + 2)
+        Stretch(video, start_s, end_s, math.ceil((min(end_s, duration_s) - start_s) * frames_per_second) + length)
         for start_s, end_s in pairwise(edges_s)
     ]

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.frames import FramePairs, PairsState, read_sequences
+from data.frames import ClipsState, FramePairs, read_sequences
 from data.map_ahead import stream_ahead
 from data.video import IMAGE_FPS
 from data.views import ViewsConfig, make_views
@@ -46,6 +46,10 @@ from pipelines.stage import (
 )
 from pipelines.trackers import start_trackers
 from pipelines.training import (
+    DIAGNOSTIC_CLIPS,
+    DIAGNOSTIC_FRAMES,
+    FIRST_ALARM_STEP,
+    SHARED,
     Progress,
     Rates,
     cores_of_this_process,
@@ -55,12 +59,6 @@ from pipelines.training import (
     save_artefact,
     step_generator,
 )
-
-DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES = 16, 16
-SHARED = 2**32 - 1
-"""A rank that there is not, for the random numbers that all of them share."""
-FIRST_ALARM_STEP = 50
-"""Before, nothing has had time to spread out, and batch normalisation has seen too little: every run would alarm."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def main(options: Options) -> None:
         accelerator.process_index, accelerator.num_processes, shuffle_memory, is_main, options.phases, options.strict,
         cores_of_this_process(),
     )  # fmt: skip
-    progress, rates = Progress(place=asdict(PairsState())), Rates(device)
+    progress, rates = Progress(place=asdict(ClipsState())), Rates(device)
     states = options.output_dir / "training_state"
     guard = FiniteGuard(accelerator, states)
     checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle, heartbeat.stop)
@@ -188,7 +186,7 @@ def main(options: Options) -> None:
         step = 0
         if not fsdp:  # where saving itself would take an optimiser step
             checkpoints.save(step)
-    pairs.state = PairsState(**progress.place)
+    pairs.state = ClipsState(**progress.place)
     start_trackers(accelerator, "pretrain_encoder", to_json(options), step)
     sequences = read_sequences(
         videos.videos, options.encoder.image_size, options.fps, DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES

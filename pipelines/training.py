@@ -21,6 +21,12 @@ from pipelines.stage import said_by_all
 Result = TypeVar("Result")
 Batch = TypeVar("Batch", bound=tuple[Any, ...])
 
+DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES = 16, 16
+SHARED = 2**32 - 1
+"""A rank that there is not, for the random numbers that all of them share."""
+FIRST_ALARM_STEP = 50
+"""Before, nothing has had time to spread out, and batch normalisation has seen too little: every run would alarm."""
+
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
     """Do something on the main process only; what fails there fails on all alike. Collective."""

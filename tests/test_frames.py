@@ -8,7 +8,7 @@ import torch
 
 import data.frames
 from data.decoder import VideoError
-from data.frames import FramePairs, read_sequences
+from data.frames import FrameClips, FramePairs, read_sequences
 from data.video import probe_video
 
 SIZE = (16, 40)
@@ -213,8 +213,57 @@ def test_ranks_with_too_few_videos_read_the_same_in_different_order(videos, pair
     assert shares[0] != shares[1] != shares[2]
 
 
+@pytest.fixture
+def clips_of(read_number):
+    """The numbers in each clip of a batch."""
+
+    def read(batch):
+        assert batch.frames.shape[2:] == (3, *SIZE)
+        assert batch.frames.dtype == torch.uint8
+        return [tuple(read_number(frame) for frame in clip) for clip in batch.frames]
+
+    return read
+
+
+def every_clip(length):
+    return {
+        tuple(range(100 * video + at, 100 * video + at + length))
+        for video, frames in enumerate(LENGTHS) for at in range(frames - length + 1)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("memory_bytes", [2e9, 40 * FRAME_BYTES])
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_longer_clips_come_once_each_those_across_stretches_too(videos, clips_of, monkeypatch, memory_bytes, length):
+    monkeypatch.setattr(data.frames, "STRETCH_S", 0.75)
+    loader = FrameClips(videos, SIZE, 10, 1, 0, memory_bytes=memory_bytes, progress=False, length=length)
+    clips, blocks = epoch_of(loader, clips_of)
+    assert blocks > 3 or memory_bytes == 2e9
+    assert len(clips) == len(set(clips))
+    assert set(clips) == every_clip(length)
+
+
+def test_no_clip_across_a_gap_in_the_recording(tmp_path, encode_video, clips_of):
+    times_s = np.concatenate([np.arange(12), 30 + np.arange(9)]) / 10
+    video = probe_video(encode_video(tmp_path / "gap.mp4", times_s, rate=10))
+    clips, _ = epoch_of(FrameClips([video], SIZE, 10, 1, 0, progress=False, length=4), clips_of)
+    assert sorted(clips) == [tuple(range(at, at + 4)) for at in [*range(9), *range(12, 18)]]
+
+
+def test_pairs_are_clips_of_two_in_the_same_order(videos, pairs_of, clips_of):
+    pairs = first_batches(loader_of(videos, 4), 5, pairs_of)
+    assert pairs == first_batches(FrameClips(videos, SIZE, 10, 4, 0, progress=False), 5, clips_of)
+
+
+def test_videos_that_are_shorter_than_a_clip_are_passed_over(videos, clips_of):
+    clips, _ = epoch_of(FrameClips(videos, SIZE, 10, 1, 0, progress=False, length=22), clips_of)
+    assert set(clips) == every_clip(22)
+    with pytest.raises(VideoError, match=r"hold 0 clips of 31 neighbouring frames at 10 fps, fewer than"):
+        next(iter(FrameClips(videos, SIZE, 10, 1, 0, progress=False, length=31)))
+
+
 def test_too_few_pairs_for_a_batch(videos):
-    with pytest.raises(VideoError, match=r"hold 40 pairs .* at 10 fps, fewer than --batch-size 41"):
+    with pytest.raises(VideoError, match=r"hold 40 clips of 2 .* at 10 fps, fewer than --batch-size 41"):
         next(iter(loader_of([videos[0], videos[2]], batch_size=41)))
     next(iter(loader_of([videos[0], videos[2]], batch_size=40)))
 
