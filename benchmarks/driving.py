@@ -41,6 +41,8 @@ PREDICTOR = {
     "steps": 300,
 }
 """Both found on a_00 and on b_00, each held out from encoder and predictor; not on b_02."""
+SURPRISE_HORIZON = 5
+"""Found on b_00 and b_01, each held out from its members: a film that runs backwards shows over several steps."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def measure_seed(
             results[f"horizon {horizon}: model of {to}"] = rollout["model"][horizon - 1][f"relative_to_{to}"]
     call("score_surprise", "--videos", *reversals, splice[0], "--encoder", folder / "encoder" / "encoder",
          "--predictor", folder / "predictor" / "predictor", "--output-dir", folder / "surprise",
-         "--overwrite")  # fmt: skip
+         "--horizon", SURPRISE_HORIZON, "--overwrite")  # fmt: skip
     return results | surprise(folder / "surprise" / "surprise.csv", reversals, splice)
 
 

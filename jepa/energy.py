@@ -18,7 +18,7 @@ from torch import Tensor
 from jepa.baselines import Baseline
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
-from jepa.sampling import sample
+from jepa.sampling import draw
 
 LATENTS = 16
 """Predictions of a moment by a predictor with a latent."""
@@ -38,7 +38,7 @@ def prediction_errors(predictor: Predictor | Baseline, past: Tensor, future: Ten
     """
     if isinstance(predictor, Predictor) and predictor.config.latent_dimension:
         generator = torch.Generator(past.device).manual_seed(0)
-        return future - sample(predictor, past, future.shape[1], LATENTS, generator)
+        return future - draw(predictor, past, future.shape[1], LATENTS, generator)
     return future - rollout(predictor, past, future.shape[1])[None]
 
 

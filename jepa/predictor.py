@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from jepa.baselines import Baseline, CopyLast, LinearExtrapolation, Mean, Ridge, Shrunk
 from jepa.encoder import ConfigurationError
 from jepa.networks import NETWORKS, Steps
-from jepa.shrinkage import no_shrinkage
+from jepa.shrinkage import LONGEST, no_shrinkage
 
 Kind = Literal["mlp", "transformer", "gru"]
 
@@ -103,9 +103,10 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     With a latent dimension it has one future for each draw of the latent: `jepa.rollout.sample`.
 
     Beside the network it holds the standardisation of its embedding space, the ridge regression fitted on the same
-    training windows, for both how far their rollouts are to be trusted (`jepa.shrinkage`), the statistics of its own
-    errors on validation clips up to `energy_horizon` steps ahead (`jepa.energy`), and what the embeddings are: their
-    dimension, the clock that they lie on and the encoder that made them.
+    training windows, for both how far their rollouts are to be trusted (`jepa.shrinkage`), how far samples are to lie
+    apart (`jepa.sampling`), the statistics of its own errors on validation clips up to `energy_horizon` steps ahead
+    (`jepa.energy`), and what the embeddings are: their dimension, the clock that they lie on and the encoder that made
+    them.
 
     Raises:
         ConfigurationError: the configuration cannot be built.
@@ -116,6 +117,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     change_std: Tensor
     shrinkage: Tensor
     ridge_shrinkage: Tensor
+    sample_spread: Tensor
     error_mean: Tensor
     error_whitening: Tensor
     energy_quantiles: Tensor
@@ -153,6 +155,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("change_std", torch.ones(dimension))
         self.register_buffer("shrinkage", no_shrinkage())
         self.register_buffer("ridge_shrinkage", no_shrinkage())
+        self.register_buffer("sample_spread", torch.ones(LONGEST))
         self.register_buffer("error_mean", torch.zeros(energy_horizon, dimension))
         self.register_buffer("error_whitening", torch.eye(dimension).repeat(energy_horizon, 1, 1))
         self.register_buffer("energy_quantiles", torch.zeros(energy_horizon, 1001))

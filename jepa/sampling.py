@@ -7,30 +7,73 @@ from torch import Tensor
 from jepa.baselines import Baseline
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
+from jepa.scoring import energy_score
+from jepa.shrinkage import LONGEST, shrink
+
+EXPECTED_OF = 16
+"""Rollouts whose mean is the expected future."""
+CALIBRATED_ON = 32
+"""Samples by which their spread is judged: of few, the mean is uncertain itself."""
+SPREADS = [0.5 + 0.05 * step for step in range(31)]
+"""Factors by which samples may be stretched."""
 
 
 @torch.no_grad()
-def sample(predictor: Predictor, past: Tensor, horizon: int, n: int, generator: torch.Generator) -> Tensor:
-    """Draw `n` futures of each past: (B, T, D) -> (n, B, horizon, D).
+def draw(predictor: Predictor, past: Tensor, horizon: int, n: int, generator: torch.Generator) -> Tensor:
+    """`n` rollouts of each past, each with a latent of its own: (B, T, D) -> (n, B, horizon, D).
 
     Raises:
         ValueError: the predictor has no latent, so all its futures would be one; or as for `rollout`.
     """
     if not predictor.config.latent_dimension:
         raise ValueError("this predictor knows one future only: train one with --predictor.latent-dimension 16")
-    drawn = rollout(predictor, past.repeat(n, 1, 1), horizon, generator=generator)
-    return drawn.unflatten(0, (n, len(past)))
+    return rollout(predictor, past.repeat(n, 1, 1), horizon, generator=generator).unflatten(0, (n, len(past)))
 
 
 @torch.no_grad()
-def expected_future(predictor: Predictor | Baseline, past: Tensor, horizon: int, n: int = 16) -> Tensor:
-    """The point forecast, (B, T, D) -> (B, horizon, D): the mean of `n` futures where there are several.
+def sample(predictor: Predictor, past: Tensor, horizon: int, n: int, generator: torch.Generator) -> Tensor:
+    """Draw `n` futures of each past, as sure of themselves as validation advised: (B, T, D) -> (n, B, horizon, D).
 
-    The same numbers at each call: the latent of the samples is drawn from a fixed seed.
+    Their mean is drawn towards copying and the mean of all embeddings, as that of any rollout; how far they lie apart
+    is stretched by the predictor's `sample_spread`; both for each horizon.
+
+    Raises:
+        ValueError: see `draw`.
+    """
+    drawn = draw(predictor, past, horizon, max(n, EXPECTED_OF), generator)
+    centre = drawn.mean(dim=0)
+    at = torch.arange(horizon, device=past.device).clamp(max=LONGEST - 1)
+    return shrink(centre, past[:, -1], predictor.shrinkage) + predictor.sample_spread[at, None] * (drawn[:n] - centre)
+
+
+@torch.no_grad()
+def expected_future(predictor: Predictor | Baseline, past: Tensor, horizon: int) -> Tensor:
+    """The point forecast, (B, T, D) -> (B, horizon, D): the mean of `EXPECTED_OF` rollouts where there are several.
+
+    The same numbers at each call: the latents are drawn from a fixed seed.
     """
     if not isinstance(predictor, Predictor) or not predictor.config.latent_dimension:
         return rollout(predictor, past, horizon)
-    return sample(predictor, past, horizon, n, torch.Generator(past.device).manual_seed(0)).mean(dim=0)
+    generator = torch.Generator(past.device).manual_seed(0)
+    return draw(predictor, past, horizon, EXPECTED_OF, generator).mean(dim=0)
+
+
+@torch.no_grad()
+def calibrate_samples(predictor: Predictor, past: Tensor, future: Tensor) -> None:
+    """How far samples have to lie apart to have the best energy score, each horizon for itself, into the predictor.
+
+    Args:
+        predictor: with a latent, its shrinkage fitted; changed in place.
+        past: (N, T, D), standardised, of clips that it was not trained on.
+        future: (N, horizon, D), what came.
+    """
+    predictor.sample_spread.fill_(1.0)
+    drawn = sample(predictor, past, future.shape[1], CALIBRATED_ON, torch.Generator(past.device).manual_seed(0))
+    centre = drawn.mean(dim=0)
+    scores = torch.stack([energy_score(centre + spread * (drawn - centre), future).mean(dim=0) for spread in SPREADS])
+    best = torch.tensor(SPREADS)[scores.argmin(dim=0).cpu()]  # (horizon,)
+    predictor.sample_spread[: len(best)] = best[:LONGEST]
+    predictor.sample_spread[len(best) :] = best[-1]
 
 
 class GaussianFutures:

@@ -27,7 +27,7 @@ from jepa.diagnostics import prediction_alarms, sequence_spread
 from jepa.energy import calibrate_energy, prediction_errors
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
-from jepa.sampling import expected_future
+from jepa.sampling import calibrate_samples, expected_future
 from jepa.scoring import energy_score
 from jepa.shrinkage import fit_shrinkage, shrink
 from pipelines.artefacts import load_predictor
@@ -236,7 +236,10 @@ def main(options: Options) -> None:
 
     if is_main:
         judged.load_state_dict(best.weights)
+        judged.eval()
         calibrate_energy(judged, validation_errors(splits, judged))
+        if judged.config.latent_dimension:
+            calibrate_samples(judged, held_out[0].windows[:, :context], held_out[0].windows[:, context:])
         save_artefact(judged, options.output_dir / "predictor")
         output.finish(
             {

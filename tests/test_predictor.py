@@ -8,7 +8,7 @@ from jepa.encoder import ConfigurationError
 from jepa.networks import NETWORKS, last_steps
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
-from jepa.sampling import GaussianFutures, expected_future, sample
+from jepa.sampling import EXPECTED_OF, GaussianFutures, calibrate_samples, draw, expected_future, sample
 
 
 def make(kind: str, context: int = 4, latent_dimension: int = 0) -> Predictor:
@@ -181,6 +181,25 @@ def test_samples_differ_by_their_latent_alone():
     assert (expected - many).square().mean() < drawn.var(dim=0).mean() / 8  # 16 samples: a sixteenth is expected
     with pytest.raises(ValueError, match="one future only"):
         sample(make("mlp"), past, 4, 7, torch.Generator())
+
+
+def test_samples_are_stretched_to_be_as_uncertain_as_they_should():
+    """What came is drawn from the predictor itself, only further apart: the stretch has to be found."""
+    predictor, past = make("mlp", latent_dimension=3), torch.randn(400, 6, 5)
+    drawn = draw(predictor, past, 3, 33, torch.Generator().manual_seed(1))
+    centre = drawn[1:].mean(dim=0)
+    stretch = torch.tensor([0.7, 1.0, 1.5])
+    future = centre + stretch[:, None] * (drawn[0] - centre)
+    calibrate_samples(predictor, past, future)
+    assert 0.9 < predictor.sample_spread[1] < 1.2  # their own mean is uncertain, which asks for a little more
+    assert torch.allclose(predictor.sample_spread[:3] / predictor.sample_spread[1], stretch, atol=0.11)
+    assert (predictor.sample_spread[3:] == predictor.sample_spread[2]).all()
+    before = draw(predictor, past, 3, EXPECTED_OF, torch.Generator().manual_seed(2))
+    after = sample(predictor, past, 3, EXPECTED_OF, torch.Generator().manual_seed(2))
+    ratio = (after - after.mean(dim=0)) / (before - before.mean(dim=0))
+    assert torch.allclose(
+        ratio.median(dim=0).values.median(dim=0).values.median(dim=1).values, predictor.sample_spread[:3]
+    )
 
 
 def test_a_gaussian_is_as_wide_as_the_errors_were():

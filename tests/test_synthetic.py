@@ -1,4 +1,5 @@
 import csv
+import hashlib
 
 import numpy as np
 import pytest
@@ -8,11 +9,15 @@ from data.synthetic import (
     BALL_COLOURS,
     STATE_COLUMNS,
     VELOCITY_COLUMNS,
+    WIDEST_BOUNCE,
     BallWorld,
+    leave_walls,
     render_balls,
     simulate_balls,
+    simulate_pair,
     smooth_noise,
     write_ball_clip,
+    write_ball_pairs,
     write_ball_videos,
     write_video,
 )
@@ -70,6 +75,129 @@ def test_speeds_begin_in_their_range():
 def test_seeds_decide(long_runs):
     np.testing.assert_array_equal(simulate(2), long_runs[2])
     assert not np.allclose(simulate(2)[0], long_runs[3][0])
+
+
+def test_the_default_world_of_a_seed_stays_the_same():
+    generator = np.random.default_rng([3, 1])
+    world = BallWorld(frames=60)
+    states = simulate_balls(world, generator)
+    # Rounded: the last bits of a sine may differ between machines.
+    assert hashlib.sha256(states.round(3).tobytes()).hexdigest()[:16] == "963c31a52b1feb04"
+    frames = render_balls(states, world, generator)
+    assert frames.astype(int).sum() == 70_895_756
+
+
+def test_random_walls_keep_speed_and_forget_direction():
+    world = BallWorld(frames=400, walls="random")
+    states = np.stack([simulate(seed, world) for seed in range(4)])
+    position, energy = states[..., :2], (states[..., 2:] ** 2).sum(axis=(2, 3))
+    assert position.min() >= world.radius
+    assert position.max() <= world.size - world.radius
+    np.testing.assert_allclose(energy, np.broadcast_to(energy[:, :1], energy.shape), rtol=1e-9)
+    mirrored = simulate(0, BallWorld(frames=400))
+    same = (states[0] == mirrored).all(axis=(1, 2))
+    assert same[0]  # the same beginning, until the first wall
+    assert not same[100:].any()
+
+
+def test_balls_leave_random_walls_within_their_angle():
+    generator = np.random.default_rng(0)
+    velocity = np.array([[-3.0, 4.0], [1.0, 2.0]])
+    left = np.array([[True, False], [False, False]])
+    corner = np.array([[False, False], [True, False]]), np.array([[False, False], [False, True]])
+    leaving = np.stack([leave_walls(velocity, left, np.zeros_like(left), generator) for _ in range(2000)])
+    angle = np.arctan2(leaving[:, 0, 1], leaving[:, 0, 0])
+    assert (leaving[:, 1] == velocity[1]).all()  # it touched no wall
+    np.testing.assert_allclose(np.linalg.norm(leaving[:, 0], axis=1), 5)
+    assert np.abs(angle).max() <= WIDEST_BOUNCE
+    # Uniform: a quarter of them in each quarter of the range.
+    assert (np.abs(np.histogram(angle, 4, (-WIDEST_BOUNCE, WIDEST_BOUNCE))[0] / 2000 - 0.25) < 0.05).all()
+    away = np.stack([leave_walls(velocity, *corner, generator) for _ in range(200)])[:, 1]
+    assert (away[:, 0] > 0).all()
+    assert (away[:, 1] < 0).all()
+
+
+EVENTS = ("reverse", "freeze", "pass_through")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Lawful and impossible states and the frame of the event, eight of each event."""
+    return {
+        event: [simulate_pair(BallWorld(), np.random.default_rng([7, index]), event) for index in range(8)]
+        for event in EVENTS
+    }
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_twins_have_the_same_past_and_differ_from_the_event_on(pairs, event):
+    for lawful, impossible, at in pairs[event]:
+        assert 10 <= at < 30
+        np.testing.assert_array_equal(impossible[:at], lawful[:at])
+        assert (impossible[at:] != lawful[at:]).any(axis=(1, 2)).all()
+
+
+def test_one_ball_turns_round_in_mid_air(pairs):
+    for lawful, impossible, at in pairs["reverse"]:
+        np.testing.assert_allclose(impossible[at : at + 3, 0, 2:], -lawful[at - 1 : at + 2, 0, 2:])
+        np.testing.assert_allclose(impossible[at, 0, :2], lawful[at - 2, 0, :2])  # where it came from
+        np.testing.assert_array_equal(impossible[at : at + 3, 1], lawful[at : at + 3, 1])
+        assert np.ptp(lawful[at - 3 : at + 3, :, 2:], axis=0).max() == 0  # nothing bounces near it
+        # Lawful afterwards: no energy is lost.
+        np.testing.assert_allclose((impossible[..., 2:] ** 2).sum(axis=(1, 2)), (lawful[0, :, 2:] ** 2).sum())
+
+
+def test_frozen_balls_hold_still_to_the_end(pairs):
+    for lawful, impossible, at in pairs["freeze"]:
+        np.testing.assert_array_equal(impossible[at:, :, :2], np.broadcast_to(lawful[at - 1, :, :2], (40 - at, 2, 2)))
+        assert (impossible[at:, :, 2:] == 0).all()
+
+
+def test_balls_pass_through_each_other_where_they_should_bounce(pairs):
+    nearest = []
+    for lawful, impossible, at in pairs["pass_through"]:
+        lawful_distance, distance = (
+            np.linalg.norm(states[:, 0, :2] - states[:, 1, :2], axis=1) for states in (lawful, impossible)
+        )
+        assert lawful_distance.min() > 11
+        nearest.append(distance[at : at + 8].min())
+        momentum = impossible[at - 1 : at + 1, :, 2:].sum(axis=1)
+        changed = lawful[at, :, 2:] - lawful[at - 1, :, 2:]
+        assert np.abs(changed).max() > 0  # the lawful twin bounces
+        if np.allclose(*np.abs(momentum)):  # unless a wall is touched as well
+            np.testing.assert_allclose(np.abs(impossible[at, :, 2:]), np.abs(impossible[at - 1, :, 2:]))
+        # The balls are solid again once they have parted.
+        parted = at + 1 + int((distance[at + 1 :] >= 12).argmax())
+        assert distance[parted:].min() > 11
+        np.testing.assert_allclose((impossible[..., 2:] ** 2).sum(axis=(1, 2)), (lawful[0, :, 2:] ** 2).sum())
+    assert np.median(nearest) < 9
+
+
+def test_pairs_are_real_videos_with_one_background(tmp_path):
+    world = BallWorld(size=32, radius=3, frames=16)
+    write_ball_pairs(tmp_path, 2, world, seed=4, event="freeze")
+    for index in range(2):
+        frames, events = {}, {}
+        for kind in ("lawful", "impossible"):
+            path = tmp_path / kind / f"clip_{index:05d}.mp4"
+            frames[kind] = np.stack([frame for frame, _ in read_frames(path, (32, 32))]).astype(int)
+            with path.with_suffix(".csv").open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            assert list(rows[0]) == ["frame", "time_s", *STATE_COLUMNS, *VELOCITY_COLUMNS, "event"]
+            events[kind] = [int(row["event"]) for row in rows]
+        assert sum(events["lawful"]) == 0
+        assert sum(events["impossible"]) == 1
+        at = events["impossible"].index(1)
+        difference = np.abs(frames["impossible"] - frames["lawful"])
+        flicker = np.median(np.abs(np.diff(frames["lawful"], axis=0)))
+        assert np.median(difference[:at]) < flicker / 2  # the encoder looks ahead: its noise is another
+        assert difference[at:].max(axis=(1, 2, 3)).min() > 30
+        # Away from the balls both flicker alike.
+        assert np.median(difference[at:]) < flicker / 2
+        assert np.median(np.abs(np.diff(frames["impossible"][at:], axis=0))) > flicker / 2
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}
+    write_ball_pairs(tmp_path, 2, world, seed=4, event="freeze")
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}
 
 
 def test_smooth_noise_is_bounded_smooth_and_meets_its_grid():
