@@ -101,6 +101,30 @@ def test_both_artefacts_go_through_the_other_stages(videos, trained, tmp_path):
     assert len(result["predictors"]["model"]) == 4
 
 
+def test_what_was_trained_jointly_is_calibrated_without_a_step_or_goes_on(videos, trained, tmp_path):
+    cached = f"--videos {videos} --fps 8 --encoder {trained}/encoder"
+    cache = succeed("cache_embeddings", cached, tmp_path / "cache")
+    options = f"--train-cache {cache} --validation-cache {cache} --initial-predictor {trained}/predictor "
+    options += "--rollout-steps 2 --validation-horizon 4 --batch-size 8 --tracker none"
+    calibrated = succeed("train_predictor", f"{options} --steps 0", tmp_path / "calibrated")
+    before, after = (load_file(folder / "predictor" / "model.safetensors") for folder in (trained, calibrated))
+    names = [name for name in before if name.startswith("members")]
+    assert names
+    assert all(torch.equal(before[name], after[name]) for name in names)
+    assert after["energy_quantiles"].max() > 0
+    further = succeed("train_predictor", f"{options} --steps 3", tmp_path / "further")
+    metrics = json.loads((further / "metrics.json").read_text())
+    assert metrics["steps"] == 3
+    for mistake, message in {
+        "--steps -1": "--steps is -1: it must be at least 0",
+        "--steps 0 --predictor.context 2": "was built with other --predictor options",
+        "--steps 0 --members 2": "has 1 members, not 2",
+    }.items():
+        life = start("train_predictor", f"{options} {mistake} --output-dir {tmp_path}/x", tmp_path / "x")
+        assert life.exit_code() == 1
+        assert message in life.said()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_resumed_run_equals_an_undisturbed_one(videos, trained, tmp_path, number):
     options = f"--videos {videos} --steps 60 {SHORT} {SMALL} --checkpoints.every-steps 7 --resume"
