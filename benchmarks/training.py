@@ -43,6 +43,7 @@ from jepa.predictor import Predictor, PredictorConfig
 from pipelines.pretrain_encoder import Pretraining
 from pipelines.stage import require, run_stage, write_json
 from pipelines.train_predictor import Losses
+from pipelines.train_predictor import Options as TrainOptions
 
 ROOT = Path(__file__).parent.parent
 FPS = 8.0
@@ -229,8 +230,11 @@ def plain_predictor(folder: Path, options: Options, device: torch.device) -> Cal
     """The same steps on windows that lie on the device."""
     cache, config = EmbeddingCache(folder), PredictorConfig()
     predictor = Predictor(config, cache.provenance.embedding_dimension, FPS, "benchmark").to(device)
-    losses = Losses(predictor)
-    windows = Windows(cache, config.context + 5)
+    steps = TrainOptions().rollout_steps
+    losses = Losses(predictor, torch.ones(steps, device=device))
+    windows = Windows(cache, config.context + steps)
+    times_s = ((torch.arange(steps) + 1.0) / FPS).expand(1, options.batch_size, -1).to(device)
+    chance = torch.Generator()
     generator = torch.Generator().manual_seed(0)
     drawn = [windows.sample(options.batch_size, generator)[0] for _ in range(HELD_BATCHES)]
     held: list[tuple[Tensor, Tensor]] = [
@@ -241,7 +245,8 @@ def plain_predictor(folder: Path, options: Options, device: torch.device) -> Cal
     def step(index: int) -> None:
         part, noise = held[index % HELD_BATCHES]
         window = predictor.standardise(part)
-        terms = losses(window + 0.2 * predictor.change_std * noise, window)
+        past = window[:, :, : config.context] + 0.1 * predictor.change_std * noise[:, :, : config.context]
+        terms = losses(past, window, times_s, chance)
         optimizer.zero_grad()
         sum(terms.values()).backward()  # type: ignore[union-attr]
         torch.nn.utils.clip_grad_norm_(losses.parameters(), 1.0)

@@ -73,7 +73,7 @@ class Options:
     """Optimiser steps."""
     batch_size: int = 128
     """Windows in a batch, on each process."""
-    rollout_steps: int = 10
+    rollout_steps: int = 8
     """Train on rollouts of this many steps, through the predictor's own predictions; 1 for the next step alone. The
     horizon grows from 1 to this many over the first half of the training."""
     longest_gap: int = 1
@@ -150,12 +150,9 @@ def main(options: Options) -> None:
     require_agreement(accelerator, provenance=provenance, clips=summary(clips))
     inputs = {"provenance": provenance}
     on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, inputs))
-    losses: nn.Module = Losses(predictor)
+    losses: nn.Module = Losses(predictor, measure_copying(splits, predictor, options))
     global_batch = options.batch_size * accelerator.num_processes
-    example = torch.zeros(members, 2, context + options.rollout_steps, provenance.embedding_dimension)
-    times_s = (torch.arange(options.rollout_steps) + 1.0).expand(members, 2, -1) / provenance.fps
-    chance = step_generator(options.seed, 0, 0, torch.device("cpu"))
-    memory = MemoryEstimate.of(losses, (example[:, :, :context], example, times_s, chance), 2, accelerator)
+    memory = MemoryEstimate.of(losses, example_inputs(predictor, options.rollout_steps), 2, accelerator)
     peak = options.optimizer.peak_learning_rate(global_batch)
     if is_main:
         print(
@@ -322,14 +319,24 @@ def growing_horizon(step: int, options: Options) -> int:
 
 
 class Losses(nn.Module):
-    """The predictor and its losses as one module, so that one call does all that ranks must agree on."""
+    """The predictor and its losses as one module, so that one call does all that ranks must agree on.
 
-    def __init__(self, predictor: Predictor) -> None:
+    Args:
+        predictor: what is trained.
+        copied: (ticks,), the squared error of copying the last embedding for so many ticks.
+    """
+
+    copied: Tensor
+
+    def __init__(self, predictor: Predictor, copied: Tensor) -> None:
         super().__init__()
         self.predictor = predictor
+        self.register_buffer("copied", copied)
 
     def forward(self, past: Tensor, window: Tensor, times_s: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Errors of the first step of a rollout, and of all its steps.
+        """Errors of the first step of a rollout, and of all its steps, relative to those of copying.
+
+        So all horizons matter alike: the near ones, where little changes, would be nothing beside the far ones.
 
         Each member sees windows of its own; the losses are the members' means. The error is the squared error; with a
         latent the energy score of two samples, which has its least value where they are as far from each other as
@@ -342,15 +349,24 @@ class Losses(nn.Module):
             generator: draws the latent.
         """
         future = window[:, :, past.shape[2] :]  # (members, B, steps, D)
+        copied = self.copied[(times_s * self.predictor.fps).round().long() - 1]  # (members, B, steps)
         if self.predictor.config.latent_dimension:
             twice = rollout(self.predictor, past[0].repeat(2, 1, 1), None, times_s[0].repeat(2, 1), generator)
-            error = energy_score(twice.unflatten(0, (2, -1)), future[0])  # (B, steps)
+            error = energy_score(twice.unflatten(0, (2, -1)), future[0]) / copied[0].sqrt()  # (B, steps)
             return {"one_step_loss": error[:, 0].mean(), "rollout_loss": error.mean()}
         imagined = [
             rollout(self.predictor.only([member]), past[member], None, times_s[member]) for member in range(len(past))
         ]
-        squared = (torch.stack(imagined) - future).square()
-        return {"one_step_loss": squared[:, :, 0].mean(), "rollout_loss": squared.mean()}
+        error = (torch.stack(imagined) - future).square().mean(dim=3) / copied
+        return {"one_step_loss": error[:, :, 0].mean(), "rollout_loss": error.mean()}
+
+
+def example_inputs(predictor: Predictor, steps: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
+    """What `Losses` takes, for two samples on the clock and as long as they get."""
+    members, context = len(predictor.members), predictor.config.context
+    window = torch.zeros(members, 2, context + steps, len(predictor.mean))
+    times_s = (torch.arange(steps) + 1.0).expand(members, 2, -1) / predictor.fps
+    return window[:, :, :context], window, times_s, torch.Generator()
 
 
 class HeldOut(NamedTuple):
@@ -516,6 +532,15 @@ def spread_windows(cache: EmbeddingCache, predictor: Predictor, length: int, mos
     taken = windows.take(spaced)
     require_finite(cache, [taken])
     return predictor.standardise(taken)
+
+
+def measure_copying(splits: list[Split], predictor: Predictor, options: Options) -> Tensor:
+    """Squared error of copying the last embedding for 1, 2, ... ticks, on training windows: (ticks,)."""
+    length = options.predictor.context + options.longest_gap * options.rollout_steps
+    most = VALIDATION_WINDOWS // len(splits)
+    windows = torch.cat([spread_windows(split.train, predictor, length, most) for split in splits])
+    last, future = windows[:, options.predictor.context - 1, None], windows[:, options.predictor.context :]
+    return (future - last).square().mean(dim=(0, 2)).clamp_min(1e-12)
 
 
 def validation_errors(splits: list[Split], predictor: Predictor) -> Tensor:

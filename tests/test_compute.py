@@ -27,7 +27,7 @@ from pipelines.compute import (
 from pipelines.optimizer import OptimizerConfig, make_optimizer
 from pipelines.pretrain_encoder import Pretraining
 from pipelines.stage import UserError
-from pipelines.train_predictor import Losses
+from pipelines.train_predictor import Losses, example_inputs
 
 CPU = torch.device("cpu")
 FP32 = SimpleNamespace(mixed_precision="no")
@@ -139,8 +139,7 @@ def test_the_estimate_counts_weights_once_and_samples_each():
 @pytest.mark.parametrize("kind", ["mlp", "transformer", "gru"])
 def test_predictors_can_be_estimated(kind):
     predictor = Predictor(PredictorConfig(kind, width=32, heads=2), 8, 4.0, "", 2)
-    example = torch.zeros(2, 2, 8 + 3, 8)
-    memory = MemoryEstimate.of(Losses(predictor), (example, example), 2, FP32)
+    memory = MemoryEstimate.of(Losses(predictor, torch.ones(3)), example_inputs(predictor, 3), 2, FP32)
     # Three steps of two members, a few tensors of the width for each of eight embeddings or for all of them.
     assert 3 * 2 * 4 * 32 * 4 < memory.per_sample < 3 * 2 * 8 * 32 * 4 * 100
 

@@ -18,7 +18,7 @@ from pipelines import cache_embeddings, pretrain_encoder, train_predictor
 from pipelines.compute import PRECISIONS, MemoryEstimate
 from pipelines.presets import PresetError, parse_options
 from pipelines.pretrain_encoder import Pretraining
-from pipelines.train_predictor import Losses
+from pipelines.train_predictor import Losses, example_inputs
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
@@ -158,9 +158,12 @@ def test_shipped_presets_are_understood_and_fit(preset, monkeypatch):
     dimension = options.encoder.embedding_dimension
     options = load(preset, "train_predictor", monkeypatch)
     options.optimizer.check()
-    losses = Losses(Predictor(options.predictor, dimension, 4.0, "", 1))
-    example = torch.zeros(1, 2, options.predictor.context + options.rollout_steps, dimension)
-    memory = MemoryEstimate.of(losses, (example, example), 2, with_precision(options.compute.precision))
+    predictor = Predictor(options.predictor, dimension, 4.0, "", 1)
+    losses, example = (
+        Losses(predictor, torch.ones(options.rollout_steps)),
+        example_inputs(predictor, options.rollout_steps),
+    )
+    memory = MemoryEstimate.of(losses, example, 2, with_precision(options.compute.precision))
     assert memory.total(options.batch_size) < 0.8 * MEMORY[preset.stem]
 
 

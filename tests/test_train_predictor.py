@@ -10,7 +10,7 @@ from data.embedding_cache import EmbeddingCache
 from data.windows import Windows
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.sampling import sample
-from pipelines.train_predictor import Losses, Options, draw_batches, draw_gaps, growing_horizon
+from pipelines.train_predictor import Losses, Options, Split, draw_batches, draw_gaps, growing_horizon, measure_copying
 
 OPTIONS = Options(
     batch_size=64, rollout_steps=4, longest_gap=3, steps=10, predictor=PredictorConfig(context=3, width=16, depth=1)
@@ -60,11 +60,29 @@ def test_the_horizon_grows_to_its_full_length_by_half_of_the_training():
     assert growing_horizon(0, replace(OPTIONS, rollout_steps=1)) == 1
 
 
+def test_errors_are_relative_to_copying_over_the_same_time():
+    predictor = Predictor(PredictorConfig(context=2, width=8, depth=1), 3, 4.0, "abc")  # new, it copies
+    past = torch.randn(1, 50, 2, 3)
+    times_s = torch.tensor([0.25, 0.75]).expand(1, 50, 2)
+    future = past[:, :, -1:] + torch.tensor([1.0, 3.0])[:, None] * torch.ones(3)
+    losses = Losses(predictor, torch.tensor([1.0, 5.0, 3.0]))
+    terms = losses(past, torch.cat([past, future], dim=2), times_s, torch.Generator())
+    assert terms["one_step_loss"].item() == pytest.approx(1)
+    assert terms["rollout_loss"].item() == pytest.approx((1 + 9 / 3) / 2)
+
+
+def test_copying_is_measured_where_embeddings_are_learned_from(cache):
+    predictor = Predictor(OPTIONS.predictor, 5, 4.0, "0123abcd")
+    copied = measure_copying([Split(cache, cache)], predictor, OPTIONS)
+    assert copied.shape == (12,)
+    assert torch.allclose(copied, torch.full((12,), 2.0), rtol=0.25)  # of independent normal numbers
+
+
 def test_samples_are_trained_to_be_as_far_apart_as_from_what_came():
     """On a coin toss the mean is the worst place for every sample to be; a trained latent goes both ways."""
     torch.manual_seed(0)
     predictor = Predictor(PredictorConfig(context=2, width=32, depth=1, latent_dimension=1), 3, 4.0, "abc")
-    losses, chance = Losses(predictor), torch.Generator().manual_seed(0)
+    losses, chance = Losses(predictor, torch.ones(1)), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(losses.parameters(), 3e-3)
     past, times_s = torch.zeros(1, 64, 2, 3), torch.full((1, 64, 1), 0.25)
     for _ in range(300):
