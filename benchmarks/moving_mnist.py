@@ -64,7 +64,7 @@ class Options:
     """Where all runs and the results are left."""
     split: Literal["val", "test"] = "test"
     """Clips to report on: `val` while settings are chosen."""
-    train_clips: int = 3000
+    train_clips: int = 6000
     """Clips to train on."""
     held_out_clips: int = 500
     """Clips for validation, and as many for the test."""
@@ -72,7 +72,7 @@ class Options:
         "--steps 800 --encoder.embedding-dimension 128 --views.light-amplitude 0 --views.pixel-noise 0"
     )
     """Options of pretrain_encoder. On black, there is no background to make useless by changing light."""
-    predictor_options: str = "--steps 2000 --rollout-steps 7"
+    predictor_options: str = "--steps 5000 --rollout-steps 7 --compute.precision bf16"
     """Options of train_predictor."""
 
 
