@@ -4,8 +4,8 @@ r"""What does imagining cost? Rollouts with and without remembering, and imagine
 
 For each kind of predictor, at its default size: a rollout of 256 clips over 100 steps, with the state that networks
 carry along (keys and values, hidden states) against reading the sequence again at each step, as far back as it can
-matter, in turn, in one run;
-then imagined frames a second, and how much memory 100 and 400 steps allocate beside the embeddings they return.
+matter, in turn, in one run; imagined frames a second, in float32 and in bf16; and how much memory tensors hold at once
+for 100 and for 400 steps, beside what is returned.
 Prints a table in Markdown and writes `results.json`.
 """
 
@@ -51,9 +51,11 @@ def main(options: Options) -> None:
         predictor = Predictor(PredictorConfig(kind=kind), options.dimension, 10.0, "benchmark").eval()  # type: ignore[arg-type]
         past = torch.randn(options.clips, predictor.config.context, options.dimension)
         rollout(predictor, past, 2)  # warm up
-        remembering, reading = [], []
+        remembering, reading, halved = [], [], []
         for _ in range(options.rounds):
             remembering.append(seconds(lambda p=predictor, x=past: rollout(p, x, options.horizon)))  # type: ignore[misc]
+            with torch.autocast("cpu", torch.bfloat16):
+                halved.append(seconds(lambda p=predictor, x=past: rollout(p, x, options.horizon)))  # type: ignore[misc]
             reading.append(seconds(lambda p=predictor, x=past: read_again(p, x, options.horizon)))  # type: ignore[misc]
         cost = statistics.median(remembering)
         rows.append(
@@ -63,6 +65,7 @@ def main(options: Options) -> None:
                 "seconds without state": statistics.median(reading),
                 "times faster": statistics.median(reading) / cost,
                 "imagined frames a second": options.clips * options.horizon / cost,
+                "the same in bf16": options.clips * options.horizon / statistics.median(halved),
                 "MB held at once, 100 steps": memory_mb(predictor, past, 100),
                 "MB held at once, 400 steps": memory_mb(predictor, past, 400),
                 "MB returned, 100 steps": options.clips * 100 * options.dimension * 4 / 1e6,

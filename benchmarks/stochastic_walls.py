@@ -22,8 +22,8 @@ from data.synthetic import BallWorld, write_ball_videos
 from pipelines.stage import require, run_stage, write_json
 
 ROOT = Path(__file__).parent.parent
-CLIPS = {"train": 2000, "val": 200, "test": 200}
-TRAINING = ["--steps", 2500, "--rollout-steps", 10, "--compute.precision", "bf16"]
+CLIPS = {"train": 4000, "val": 200, "test": 500}
+TRAINING = ["--steps", 5000, "--compute.precision", "bf16"]
 LATENT = ["--predictor.latent-dimension", 16]
 
 
