@@ -30,7 +30,7 @@ from pipelines.stage import run_stage, write_json
 ROOT = Path(__file__).parent.parent
 LONGER = [
     *("--train-clips", 4000, "--encoder-steps", 1500, "--predictor-steps", 6000),
-    "--predictor-options=--compute.precision bf16",
+    "--predictor-options=--compute.precision bf16 --log-every 500",
 ]
 """What ten minutes on 2 cores allow; the demo has less time."""
 
