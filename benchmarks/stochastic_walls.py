@@ -47,8 +47,8 @@ def main(options: Options) -> None:
     runs = [measure_seed(seed, options) for seed in options.seeds]
     write_json(options.output_dir / "results.json", runs)
     print("| measure | mean | range |\n| --- | --- | --- |")
-    for name in runs[0]:
-        values = [float(run[name]) for run in runs]
+    for name in dict.fromkeys(name for run in runs for name in run):
+        values = [float(run[name]) for run in runs if name in run]  # training is timed where it ran from the beginning
         print(f"| {name} | {np.mean(values):.3f} | {min(values):.3f} to {max(values):.3f} |")
 
 

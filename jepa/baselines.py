@@ -1,11 +1,9 @@
 """The trivial guesses that a predictor has to beat, as predictors of the same interface.
 
-All of them live in standardised space, as `jepa.predictor.Predictor` does. `gaps` are the ticks from each embedding to
-the next, (B, T) or what broadcasts to it, the last one up to the prediction; None for the clock, where all are 1.
+All of them live in standardised space, as `jepa.predictor.Predictor` does, and on the clock.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -20,24 +18,27 @@ class Baseline(nn.Module):
 
     memory = 1
 
-    def forward(self, past: Tensor, outputs: int = 1, gaps: Tensor | None = None) -> Tensor:
+    def forward(self, past: Tensor, outputs: int = 1) -> Tensor:
         raise NotImplementedError
 
     def advance(
-        self, embeddings: Tensor, gaps: Tensor | None, state: Any, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Any]:
-        """See `jepa.predictor.Predictor.advance`; nothing is left to chance. The state is what is still needed."""
-        if state is not None:
-            embeddings = torch.cat([state[0], embeddings], dim=1)
-            gaps = None if gaps is None else torch.cat([state[1], gaps], dim=1)
-        kept = embeddings[:, -self.memory :], None if gaps is None else gaps[:, -self.memory :]
-        return self(kept[0], 1, kept[1]), kept
+        self, embeddings: Tensor, gaps: Tensor | None, state: Tensor | None, latent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `jepa.predictor.Predictor.advance`; no latent is looked at. The state is the embeddings still needed.
+
+        Raises:
+            ValueError: it is asked for gaps of its own, which it knows nothing of.
+        """
+        if gaps is not None:
+            raise ValueError(f"{type(self).__name__} knows the clock only: it cannot be asked for other times")
+        kept = (embeddings if state is None else torch.cat([state, embeddings], dim=1))[:, -self.memory :]
+        return self(kept), kept
 
 
 class CopyLast(Baseline):
     """Nothing will change."""
 
-    def forward(self, past: Tensor, outputs: int = 1, gaps: Tensor | None = None) -> Tensor:
+    def forward(self, past: Tensor, outputs: int = 1) -> Tensor:
         return past[:, -outputs:]
 
 
@@ -46,28 +47,19 @@ class LinearExtrapolation(Baseline):
 
     memory = 2
 
-    def forward(self, past: Tensor, outputs: int = 1, gaps: Tensor | None = None) -> Tensor:
-        change = changes(past)
-        if gaps is not None:
-            gaps = gaps.expand(past.shape[:2])
-            before = functional.pad(gaps[:, :-1], (1, 0), value=1.0)
-            change = change * (gaps / before)[..., None]
-        return (past + change)[:, -outputs:]
+    def forward(self, past: Tensor, outputs: int = 1) -> Tensor:
+        return (past + changes(past))[:, -outputs:]
 
 
 class Mean(Baseline):
     """The mean of the training embeddings, which is 0 in standardised space."""
 
-    def forward(self, past: Tensor, outputs: int = 1, gaps: Tensor | None = None) -> Tensor:
+    def forward(self, past: Tensor, outputs: int = 1) -> Tensor:
         return torch.zeros_like(past[:, -outputs:])
 
 
 class Ridge(Baseline):
-    """Linear regression with a penalty on the last `context` embeddings: the real baseline. It knows the clock only.
-
-    Raises:
-        ValueError: it is asked for a gap that is not one tick.
-    """
+    """Linear regression with a penalty on the last `context` embeddings: the real baseline."""
 
     weight: Tensor
     bias: Tensor
@@ -78,9 +70,7 @@ class Ridge(Baseline):
         self.register_buffer("weight", torch.zeros(context * dimension, dimension))
         self.register_buffer("bias", torch.zeros(dimension))
 
-    def forward(self, past: Tensor, outputs: int = 1, gaps: Tensor | None = None) -> Tensor:
-        if gaps is not None and bool((gaps != 1).any()):
-            raise ValueError("ridge regression was fitted on the clock: it cannot be asked for other times")
+    def forward(self, past: Tensor, outputs: int = 1) -> Tensor:
         return last_steps(past, self.context, outputs) @ self.weight + self.bias
 
 
@@ -92,8 +82,8 @@ class Shrunk(Baseline):
         self.predictor, self.shrinkage = predictor, shrinkage
         self.memory = predictor.memory
 
-    def forward(self, past: Tensor, outputs: int = 1, gaps: Tensor | None = None) -> Tensor:
-        guess: Tensor = self.predictor(past, outputs, gaps)
+    def forward(self, past: Tensor, outputs: int = 1) -> Tensor:
+        guess: Tensor = self.predictor(past, outputs)
         return guess
 
 

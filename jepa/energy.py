@@ -18,7 +18,7 @@ from torch import Tensor
 from jepa.baselines import Baseline
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
-from jepa.sampling import draw
+from jepa.sampling import draw_latents
 
 LATENTS = 16
 """Predictions of a moment by a predictor with a latent."""
@@ -34,12 +34,15 @@ def prediction_errors(predictor: Predictor | Baseline, past: Tensor, future: Ten
         future: (B, horizon, D), what came.
 
     Returns:
-        (n, B, horizon, D); n is 1, or `LATENTS` with a latent, drawn from a fixed seed.
+        (n, B, horizon, D); n is 1, or `LATENTS` with a latent, which are the same for every moment and at every call.
     """
-    if isinstance(predictor, Predictor) and predictor.config.latent_dimension:
-        generator = torch.Generator(past.device).manual_seed(0)
-        return future - draw(predictor, past, future.shape[1], LATENTS, generator)
-    return future - rollout(predictor, past, future.shape[1])[None]
+    horizon = future.shape[1]
+    if not isinstance(predictor, Predictor) or not predictor.config.latent_dimension:
+        return future - rollout(predictor, past, horizon)[None]
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw_latents((LATENTS, horizon, predictor.config.latent_dimension), generator).to(past)
+    predicted = [rollout(predictor, past, horizon, latents=one.expand(len(past), -1, -1)) for one in drawn]
+    return future - torch.stack(predicted)
 
 
 class UsualErrors(NamedTuple):

@@ -2,8 +2,7 @@
 
 A network is causal: it maps the steps of a sequence to hidden states, one for each of the last `outputs` steps, and
 remembers what it needs to go on from there. Called with a whole sequence or step by step with its own state, it gives
-the same hidden states: that is what makes a rollout cost one step for each imagined frame, and no more. It says in
-`memory` how many past steps can matter to a hidden state.
+the same hidden states: that is what makes a rollout cost one step for each imagined frame, and no more.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -45,7 +44,7 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, inputs: int, config: NetworkConfig) -> None:
         super().__init__()
-        self.context = self.memory = config.context
+        self.context = config.context
         self.embed = nn.Linear(inputs * config.context, config.width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -82,7 +81,6 @@ class CausalTransformer(nn.Module):
                 f"--predictor.width {config.width} is no multiple of twice --predictor.heads {config.heads}: "
                 "rotary positions turn pairs of channels; choose another number of heads"
             )
-        self.memory = config.depth * (config.context - 1) + 1
         self.embed = nn.Linear(inputs, config.width)
         self.blocks = nn.ModuleList(AttentionBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
@@ -99,8 +97,6 @@ class CausalTransformer(nn.Module):
 
 class AttentionBlock(nn.Module):
     """Causal self-attention, then an MLP; hidden (B, T, width), ticks (B, T), keys and values of the steps before."""
-
-    wavelengths: Tensor
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -147,9 +143,12 @@ class AttentionBlock(nn.Module):
         pairs = channels.shape[3] // 2
         slowest = 16.0 * self.context / 4.0
         angular = (2 * torch.pi / 4) * slowest ** -(torch.arange(pairs, device=ticks.device) / max(1, pairs - 1))
-        angle = (ticks[:, None, :, None] * angular).to(channels.dtype)  # (B, 1, T, C / 2)
+        angle = (
+            ticks[:, None, :, None] * angular
+        )  # (B, 1, T, C / 2); in half precision it would be off by a quarter turn
+        cosine, sine = angle.cos().to(channels.dtype), angle.sin().to(channels.dtype)
         even, odd = channels[..., :pairs], channels[..., pairs:]
-        return torch.cat([even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], dim=-1)
+        return torch.cat([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
 
 
 class GRU(nn.Module):
@@ -157,7 +156,6 @@ class GRU(nn.Module):
 
     def __init__(self, inputs: int, config: NetworkConfig) -> None:
         super().__init__()
-        self.memory = 2 * config.context
         dropout = config.dropout if config.depth > 1 else 0.0
         self.recurrence = nn.GRU(inputs, config.width, config.depth, batch_first=True, dropout=dropout)
 

@@ -10,7 +10,7 @@ It lives in *standardised* space, where each feature of the training embeddings 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -21,15 +21,14 @@ from jepa.encoder import ConfigurationError
 from jepa.networks import NETWORKS, Steps
 from jepa.shrinkage import LONGEST, no_shrinkage
 
-Kind = Literal["mlp", "transformer", "gru"]
-
 
 @dataclass(frozen=True)
 class PredictorConfig:
     """The temporal predictor."""
 
-    kind: Kind = "mlp"
-    """`mlp`: residual MLP on the last `context` embeddings. `transformer`: causal. `gru`: recurrent."""
+    kind: str = "mlp"
+    """`mlp`: residual MLP on the last `context` embeddings. `transformer`: causal. `gru`: recurrent. Or another of
+    `jepa.networks.NETWORKS`."""
     context: int = 8
     """How many past embeddings a prediction starts from."""
     width: int = 512
@@ -100,7 +99,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     training starts from copying the last embedding. An ensemble (`members` above 1) predicts the mean of its members'
     predictions, step by step of a rollout (Lakshminarayanan et al. 2017, arXiv:1612.01474).
 
-    With a latent dimension it has one future for each draw of the latent: `jepa.rollout.sample`.
+    With a latent dimension it has one future for each draw of the latent: `jepa.sampling.sample`.
 
     Beside the network it holds the standardisation of its embedding space, the ridge regression fitted on the same
     training windows, for both how far their rollouts are to be trusted (`jepa.shrinkage`), how far samples are to lie
@@ -148,7 +147,6 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         self.energy_horizon = energy_horizon
         dimension = embedding_dimension
         self.members = nn.ModuleList(Member(dimension, config) for _ in range(members))
-        self.memory = int(self.members[0].network.memory)  # type: ignore[arg-type, union-attr]
         self.ridge = Ridge(dimension, config.context)
         self.register_buffer("mean", torch.zeros(dimension))
         self.register_buffer("std", torch.ones(dimension))
@@ -170,7 +168,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
             outputs: how many predictions.
             gaps: (B, T) or (1, T), ticks from each embedding to the next, the last up to the prediction; None for the
                 clock, where all are 1.
-            latent: (B, outputs, Z) from `draw_latent`; None for the latent's mean.
+            latent: (B, outputs, Z), standard normal; None for the latent's mean.
 
         Returns:
             (B, outputs, D).
@@ -178,20 +176,19 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         return self._predict(past, outputs, gaps, None, latent)[0]
 
     def advance(
-        self, embeddings: Tensor, gaps: Tensor | None, state: Any, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Any]:
+        self, embeddings: Tensor, gaps: Tensor | None, state: State | None, latent: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """One step of a rollout: take in embeddings that follow those in `state`, predict the next one.
 
         Args:
             embeddings: (B, T, D), those that are new.
             gaps: (B, T) or (1, T), see `forward`.
             state: what this returned for the embeddings before; None at the beginning.
-            generator: draws the latent.
+            latent: (B, 1, Z); None for the latent's mean.
 
         Returns:
             (B, 1, D), and the state for the next step.
         """
-        latent = None if generator is None else self.draw_latent(len(embeddings), 1, generator)
         return self._predict(embeddings, 1, gaps, state, latent)
 
     def _predict(
@@ -212,13 +209,6 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         change = torch.stack([change for change, _ in found]).mean(dim=0)  # (B, outputs, D)
         predicted = embeddings[:, -outputs:] + gaps[:, -outputs:, None] * self.change_std * change
         return predicted, State(embeddings[:, -1:], gaps[:, -1:], ticks[:, -1:], [kept for _, kept in found])
-
-    def draw_latent(self, batch: int, outputs: int, generator: torch.Generator) -> Tensor | None:
-        """Standard normal (batch, outputs, Z); None without a latent dimension."""
-        if not self.config.latent_dimension:
-            return None
-        shape = (batch, outputs, self.config.latent_dimension)
-        return torch.randn(shape, generator=generator, device=generator.device).to(self.mean.device)
 
     def only(self, members: Sequence[int]) -> "Predictor":
         """Some members as a predictor, sharing their weights and all statistics with this one."""

@@ -1,5 +1,7 @@
 """Imagine the future: a predictor fed with its own predictions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def rollout(
     past: Tensor,
     horizon: int | None = None,
     times_s: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    latents: Tensor | None = None,
 ) -> Tensor:
     """Predict the embeddings after `past`, each from the past and the predictions before it.
 
@@ -25,7 +27,7 @@ def rollout(
         horizon: number of steps on the clock; or else
         times_s: increasing seconds after the last embedding of the past, (horizon,) or (B, horizon): a future asked
             for at given times.
-        generator: draws the latent of each step, for predictors that have one; None for the latent's mean.
+        latents: (B, horizon, Z), standard normal, for predictors that have a latent; None for the latent's mean.
 
     Returns:
         (B, horizon, D). Differentiable where the predictor is.
@@ -40,11 +42,13 @@ def rollout(
     gaps, steps = (None, horizon or 0) if times_s is None else (_gaps(predictor, past, times_s), times_s.shape[-1])
     if steps < 1:
         raise ValueError(f"horizon is {steps}: it must be at least 1")
-    newest, state, imagined = past, None, list[Tensor]()
+    newest, imagined = past, list[Tensor]()
+    state: Any = None
     for step in range(steps):
         reached = past.shape[1] + step
         asked = None if gaps is None else gaps[:, reached - newest.shape[1] : reached]
-        newest, state = predictor.advance(newest, asked, state, generator)
+        latent = None if latents is None else latents[:, step : step + 1]
+        newest, state = predictor.advance(newest, asked, state, latent)
         imagined.append(newest)
     return torch.cat(imagined, dim=1)
 

@@ -27,7 +27,13 @@ def draw(predictor: Predictor, past: Tensor, horizon: int, n: int, generator: to
     """
     if not predictor.config.latent_dimension:
         raise ValueError("this predictor knows one future only: train one with --predictor.latent-dimension 16")
-    return rollout(predictor, past.repeat(n, 1, 1), horizon, generator=generator).unflatten(0, (n, len(past)))
+    latents = draw_latents((n * len(past), horizon, predictor.config.latent_dimension), generator).to(past)
+    return rollout(predictor, past.repeat(n, 1, 1), horizon, latents=latents).unflatten(0, (n, len(past)))
+
+
+def draw_latents(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """Standard normal (B, horizon, Z), on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def coverage(samples: Tensor, future: Tensor, share: float) -> Tensor:
     """How often each feature of what came lies inside the central interval of the samples that should hold `share`.
 
     The interval runs from one sample to another, sorted; ranks are interpolated so that for samples from the true
-    distribution the expected coverage is `share` exactly.
+    distribution the expected coverage is `share`, if there are enough of them: 3 for 50 %, 19 for 90 %.
 
     Args:
         samples: (n, ..., D).

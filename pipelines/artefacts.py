@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from data.embedding_cache import EmbeddingCache
 from jepa.encoder import FrameEncoder
 from jepa.predictor import Predictor
 from pipelines.stage import UserError
@@ -22,6 +23,22 @@ def load_encoder(folder: Path) -> FrameEncoder:
 def load_predictor(folder: Path) -> Predictor:
     """The predictor that `train_predictor` wrote. Raises `UserError`."""
     return _load(Predictor, folder, "predictor", "train_predictor")
+
+
+def require_calibrated(predictor: Predictor, folder: Path) -> None:
+    """A predictor that saw no validation clips knows no usual errors, and no ridge regression. Raises `UserError`."""
+    if not bool(predictor.energy_quantiles.any()):
+        raise UserError(
+            f"{folder} is not calibrated: run train_predictor --initial-predictor {folder} --steps 0 on caches of its "
+            "encoder, and take the predictor that it leaves"
+        )
+
+
+def require_no_video_in_both(one: EmbeddingCache, name: str, other: EmbeddingCache, other_name: str) -> None:
+    """What is fitted and judged on the same videos flatters. Raises `UserError`."""
+    shared = {clip.key.source for clip in one.clips} & {clip.key.source for clip in other.clips}
+    if shared:
+        raise UserError(f"{min(shared)} is in both {name} and {other_name}: keep videos apart")
 
 
 def _load(kind: type[Artefact], folder: Path, name: str, stage: str) -> Artefact:

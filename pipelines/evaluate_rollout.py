@@ -34,7 +34,7 @@ from jepa.bootstrap import Bootstrap
 from jepa.predictor import Predictor
 from jepa.probe import Probe, ProbeKind, fit_probe, measure_agreement
 from jepa.skill import Skill, imagine, measure_skill, spread_by_horizon
-from pipelines.artefacts import load_predictor
+from pipelines.artefacts import load_predictor, require_calibrated, require_no_video_in_both
 from pipelines.probe_embeddings import label_windows
 from pipelines.stage import RunFolder, counted, require, run_stage, write_json
 
@@ -77,6 +77,7 @@ def main(options: Options) -> None:
     """The story: load, imagine, measure, draw, print."""
     require(options.horizon > 0, f"--horizon is {options.horizon}: it must be positive")
     require(options.stride > 0, f"--stride is {options.stride}: it must be positive")
+    require(options.resamples > 0, f"--resamples is {options.resamples}: it must be positive")
     require(
         bool(options.probe_cache) == bool(options.probe_columns),
         "--probe-cache and --probe-columns belong together: give both or neither",
@@ -84,6 +85,7 @@ def main(options: Options) -> None:
     output = RunFolder(options.output_dir, ("rollout.json", "rollout.csv", "rollout.png"))
     output.require_unfinished(options.overwrite)
     predictor = load_predictor(options.predictor)
+    require_calibrated(predictor, options.predictor)
     cache = EmbeddingCache(options.cache)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
     trials = lay_out_trials(cache, predictor, options.horizon, options.stride)
@@ -93,6 +95,7 @@ def main(options: Options) -> None:
     if options.probe_cache:
         probe_cache = EmbeddingCache(options.probe_cache)
         probe_cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+        require_no_video_in_both(cache, "--cache", probe_cache, "--probe-cache")
         true_states = torch.from_numpy(read_states(cache, options.probe_columns)[trials.future_rows])
         for column, values in zip(options.probe_columns, true_states.unbind(dim=2), strict=True):
             require(bool(values.std() > 0), f"--probe-columns {column}: it never changes beside {options.cache}")

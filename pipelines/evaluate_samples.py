@@ -9,6 +9,7 @@ the best of them: beside equally many samples of a plain Gaussian around a point
 validation clips. Leaves `samples.json`, `samples.png`, `metrics.json` and `config.json`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from jepa.predictor import Predictor
 from jepa.sampling import GaussianFutures, sample
 from jepa.scoring import best_of, coverage, energy_score
 from jepa.skill import imagine
-from pipelines.artefacts import load_predictor
-from pipelines.evaluate_rollout import bootstrap_groups, lay_out_trials
+from pipelines.artefacts import load_predictor, require_calibrated, require_no_video_in_both
+from pipelines.evaluate_rollout import Trials, bootstrap_groups, lay_out_trials
 from pipelines.stage import RunFolder, UserError, require, run_stage, write_json
 
 SHARES = (0.5, 0.9)
 """Central intervals whose coverage is measured."""
+LEAST_SAMPLES = 19
+"""Of fewer, the least and the greatest lie closer together than a central 90 %."""
 WINDOWS_AT_ONCE = 256
 
 
@@ -67,32 +70,43 @@ def main(options: Options) -> None:
     """The story: load, measure how wide the Gaussian is, draw and score both, print."""
     for name in ("horizon", "stride", "resamples"):
         require(getattr(options, name) > 0, f"--{name} is {getattr(options, name)}: it must be positive")
-    require(options.samples > 1, f"--samples is {options.samples}: at least 2 are needed")
+    require(
+        options.samples >= LEAST_SAMPLES,
+        f"--samples is {options.samples}: a central interval of 90 % takes at least {LEAST_SAMPLES}",
+    )
     output = RunFolder(options.output_dir, ("samples.json", "samples.png"))
     output.require_unfinished(options.overwrite)
     predictor = load_predictor(options.predictor)
+    require_calibrated(predictor, options.predictor)
     if not predictor.config.latent_dimension:
         raise UserError(
             f"{options.predictor} knows one future only: train one with --predictor.latent-dimension 16, or judge its "
             "rollouts with pipelines/evaluate_rollout.py"
         )
-    point = load_point_predictor(options, predictor)
+    point = None if options.point_predictor is None else load_point_predictor(options.point_predictor, predictor)
     cache, validation = EmbeddingCache(options.cache), EmbeddingCache(options.validation_cache)
     for one in (cache, validation):
         one.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+    require_no_video_in_both(cache, "--cache", validation, "--validation-cache")
     trials = lay_out_trials(cache, predictor, options.horizon, options.stride)
     usual = lay_out_trials(validation, predictor, options.horizon, options.stride)
     output.prepare(options, overwrite=True, inputs={"provenance": cache.provenance})
 
-    gaussian = GaussianFutures(imagine(point, usual.past, options.horizon), usual.future)
     generator = torch.Generator().manual_seed(options.seed)
+
+    def in_batches(some: Trials, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Samples (n, B, horizon, D), the guess that the Gaussian is put around, and what came (B, horizon, D)."""
+        batches = list(zip(some.past.split(WINDOWS_AT_ONCE), some.future.split(WINDOWS_AT_ONCE), strict=True))
+        for past, future in tqdm(batches, desc=what, unit="batch", leave=False):
+            drawn = sample(predictor, past, options.horizon, options.samples, generator)
+            yield drawn, drawn.mean(dim=0) if point is None else imagine(point, past, options.horizon), future
+
+    guesses = torch.cat([guess for _, guess, _ in in_batches(usual, "measuring the Gaussian")])
+    gaussian = GaussianFutures(guesses, usual.future)
     measured: dict[str, list[dict[str, Tensor]]] = {"model": [], "gaussian": []}
-    pairs = zip(trials.past.split(WINDOWS_AT_ONCE), trials.future.split(WINDOWS_AT_ONCE), strict=True)
-    for past, future in tqdm(list(pairs), desc="drawing futures", unit="batch", leave=False):
-        drawn = sample(predictor, past, options.horizon, options.samples, generator)
+    for drawn, guess, future in in_batches(trials, "drawing futures"):
         measured["model"].append(score(drawn, future))
-        around = gaussian.sample(imagine(point, past, options.horizon), options.samples, generator)
-        measured["gaussian"].append(score(around, future))
+        measured["gaussian"].append(score(gaussian.sample(guess, options.samples, generator), future))
 
     groups, grouped_by = bootstrap_groups(trials.windows)
     bootstrap = Bootstrap(groups, options.resamples, options.seed)
@@ -117,20 +131,18 @@ def main(options: Options) -> None:
     print(f"wrote {options.output_dir}/samples.json and samples.png")
 
 
-def load_point_predictor(options: Options, predictor: Predictor) -> Predictor:
+def load_point_predictor(folder: Path, predictor: Predictor) -> Predictor:
     """What the Gaussian is put around, on the same embeddings. Raises `UserError`."""
-    if options.point_predictor is None:
-        return predictor
-    point = load_predictor(options.point_predictor)
+    point = load_predictor(folder)
+    require_calibrated(point, folder)
     require(
         point.encoder_fingerprint == predictor.encoder_fingerprint and torch.equal(point.mean, predictor.mean),
-        f"{options.point_predictor} was trained on other embeddings than {options.predictor}: give predictors trained "
-        "on one cache",
+        f"{folder} was trained on other embeddings than the predictor: give predictors trained on one cache",
     )
     require(
         point.config.context == predictor.config.context,
-        f"{options.point_predictor} has a context of {point.config.context}, {options.predictor} of "
-        f"{predictor.config.context}: give predictors that are shown the same past",
+        f"{folder} has a context of {point.config.context}, the predictor of {predictor.config.context}: give "
+        "predictors that are shown the same past",
     )
     return point
 

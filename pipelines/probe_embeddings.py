@@ -28,6 +28,7 @@ from data.sidecar import read_states
 from data.windows import Windows
 from jepa.bootstrap import Bootstrap
 from jepa.probe import Agreement, ProbeKind, fit_probe, measure_agreement, read_out_of_fold
+from pipelines.artefacts import require_no_video_in_both
 from pipelines.stage import RunFolder, counted, require, run_stage, write_json
 
 ENOUGH_GROUPS = 20
@@ -69,6 +70,7 @@ def main(options: Options) -> None:
     shown = " ".join(map(str, options.window)) or "empty"
     require(min(options.window, default=0) > 0, f"--window is {shown}: give one or more positive numbers of frames")
     require(options.folds >= 3, f"--folds is {options.folds}: at least 3, so that two remain to choose a penalty by")
+    require(options.resamples > 0, f"--resamples is {options.resamples}: it must be positive")
     require(options.samples >= 100, f"--samples is {options.samples}: at least 100 are needed")
     output = RunFolder(options.output_dir, ("probes.json", "probes.csv", "probes.png"))
     output.require_unfinished(options.overwrite)
@@ -83,8 +85,7 @@ def main(options: Options) -> None:
         test_cache = EmbeddingCache(options.test_cache)
         test_cache.require_same_space(cache.provenance.encoder_fingerprint, cache.provenance.fps, str(options.cache))
         test = label_windows(test_cache, options.columns, max(options.window), options.samples)
-        shared = {clip.key.source for clip in cache.clips} & {clip.key.source for clip in test_cache.clips}
-        require(not shared, f"{' '.join(sorted(shared)[:1])} is in both --cache and --test-cache: keep videos apart")
+        require_no_video_in_both(cache, "--cache", test_cache, "--test-cache")
         validation = f"fitted on {options.cache}, tested on {options.test_cache}"
     found, needed = len(np.unique(windows.groups)), 2 if test else options.folds
     require(

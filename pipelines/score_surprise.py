@@ -34,7 +34,7 @@ from data.video import IMAGE_FPS, TimedFrame, VideoInfo, read_on_clock
 from jepa.encoder import FrameEncoder
 from jepa.energy import energy, percentile
 from jepa.predictor import Predictor
-from pipelines.artefacts import load_encoder, load_predictor
+from pipelines.artefacts import load_encoder, load_predictor, require_calibrated
 from pipelines.stage import RunFolder, UserError, leave_account, require, run_stage
 
 FRAMES_PER_CHUNK = 256
@@ -113,6 +113,7 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     output = RunFolder(options.output_dir, ("surprise.csv", "moments.csv", "pictures", "moments"))
     encoder, predictor = load_pair(options.encoder, options.predictor)
+    require_calibrated(predictor, options.predictor)
     output.require_unfinished(options.overwrite)
     require(options.image_fps > 0, f"--image-fps is {options.image_fps:g}: it must be positive")
     require(options.moments > 0, f"--moments is {options.moments}: it must be positive")

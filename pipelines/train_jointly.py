@@ -56,7 +56,6 @@ from pipelines.stage import (
 from pipelines.trackers import start_trackers
 from pipelines.training import (
     DIAGNOSTIC_CLIPS,
-    DIAGNOSTIC_FRAMES,
     FIRST_ALARM_STEP,
     SHARED,
     Progress,
@@ -138,6 +137,11 @@ def main(options: Options) -> None:
         options.views.kind == "neighbours",
         "--views.kind is augmentations, which would tear the frames of a clip apart: take neighbours",
     )
+    require(
+        options.objective.kind != "infonce",
+        "--objective.kind is infonce, which leaves the size of the embedding open: the prediction error would shrink "
+        "it to nothing; take vicreg or sigreg",
+    )
     options.optimizer.check()
     options.checkpoints.check()
     shuffle_memory = parse_bytes(options.shuffle_memory, "--shuffle-memory")
@@ -206,8 +210,7 @@ def main(options: Options) -> None:
         checkpoints.save(step := 0)
     clips.state = ClipsState(**progress.place)
     start_trackers(accelerator, "train_jointly", to_json(options), step)
-    length = max(DIAGNOSTIC_FRAMES, options.clip_length)
-    sequences = read_sequences(videos.videos, size, options.fps, DIAGNOSTIC_CLIPS, length).to(device)
+    sequences = read_sequences(videos.videos, size, options.fps, DIAGNOSTIC_CLIPS, options.clip_length).to(device)
     require_agreement(accelerator, frames_for_diagnostics=list(sequences.shape))
 
     bar = tqdm(total=options.steps, initial=step, unit="step", desc="joint", disable=not is_main)
@@ -357,9 +360,11 @@ def take_apart(world: World) -> tuple[FrameEncoder, Predictor]:
     """The artefacts; the predictor knows whose embeddings it predicts."""
     encoder, old = FrameEncoder(world.encoder.config), world.predictor
     encoder.load_state_dict(world.encoder.state_dict())
-    dimension = len(old.mean)
-    predictor = Predictor(old.config, dimension, old.fps, encoder.fingerprint(), len(old.members))
-    predictor.load_state_dict(old.state_dict())
+    predictor = Predictor(old.config, len(old.mean), old.fps, encoder.fingerprint(), len(old.members))
+    predictor.members.load_state_dict(old.members.state_dict())
+    # Ridge and calibration belong to the embeddings of another encoder: they are left to train_predictor.
+    for name in ("mean", "std", "change_std"):
+        predictor.get_buffer(name).copy_(old.get_buffer(name))
     return encoder, predictor
 
 

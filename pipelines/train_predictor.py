@@ -27,7 +27,7 @@ from jepa.diagnostics import prediction_alarms, sequence_spread
 from jepa.energy import calibrate_energy, prediction_errors
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
-from jepa.sampling import calibrate_samples, expected_future
+from jepa.sampling import calibrate_samples, draw_latents, expected_future
 from jepa.scoring import energy_score
 from jepa.shrinkage import fit_shrinkage, shrink
 from pipelines.artefacts import load_predictor
@@ -66,7 +66,7 @@ class Options:
     """Networks whose predictions are averaged; with --folds, for each part."""
     initial_predictor: Path | None = None
     """Go on from this trained predictor of the same encoder, as train_jointly leaves one, not from new weights; with
-    --steps 0 it is only measured and calibrated on the caches."""
+    --steps 0 it is only calibrated on the caches, its statistics of embeddings measured anew."""
     output_dir: Path = Path("runs/predictor")
     """Where the predictor, its metrics and its logs are left."""
     steps: int = 800
@@ -150,7 +150,9 @@ def main(options: Options) -> None:
     require_agreement(accelerator, provenance=provenance, clips=summary(clips))
     inputs = {"provenance": provenance}
     on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, inputs))
-    losses: nn.Module = Losses(predictor, measure_copying(splits, predictor, options))
+    losses: nn.Module = Losses(
+        predictor, measure_copying(splits, predictor, options), on_clock=options.longest_gap == 1
+    )
     global_batch = options.batch_size * accelerator.num_processes
     memory = MemoryEstimate.of(losses, example_inputs(predictor, options.rollout_steps), 2, accelerator)
     peak = options.optimizer.peak_learning_rate(global_batch)
@@ -324,13 +326,14 @@ class Losses(nn.Module):
     Args:
         predictor: what is trained.
         copied: (ticks,), the squared error of copying the last embedding for so many ticks.
+        on_clock: all times are ticks of the clock, one after the other.
     """
 
     copied: Tensor
 
-    def __init__(self, predictor: Predictor, copied: Tensor) -> None:
+    def __init__(self, predictor: Predictor, copied: Tensor, on_clock: bool = True) -> None:
         super().__init__()
-        self.predictor = predictor
+        self.predictor, self.on_clock = predictor, on_clock
         self.register_buffer("copied", copied)
 
     def forward(self, past: Tensor, window: Tensor, times_s: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -350,15 +353,22 @@ class Losses(nn.Module):
         """
         future = window[:, :, past.shape[2] :]  # (members, B, steps, D)
         copied = self.copied[(times_s * self.predictor.fps).round().long() - 1]  # (members, B, steps)
-        if self.predictor.config.latent_dimension:
-            twice = rollout(self.predictor, past[0].repeat(2, 1, 1), None, times_s[0].repeat(2, 1), generator)
+        steps = future.shape[2]
+        if size := self.predictor.config.latent_dimension:
+            latents = draw_latents((2 * past.shape[1], steps, size), generator).to(past.device)
+            twice = self.imagine(self.predictor, past[0].repeat(2, 1, 1), times_s[0].repeat(2, 1), latents)
             error = energy_score(twice.unflatten(0, (2, -1)), future[0]) / copied[0].sqrt()  # (B, steps)
             return {"one_step_loss": error[:, 0].mean(), "rollout_loss": error.mean()}
-        imagined = [
-            rollout(self.predictor.only([member]), past[member], None, times_s[member]) for member in range(len(past))
-        ]
+        members = [self.predictor.only([member]) for member in range(len(past))]
+        imagined = [self.imagine(*seen) for seen in zip(members, past, times_s, strict=True)]
         error = (torch.stack(imagined) - future).square().mean(dim=3) / copied
         return {"one_step_loss": error[:, :, 0].mean(), "rollout_loss": error.mean()}
+
+    def imagine(self, predictor: Predictor, past: Tensor, times_s: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Rollouts of (B, context, D) at (B, steps) seconds, (B, steps, D); without looking at times on the clock."""
+        if self.on_clock:
+            return rollout(predictor, past, times_s.shape[1], latents=latents)
+        return rollout(predictor, past, times_s=times_s, latents=latents)
 
 
 def example_inputs(predictor: Predictor, steps: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
@@ -531,7 +541,7 @@ def spread_windows(cache: EmbeddingCache, predictor: Predictor, length: int, mos
     spaced = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
     taken = windows.take(spaced)
     require_finite(cache, [taken])
-    return predictor.standardise(taken)
+    return predictor.standardise(taken.to(predictor.mean.device))
 
 
 def measure_copying(splits: list[Split], predictor: Predictor, options: Options) -> Tensor:
@@ -546,10 +556,12 @@ def measure_copying(splits: list[Split], predictor: Predictor, options: Options)
 def validation_errors(splits: list[Split], predictor: Predictor) -> Tensor:
     """Errors (n, N, energy horizon, D) of members on what was held out from them."""
     context, most = predictor.config.context, ENERGY_WINDOWS // len(splits)
+    if predictor.config.latent_dimension:
+        most //= 4  # there are `LATENTS` errors of each
     errors = []
     for members, split in zip(members_by_split(predictor, len(splits)), splits, strict=True):
         windows = spread_windows(split.validation, predictor, context + predictor.energy_horizon, most)
-        for part in windows.to(predictor.mean.device).split(1024):
+        for part in windows.split(1024):
             errors.append(prediction_errors(members, part[:, :context], part[:, context:]))
     return torch.cat(errors, dim=1)
 

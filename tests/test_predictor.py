@@ -14,7 +14,7 @@ from jepa.sampling import EXPECTED_OF, GaussianFutures, calibrate_samples, draw,
 def make(kind: str, context: int = 4, latent_dimension: int = 0) -> Predictor:
     """A predictor whose head is no longer zero, so that it says something."""
     torch.manual_seed(0)
-    config = PredictorConfig(kind, context, width=16, depth=2, heads=2, latent_dimension=latent_dimension)  # type: ignore[arg-type]
+    config = PredictorConfig(kind, context, width=16, depth=2, heads=2, latent_dimension=latent_dimension)
     predictor = Predictor(config, 5, 4.0, "abc").eval()
     torch.nn.init.normal_(predictor.members[0].head.weight)
     torch.nn.init.normal_(predictor.ridge.weight)
@@ -47,15 +47,6 @@ def test_fewer_outputs_are_the_last_of_more(name):
     with torch.no_grad():
         assert torch.allclose(predictor(past, 12)[:, -3:], predictor(past, 3), atol=1e-6)
         assert predictor(past).shape == (3, 1, 5)
-
-
-@pytest.mark.parametrize("name", [name for name in everyone() if name != "gru"])
-def test_memory_is_all_that_matters(name):
-    predictor = everyone()[name]
-    past = torch.randn(2, 20, 5)
-    with torch.no_grad():
-        shortened = predictor(past[:, -predictor.memory - 1 :], 1)
-        assert torch.allclose(predictor(past), shortened, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", list(NETWORKS))
@@ -167,6 +158,11 @@ def test_rotary_attention_knows_time_but_not_when_the_clock_was_started():
         here = block(hidden, ticks, None)[0]
         assert torch.allclose(block(hidden, ticks + 50, None)[0], here, atol=1e-5)
         assert not torch.allclose(block(hidden, 2 * ticks, None)[0], here, atol=1e-3)
+        for shift in (25, 101):  # angles are large there, and half precision is coarse
+            channels = torch.randn(1, 2, 4, 8)
+            turned = [block.turn(channels.bfloat16(), ticks + at).float() for at in (0, shift)]
+            products = [one @ one.mT for one in turned]
+            assert (products[0] - products[1]).abs().max() < 0.02 * products[0].abs().max()
 
 
 def test_samples_differ_by_their_latent_alone():
@@ -226,18 +222,13 @@ def test_rollout_refuses_what_it_cannot_do():
         rollout(make("mlp"), past, times_s=torch.tensor([0.5, 0.5]))
     with pytest.raises(ValueError, match="CopyLast has no clock"):
         rollout(CopyLast(), past, times_s=torch.tensor([0.5]))
-    with pytest.raises(ValueError, match="other times"):
-        Ridge(5, 3)(past, 1, torch.tensor([[1.0, 1.0, 1.0, 2.0]]))
-
-
-def test_extrapolation_goes_on_at_the_speed_of_the_last_change():
-    line = torch.tensor([0.0, 1.0, 3.0])[None, :, None]
-    assert LinearExtrapolation()(line, 1, torch.tensor([[1.0, 2.0, 0.5]])).item() == 3.5
+    with pytest.raises(ValueError, match="Ridge knows the clock only"):
+        Ridge(5, 3).advance(past, torch.tensor([[1.0, 1.0, 1.0, 2.0]]), None)
 
 
 def test_impossible_configurations_are_refused():
     with pytest.raises(ConfigurationError, match="unknown predictor 'lstm'"):
-        Predictor(PredictorConfig(kind="lstm"), 5, 4.0, "abc")  # type: ignore[arg-type]
+        Predictor(PredictorConfig(kind="lstm"), 5, 4.0, "abc")
     with pytest.raises(ConfigurationError, match="heads 3"):
         Predictor(PredictorConfig(kind="transformer", width=16, heads=3), 5, 4.0, "abc")
     with pytest.raises(ConfigurationError, match="context is 1"):

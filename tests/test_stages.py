@@ -431,7 +431,7 @@ def test_sampled_futures_are_measured_against_a_gaussian(world, tmp_path):
     caches = f"--train-cache {world}/cache/train --validation-cache {world}/cache/val"
     options = f"{caches} --steps 8 --rollout-steps 2 {SMALL_PREDICTOR} --predictor.latent-dimension 2"
     succeed("train_predictor", f"{options} --output-dir {tmp_path}/latent")
-    judge = f"--cache {world}/cache/test --validation-cache {world}/cache/val --horizon 4 --samples 5 --resamples 50"
+    judge = f"--cache {world}/cache/test --validation-cache {world}/cache/val --horizon 4 --samples 20 --resamples 50"
     latent = f"--predictor {tmp_path}/latent/predictor --output-dir {tmp_path}/samples"
     shown = succeed("evaluate_samples", f"{judge} {latent} --point-predictor {world}/predictor/predictor")
     assert "central 90 %" in shown
@@ -453,7 +453,9 @@ def test_sampled_futures_are_measured_against_a_gaussian(world, tmp_path):
 
     plain = f"--predictor {world}/predictor/predictor --output-dir {tmp_path}/plain"
     assert "knows one future only: train one with" in fail("evaluate_samples", f"{judge} {plain}")
-    assert "--samples is 1" in fail("evaluate_samples", f"{judge} {latent} --samples 1 --overwrite")
+    assert "--samples is 18: a central interval" in fail(
+        "evaluate_samples", f"{judge} {latent} --samples 18 --overwrite"
+    )
 
 
 def test_a_future_at_irregular_times_is_learned_where_clips_are_long_enough(world, tmp_path):

@@ -133,7 +133,7 @@ def pairs():
 def test_twins_have_the_same_past_and_differ_from_the_event_on(pairs, event):
     for lawful, impossible, at in pairs[event]:
         assert 10 <= at < 30
-        np.testing.assert_array_equal(impossible[:at], lawful[:at])
+        np.testing.assert_array_equal(impossible[:at, :, :2], lawful[:at, :, :2])  # as far as it can be seen
         assert (impossible[at:] != lawful[at:]).any(axis=(1, 2)).all()
 
 
@@ -161,11 +161,12 @@ def test_balls_pass_through_each_other_where_they_should_bounce(pairs):
         )
         assert lawful_distance.min() > 11
         nearest.append(distance[at : at + 8].min())
-        momentum = impossible[at - 1 : at + 1, :, 2:].sum(axis=1)
-        changed = lawful[at, :, 2:] - lawful[at - 1, :, 2:]
+        # The bounce is between the two frames before `at`, or between `at` and the one before.
+        momentum = impossible[[at - 2, at], :, 2:].sum(axis=1)
+        changed = lawful[at, :, 2:] - lawful[at - 2, :, 2:]
         assert np.abs(changed).max() > 0  # the lawful twin bounces
         if np.allclose(*np.abs(momentum)):  # unless a wall is touched as well
-            np.testing.assert_allclose(np.abs(impossible[at, :, 2:]), np.abs(impossible[at - 1, :, 2:]))
+            np.testing.assert_allclose(np.abs(impossible[at, :, 2:]), np.abs(impossible[at - 2, :, 2:]))
         # The balls are solid again once they have parted.
         parted = at + 1 + int((distance[at + 1 :] >= 12).argmax())
         assert distance[parted:].min() > 11

@@ -96,9 +96,10 @@ def test_both_artefacts_go_through_the_other_stages(videos, trained, tmp_path):
     )
     assert not metrics["collapsed"], metrics["collapse_alarms"]
     cache = succeed("cache_embeddings", f"--videos {videos} --encoder {trained}/encoder --fps 8", tmp_path / "cache")
-    options = f"--cache {cache} --predictor {trained}/predictor --horizon 4"
-    result = json.loads((succeed("evaluate_rollout", options, tmp_path / "evaluation") / "rollout.json").read_text())
-    assert len(result["predictors"]["model"]) == 4
+    options = f"--cache {cache} --predictor {trained}/predictor --horizon 4 --output-dir {tmp_path}/evaluation"
+    life = start("evaluate_rollout", options, tmp_path / "evaluation")
+    assert life.exit_code() == 1
+    assert "is not calibrated: run train_predictor --initial-predictor" in life.said()
 
 
 def test_what_was_trained_jointly_is_calibrated_without_a_step_or_goes_on(videos, trained, tmp_path):
@@ -112,6 +113,9 @@ def test_what_was_trained_jointly_is_calibrated_without_a_step_or_goes_on(videos
     assert names
     assert all(torch.equal(before[name], after[name]) for name in names)
     assert after["energy_quantiles"].max() > 0
+    options_of_judge = f"--cache {cache} --predictor {calibrated}/predictor --horizon 4"
+    judged = succeed("evaluate_rollout", options_of_judge, tmp_path / "evaluation")
+    assert len(json.loads((judged / "rollout.json").read_text())["predictors"]["model"]) == 4
     further = succeed("train_predictor", f"{options} --steps 3", tmp_path / "further")
     metrics = json.loads((further / "metrics.json").read_text())
     assert metrics["steps"] == 3
@@ -194,7 +198,7 @@ def saved(tmp_path):
     """An encoder and a predictor of its embeddings whose statistics are far from 0 and 1."""
     torch.manual_seed(1)
     encoder = FrameEncoder(ENCODER).eval()
-    predictor = Predictor(PREDICTOR, 6, 8, encoder.fingerprint())
+    predictor = Predictor(PREDICTOR, 6, 8, encoder.fingerprint(), energy_horizon=8)
     for name, low, high in (("mean", -3, 3), ("std", 0.2, 4), ("change_std", 0.1, 0.5)):
         getattr(predictor, name).uniform_(low, high)
     torch.nn.init.normal_(predictor.members[0].head.weight)
