@@ -1,0 +1,437 @@
+r"""Train an infiller: it predicts embeddings that are missing in the middle of a clip, from those on both sides.
+
+  accelerate launch --quiet --config_file accelerate_config.yaml pipelines/train_infiller.py \
+      --train-cache cache/train --validation-cache cache/val --test-cache cache/test --output-dir runs/infiller
+
+Leaves `infiller/{model.safetensors,config.json}` (the best on validation clips), what it is worth on test clips in
+`infilling.json` and `infilling.png` (for each length of a gap and each place in it: error, confidence interval, error
+relative to linear interpolation, beside ridge regression and copying), `metrics.json`, `config.json` and tracker logs.
+Ctrl-C saves; the same command with --resume goes on.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, set_seed
+from matplotlib.figure import Figure
+from sklearn.linear_model import RidgeCV
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.embedding_cache import EmbeddingCache
+from data.groups import group_rows, stretch_for
+from data.map_ahead import stream_ahead
+from data.windows import Windows
+from jepa.bootstrap import Bootstrap, interval
+from jepa.infilling import (
+    NEAREST,
+    Infiller,
+    InfillerConfig,
+    copy_last,
+    draw_gaps,
+    fit_trust,
+    linear_interpolation,
+    measure_windows,
+    middle_gap,
+)
+from pipelines.checkpoints import CheckpointConfig, Checkpoints
+from pipelines.compute import ComputeConfig, describe_devices, start_accelerator
+from pipelines.guards import FiniteGuard, Heartbeat, require_agreement, summary
+from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
+from pipelines.stage import LAUNCH, RunFolder, counted, require, run_stage, to_json, write_json
+from pipelines.trackers import start_trackers
+from pipelines.training import Progress, Rates, feed, on_main, save_artefact, step_generator
+
+MEASURED_WINDOWS = 8192
+"""Most training windows that statistics and ridge regression are taken from, spread evenly."""
+VALIDATION_WINDOWS = 512
+RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Per sample; chosen by leaving out one at a time."""
+ENOUGH_GROUPS = 20
+"""With fewer test videos, the bootstrap resamples stretches of a video instead of videos."""
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train an infiller on cached embeddings, and judge it against linear interpolation."""
+
+    train_cache: Path = Path("cache/train")
+    """Embeddings to train on."""
+    validation_cache: Path = Path("cache/val")
+    """Embeddings of other videos, to choose the best model by."""
+    test_cache: Path = Path("cache/test")
+    """Embeddings of videos that are used for neither, to judge it on."""
+    output_dir: Path = Path("runs/infiller")
+    """Where the infiller, the results and the logs are left."""
+    steps: int = 1500
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Windows in a batch, on each process, with one gap in each."""
+    log_every: int = 200
+    """Steps between two validations."""
+    tracker: tuple[str, ...] = ("tensorboard",)
+    """Where curves go, one or several: tensorboard, csv, wandb, mlflow; or none."""
+    seed: int = 0
+    """Of the weights, the windows, the gaps and the bootstrap."""
+    resume: bool = False
+    """Go on with the unfinished run in the output folder."""
+    overwrite: bool = False
+    """Replace the run in the output folder."""
+    infiller: InfillerConfig = field(default_factory=InfillerConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(weight_decay=1e-2, warmup_steps=100, clip_norm=1.0)
+    )
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+def main(options: Options) -> None:
+    """The story: check, build, train, keep the best on validation clips, judge it on test clips."""
+    for name in ("steps", "batch_size", "log_every"):
+        value = getattr(options, name)
+        require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
+    options.optimizer.check()
+    options.checkpoints.check()
+    output = RunFolder(options.output_dir, ("infiller", "training_state", "logs", "infilling.json", "infilling.png"))
+    accelerator = start_accelerator(options.compute, options.tracker, options.output_dir / "logs")
+    heartbeat = Heartbeat(accelerator)
+    is_main, device = accelerator.is_main_process, accelerator.device
+    require(
+        accelerator.distributed_type != DistributedType.FSDP,
+        "infillers are small and not split over GPUs: use configs/accelerate/multi_gpu.yaml instead of fsdp.yaml",
+    )
+    set_seed(options.seed)
+    require_agreement(accelerator, options=options)
+
+    train, validation, test = map(EmbeddingCache, (options.train_cache, options.validation_cache, options.test_cache))
+    provenance = train.provenance
+    for other in (validation, test):
+        other.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
+    infiller = Infiller(
+        options.infiller, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint
+    )
+    windows, validation_windows, test_windows = (
+        Windows(cache, options.infiller.window) for cache in (train, validation, test)
+    )
+    measured = spread(windows, MEASURED_WINDOWS)
+    measure_windows(infiller, measured)
+    held_out = infiller.standardise(spread(validation_windows, VALIDATION_WINDOWS)).to(device)
+    spread(test_windows, VALIDATION_WINDOWS)  # what it refuses is refused now, not after the training
+    require_agreement(
+        accelerator,
+        provenance=provenance,
+        clips=summary([clip.key for cache in (train, validation, test) for clip in cache.clips]),
+    )
+    on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, {"provenance": provenance}))
+    global_batch = options.batch_size * accelerator.num_processes
+    peak = options.optimizer.peak_learning_rate(global_batch)
+    if is_main:
+        print(
+            f"training an infiller ({sum(p.numel() for p in infiller.parameters()):,} weights) on "
+            f"{describe_devices(accelerator)}: global batch {global_batch}, learning rate {peak:g}; "
+            f"{len(windows):,} windows, validated on {len(validation.clips)} clips"
+        )
+
+    averaged = moving_average(infiller.to(device), options.optimizer, buffers=False)
+    judged: Infiller = infiller if averaged is None else averaged.module  # type: ignore[assignment]
+    loss: nn.Module = Loss(infiller)
+    if options.compute.compile:
+        loss.compile()
+    loss, optimizer = accelerator.prepare(loss, make_optimizer(loss, options.optimizer))
+    best = Best(judged)
+    for state in (best, averaged):
+        if state is not None:
+            accelerator.register_for_checkpointing(state)
+
+    progress, rates = Progress(), Rates(device)
+    states = options.output_dir / "training_state"
+    guard = FiniteGuard(accelerator, states)
+    checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle, heartbeat.stop)
+    step = checkpoints.load_newest() if options.resume else None
+    if step is None:
+        best.consider(0, validate(judged, held_out))
+        checkpoints.save(step := 0)
+    start_trackers(accelerator, "train_infiller", to_json(options), step)
+    checkpoints.listen()
+
+    drawn = draw_batches(windows, options, accelerator.process_index, step)
+    batches = stream_ahead(lambda drawn: feed(drawn, device), [drawn], workers=1, ahead=2)
+    bar = tqdm(total=options.steps, initial=step, unit="step", desc="infiller", disable=not is_main)
+    rates.start()
+    while step < options.steps:
+        batch = rates.wait_for(batches, global_batch)
+        set_learning_rate(optimizer, lr_at(step, options.steps, options.optimizer.warmup_steps, peak))
+        error = loss(infiller.standardise(batch.windows), batch.hidden)
+        accelerator.backward(error)
+        gradient_norm = accelerator.clip_grad_norm_(loss.parameters(), clip_length(options.optimizer))
+        guard.watch(step, batch.videos, error, gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if averaged is not None:
+            averaged.update_parameters(infiller)
+        step += 1
+        bar.update()
+
+        if step % options.log_every == 0 or step == options.steps:
+            speed = rates.report(progress)
+            metrics = validate(judged, held_out) | {"loss": float(accelerator.reduce(error.detach(), "mean"))}
+            best.consider(step, metrics)
+            bar.set_postfix({"of linear": f"{metrics[JUDGED_BY]:.3f}"})
+            guard.check_scale(step)
+            accelerator.log({**metrics, **speed, "gradient_norm": gradient_norm.item()}, step=step)
+            rates.start()
+        checkpoints.after_step(step)
+    bar.close()
+    checkpoints.save(step)
+
+    if is_main:
+        judged.load_state_dict(best.weights)
+        save_artefact(judged, options.output_dir / "infiller")
+        results = evaluate(judged.cpu().eval(), measured, test_windows, options.seed)
+        write_json(options.output_dir / "infilling.json", results)
+        draw(results, options.output_dir / "infilling.png")
+        output.finish(
+            {
+                **best.metrics,
+                **flat_metrics(results),
+                "best_step": best.step,
+                "steps": step,
+                "seconds": progress.seconds,
+                "encoder_fingerprint": provenance.encoder_fingerprint,
+            }
+        )
+        print(table(results))
+        print(
+            f"wrote {options.output_dir}/infiller (best at step {best.step}), infilling.json, infilling.png and "
+            "metrics.json. Next, from the past alone:\n"
+            f"  {LAUNCH} pipelines/train_predictor.py --train-cache {options.train_cache} "
+            f"--validation-cache {options.validation_cache} --output-dir runs/predictor"
+        )
+    heartbeat.stop()
+    accelerator.end_training()
+
+
+class Batch(NamedTuple):
+    """What a step learns from."""
+
+    windows: Tensor
+    """float32 (B, window, D), as cached."""
+    hidden: Tensor
+    """bool (B, window), a gap in each."""
+    videos: tuple[Path, ...]
+    """Those that the windows are from, each once."""
+
+
+def draw_batches(windows: Windows, options: Options, rank: int, step: int) -> Iterator[Batch]:
+    """From this step on; each batch a function of seed, step and rank."""
+    for at in range(step, options.steps):
+        generator = step_generator(options.seed, at, rank, torch.device("cpu"))
+        taken, clips = windows.sample(options.batch_size, generator)
+        hidden = draw_gaps(options.batch_size, options.infiller, generator)
+        yield Batch(taken, hidden, tuple(sorted({Path(clip.key.source) for clip in clips})))
+
+
+def spread(windows: Windows, most: int) -> Tensor:
+    """At most so many windows, spread evenly over a cache, raw (N, window, D).
+
+    Raises:
+        UserError: there is nothing to learn or to judge by: embeddings are not finite, or never change.
+    """
+    taken = windows.take(np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int))
+    folder = windows.cache.folder
+    require(
+        bool(taken.isfinite().all()),
+        f"{folder} holds embeddings that are not finite: see which with pipelines/inspect_cache.py --cache {folder} "
+        "--verify",
+    )
+    changing = bool((taken != taken[:, :1]).any())
+    require(changing, f"{folder}: no embedding ever changes, so nothing can beat a straight line: bring moving video")
+    return taken
+
+
+class Loss(nn.Module):
+    """The infiller's loss as a module, which is what several processes can share."""
+
+    def __init__(self, infiller: Infiller) -> None:
+        super().__init__()
+        self.infiller = infiller
+
+    def forward(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        return self.infiller.loss(embeddings, hidden)
+
+
+JUDGED_BY = "validation_relative_to_linear"
+
+
+def validate(infiller: Infiller, held_out: Tensor) -> dict[str, float]:
+    """How far to trust the infiller, into the infiller; then its error relative to linear interpolation."""
+    infiller.eval()
+    relative = fit_trust(infiller, held_out)
+    infiller.train()
+    by_length = {f"{JUDGED_BY}_gap_{length}": float(value) for length, value in enumerate(relative, start=1)}
+    return {JUDGED_BY: float(relative.mean()), **by_length}
+
+
+class Best:
+    """The weights with the lowest validation error so far; step 0, linear interpolation, included."""
+
+    def __init__(self, infiller: Infiller) -> None:
+        self.infiller = infiller
+        self.step, self.metrics, self.weights = 0, dict[str, float](), dict[str, Tensor]()
+
+    def consider(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep the present weights if they are the best."""
+        if not self.metrics or metrics[JUDGED_BY] < self.metrics[JUDGED_BY]:
+            self.step, self.metrics, self.weights = step, metrics, copy.deepcopy(self.infiller.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {name: getattr(self, name) for name in ("step", "metrics", "weights")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        vars(self).update(state)
+
+
+def evaluate(infiller: Infiller, train: Tensor, windows: Windows, seed: int) -> dict[str, Any]:
+    """What is written to `infilling.json`: a record for each guess, length of a gap and place in it.
+
+    All lengths are judged on the same windows, with the gap in the middle.
+
+    Args:
+        infiller: in evaluation mode, on the CPU.
+        train: raw embeddings of training clips, (N, window, D), for ridge regression.
+        windows: of test clips.
+        seed: of the bootstrap.
+    """
+    test = infiller.standardise(spread(windows, len(windows)))
+    stretch_s = stretch_for(windows.cache, ENOUGH_GROUPS)
+    groups = group_rows(windows.cache, stretch_s)[windows.starts]
+    bootstrap = Bootstrap(groups, RESAMPLES, seed)
+    guesses: dict[str, list[dict[str, Any]]] = {}
+    for length in tqdm(range(1, infiller.config.longest_gap + 1), desc="judging", unit="length", leave=False):
+        gap = middle_gap(length, infiller.config)
+        filled = fill_all(infiller, infiller.standardise(train), test, gap)
+        errors = {name: (value - test[:, gap]).square().mean(dim=2).double().numpy() for name, value in filled.items()}
+        for name, error in errors.items():  # (N, length)
+            guesses.setdefault(name, []).append(
+                {
+                    "gap": length,
+                    **judge(error.mean(axis=1), errors["linear_interpolation"].mean(axis=1), bootstrap),
+                    "places": judge(error, errors["linear_interpolation"], bootstrap),
+                }
+            )
+    return {
+        "fps": infiller.fps,
+        "windows": len(windows),
+        "clips": len(windows.cache.clips),
+        "interval": f"95 %, bootstrap over {len(np.unique(groups))} "
+        + ("videos" if math.isinf(stretch_s) else f"stretches of {stretch_s:.3g} s"),
+        "guesses": guesses,
+    }
+
+
+@torch.no_grad()
+def fill_all(infiller: Infiller, train: Tensor, test: Tensor, gap: Tensor) -> dict[str, Tensor]:
+    """What the infiller, named `model`, and the simple guesses put into a gap; standardised (N, gap, D) each.
+
+    Ridge regression sees what each place is shown by itself: the nearest embeddings on both sides.
+
+    Args:
+        infiller: in evaluation mode.
+        train: standardised training windows, (M, window, D), to fit ridge regression on.
+        test: standardised, (N, window, D).
+        gap: bool (window,).
+    """
+    fills: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "model": infiller,
+        "linear_interpolation": linear_interpolation,
+        "copy_last": copy_last,
+    }
+    filled = {
+        name: torch.cat([fill(part, gap.expand(len(part), -1))[:, gap] for part in test.split(1024)])
+        for name, fill in fills.items()
+    }
+    places = torch.arange(len(gap))
+    first, last = places[gap][0], places[gap][-1]
+    seen = ~gap & (places >= first - NEAREST) & (places <= last + NEAREST)
+    ridge = RidgeCV([penalty * len(train) for penalty in RIDGE_PENALTIES])
+    ridge.fit(train[:, seen].flatten(1).numpy(), train[:, gap].flatten(1).numpy())
+    predicted = torch.from_numpy(ridge.predict(test[:, seen].flatten(1).numpy()))
+    return filled | {"ridge": predicted.reshape(filled["model"].shape)}
+
+
+def judge(error: np.ndarray, of_linear: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Means over the first dimension of squared errors (N, ...), and relative to those of linear interpolation."""
+    resampled, resampled_of_linear = bootstrap.means(error), bootstrap.means(of_linear)
+    return {
+        "mse": error.mean(axis=0).tolist(),
+        "mse_interval": interval(resampled).tolist(),
+        "relative_to_linear": (error.mean(axis=0) / of_linear.mean(axis=0)).tolist(),
+        "relative_to_linear_interval": interval(resampled / resampled_of_linear).tolist(),
+    }
+
+
+def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """The infiller's values on test clips under flat keys."""
+    return {
+        f"{name}_in_gap_{record['gap']}": record[name]
+        for record in results["guesses"]["model"]
+        for name in ("mse", "relative_to_linear")
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results on one screen."""
+    guesses = results["guesses"]
+    heads = "".join(f"{record['gap']:>8}" for record in guesses["model"])
+    lines = [
+        f"{counted(results['windows'], 'window')} of {counted(results['clips'], 'test clip')}; gaps of so many steps:"
+    ]
+    middle = "in the middle of the gap: error relative to linear interpolation (below 1 is skill)"
+    lines += [middle, f"  {'':22}{heads}"]
+    for name, records in guesses.items():
+        cells = [record["places"]["relative_to_linear"][(record["gap"] - 1) // 2] for record in records]
+        lines.append(f"  {name:22}" + "".join(f"{cell:>8.3f}" for cell in cells))
+    lines += ["over the whole gap", f"  {'':22}{heads}"]
+    for name, records in guesses.items():
+        lines.append(f"  {name:22}" + "".join(f"{record['relative_to_linear']:>8.3f}" for record in records))
+    low, high = zip(*(record["relative_to_linear_interval"] for record in guesses["model"]), strict=True)
+    for name, bounds in (("model, 95 % from", low), ("model, 95 % to", high)):
+        lines.append(f"  {name:22}" + "".join(f"{bound:>8.3f}" for bound in bounds))
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Leave a picture: error relative to linear interpolation by length of the gap, and by place in it."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    by_length, by_place = figure.subplots(1, 2, sharey=True)
+    for name, records in results["guesses"].items():
+        lengths = [record["gap"] for record in records]
+        by_length.plot(lengths, [record["relative_to_linear"] for record in records], label=name.replace("_", " "))
+        low, high = zip(*(record["relative_to_linear_interval"] for record in records), strict=True)
+        by_length.fill_between(lengths, low, high, alpha=0.2, linewidth=0)
+    by_length.set(
+        xlabel="gap in steps", ylabel="error relative to linear interpolation", yscale="log",
+        title=f"{results['windows']:,} windows; {results['interval']}",
+    )  # fmt: skip
+    for record in results["guesses"]["model"]:
+        middle = (record["gap"] + 1) / 2
+        places = np.arange(1, record["gap"] + 1) - middle
+        by_place.plot(places, record["places"]["relative_to_linear"], marker="o", markersize=3, label=record["gap"])
+    by_place.set(xlabel="place, in steps from the middle of the gap", title="model, by length of the gap")
+    by_length.yaxis.set_major_formatter("{x:g}")
+    figure.legend(handles=by_length.lines, loc="outside lower center", ncols=len(results["guesses"]), frameon=False)
+    by_place.legend(frameon=False, ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run_stage(main, Options)
