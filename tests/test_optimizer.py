@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from jepa.encoder import EncoderConfig, FrameEncoder
+from jepa.infilling import Infiller, InfillerConfig
 from jepa.predictor import Predictor, PredictorConfig
 from pipelines.optimizer import (
     OptimizerConfig,
@@ -58,7 +59,8 @@ def test_biases_and_normalisation_do_not_decay(kind):
     assert undecayed(predictor, kind=kind) == {
         name for name, _ in predictor.named_parameters() if "norm" in name or name.endswith("bias") or ".mlp.0." in name
     }
-    assert "members.0.network.distance_bias" in undecayed(predictor, kind=kind)
+    infiller = Infiller(InfillerConfig(width=8, heads=2), 4, 4.0, "")
+    assert "blocks.0.distance_bias" in undecayed(infiller, kind=kind)  # a bias for each head and distance
     gru = Predictor(PredictorConfig("gru", width=8), 4, 4.0, "", 1)
     assert {name.split(".")[-1][:4] for name in undecayed(gru, kind=kind)} == {"bias"}
 

@@ -322,7 +322,7 @@ def test_a_video_shorter_than_the_context_is_named(world, tmp_path):
         f"--predictor {world}/predictor/predictor --output-dir {tmp_path}/out",
     )
     assert "clip_00000.mp4" in line
-    assert "more than 3 frames" in line
+    assert "no unbroken stretch of 4 frames" in line
     assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["videos.jsonl"]
 
 
