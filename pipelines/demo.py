@@ -43,7 +43,7 @@ class Options:
     """Clips to train on; a tenth as many, at most 100, are made for validation, and as many again for the test."""
     encoder_steps: int = 1300
     """Optimiser steps of the encoder."""
-    predictor_steps: int = 800
+    predictor_steps: int = 700
     """Optimiser steps of the predictor."""
     predictor_options: str = ""
     """Further options of train_predictor, as they stand on its command line."""
