@@ -143,9 +143,8 @@ class AttentionBlock(nn.Module):
         pairs = channels.shape[3] // 2
         slowest = 16.0 * self.context / 4.0
         angular = (2 * torch.pi / 4) * slowest ** -(torch.arange(pairs, device=ticks.device) / max(1, pairs - 1))
-        angle = (
-            ticks[:, None, :, None] * angular
-        )  # (B, 1, T, C / 2); in half precision it would be off by a quarter turn
+        # In float32 whatever the precision: in half of it, angles would be off by a quarter turn.
+        angle = ticks[:, None, :, None] * angular  # (B, 1, T, C / 2)
         cosine, sine = angle.cos().to(channels.dtype), angle.sin().to(channels.dtype)
         even, odd = channels[..., :pairs], channels[..., pairs:]
         return torch.cat([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)

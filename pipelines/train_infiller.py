@@ -9,7 +9,6 @@ relative to linear interpolation, beside ridge regression and copying), `metrics
 Ctrl-C saves; the same command with --resume goes on.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ from pipelines.guards import FiniteGuard, Heartbeat, require_agreement, summary
 from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
 from pipelines.stage import LAUNCH, RunFolder, counted, require, run_stage, to_json, write_json
 from pipelines.trackers import start_trackers
-from pipelines.training import Progress, Rates, feed, on_main, save_artefact, step_generator
+from pipelines.training import Best, Progress, Rates, feed, on_main, save_artefact, step_generator
 
 MEASURED_WINDOWS = 8192
 """Most training windows that statistics and ridge regression are taken from, spread evenly."""
@@ -145,7 +144,7 @@ def main(options: Options) -> None:
     if options.compute.compile:
         loss.compile()
     loss, optimizer = accelerator.prepare(loss, make_optimizer(loss, options.optimizer))
-    best = Best(judged)
+    best = Best(judged, JUDGED_BY)
     for state in (best, averaged):
         if state is not None:
             accelerator.register_for_checkpointing(state)
@@ -277,27 +276,6 @@ def validate(infiller: Infiller, held_out: Tensor) -> dict[str, float]:
     infiller.train()
     by_length = {f"{JUDGED_BY}_gap_{length}": float(value) for length, value in enumerate(relative, start=1)}
     return {JUDGED_BY: float(relative.mean()), **by_length}
-
-
-class Best:
-    """The weights with the lowest validation error so far; step 0, linear interpolation, included."""
-
-    def __init__(self, infiller: Infiller) -> None:
-        self.infiller = infiller
-        self.step, self.metrics, self.weights = 0, dict[str, float](), dict[str, Tensor]()
-
-    def consider(self, step: int, metrics: dict[str, float]) -> None:
-        """Keep the present weights if they are the best."""
-        if not self.metrics or metrics[JUDGED_BY] < self.metrics[JUDGED_BY]:
-            self.step, self.metrics, self.weights = step, metrics, copy.deepcopy(self.infiller.state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {name: getattr(self, name) for name in ("step", "metrics", "weights")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        vars(self).update(state)
 
 
 def evaluate(infiller: Infiller, train: Tensor, windows: Windows, seed: int) -> dict[str, Any]:

@@ -7,11 +7,10 @@ Leaves `predictor/{model.safetensors,config.json}` (the best on validation clips
 tracker logs. Ctrl-C saves; the same command with --resume goes on.
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agre
 from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
 from pipelines.stage import RunFolder, UserError, readable_bytes, require, run_stage, to_json
 from pipelines.trackers import start_trackers
-from pipelines.training import Progress, Rates, feed, on_main, save_artefact, step_generator
+from pipelines.training import Best, Progress, Rates, feed, on_main, save_artefact, step_generator
 
 GROWTH = 0.5
 """Share of the training during which the horizon of rollouts grows."""
@@ -171,7 +170,7 @@ def main(options: Options) -> None:
         for member in predictor.members:
             member.compile()
     losses, optimizer = accelerator.prepare(losses, make_optimizer(losses, options.optimizer))
-    best = Best(judged)
+    best = Best(judged, "validation_relative_to_copy_last")
     for state in (best, averaged):
         if state is not None:
             accelerator.register_for_checkpointing(state)
@@ -447,30 +446,6 @@ def validate(predictor: Predictor, held_out: list[HeldOut]) -> tuple[dict[str, f
         for over, spread in sequence_spread(value)._asdict().items():
             metrics |= {f"{name}_{over}_std": spread.std, f"{name}_{over}_rank": spread.rank}
     return metrics, prediction_alarms(predicted, true) if horizon > 1 else []
-
-
-class Best:
-    """The weights with the lowest validation error so far; step 0, which copies the last embedding, included."""
-
-    def __init__(self, predictor: nn.Module) -> None:
-        self.predictor = predictor
-        self.step, self.metrics, self.weights = 0, dict[str, float](), dict[str, Tensor]()
-        self.collapsed = False
-
-    def consider(self, step: int, metrics: dict[str, float], alarms: list[str]) -> None:
-        """Keep the present weights if they are the best."""
-        name = "validation_relative_to_copy_last"
-        if not self.metrics or metrics[name] < self.metrics[name]:
-            self.step, self.metrics, self.collapsed = step, metrics, bool(alarms)
-            self.weights = copy.deepcopy(self.predictor.state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {name: getattr(self, name) for name in ("step", "metrics", "weights", "collapsed")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        vars(self).update(state)
 
 
 def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:

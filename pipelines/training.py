@@ -1,5 +1,6 @@
 """What both trainers share: the videos they use, randomness from (seed, step), how fast they are, what they leave."""
 
+import copy
 import os
 import shutil
 import time
@@ -168,6 +169,34 @@ class Rates:
             "data_wait_fraction": self.waited_s / (now - self.since),
             "memory_gigabytes": memory_in_use(self.device) / 1e9,
         }
+
+
+class Best:
+    """The weights with the lowest validation error so far; those before the first step included.
+
+    Args:
+        module: whose weights, registered for checkpointing by the caller.
+        judged_by: the metric that is lowest for the best.
+    """
+
+    def __init__(self, module: torch.nn.Module, judged_by: str) -> None:
+        self.module, self.judged_by = module, judged_by
+        self.step, self.metrics, self.weights = 0, dict[str, float](), dict[str, torch.Tensor]()
+        self.collapsed = False
+
+    def consider(self, step: int, metrics: dict[str, float], alarms: Sequence[str] = ()) -> None:
+        """Keep the present weights if they are the best."""
+        if not self.metrics or metrics[self.judged_by] < self.metrics[self.judged_by]:
+            self.step, self.metrics, self.collapsed = step, metrics, bool(alarms)
+            self.weights = copy.deepcopy(self.module.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {name: getattr(self, name) for name in ("step", "metrics", "weights", "collapsed")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        vars(self).update(state)
 
 
 def save_artefact(module: torch.nn.Module, folder: Path) -> None:
