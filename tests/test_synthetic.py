@@ -263,6 +263,19 @@ def test_the_csv_has_velocities_and_one_row_a_frame(tmp_path):
     np.testing.assert_allclose(written, expected, atol=1e-4)
 
 
+def test_what_lay_in_memory_before_does_not_change_a_video(tmp_path):
+    world = BallWorld(size=64, frames=12)
+    generator = np.random.default_rng(0)
+    frames = render_balls(simulate_balls(world, generator), world, generator)
+    clutter, videos = [], set()
+    for _ in range(300):  # x264's macroblock tree fails here in 1 encoding of 25
+        clutter += [np.full(generator.integers(5_000), generator.integers(256), dtype=np.uint8) for _ in range(3)]
+        del clutter[generator.integers(len(clutter)) :: 3]
+        write_video(tmp_path / "clip.mp4", frames, world.fps)
+        videos.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(videos) == 1
+
+
 def test_clips_of_one_seed_are_the_same_in_every_run(tmp_path):
     world = BallWorld(size=32, frames=6)
     once = write_ball_videos(tmp_path / "once", 3, world, seed=7)
