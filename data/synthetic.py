@@ -183,8 +183,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float, codec: str = "libx26
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         if codec == "libx264":
-            # x264's macroblock tree reads memory that it never wrote: with it, 1 clip in 25 depends on the heap's past.
-            stream.options = {"crf": "18", "preset": "veryfast", "mbtree": "0"}
+            # With B-frames x264's macroblock tree reads memory that it never wrote: the same clip came out differently.
+            stream.options = {"crf": "18", "preset": "veryfast", "bf": "0"}
         # Many small clips are encoded side by side: threads inside one encoder would only fight over the cores.
         stream.codec_context.thread_count = 1
         for frame in frames:
