@@ -135,7 +135,7 @@ def main(options: Options) -> None:
         require(value >= 0, f"--{name.replace('_', '-')} is {value:g}: it must not be negative")
     require(
         options.views.kind == "neighbours",
-        "--views.kind is augmentations, which would tear the frames of a clip apart: take neighbours",
+        f"--views.kind is {options.views.kind}, which would tear the frames of a clip apart: take neighbours",
     )
     require(
         options.objective.kind != "infonce",

@@ -166,7 +166,7 @@ def test_going_on_from_trained_ones_with_the_encoder_held(videos, trained, tmp_p
     ("arguments", "message"),
     [
         ("--clip-length 4", "--clip-length is 4: a context of 3 and a rollout of 2 take 5 frames"),
-        ("--views.kind augmentations", "--views.kind is augmentations"),
+        ("--views.kind vicreg", "--views.kind is vicreg"),
         ("--encoder-weights nowhere", "--encoder-weights and --predictor-weights belong together"),
         ("--predictor.latent-dimension 2", "the predictor's latent dimension is 2: joint training knows one future"),
         ("--prediction-weight -1", "--prediction-weight is -1: it must not be negative"),

@@ -2,10 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as reference
 
-from data.views import ViewsConfig, make_views
+from data.views import RECIPES, Augmentation, ViewsConfig, augment, make_views
 
-KINDS = ["neighbours", "augmentations"]
+KINDS = ["neighbours", *RECIPES]
+UNCHANGED = Augmentation(smallest_crop=1, jitter_probability=0, grey_probability=0)
+"""But for mirroring."""
 
 
 def seeded(seed):
@@ -82,9 +85,10 @@ def test_each_sample_and_each_view_has_its_own_light_and_noise(part):
     assert correlation.abs().max() < 0.5
 
 
-def test_augmentations_are_of_the_first_frame_only():
+@pytest.mark.parametrize("kind", RECIPES)
+def test_recipes_see_the_first_frame_only(kind):
     frames, following = random_frames(4)
-    config = ViewsConfig(kind="augmentations")
+    config = ViewsConfig(kind=kind)
     here, there = (
         make_views(frames, following, config, seeded(0)),
         make_views(frames, 255 - following, config, seeded(0)),
@@ -92,43 +96,92 @@ def test_augmentations_are_of_the_first_frame_only():
     assert torch.equal(here[1], there[1])
 
 
-def test_augmentations_crop_and_flip():
-    # Brightness rises from left to right: a flip turns the slope round, a crop makes it flatter.
-    ramp = torch.linspace(0, 255, 64).round().to(torch.uint8).expand(200, 3, 64, 64)
-    config = ViewsConfig(kind="augmentations", colour_strength=0, blur_probability=0)
-    view, _ = make_views(ramp, ramp, config, seeded(0))
+def test_crops_mirror_and_enlarge():
+    # Brightness rises from left to right: a mirror turns the slope round, a crop makes it flatter.
+    ramp = torch.linspace(0, 1, 64).expand(200, 3, 64, 64)
+    view = augment(ramp, replace(UNCHANGED, smallest_crop=0.3), seeded(0))
     slope = view[:, 0, 32, 48] - view[:, 0, 32, 16]
     assert 60 < (slope < 0).sum() < 140
     widths = slope.abs() / 0.5
-    assert widths.min() < 0.65  # smallest_crop 0.3: sides from 0.55 on, narrower still where the crop is stretched
+    assert widths.min() < 0.65  # sides from 0.55 on, narrower still where the crop is stretched
     assert widths.max() > 0.9
     # Crops lie inside the frame: nowhere does brightness leave the range of the ramp, or turn back.
     steps = view.diff(dim=-1) * slope.sign()[:, None, None, None]
     assert steps.min() > -1e-5
 
 
-def test_augmentations_change_colour_sample_by_sample():
-    colour = torch.tensor([90, 120, 150], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(16, 3, 32, 32)
-    plain = ViewsConfig(kind="augmentations", colour_strength=0)
-    view, _ = make_views(colour, colour, plain, seeded(0))
-    torch.testing.assert_close(view, colour / 255)
-    bright, _ = make_views(colour, colour, replace(plain, colour_strength=0.4), seeded(0))
-    brightness = bright.mean(dim=(1, 2, 3)) / view.mean(dim=(1, 2, 3))
-    assert brightness.std() > 0.1
-    assert brightness.min() > 0.59
-    assert brightness.max() < 1.41
-    saturation = (bright[:, 2] - bright[:, 0]).mean(dim=(1, 2)) / brightness
-    assert saturation.std() > 0.02
+@pytest.mark.parametrize(
+    ("part", "adjust"),
+    [
+        ("brightness", reference.adjust_brightness),
+        ("contrast", reference.adjust_contrast),
+        ("saturation", reference.adjust_saturation),
+    ],
+)
+def test_colours_change_as_in_torchvision_by_a_factor_for_each_sample(part, adjust):
+    images = random_frames(1)[0].expand(64, 3, 24, 32) / 255
+    plain = replace(UNCHANGED, jitter_probability=1, brightness=0, contrast=0, saturation=0, hue=0)
+    before, after = augment(images, plain, seeded(0)), augment(images, replace(plain, **{part: 0.4}), seeded(0))
+    factors = torch.linspace(0.6, 1.4, 801)
+    found = []
+    for image, changed in zip(before, after, strict=True):
+        errors = torch.stack([(adjust(image, factor.item()) - changed).abs().mean() for factor in factors[::40]])
+        near = factors[::40][errors.argmin()]
+        fine = factors[(factors - near).abs() < 0.04]
+        errors = torch.stack([(adjust(image, factor.item()) - changed).abs().mean() for factor in fine])
+        assert errors.min() < 1e-3
+        found.append(fine[errors.argmin()])
+    assert min(found) < 0.65
+    assert max(found) > 1.35
 
 
-def test_augmentations_blur_as_often_as_asked():
-    frames = random_frames(1, 32, 32)[0].expand(64, 3, 32, 32)
-    config = ViewsConfig(kind="augmentations", colour_strength=0, smallest_crop=1, blur_probability=0)
-    sharp, _ = make_views(frames, frames, config, seeded(0))
-    some, _ = make_views(frames, frames, replace(config, blur_probability=0.5), seeded(0))
-    every, _ = make_views(frames, frames, replace(config, blur_probability=1), seeded(0))
+def test_hue_turns_colours_and_leaves_their_luma():
+    colour = torch.tensor([0.5, 0.4, 0.45]).reshape(1, 3, 1, 1).expand(64, 3, 8, 8)
+    plain = replace(UNCHANGED, jitter_probability=1, brightness=0, contrast=0, saturation=0, hue=0)
+    turned = augment(colour, replace(plain, hue=0.1), seeded(0))
+    luma = reference.rgb_to_grayscale(turned)
+    torch.testing.assert_close(luma, reference.rgb_to_grayscale(colour), atol=1e-3, rtol=0)
+    assert turned[:, 0].std() > 0.005
+    # As far round as torchvision's turn in HSV, on the whole.
+    furthest = torch.stack([reference.adjust_hue(colour[0], turn) for turn in (-0.1, 0.1)])
+    assert (turned - colour).abs().max() == pytest.approx((furthest - colour[:2]).abs().max().item(), rel=0.4)
+
+
+def test_grey_and_jitter_as_often_as_asked():
+    images = random_frames(1)[0].expand(300, 3, 24, 32) / 255
+    grey = augment(images, replace(UNCHANGED, grey_probability=0.2), seeded(0))
+    assert 35 < (grey[:, 0] == grey[:, 2]).flatten(1).all(dim=1).sum() < 90
+    jittered = augment(images, replace(UNCHANGED, jitter_probability=0.8), seeded(0))
+    plain = augment(images, UNCHANGED, seeded(0))
+    assert 210 < ((jittered - plain).abs() > 1e-4).flatten(1).any(dim=1).sum() < 270
+
+
+def test_solarising_inverts_what_is_bright():
+    images = random_frames(1)[0].expand(64, 3, 24, 32) / 255
+    plain = augment(images, UNCHANGED, seeded(0))
+    solarised = augment(images, replace(UNCHANGED, solarise_probability=0.5), seeded(0))
+    chosen = (solarised != plain).flatten(1).any(dim=1)
+    assert 16 < chosen.sum() < 48
+    expected = reference.solarize(plain, 0.5)
+    torch.testing.assert_close(solarised[chosen], expected[chosen])
+
+
+def test_blur_as_often_as_asked():
+    images = random_frames(1, 32, 32)[0].expand(64, 3, 32, 32) / 255
+    sharp = augment(images, UNCHANGED, seeded(0))
+    some = augment(images, replace(UNCHANGED, blur_probability=0.5), seeded(0))
+    every = augment(images, replace(UNCHANGED, blur_probability=1), seeded(0))
     untouched = (some == sharp).flatten(1).all(dim=1)
     assert 16 < untouched.sum() < 48
     detail, blurred = sharp.diff(dim=-1).abs().mean(dim=(1, 2, 3)), every.diff(dim=-1).abs().mean(dim=(1, 2, 3))
     assert (blurred < detail * 1.001).all()
     assert blurred.mean() < 0.7 * detail.mean()
+
+
+def test_asymmetric_recipes_differ_between_the_views():
+    assert {kind for kind, (one, other) in RECIPES.items() if one != other} == {"vicreg", "cifar_asymmetric"}
+    images = torch.full((400, 3, 16, 16), 230, dtype=torch.uint8)
+    dark = [(view.mean(dim=(1, 2, 3)) < 0.5).float().mean()
+            for view in make_views(images, images, ViewsConfig(kind="vicreg"), seeded(0))]  # fmt: skip
+    assert dark[0] == 0  # brightness .6 of .9 at least
+    assert 0.13 < dark[1] < 0.27  # solarised
