@@ -120,7 +120,7 @@ def embed_chunks(accelerator: Accelerator, encoder: FrameEncoder, chunks: list[C
 def whole_stage(accelerator: Accelerator, encoder: FrameEncoder, paths: tuple[Path, ...], options: Options) -> None:
     """Decode, embed and write into a new cache."""
     provenance = Provenance(
-        encoder_fingerprint="benchmark", embedding_dimension=encoder.config.embedding_dimension, fps=options.fps,
+        encoder_fingerprint="benchmark", embedding_dimension=encoder.embedding_dimension, fps=options.fps,
         image_fps=IMAGE_FPS, image_size=encoder.config.image_size, transform=TRANSFORM, dtype="float16", versions={},
     )  # fmt: skip
     with (

@@ -185,7 +185,7 @@ def plain_encoder(paths: tuple[Path, ...], options: Options, device: torch.devic
     pairs.close()
     config = EncoderConfig(backbone=options.backbone, image_size=size, pooling=pooling(options))  # type: ignore[arg-type]
     encoder = create_encoder(config)
-    network = Pretraining(encoder, Expander(config.embedding_dimension, ExpanderConfig())).to(device)
+    network = Pretraining(encoder, Expander(encoder.embedding_dimension, ExpanderConfig())).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=False)
     generator, directions = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
 

@@ -62,6 +62,8 @@ class Pairs(NamedTuple):
     """As in `Clips`."""
     state: ClipsState
     """As in `Clips`."""
+    labels: Tensor | None = None
+    """int64 (B,), which class each is of, where that is known."""
 
 
 class Stretch(NamedTuple):

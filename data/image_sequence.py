@@ -42,7 +42,7 @@ def find_zipped_sequences(path: Path) -> list[Path]:
     Raises:
         VideoError: it is no zip file.
     """
-    counts = Counter(PurePosixPath(name).parent for name in _zipped_images(path))
+    counts = Counter(PurePosixPath(name).parent for name in zipped_images(path))
     return sorted(path / folder for folder, images in counts.items() if images >= FEWEST_IMAGES)
 
 
@@ -58,7 +58,7 @@ def sequence_status(path: Path) -> tuple[int, int]:
         return status.st_size, status.st_mtime_ns
     statuses = [path.stat()]
     with os.scandir(path) as entries:
-        statuses += [entry.stat() for entry in entries if _is_image(entry.name)]
+        statuses += [entry.stat() for entry in entries if is_image(entry.name)]
     return sum(status.st_size for status in statuses[1:]), max(status.st_mtime_ns for status in statuses)
 
 
@@ -74,10 +74,10 @@ class ImageSequenceDecoder(Decoder):
         split = split_zip(path)
         self.archive = None
         if split is None:
-            names = [name for name in os.listdir(path) if _is_image(name)]
+            names = [name for name in os.listdir(path) if is_image(name)]
         else:
             folder = PurePosixPath(split[1])
-            names = [name for name in _zipped_images(split[0]) if PurePosixPath(name).parent == folder]
+            names = [name for name in zipped_images(split[0]) if PurePosixPath(name).parent == folder]
             self.archive = zipfile.ZipFile(split[0])
         if len(names) < FEWEST_IMAGES:
             raise VideoError(f"{path}: not a readable video, but a folder with {len(names)} images in it")
@@ -105,7 +105,7 @@ class ImageSequenceDecoder(Decoder):
             try:
                 content = BytesIO(self.archive.read(name)) if self.archive else self.path / name
                 with Image.open(content) as image:
-                    pixels = _rgb(ImageOps.exif_transpose(image))
+                    pixels = to_rgb(ImageOps.exif_transpose(image))
             except Exception as error:  # damaged bytes make Pillow, zlib and zipfile raise errors of many kinds
                 self.note(f"image {name} cannot be decoded ({error})")
                 continue
@@ -121,7 +121,7 @@ class ImageSequenceDecoder(Decoder):
         return True
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
     """Pixels (height, width, 3), uint8."""
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of kind {image.mode}, whose range is not known")
@@ -130,14 +130,16 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image."""
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
 
 
-def _zipped_images(path: Path) -> Iterator[str]:
+def zipped_images(path: Path) -> Iterator[str]:
+    """Names of all images inside a zip file. Raises VideoError if it is none."""
     try:
         with zipfile.ZipFile(path) as archive:
-            yield from (name for name in archive.namelist() if _is_image(name))
+            yield from (name for name in archive.namelist() if is_image(name))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise VideoError(f"{path}: not a readable zip file ({error})") from error
 

@@ -25,6 +25,7 @@ class SequenceSpread(NamedTuple):
 
     batch: Spread
     time: Spread
+    """0 and rank 1 for clips of one frame, such as still images."""
 
 
 def effective_rank(embeddings: Tensor) -> float:
@@ -70,7 +71,7 @@ def encoder_alarms(embeddings: Tensor, outputs: Tensor | None) -> list[str]:
     """What is wrong with an encoder, one line each; empty when it is healthy.
 
     Args:
-        embeddings: (clips, time, D) embeddings of frames that follow each other in time.
+        embeddings: (clips, time, D) embeddings of frames that follow each other in time; of still images, time is 1.
         outputs: (clips, time, E) the expander's outputs for them; None where the objective sees the embeddings.
     """
     alarms = []
@@ -86,7 +87,7 @@ def encoder_alarms(embeddings: Tensor, outputs: Tensor | None) -> list[str]:
     for name, value in spreads.items():
         if value.batch.rank < SMALLEST_RANK:
             alarms.append(f"the {name}'s effective rank is {value.batch.rank:.1f}")
-        if value.time.std < SMALLEST_TIME_SHARE * value.batch.std:
+        if embeddings.shape[1] > 1 and value.time.std < SMALLEST_TIME_SHARE * value.batch.std:
             alarms.append(f"the {name} hardly changes over time: it tells clips apart, not moments")
     return alarms
 

@@ -1,7 +1,8 @@
 """The eye of the world model: one frame in, one embedding out.
 
-A backbone (any timm model, or a small convolutional one that trains on a laptop in a minute) and a linear
-embedding head. Frames are embedded one by one, so nothing of the future can leak into an embedding of the past.
+A backbone (any timm model, or a small convolutional one that trains on a laptop in a minute) and an embedding head:
+linear, with hidden layers before it, or none. Frames are embedded one by one, so nothing of the future can leak into an
+embedding of the past.
 """
 
 import difflib
@@ -29,11 +30,23 @@ class EncoderConfig:
     backbone: str = SMALL_CONV
     """`small_conv`, or any timm model by name: resnet18, vit_tiny_patch16_224, vgg16, ..."""
     embedding_dimension: int = 64
-    """Length of the embedding of a frame."""
+    """Length of the embedding of a frame. 0: no embedding head, the embedding is what pooling leaves of the backbone's
+    features."""
     image_size: tuple[int, int] = (64, 64)
     """HEIGHT WIDTH in pixels that every frame is resized to."""
-    pooling: Literal["flatten", "average"] = "flatten"
-    """`flatten` keeps where things are; `average` only what they are (and costs far fewer weights at large sizes)."""
+    pooling: Literal["flatten", "average", "class_token"] = "flatten"
+    """`flatten` keeps where things are; `average` only what they are (and costs far fewer weights at large sizes); both
+    are of patches only where a vision transformer has other tokens too. `class_token`: a vision transformer's own
+    summary."""
+    stem: Literal["published", "cifar"] = "published"
+    """`cifar`: timm's ResNets begin with a 3x3 convolution of stride 1 and no max-pooling, for images of 32x32."""
+    register_tokens: int = 0
+    """Give a vision transformer so many tokens to work with (arXiv:2309.16588), which pooling leaves out. 0: those that
+    it is published with."""
+    head_widths: tuple[int, ...] = ()
+    """Hidden layers of the embedding head, such as `512 128`, each with batch normalisation, ReLU and dropout."""
+    head_dropout: float = 0.0
+    """Share of each hidden layer's features that are dropped in training."""
     pretrained: bool = False
     """Start from timm's published weights (downloaded from the hub) instead of from scratch."""
     frozen_backbone: bool = False
@@ -58,31 +71,54 @@ class FrameEncoder(nn.Module, PyTorchModelHubMixin):
     """Frames (B, 3, H, W), uint8 or float in [0, 1], to embeddings (B, D), float32.
 
     Raises:
-        ConfigurationError: the backbone is unknown (with suggestions), or does not support the image size.
+        ConfigurationError: the backbone is unknown (with suggestions), does not support the image size, or lacks what
+            the configuration asks of it.
     """
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    embedding_dimension: int
+    """D: what the configuration says or, where it says 0, how many features the backbone has."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        # JSON has no tuples: a configuration that comes back from config.json holds a list here.
+        _check(config)
+        # JSON has no tuples: a configuration that comes back from config.json holds lists here.
         height, width = config.image_size
-        self.config = replace(config, image_size=(height, width), pretrained=False)
+        self.config = replace(
+            config, image_size=(height, width), head_widths=tuple(config.head_widths), pretrained=False
+        )
         self.backbone, mean, std = _build_backbone(self.config)
+        if config.stem == "cifar":
+            _give_cifar_stem(self.backbone, config)
+        if config.register_tokens and getattr(self.backbone, "num_reg_tokens", 0) != config.register_tokens:
+            raise _lacking(config, "place for register tokens", "drop --encoder.register-tokens, or take a vit_...")
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
         try:
-            with torch.no_grad():
+            with torch.enable_grad():
                 features = self._features(torch.zeros(2, 3, height, width))
+                features.sum().backward()
         except (RuntimeError, AssertionError) as error:
-            raise ConfigurationError(
-                f"backbone {config.backbone} does not take frames of {height}x{width} pixels ({error}): "
-                "choose another --encoder.image-size"
-            ) from error
-        self.head = nn.Linear(features.shape[1], config.embedding_dimension)
-        if config.frozen_backbone:
-            self.backbone.requires_grad_(False)
+            raise _impossible(config, error) from error
+        # What features do not depend on, such as layers of a classifier, would never have a gradient, which
+        # DistributedDataParallel refuses.
+        for weight in self.backbone.parameters():
+            weight.requires_grad_(weight.grad is not None and not config.frozen_backbone)
+            weight.grad = None
+        layers: list[nn.Module] = []
+        inputs = features.shape[1]
+        for outputs in self.config.head_widths:
+            layers += [
+                nn.Linear(inputs, outputs),
+                nn.BatchNorm1d(outputs),
+                nn.ReLU(),
+                nn.Dropout(config.head_dropout),
+            ]
+            inputs = outputs
+        self.head_layers = nn.Sequential(*layers)
+        self.embedding_dimension = config.embedding_dimension or inputs
+        self.head = nn.Linear(inputs, config.embedding_dimension) if config.embedding_dimension else nn.Identity()
 
     def forward(self, frames: Tensor) -> Tensor:
         """Embed frames.
@@ -101,7 +137,8 @@ class FrameEncoder(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"frames have shape {tuple(frames.shape)}: this encoder takes (B, {expected})")
         if frames.dtype == torch.uint8:
             frames = frames.float() / 255
-        return self.head(self._features((frames - self.pixel_mean) / self.pixel_std))  # (B, D)
+        features = self._features((frames - self.pixel_mean) / self.pixel_std)
+        return self.head(self.head_layers(features))  # (B, D)
 
     def train(self, mode: bool = True) -> "FrameEncoder":
         """As `nn.Module.train`, but a frozen backbone keeps its normalisation statistics too."""
@@ -119,10 +156,20 @@ class FrameEncoder(nn.Module, PyTorchModelHubMixin):
         return digest.hexdigest()[:16]
 
     def _features(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to pooled features (B, F)."""
         if isinstance(self.backbone, SmallConv):
             features = self.backbone(images)  # (B, C, h, w)
         else:
             features = self.backbone.forward_features(images)  # (B, C, h, w), (B, h, w, C) or (B, tokens, C)
+        has_class_token = getattr(self.backbone, "cls_token", None) is not None
+        if self.config.pooling == "class_token":
+            if not has_class_token:
+                raise _lacking(self.config, "class token", "take --encoder.pooling average")
+            return features[:, 0]
+        if features.ndim == 3:
+            features = features[:, getattr(self.backbone, "num_prefix_tokens", int(has_class_token)) :]
+            if features.shape[1] == 0:
+                raise _lacking(self.config, "patches at its end", "take --encoder.pooling class_token")
         if self.config.pooling == "flatten":
             return rearrange(features, "b ... -> b (...)")
         if features.ndim == 3:
@@ -137,10 +184,16 @@ def create_encoder(config: EncoderConfig) -> FrameEncoder:
     Raises:
         ConfigurationError: as `FrameEncoder`, or the weights cannot be had.
     """
-    encoder = FrameEncoder(config)
     if config.pretrained:
+        if config.stem != "published" or config.register_tokens:
+            raise ConfigurationError(
+                "published weights are for the published network: drop --encoder.pretrained, or --encoder.stem and "
+                "--encoder.register-tokens"
+            )
         if config.backbone == SMALL_CONV:
             raise ConfigurationError("small_conv has no published weights: drop --encoder.pretrained")
+    encoder = FrameEncoder(config)
+    if config.pretrained:
         try:
             published, _, _ = _build_backbone(config)
         except (OSError, RuntimeError) as error:
@@ -151,6 +204,45 @@ def create_encoder(config: EncoderConfig) -> FrameEncoder:
             ) from error
         encoder.backbone.load_state_dict(published.state_dict())
     return encoder
+
+
+def _check(config: EncoderConfig) -> None:
+    for name in ("embedding_dimension", "register_tokens"):
+        if getattr(config, name) < 0:
+            option = name.replace("_", "-")
+            raise ConfigurationError(f"--encoder.{option} is {getattr(config, name)}: it must be 0 or more")
+    if min(config.head_widths, default=1) < 1:
+        raise ConfigurationError(f"--encoder.head-widths has {min(config.head_widths)}: widths must be positive")
+    if config.head_widths and not config.embedding_dimension:
+        raise ConfigurationError("--encoder.head-widths need an embedding head: give an --encoder.embedding-dimension")
+    if not 0 <= config.head_dropout < 1:
+        raise ConfigurationError(f"--encoder.head-dropout is {config.head_dropout:g}: it must be at least 0, below 1")
+    if config.head_dropout and not config.head_widths:
+        raise ConfigurationError("--encoder.head-dropout needs hidden layers: give --encoder.head-widths, such as 128")
+
+
+def _give_cifar_stem(backbone: nn.Module, config: EncoderConfig) -> None:
+    """As He et al. 2016 (arXiv:1512.03385), section 4.2: a small image keeps its size up to the first stage."""
+    from timm.models.resnet import ResNet
+
+    if not isinstance(backbone, ResNet):
+        raise _lacking(config, "cifar stem", "drop --encoder.stem, or take a resnet such as resnet18")
+    resnet: Any = backbone
+    resnet.conv1 = nn.Conv2d(3, resnet.bn1.num_features, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
+    resnet.maxpool = nn.Identity()
+
+
+def _lacking(config: EncoderConfig, what: str, mend: str) -> ConfigurationError:
+    return ConfigurationError(f"backbone {config.backbone} has no {what}: {mend}")
+
+
+def _impossible(config: EncoderConfig, error: Exception) -> ConfigurationError:
+    height, width = config.image_size
+    return ConfigurationError(
+        f"backbone {config.backbone} does not take frames of {height}x{width} pixels ({error}): "
+        "choose another --encoder.image-size"
+    )
 
 
 def _build_backbone(config: EncoderConfig) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
@@ -165,17 +257,14 @@ def _build_backbone(config: EncoderConfig) -> tuple[Any, tuple[float, ...], tupl
         hint = f"perhaps you meant {' or '.join(near)}" if near else "timm.list_models() lists all names"
         raise ConfigurationError(f"unknown backbone '{config.backbone}': {hint}")
     options: dict[str, Any] = {"pretrained": config.pretrained, "num_classes": 0, "global_pool": ""}
+    tokens: dict[str, Any] = {"reg_tokens": config.register_tokens} if config.register_tokens else {}
     try:
-        backbone = timm.create_model(config.backbone, img_size=config.image_size, **options)
+        backbone = timm.create_model(config.backbone, img_size=config.image_size, **tokens, **options)
     except TypeError:
         # Only models with a fixed token grid take an image size; convolutional ones take any.
         backbone = timm.create_model(config.backbone, **options)
     except (AssertionError, ValueError) as error:
-        height, width = config.image_size
-        raise ConfigurationError(
-            f"backbone {config.backbone} does not take frames of {height}x{width} pixels ({error}): "
-            "choose another --encoder.image-size"
-        ) from error
+        raise _impossible(config, error) from error
     if hasattr(backbone, "pre_logits"):
         # vgg's classifier layers: not part of the features, but most of the weights.
         backbone.pre_logits = nn.Identity()

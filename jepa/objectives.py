@@ -11,6 +11,9 @@ Epps-Pulley test of normality on random directions. Convention: the authors' pub
 
 `infonce`: NT-Xent of SimCLR (Chen et al. 2020, arXiv:2002.05709): among all outputs of the batch, find the other view.
 
+`invariance`: the two views alike and nothing else, which a constant satisfies: the embeddings collapse. It is there to
+show what the others are for.
+
 The statistics are those of the *whole* batch, over all ranks, with exact gradients: see `jepa.collectives`.
 """
 
@@ -34,8 +37,9 @@ KNOTS, LAST_KNOT = 17, 3.0
 class ObjectiveConfig:
     """The objective of the encoder."""
 
-    kind: Literal["vicreg", "sigreg", "infonce"] = "vicreg"
-    """`vicreg`: variance, invariance, covariance. `sigreg`: LeJEPA. `infonce`: SimCLR."""
+    kind: Literal["vicreg", "sigreg", "infonce", "invariance"] = "vicreg"
+    """`vicreg`: variance, invariance, covariance. `sigreg`: LeJEPA. `infonce`: SimCLR. `invariance`: only that the two
+    views are alike, which collapses: to show that it does."""
     variance_weight: float = 25.0
     """vicreg: keeps every feature's standard deviation above the margin. At 0 the embeddings collapse."""
     invariance_weight: float = 25.0
@@ -104,8 +108,10 @@ def objective(
         elif config.kind == "sigreg":
             unweighted = sigreg(views, rows, config, generator)
             weights = {"sigreg": config.sigreg_share, "invariance": 1 - config.sigreg_share}
-        else:
+        elif config.kind == "infonce":
             unweighted, weights = infonce(views, rows, config), {"infonce": 1.0}
+        else:
+            unweighted, weights = {"invariance": invariance(views, rows)}, {"invariance": 1.0}
         weighted = {name: weights[name] * term for name, term in unweighted.items()}
         return Terms(torch.stack(list(weighted.values())).sum(), unweighted, weighted)
 
@@ -136,9 +142,14 @@ def vicreg(views: Tensor, rows: Sequence[int], config: ObjectiveConfig) -> dict[
         off_diagonal = off_diagonal_by_moments(centred, samples)
     return {
         "variance": (config.margin - (variance + config.epsilon).sqrt()).relu().mean(),
-        "invariance": sum_over_ranks((views[0] - views[1]).square().sum()) / (samples * features),
+        "invariance": invariance(views, rows),
         "covariance": off_diagonal / features,
     }
+
+
+def invariance(views: Tensor, rows: Sequence[int]) -> Tensor:
+    """Mean squared distance of the two views (2, N, D) on this rank, over features and the samples of all ranks."""
+    return sum_over_ranks((views[0] - views[1]).square().sum()) / (sum(rows) * views.shape[-1])
 
 
 def off_diagonal_by_moments(centred: Tensor, samples: int) -> Tensor:

@@ -9,15 +9,21 @@ from safetensors import SafetensorError
 
 from data.embedding_cache import EmbeddingCache
 from jepa.encoder import FrameEncoder
+from jepa.expander import Expander
 from jepa.predictor import Predictor
 from pipelines.stage import UserError
 
-Artefact = TypeVar("Artefact", FrameEncoder, Predictor)
+Artefact = TypeVar("Artefact", FrameEncoder, Expander, Predictor)
 
 
 def load_encoder(folder: Path) -> FrameEncoder:
     """The encoder that `pretrain_encoder` wrote. Raises `UserError`."""
     return _load(FrameEncoder, folder, "encoder", "pretrain_encoder")
+
+
+def load_expander(folder: Path) -> Expander:
+    """The expander that `pretrain_encoder` wrote. Raises `UserError`."""
+    return _load(Expander, folder, "expander", "pretrain_encoder")
 
 
 def load_predictor(folder: Path) -> Predictor:
@@ -50,4 +56,4 @@ def _load(kind: type[Artefact], folder: Path, name: str, stage: str) -> Artefact
         with redirect_stdout(io.StringIO()):  # the hub's mixin prints a line of its own
             return kind.from_pretrained(folder).eval()
     except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a {name} that can be loaded ({error}): run {stage} again") from error
+        raise UserError(f"{folder}: the {name} here cannot be loaded ({error}): run {stage} again") from error

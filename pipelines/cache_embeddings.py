@@ -73,7 +73,7 @@ def main(options: Options) -> None:
     encoder = load_encoder(options.encoder).to(accelerator.device).eval()
     provenance = Provenance(
         encoder_fingerprint=encoder.fingerprint(),
-        embedding_dimension=encoder.config.embedding_dimension,
+        embedding_dimension=encoder.embedding_dimension,
         fps=options.fps,
         image_fps=options.image_fps,
         image_size=encoder.config.image_size,

@@ -3,8 +3,15 @@ r"""Stage 1: train the frame encoder on a folder of videos, without labels (VICR
   accelerate launch --quiet --config_file accelerate_config.yaml pipelines/pretrain_encoder.py \
       --videos DIR --output-dir runs/encoder
 
-Leaves `encoder/{model.safetensors,config.json}`, `metrics.json`, `config.json` and tracker logs in the output folder.
-Ctrl-C saves; the same command with --resume goes on.
+Or on still images, in folders that are named after their classes, or in a zip of such folders:
+
+  accelerate launch --quiet --config_file accelerate_config.yaml pipelines/pretrain_encoder.py \
+      --images cifar10.zip --views.kind cifar --encoder.image-size 32 32 --output-dir runs/encoder
+
+Labels are only looked at by probes that tell how good the embeddings are; the encoder learns nothing from them.
+
+Leaves `encoder/{model.safetensors,config.json}`, `expander/` likewise, `metrics.json`, `config.json` and tracker logs
+in the output folder. Ctrl-C saves; the same command with --resume goes on.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -13,17 +20,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, set_seed
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.frames import ClipsState, FramePairs, read_sequences
+from data.frames import ClipsState
 from data.map_ahead import stream_ahead
 from data.video import IMAGE_FPS
 from data.views import ViewsConfig, make_views
 from jepa.batch_norm import synchronise_batch_norm
 from jepa.cached_gradients import backward_in_parts
+from jepa.classification import OnlineProbe, knn_accuracies
 from jepa.collectives import average_gradients
 from jepa.diagnostics import encoder_alarms, sequence_spread
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
@@ -33,11 +41,10 @@ from pipelines.checkpoints import CheckpointConfig, Checkpoints
 from pipelines.compute import ComputeConfig, MemoryEstimate, describe_devices, start_accelerator
 from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agreement, summary
 from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
+from pipelines.sources import ImageSource, Source, VideoSource
 from pipelines.stage import (
     LAUNCH,
     RunFolder,
-    counted,
-    leave_account,
     parse_bytes,
     readable_bytes,
     require,
@@ -45,28 +52,20 @@ from pipelines.stage import (
     to_json,
 )
 from pipelines.trackers import start_trackers
-from pipelines.training import (
-    DIAGNOSTIC_CLIPS,
-    DIAGNOSTIC_FRAMES,
-    FIRST_ALARM_STEP,
-    SHARED,
-    Progress,
-    Rates,
-    cores_of_this_process,
-    feed,
-    find_usable_videos,
-    on_main,
-    save_artefact,
-    step_generator,
-)
+from pipelines.training import FIRST_ALARM_STEP, SHARED, Progress, Rates, feed, on_main, save_artefact, step_generator
+
+PROBE_LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
 class Options:
     """Train a frame encoder on videos, without labels."""
 
-    videos: tuple[Path, ...]
+    videos: tuple[Path, ...] = ()
     """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
+    images: Path | None = None
+    """Instead of videos: a folder, or a zip, with still images in a folder for each class. Of a data set in parts,
+    `train` is taken."""
     output_dir: Path = Path("runs/encoder")
     """Where the encoder, its metrics and its logs are left."""
     fps: float = 4.0
@@ -83,7 +82,8 @@ class Options:
     channels_last: bool = True
     """Keep images with their channels last in memory: faster convolutions."""
     shuffle_memory: str = "2GB"
-    """Most memory for decoded frames on each process; larger data sets are streamed through it."""
+    """Most memory for decoded frames on each process; larger data sets are streamed through it. Still images that fit
+    are kept on the GPU, where there is one."""
     image_fps: float = IMAGE_FPS
     """Rate of folders of images, which have no times of their own."""
     strict: bool = False
@@ -109,6 +109,14 @@ class Options:
 
 def main(options: Options) -> None:
     """The story: check, build, train, save."""
+    require(
+        bool(options.videos) != bool(options.images),
+        "--videos PATH or --images PATH says what to train on: give one of them",
+    )
+    require(
+        not options.images or options.views.kind != "neighbours",
+        "--views.kind is neighbours, which still images do not have: take cifar for small images, vicreg for others",
+    )
     require(options.fps > 0, f"--fps is {options.fps:g}: it must be positive")
     for name in ("steps", "phases", "log_every", "image_fps"):
         value = getattr(options, name)
@@ -121,7 +129,7 @@ def main(options: Options) -> None:
     options.optimizer.check()
     options.checkpoints.check()
     shuffle_memory = parse_bytes(options.shuffle_memory, "--shuffle-memory")
-    output = RunFolder(options.output_dir, ("encoder", "training_state", "logs"))
+    output = RunFolder(options.output_dir, ("encoder", "expander", "training_state", "logs"))
     accelerator = start_accelerator(options.compute, options.tracker, options.output_dir / "logs")
     heartbeat = Heartbeat(accelerator)
     is_main, device = accelerator.is_main_process, accelerator.device
@@ -139,15 +147,20 @@ def main(options: Options) -> None:
     set_seed(options.seed)
 
     encoder = create_encoder(options.encoder)
-    network: nn.Module = Pretraining(encoder, Expander(options.encoder.embedding_dimension, options.expander))
+    expander = Expander(encoder.embedding_dimension, options.expander)
+    network: nn.Module = Pretraining(encoder, expander)
     require_agreement(accelerator, options=options)
-    videos = find_usable_videos(
-        accelerator, options.videos, options.fps, options.output_dir, options.image_fps, options.strict
-    )
-    names = [str(video.path) for video in videos.videos]
-    require_agreement(accelerator, videos=summary(names))
-    inputs = {"videos": names, "refused": videos.refused}
-    on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, inputs))
+    size = options.encoder.image_size
+    source: Source = (
+        ImageSource(accelerator, options.images, size, options.strict)
+        if options.images
+        else VideoSource(
+            accelerator, options.videos, options.output_dir, size, options.fps, options.phases, options.image_fps,
+            options.strict,
+        )
+    )  # fmt: skip
+    require_agreement(accelerator, samples=summary(source.names))
+    on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, source.inputs))
     global_batch = options.batch_size * accelerator.num_processes
     held = min(options.micro_batch_size or options.batch_size, options.batch_size)  # frames at a time
     memory = MemoryEstimate.of(network, torch.zeros(4, 3, *options.encoder.image_size), 2, accelerator)
@@ -158,8 +171,7 @@ def main(options: Options) -> None:
             f"{describe_devices(accelerator)}: global batch {global_batch}"
             + (f" in parts of {held} on each" if held < options.batch_size else "")
             + f", learning rate {peak:g}, about {readable_bytes(memory.total(held, options.batch_size))} of tensors "
-            f"and at most {options.shuffle_memory} of decoded frames on each; {counted(len(names), 'video')}, "
-            f"{len(videos.refused)} refused"
+            f"and at most {options.shuffle_memory} of decoded frames on each; {source}"
         )
 
     network = synchronise_batch_norm(network.to(device))
@@ -172,11 +184,12 @@ def main(options: Options) -> None:
     if averaged is not None:
         accelerator.register_for_checkpointing(averaged)
 
-    pairs = FramePairs(
-        videos.videos, options.encoder.image_size, options.fps, options.batch_size, options.seed,
-        accelerator.process_index, accelerator.num_processes, shuffle_memory, is_main, options.phases, options.strict,
-        cores_of_this_process(),
-    )  # fmt: skip
+    probe = None
+    if source.classes:
+        probe = OnlineProbe(encoder.embedding_dimension, expander.output_dimension, source.classes).to(device)
+        probe_optimizer = torch.optim.AdamW(probe.parameters(), PROBE_LEARNING_RATE, weight_decay=0)
+        accelerator.register_for_checkpointing(probe, probe_optimizer)
+    source.open(options.batch_size, options.seed, shuffle_memory)
     progress, rates = Progress(place=asdict(ClipsState())), Rates(device)
     states = options.output_dir / "training_state"
     guard = FiniteGuard(accelerator, states)
@@ -186,11 +199,9 @@ def main(options: Options) -> None:
         step = 0
         if not fsdp:  # where saving itself would take an optimiser step
             checkpoints.save(step)
-    pairs.state = ClipsState(**progress.place)
+    source.pairs.state = ClipsState(**progress.place)
     start_trackers(accelerator, "pretrain_encoder", to_json(options), step)
-    sequences = read_sequences(
-        videos.videos, options.encoder.image_size, options.fps, DIAGNOSTIC_CLIPS, DIAGNOSTIC_FRAMES
-    ).to(device)
+    sequences = source.read_sequences().to(device)
     require_agreement(accelerator, frames_for_diagnostics=list(sequences.shape))
 
     mend = (
@@ -200,7 +211,7 @@ def main(options: Options) -> None:
     )
     advice = ("--micro-batch-size" if options.micro_batch_size else "--batch-size", mend)
     bar = tqdm(total=options.steps, initial=step, unit="step", desc="encoder", disable=not is_main)
-    batches = stream_ahead(lambda pairs: feed(pairs, device), [pairs], workers=1, ahead=2)
+    batches = stream_ahead(lambda pairs: feed(pairs, device), [source.pairs], workers=1, ahead=2)
     if step < options.steps:
         batches = chain([next(batches)], batches)
         checkpoints.listen()  # not before: decoding the first frames may take long, and there is nothing to save yet
@@ -211,20 +222,24 @@ def main(options: Options) -> None:
         generator = step_generator(options.seed, step, accelerator.process_index, device)
         with memory_advice(memory, held, *advice, device):
             views = make_views(batch.frames, batch.following, options.views, generator)
-            terms = forward_and_backward(accelerator, network, views, held, options, step)
+            terms, embeddings, outputs = forward_and_backward(accelerator, network, views, held, options, step)
             gradient_norm = accelerator.clip_grad_norm_(network.parameters(), clip_length(options.optimizer))
             guard.watch(step, batch.videos, terms.loss, gradient_norm)
             optimizer.step()
             optimizer.zero_grad()
         if averaged is not None:
             averaged.update_parameters(encoder)
+        if probe is not None and batch.labels is not None:
+            probed = train_probe(probe, probe_optimizer, embeddings, outputs, batch.labels)
         step += 1
         progress.place = asdict(batch.state)
         bar.update()
 
         if step % options.log_every == 0 or step == options.steps:
             speed = rates.report(progress)
-            metrics, alarms = diagnose(network, sequences)
+            metrics, alarms = diagnose(network, sequences, source.labels, source.classes)
+            if probe is not None:
+                metrics |= {name: value.item() for name, value in probed.items()}
             values = {name: value.item() for name, value in {"loss": terms.loss, **terms.unweighted}.items()}
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
             values |= {f"weighted_{name}": value.item() for name, value in terms.weighted.items()}
@@ -235,17 +250,18 @@ def main(options: Options) -> None:
             rates.start()
         checkpoints.after_step(step)
     bar.close()
-    pairs.close()
+    source.pairs.close()
     checkpoints.save(step)
 
-    account = videos.account()
-    account.merge(gather_object([pairs.account]))
-    weights = averaged.module.state_dict() if averaged is not None else encoder_weights(accelerator, network)
+    counts = source.leave_account(options.output_dir)
+    weights = accelerator.get_state_dict(network)  # whole on the main process however it was spread; collective
     if is_main:
         trained = FrameEncoder(encoder.config)
-        trained.load_state_dict(weights)
+        trained.load_state_dict(averaged.module.state_dict() if averaged else part_of(weights, "encoder"))
         save_artefact(trained, options.output_dir / "encoder")
-        leave_account(account, options.output_dir)
+        trained_expander = Expander(encoder.embedding_dimension, options.expander)
+        trained_expander.load_state_dict(part_of(weights, "expander"))
+        save_artefact(trained_expander, options.output_dir / "expander")
         output.finish(
             {
                 **progress.metrics,
@@ -253,16 +269,16 @@ def main(options: Options) -> None:
                 "steps": step,
                 "frames_per_second": step * global_batch / max(progress.seconds, 1e-9),
                 "encoder_fingerprint": trained.fingerprint(),
-                "videos": len(videos.videos),
-                "refused_videos": len(videos.refused),
-                "damaged_videos": len(account.damaged),
+                **counts,
             }
         )
-        print(
-            f"wrote {options.output_dir}/encoder and metrics.json. Next:\n"
-            f"  {LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "
+        following = (
+            f"python pipelines/probe_encoder.py --images {options.images} --encoder {options.output_dir}/encoder"
+            if options.images
+            else f"{LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "
             f"--encoder {options.output_dir}/encoder --fps {options.fps:g} --output-dir cache/train"
         )
+        print(f"wrote {options.output_dir}/encoder and metrics.json. Next:\n  {following}")
     heartbeat.stop()
     accelerator.end_training()
 
@@ -281,18 +297,24 @@ class Pretraining(nn.Module):
 
 def forward_and_backward(
     accelerator: Accelerator, network: nn.Module, views: tuple[Tensor, Tensor], held: int, options: Options, step: int
-) -> Terms:
-    """Forward and backward pass of the objective of the whole batch on all ranks, `held` frames at a time."""
+) -> tuple[Terms, Tensor, Tensor]:
+    """Forward and backward pass of the objective of the whole batch on all ranks, `held` frames at a time.
+
+    Returns:
+        The terms, and of this rank's batch the embeddings (2 B, D) and the expander's outputs (2 B, E): those of the
+        first views, then those of the second.
+    """
     shared = step_generator(options.seed, step, SHARED, torch.device("cpu"))
     rows = [options.batch_size] * accelerator.num_processes
     if held == options.batch_size:
-        _, outputs = network(torch.cat(views))  # (2 B, E)
+        embeddings, outputs = network(torch.cat(views))  # (2 B, D), (2 B, E)
         first, second = outputs.chunk(2)
         terms = objective(first, second, options.objective, shared, rows)
         accelerator.backward(terms.loss)
-        return terms
+        return terms, embeddings.detach(), outputs.detach()
 
     pretraining = accelerator.unwrap_model(network)
+    seen: list[Tensor] = []
 
     def embed(part: Tensor) -> Tensor:
         with accelerator.autocast():
@@ -300,8 +322,10 @@ def forward_and_backward(
 
     def objective_of(embeddings: list[Tensor]) -> Terms:
         halves = zip(*(part.chunk(2) for part in embeddings), strict=True)
+        whole = torch.cat([torch.cat(view) for view in halves])
         with accelerator.autocast():
-            outputs = pretraining.expander(torch.cat([torch.cat(view) for view in halves])).float()
+            outputs = pretraining.expander(whole).float()
+        seen[:] = whole.detach(), outputs.detach()
         first, second = outputs.chunk(2)
         return objective(first, second, options.objective, shared, rows)
 
@@ -312,12 +336,29 @@ def forward_and_backward(
             pretraining.encoder, parts, embed, objective_of, lambda terms: accelerator.backward(terms.loss)
         )
     average_gradients(network.parameters())
-    return terms
+    return terms, seen[0], seen[1]
+
+
+def train_probe(
+    probe: OnlineProbe, optimizer: torch.optim.Optimizer, embeddings: Tensor, outputs: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """One step of the online probe, and its accuracies on this rank's batch before it. Collective."""
+    loss, accuracies = probe(embeddings, outputs, labels)
+    loss.backward()
+    average_gradients(probe.parameters())
+    optimizer.step()
+    optimizer.zero_grad()
+    return accuracies
 
 
 @torch.no_grad()
-def diagnose(network: nn.Module, sequences: Tensor) -> tuple[dict[str, float], list[str]]:
-    """Spread of embeddings and outputs over batch and time on fixed frames (C, T, 3, H, W), and alarms. Collective."""
+def diagnose(
+    network: nn.Module, sequences: Tensor, labels: Tensor | None, classes: int
+) -> tuple[dict[str, float], list[str]]:
+    """Spread of embeddings and outputs over batch and time on fixed frames (C, T, 3, H, W), and alarms. Collective.
+
+    Where there are labels (C,), also how many are classified rightly by the nearest of the others.
+    """
     if len(sequences) == 0:
         return {}, []
     network.eval()
@@ -329,13 +370,14 @@ def diagnose(network: nn.Module, sequences: Tensor) -> tuple[dict[str, float], l
     for name, value in (("embedding", embeddings), ("expander", outputs)):
         for over, numbers in sequence_spread(value)._asdict().items():
             metrics |= {f"{name}_{over}_std": numbers.std, f"{name}_{over}_rank": numbers.rank}
+    if labels is not None and classes:
+        metrics |= knn_accuracies(embeddings, outputs, labels, classes)
     return metrics, encoder_alarms(embeddings, outputs)
 
 
-def encoder_weights(accelerator: Accelerator, network: nn.Module) -> dict[str, Tensor]:
-    """The encoder's part of the prepared network, whole on the main process however it was spread. Collective."""
-    weights = accelerator.get_state_dict(network)
-    return {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The weights of one part of a network, by their names inside it."""
+    return {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
 
 
 if __name__ == "__main__":

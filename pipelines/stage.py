@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data.decoder import VideoError
 from data.embedding_cache import CacheError
+from data.images import ImageError
 from data.manifest import Account
 from data.sidecar import SidecarError
 from jepa.encoder import ConfigurationError
@@ -105,7 +106,15 @@ def _explain(error: BaseException) -> tuple[int, str]:
                 128 + signal.SIGINT,
                 "" if rank else "\ninterrupted: run the same command again to continue, a trainer with --resume",
             )
-        case UserError() | VideoError() | CacheError() | SidecarError() | ConfigurationError() | PresetError():
+        case (
+            UserError()
+            | VideoError()
+            | ImageError()
+            | CacheError()
+            | SidecarError()
+            | ConfigurationError()
+            | PresetError()
+        ):
             return 1, f"{prefix}error: {error}"
         case OSError():
             # h5py puts the system's reason ("No space left on device") into the text alone.

@@ -329,7 +329,7 @@ def build(options: Options) -> World:
             "--encoder-weights and --predictor-weights belong together: give both or neither",
         )
         encoder = create_encoder(options.encoder)
-        predictor = Predictor(options.predictor, options.encoder.embedding_dimension, options.fps, "")
+        predictor = Predictor(options.predictor, encoder.embedding_dimension, options.fps, "")
         return World(encoder, predictor, options.rollout_steps)
     for name, config, default in (
         ("encoder", options.encoder, EncoderConfig()),
@@ -346,6 +346,12 @@ def build(options: Options) -> World:
         predictor.fps == options.fps,
         f"--fps is {options.fps:g}, and {options.predictor_weights} lives on {predictor.fps:g} fps: give that",
     )
+    require(
+        isinstance(encoder.head, nn.Linear),
+        f"{options.encoder_weights} has no embedding head (--encoder.embedding-dimension 0), which is to take over the "
+        f"standardisation of {options.predictor_weights}: give an encoder that has one",
+    )
+    assert isinstance(encoder.head, nn.Linear)
     # The encoder takes over the predictor's standardisation. Nothing changes but the units, in which the objective's
     # margin is the present spread.
     with torch.no_grad():

@@ -29,7 +29,7 @@ def write_cache(folder, videos, encoder, phases=(0.0,)):
     """What cache_embeddings leaves behind."""
     provenance = Provenance(
         encoder_fingerprint=encoder.fingerprint(),
-        embedding_dimension=encoder.config.embedding_dimension,
+        embedding_dimension=encoder.embedding_dimension,
         fps=float(WORLD.fps),
         image_fps=25.0,
         transform=TRANSFORM,

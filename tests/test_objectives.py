@@ -18,6 +18,7 @@ CONFIGS = [
     ObjectiveConfig("sigreg", sigreg_share=0.3, slices=7),
     ObjectiveConfig("infonce"),
     ObjectiveConfig("infonce", temperature=0.7),
+    ObjectiveConfig("invariance"),
 ]
 SHAPES = [(2, 1), (2, 9), (12, 5), (5, 12), (8, 8)]
 """Samples and features: below, at and above the crossover of VICReg's covariance."""
@@ -73,7 +74,17 @@ def reference_infonce(first, second, config):
     return {"infonce": (1.0, loss)}
 
 
-REFERENCES = {"vicreg": reference_vicreg, "sigreg": reference_sigreg, "infonce": reference_infonce}
+def reference_invariance(first, second, config):
+    """VICReg's term of that name, alone."""
+    return {"invariance": (1.0, reference_vicreg(first, second, config)["invariance"][1])}
+
+
+REFERENCES = {
+    "vicreg": reference_vicreg,
+    "sigreg": reference_sigreg,
+    "infonce": reference_infonce,
+    "invariance": reference_invariance,
+}
 
 
 def reference_loss(first, second, config):
@@ -145,13 +156,13 @@ def test_covariance_of_decorrelated_features_far_from_zero_does_not_cancel():
 
 def test_only_sigreg_draws_random_numbers():
     views = [torch.from_numpy(view) for view in make_views(6, 4)]
-    for kind in ("vicreg", "sigreg", "infonce"):
+    for kind in REFERENCES:
         numbers = generator()
         objective(*views, ObjectiveConfig(kind), numbers)
         assert torch.equal(numbers.get_state(), generator().get_state()) == (kind != "sigreg")
 
 
-@pytest.mark.parametrize("kind", ["vicreg", "sigreg", "infonce"])
+@pytest.mark.parametrize("kind", REFERENCES)
 def test_bad_shapes_are_refused(kind):
     config = ObjectiveConfig(kind)
     for first, second in [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((4,), (4,)), ((4, 3, 1), (4, 3, 1))]:
@@ -160,3 +171,19 @@ def test_bad_shapes_are_refused(kind):
     for samples in (0, 1):
         with pytest.raises(ValueError, match=f"batch of {samples} "):
             objective(torch.randn(samples, 3), torch.randn(samples, 3), config, generator())
+
+
+@pytest.mark.parametrize(("kind", "collapses"), [("invariance", True), ("vicreg", False)])
+def test_without_variance_the_outputs_collapse(kind, collapses):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    frames = torch.randn(64, 6)
+    spread = []
+    for _ in range(200):
+        first, second = network(frames + 0.5 * torch.randn(2, 64, 6))
+        objective(first, second, ObjectiveConfig(kind), generator()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        spread.append(first.std(dim=0).mean().item())
+    assert (spread[-1] < 0.2 * spread[0]) == collapses

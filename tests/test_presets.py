@@ -128,7 +128,7 @@ def with_precision(precision):
 
 @functools.cache  # two presets have the same networks, and large ones
 def estimate_encoder(encoder, expander, precision):
-    network = Pretraining(FrameEncoder(encoder), Expander(encoder.embedding_dimension, expander))
+    network = Pretraining(FrameEncoder(encoder), Expander(FrameEncoder(encoder).embedding_dimension, expander))
     return MemoryEstimate.of(network, torch.zeros(4, 3, *encoder.image_size), 2, with_precision(precision))
 
 
@@ -165,6 +165,17 @@ def test_shipped_presets_are_understood_and_fit(preset, monkeypatch):
     )
     memory = MemoryEstimate.of(losses, example, 2, with_precision(options.compute.precision))
     assert memory.total(options.batch_size) < 0.8 * MEMORY[preset.stem]
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs" / "cifar10").glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_of_the_cifar_study_are_understood_and_built(preset, monkeypatch):
+    assert f"--preset configs/cifar10/{preset.name}" in preset.read_text()
+    options = load(preset, "pretrain_encoder", monkeypatch)
+    options.optimizer.check()
+    encoder = FrameEncoder(options.encoder).eval()
+    outputs = Expander(encoder.embedding_dimension, options.expander).eval()(encoder(torch.zeros(2, 3, 32, 32)))
+    sizes = {"laptop": (128, 512), "resnet18": (512, 2048), "vgg16": (50, 100)}
+    assert (encoder.embedding_dimension, outputs.shape[1]) == sizes[preset.stem]
 
 
 def test_every_machine_has_its_preset():

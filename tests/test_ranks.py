@@ -24,7 +24,7 @@ from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import ObjectiveConfig, objective
 
 INPUTS, EMBEDDING = 6, 10
-KINDS = ("vicreg", "sigreg", "infonce")
+KINDS = ("vicreg", "sigreg", "infonce", "invariance")
 
 
 def all_of(batch, rows, rank, axis=0):
@@ -193,8 +193,9 @@ def random_step(seed):
     rows[numbers.integers(ranks)] += 3
     width = int(rows.sum() + numbers.integers(-min(8, rows.sum() - 2), 9))
     # Parts of an uneven share may be empty too.
+    kind = KINDS[seed % len(KINDS)]
     return Step(
-        KINDS[seed % 3], tuple(rows.tolist()), width, int(numbers.integers(1, 4)), batch_norm=bool(numbers.integers(2))
+        kind, tuple(rows.tolist()), width, int(numbers.integers(1, 4)), batch_norm=bool(numbers.integers(2))
     )  # fmt: skip
 
 
