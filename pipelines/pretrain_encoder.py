@@ -89,7 +89,7 @@ class Options:
     strict: bool = False
     """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
     log_every: int = 100
-    """Steps between two entries in the log, each with a check for collapse."""
+    """Steps between two entries in the log: means of the loss and its terms over them, and a check for collapse."""
     tracker: tuple[str, ...] = ("tensorboard",)
     """Where curves go, one or several: tensorboard, csv, wandb, mlflow; or none."""
     seed: int = 0
@@ -231,6 +231,8 @@ def main(options: Options) -> None:
             averaged.update_parameters(encoder)
         if probe is not None and batch.labels is not None:
             probed = train_probe(probe, probe_optimizer, embeddings, outputs, batch.labels)
+        weighted = {f"weighted_{name}": value for name, value in terms.weighted.items()}
+        progress.add({"loss": terms.loss, **terms.unweighted, **weighted})
         step += 1
         progress.place = asdict(batch.state)
         bar.update()
@@ -240,9 +242,8 @@ def main(options: Options) -> None:
             metrics, alarms = diagnose(network, sequences, source.labels, source.classes)
             if probe is not None:
                 metrics |= {name: value.item() for name, value in probed.items()}
-            values = {name: value.item() for name, value in {"loss": terms.loss, **terms.unweighted}.items()}
-            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
-            values |= {f"weighted_{name}": value.item() for name, value in terms.weighted.items()}
+            values = progress.take_means()
+            bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", *terms.unweighted)})
             progress.report(metrics | values, alarms if step >= FIRST_ALARM_STEP else [], step, bar)
             guard.check_scale(step)
             extra = {"gradient_norm": gradient_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data.decoder import VideoError
@@ -292,14 +293,14 @@ def counted(number: int, noun: str) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, paths, tuples and NumPy numbers as what JSON knows."""
+    """Dataclasses, paths, tuples and numbers of NumPy and torch as what JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic | torch.Tensor):
         return value.item()
     return str(value) if isinstance(value, Path) else value
 

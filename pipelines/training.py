@@ -118,6 +118,20 @@ class Progress:
     first_alarm_step: int | None = None
     collapsed: bool = False
     """At the last entry in the log."""
+    sums: dict[str, Any] = field(default_factory=dict)
+    """Of the loss and its terms over the steps since the last entry in the log, on the device."""
+    summed_steps: int = 0
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """A step's loss and its terms."""
+        self.sums = {name: self.sums.get(name, 0.0) + value.detach() for name, value in values.items()}
+        self.summed_steps += 1
+
+    def take_means(self) -> dict[str, float]:
+        """Of what has been added since the last time."""
+        means = {name: float(value) / self.summed_steps for name, value in self.sums.items()}
+        self.sums, self.summed_steps = {}, 0
+        return means
 
     def report(self, metrics: dict[str, float], alarms: list[str], step: int, bar: "tqdm[None]") -> None:
         """Keep the newest findings; say loudly, once, that the run has collapsed."""
