@@ -1,6 +1,9 @@
-"""The notebook runs on what the stages leave behind, and it is stored as plain text that defines nothing."""
+"""Notebooks run on what the stages leave behind, and are stored as plain text that defines nothing."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -20,7 +23,8 @@ from jepa.predictor import Predictor, PredictorConfig
 from pipelines.evaluate_rollout import clip_of_row, read_pictures
 from pipelines.train_predictor import Split, fit_ridge_on, hold_out, measure_embeddings, validation_errors
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "rollout_evaluation.ipynb"
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ROOT / "notebooks"
 WORLD = BallWorld()
 SIZE = (32, 32)
 
@@ -71,21 +75,57 @@ def test_notebook_runs_and_draws(artefacts, monkeypatch):
     for name in ("cache", "encoder", "predictor"):
         monkeypatch.setenv(f"JEPA_{name.upper()}", str(artefacts / name))
     monkeypatch.delenv("JEPA_VIDEO", raising=False)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    pictures, printed = execute("rollout_evaluation")
+    assert pictures >= 4
+    assert "6 clips, 240 frames at 10 fps" in printed["stdout"]
+    assert "Warning" not in printed["stderr"]
+
+
+def execute(name):
+    """How many pictures a notebook draws, and what it prints."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOKS)}})
     client.execute()  # raises CellExecutionError with the traceback of a cell that fails
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert [output for output in outputs if output.output_type == "error"] == []
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) >= 4
-    printed = {name: "".join(o.text for o in outputs if o.get("name") == name) for name in ("stdout", "stderr")}
-    assert "6 clips, 240 frames at 10 fps" in printed["stdout"]
+    return len(pictures), {
+        name: "".join(output.text for output in outputs if output.get("name") == name) for name in ("stdout", "stderr")
+    }
+
+
+def test_cifar_study_runs_and_draws(tmp_path, write_images, monkeypatch):
+    for split, count in (("train", 40), ("test", 20)):
+        write_images(tmp_path / "images" / split, {"a": count, "b": count, "c": count}, seed=count)
+    common = (
+        f"--images {tmp_path}/images --views.kind cifar --encoder.image-size 16 16 --encoder.head-widths 16 8 "
+        "--expander.width 16 --expander.output-dimension 20 --steps 60 --log-every 20 --batch-size 32 --tracker csv"
+    )
+    for name, options in {
+        "25_25_1": "",
+        "1_1_1": "--objective.variance-weight 1 --objective.invariance-weight 1",
+        "invariance": "--objective.kind invariance --encoder.embedding-dimension 2",
+    }.items():
+        words = f"{common} {options} --output-dir {tmp_path}/study/{name}".split()
+        subprocess.run(
+            [sys.executable, "pipelines/pretrain_encoder.py", *words], cwd=ROOT, check=True, capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    monkeypatch.setenv("JEPA_STUDY", str(tmp_path / "study"))
+    monkeypatch.setenv("JEPA_IMAGES", str(tmp_path / "images"))
+    pictures, printed = execute("vicreg_cifar10")
+    assert pictures == 3
+    assert "60 test images of 3 classes" in printed["stdout"]
+    alarms = {line.split()[0]: line.split("alarms: ")[1] for line in printed["stdout"].splitlines() if "alarms" in line}
+    assert alarms["25_25_1"] == "none"
+    assert "standard deviation" in alarms["invariance"]
     assert "Warning" not in printed["stderr"]
 
 
-def test_notebook_is_stored_clean_and_defines_nothing():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_stored_clean_and_define_nothing(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code_cells
