@@ -1,0 +1,261 @@
+r"""A sentence JEPA: the objective of the frame encoder, on words.
+
+  python examples/sentence_jepa.py --seeds 0 1 2 --output-dir runs/examples/sentence_jepa
+
+Nothing in `jepa/` knows what it embeds. Here two views of a *sentence* (`WordCrop`: a random run of words) go through a
+small transformer that starts from nothing, then through the same expander to the same VICReg. It learns from the
+sentences of the STS benchmark's training part alone, without their scores; what it is worth is Spearman's rank
+correlation between the cosine of two embeddings and how alike people found the sentences (Cer et al. 2017,
+arXiv:1708.00055). Beside it: the same encoder untrained, and trained as a masked language model for as many steps on as
+many words; and TF-IDF. A second column whitens the embeddings of all encoders first, with the training sentences.
+
+Needs `stsb-en-{train,dev,test}.csv` (`sentence1,sentence2,score`, no header) in `$JEPA_SHARED/text` (default
+`../shared/text`). Settings were chosen on `--split dev`; `--sweep` (always on dev, first seed) shows what they do, and
+collapse in numbers. Prints tables in Markdown and writes `results.json`.
+"""
+
+import copy
+import csv
+import dataclasses
+import os
+import re
+import time
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from einops import rearrange, reduce
+from scipy.stats import spearmanr
+from sklearn.decomposition import PCA
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jepa.diagnostics import spread
+from jepa.expander import Expander, ExpanderConfig
+from jepa.objectives import ObjectiveConfig, objective
+from pipelines.optimizer import OptimizerConfig, lr_at, make_optimizer, set_learning_rate
+from pipelines.stage import require, run_stage, write_json
+
+ROOT = Path(__file__).parent.parent
+PADDING, MASK, FIRST_BUCKET, BUCKETS = 0, 1, 2, 2048
+HEADS = 4
+MASKED_SHARE = 0.15
+"""Of the words of a masked language model (Devlin et al. 2019, arXiv:1810.04805)."""
+WARMUP_STEPS = 50
+SMALL_VARIANCE_WEIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    """A sentence JEPA against its untrained twin, a masked language model and TF-IDF."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each makes its own encoder, from which all that are compared start."""
+    output_dir: Path = Path("runs/examples/sentence_jepa")
+    """Where the results are left."""
+    split: Literal["dev", "test"] = "test"
+    """Pairs to report on: `dev` while settings are chosen."""
+    steps: int = 300
+    """Steps of training, of the JEPA and of the masked language model."""
+    batch_size: int = 256
+    """Sentences in a step."""
+    crop_words: int = 8
+    """Words in a crop; shorter sentences are taken whole. The masked language model sees crops of twice as many."""
+    dimension: int = 256
+    """Width of the encoder, and of the embedding."""
+    depth: int = 1
+    """Layers of the encoder."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    expander: ExpanderConfig = field(default_factory=lambda: ExpanderConfig(width=256, hidden_layers=0))
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(covariance_weight=25.0))
+    sweep: bool = False
+    """Also vary variance weight, batch, expander and the number of sentences, one at a time."""
+
+
+class Pairs(NamedTuple):
+    """Sentences in twos."""
+
+    first: list[str]
+    second: list[str]
+    scores: list[float]
+    """How alike people found them, from 0 to 5."""
+
+
+def main(options: Options) -> None:
+    """The story: read, train and compare for each seed, vary one thing at a time, print."""
+    require(options.steps > 0 and options.batch_size > 1 and options.crop_words > 0,
+            f"--steps {options.steps}, --batch-size {options.batch_size}, --crop-words {options.crop_words}: "
+            "there must be steps and words, and at least two sentences in a batch")  # fmt: skip
+    require(options.dimension % HEADS == 0, f"--dimension is {options.dimension}: it must be a multiple of {HEADS}")
+    folder = Path(os.environ.get("JEPA_SHARED", ROOT.parent / "shared")) / "text"
+    train = read_pairs(folder / "stsb-en-train.csv")
+    sentences = list(dict.fromkeys(train.first + train.second))
+    pairs = read_pairs(folder / f"stsb-en-{options.split}.csv")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+
+    results: dict[str, Any] = {"options": options, "sentences": len(sentences), "pairs": len(pairs.scores)}
+    results["tf_idf"] = tf_idf(sentences, pairs)
+    results["runs"] = [compare(seed, sentences, pairs, options) for seed in options.seeds]
+    if options.sweep:
+        results["sweep"] = sweep(sentences, read_pairs(folder / "stsb-en-dev.csv"), options)
+    write_json(options.output_dir / "results.json", results)
+    print(tables(results))
+
+
+def read_pairs(path: Path) -> Pairs:
+    """Rows `sentence1,sentence2,score` of a CSV file without a header.
+
+    Raises:
+        UserError: there is no such file, or a row is something else.
+    """
+    require(path.is_file(), f"{path}: the STS benchmark is not there; set JEPA_SHARED")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    for number, row in enumerate(rows, start=1):
+        require(len(row) == 3 and re.fullmatch(r"\d+(\.\d+)?", row[2].strip()) is not None,
+                f"{path}, row {number}: {','.join(row)[:60]} is not sentence1,sentence2,score")  # fmt: skip
+    return Pairs([row[0] for row in rows], [row[1] for row in rows], [float(row[2]) for row in rows])
+
+
+class Vocabulary:
+    """Numbers of words. Words that occur at least twice have one of their own; all others share those of buckets.
+
+    By hashing, a word that training never saw still equals itself in both sentences of a pair.
+    """
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        counts = Counter(word for sentence in sentences for word in split_words(sentence))
+        common = [word for word, count in counts.items() if count > 1]
+        self.numbers = {word: FIRST_BUCKET + BUCKETS + index for index, word in enumerate(common)}
+
+    def __len__(self) -> int:
+        return FIRST_BUCKET + BUCKETS + len(self.numbers)
+
+    def encode(self, sentences: Sequence[str]) -> Tensor:
+        """Sentences to int64 (N, words of the longest), padded on the right."""
+        rows = [[self.number(word) for word in split_words(sentence)] for sentence in sentences]
+        return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PADDING)
+
+    def number(self, word: str) -> int:
+        return self.numbers.get(word, FIRST_BUCKET + zlib.crc32(word.encode()) % BUCKETS)
+
+
+def split_words(sentence: str) -> list[str]:
+    """Words in lower case, without punctuation; a sentence that has none is itself a word."""
+    return re.findall(r"\w+", sentence.lower()) or [sentence]
+
+
+class WordCrop:
+    """The view: a random run of words; a sentence that is no longer is taken whole."""
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+
+    def __call__(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """Sentences, int64 (N, T), to crops (N, words), both padded on the right."""
+        lengths = (tokens != PADDING).sum(dim=1)  # (N,)
+        places = (lengths - self.words).clamp(min=0) + 1
+        starts = (torch.rand(len(tokens), generator=generator) * places).long()
+        positions = starts[:, None] + torch.arange(self.words)  # (N, words)
+        found = tokens.gather(1, positions.clamp(max=tokens.shape[1] - 1))
+        return found.where(positions < lengths[:, None], PADDING)
+
+
+class SentenceEncoder(nn.Module):
+    """A transformer over words; the embedding is the mean over words. Blind to order, and to padding."""
+
+    def __init__(self, words: int, dimension: int, depth: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, dimension, padding_idx=PADDING)
+        layer = nn.TransformerEncoderLayer(
+            dimension, HEADS, dimension, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        # Without a last normalisation: it would make all words equally long, and none could weigh more than another.
+        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Int64 (N, T) to float32 (N, T, D), one for each word."""
+        hidden: Tensor = self.layers(self.words(tokens), src_key_padding_mask=tokens == PADDING)
+        return hidden
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Int64 (N, T) to embeddings, float32 (N, D)."""
+        real = rearrange(tokens != PADDING, "n t -> n t 1").float()
+        return reduce(self.hidden(tokens) * real, "n t d -> n d", "sum") / reduce(real, "n t 1 -> n 1", "sum")
+
+
+class SentenceJEPA(nn.Module):
+    """Two crops of a sentence alike, and not all sentences alike."""
+
+    def __init__(self, encoder: SentenceEncoder, options: Options) -> None:
+        super().__init__()
+        self.encoder, self.config, self.crop = encoder, options.objective, WordCrop(options.crop_words)
+        self.expander = Expander(options.dimension, options.expander)
+
+    def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss on sentences (N, T)."""
+        views = torch.cat([self.crop(tokens, generator), self.crop(tokens, generator)])
+        first, second = self.expander(self.encoder(views)).chunk(2)  # (N, width) each
+        return objective(first, second, self.config, generator).loss
+
+
+class MaskedLanguageModel(nn.Module):
+    """Which words are hidden? The output layer shares its weights with the words, as usual."""
+
+    def __init__(self, encoder: SentenceEncoder, options: Options) -> None:
+        super().__init__()
+        self.encoder, self.crop = encoder, WordCrop(2 * options.crop_words)
+        self.head = nn.Linear(options.dimension, options.dimension)
+        self.bias = nn.Parameter(torch.zeros(encoder.words.num_embeddings))
+
+    def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss on sentences (N, T)."""
+        words = self.crop(tokens, generator)
+        hidden = (torch.rand(words.shape, generator=generator) < MASKED_SHARE) & (words != PADDING)
+        features = self.head(self.encoder.hidden(words.masked_fill(hidden, MASK))[hidden])  # (hidden words, D)
+        # Words start with unit variance: without the root, so would logits with that of D.
+        logits = features @ self.encoder.words.weight.T / features.shape[1] ** 0.5 + self.bias
+        return functional.cross_entropy(logits, words[hidden])
+
+
+def train(learner: nn.Module, tokens: Tensor, seed: int, name: str, options: Options) -> None:
+    """Train a JEPA or a masked language model on sentences (N, T), in place."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = make_optimizer(learner, OptimizerConfig())
+    for step in tqdm(range(options.steps), unit="step", desc=name):
+        set_learning_rate(optimizer, lr_at(step, options.steps, WARMUP_STEPS, options.learning_rate))
+        loss = learner(tokens[torch.randint(len(tokens), (options.batch_size,), generator=generator)], generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def embed(encoder: SentenceEncoder, tokens: Tensor) -> Tensor:
+    """Embeddings (N, D) of sentences (N, T), a few at a time, and those no longer than they are."""
+    batches = [batch[:, : int((batch != PADDING).sum(dim=1).max())] for batch in tokens.split(256)]
+    return torch.cat([encoder(batch) for batch in batches])
+
+
+def compare(seed: int, sentences: list[str], pairs: Pairs, options: Options) -> dict[str, Any]:
+    """The three encoders of one seed: all start from the same weights."""
+    torch.manual_seed(seed)
+    vocabulary = Vocabulary(sentences)
+    tokens = vocabulary.encode(sentences)
+    untrained = SentenceEncoder(len(vocabulary), options.dimension, options.depth)
+    records: dict[str, Any] = {"seed": seed, "untrained": measure(untrained, vocabulary, tokens, pairs)}
+    for name, kind in {"jepa": SentenceJEPA, "masked_language_model": MaskedLanguageModel}.items():
+        learner = kind(copy.deepcopy(untrained), options)
+        started = time.process_time()
+        train(learner, tokens, seed, f"{name}, seed {seed}", options)
+        seconds = time.process_time() - started
+        records[name] = {**measure(learner.encoder, vocabulary, tokens, pairs), "cpu_s": seconds}
+    return records
