@@ -50,6 +50,8 @@ MASKED_SHARE = 0.15
 """Of the words of a masked language model (Devlin et al. 2019, arXiv:1810.04805)."""
 WARMUP_STEPS = 50
 SMALL_VARIANCE_WEIGHT = 0.1
+SWEPT_BATCHES, SWEPT_WIDTHS, SWEPT_PARTS = (64, 128, 512), (64, 128, 512, 1024), (16, 8, 4, 2)
+SWEPT_FIGURES = ("spearman", "std", "rank", "output_std", "output_rank")
 
 
 @dataclass(frozen=True)
@@ -245,17 +247,98 @@ def embed(encoder: SentenceEncoder, tokens: Tensor) -> Tensor:
     return torch.cat([encoder(batch) for batch in batches])
 
 
-def compare(seed: int, sentences: list[str], pairs: Pairs, options: Options) -> dict[str, Any]:
-    """The three encoders of one seed: all start from the same weights."""
+LEARNERS: dict[str, type[SentenceJEPA] | type[MaskedLanguageModel]] = {
+    "jepa": SentenceJEPA,
+    "masked_language_model": MaskedLanguageModel,
+}
+
+
+def compare(
+    seed: int, sentences: list[str], pairs: Pairs, options: Options, learners: Sequence[str] = tuple(LEARNERS)
+) -> dict[str, Any]:
+    """The encoders of one seed, which all start from the same weights: untrained, and as learners leave them."""
     torch.manual_seed(seed)
     vocabulary = Vocabulary(sentences)
     tokens = vocabulary.encode(sentences)
     untrained = SentenceEncoder(len(vocabulary), options.dimension, options.depth)
     records: dict[str, Any] = {"seed": seed, "untrained": measure(untrained, vocabulary, tokens, pairs)}
-    for name, kind in {"jepa": SentenceJEPA, "masked_language_model": MaskedLanguageModel}.items():
-        learner = kind(copy.deepcopy(untrained), options)
+    for name in learners:
+        learner = LEARNERS[name](copy.deepcopy(untrained), options)
         started = time.process_time()
         train(learner, tokens, seed, f"{name}, seed {seed}", options)
-        seconds = time.process_time() - started
-        records[name] = {**measure(learner.encoder, vocabulary, tokens, pairs), "cpu_s": seconds}
+        cost = {"cpu_s": time.process_time() - started}
+        records[name] = measure(learner.encoder, vocabulary, tokens, pairs) | cost
+        if isinstance(learner, SentenceJEPA):
+            outputs = learner.expander.eval()(embed(learner.encoder, tokens)).detach()
+            records[name] |= {f"output_{key}": value for key, value in spread(outputs)._asdict().items()}
     return records
+
+
+def measure(encoder: SentenceEncoder, vocabulary: Vocabulary, tokens: Tensor, pairs: Pairs) -> dict[str, float]:
+    """Spearman's correlation on pairs, as it is and whitened; spread of the embeddings of training sentences (N, T)."""
+    trained = embed(encoder, tokens)
+    first, second = (embed(encoder, vocabulary.encode(sentences)) for sentences in (pairs.first, pairs.second))
+    whiten = PCA(whiten=True).fit(trained.numpy()).transform
+    whitened = [torch.from_numpy(whiten(side.numpy())) for side in (first, second)]
+    return {
+        "spearman": correlation(functional.cosine_similarity(first, second).numpy(), pairs),
+        "spearman_whitened": correlation(functional.cosine_similarity(*whitened).numpy(), pairs),
+        **spread(trained)._asdict(),
+    }
+
+
+def tf_idf(sentences: list[str], pairs: Pairs) -> float:
+    """Spearman's correlation of TF-IDF cosines, by the default settings of scikit-learn."""
+    vectorizer = TfidfVectorizer().fit(sentences)
+    products = vectorizer.transform(pairs.first).multiply(vectorizer.transform(pairs.second))
+    return correlation(np.asarray(products.sum(axis=1)).ravel(), pairs)
+
+
+def correlation(cosines: np.ndarray, pairs: Pairs) -> float:
+    """Spearman's, with the scores of pairs."""
+    return float(spearmanr(cosines, pairs.scores).statistic)
+
+
+def sweep(sentences: list[str], pairs: Pairs, options: Options) -> list[dict[str, Any]]:
+    """The JEPA of the first seed with one thing changed at a time."""
+    replace = dataclasses.replace
+    weights, expander = options.objective, options.expander
+    settings: list[tuple[str, float, Options]] = [
+        *(("variance weight", weight, replace(options, objective=replace(weights, variance_weight=weight)))
+          for weight in (SMALL_VARIANCE_WEIGHT, weights.variance_weight)),
+        *(("batch", batch, replace(options, batch_size=batch)) for batch in SWEPT_BATCHES),
+        *(("expander", width, replace(options, expander=replace(expander, width=width))) for width in SWEPT_WIDTHS),
+        *(("sentences", len(sentences) // part, options) for part in SWEPT_PARTS),
+    ]  # fmt: skip
+    shuffled = np.random.default_rng(options.seeds[0]).permutation(np.array(sentences, dtype=object)).tolist()
+    records = []
+    for varied, value, changed in settings:
+        seen = shuffled[: int(value)] if varied == "sentences" else sentences
+        run = compare(options.seeds[0], seen, pairs, changed, ["jepa"])
+        records.append({"varied": varied, "value": value, "untrained": run["untrained"], "jepa": run["jepa"]})
+    return records
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Means over seeds with the range; then one line for each setting of the sweep."""
+    lines = ["| encoder | Spearman | whitened | std | effective rank | CPU s |", "| --- " * 6 + "|"]
+    for name in ("untrained", *LEARNERS):
+        records = [run[name] for run in results["runs"]]
+        cells = []
+        for key in ("spearman", "spearman_whitened", "std", "rank", "cpu_s"):
+            values = [record.get(key, 0.0) for record in records]
+            cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append(f"| TF-IDF | {results['tf_idf']:.3f} | | | | |")
+    if "sweep" in results:
+        lines += ["", "| varied | value | untrained | JEPA | std | effective rank | std of outputs | their rank |",
+                  "| --- " * 8 + "|"]  # fmt: skip
+    for record in results.get("sweep", []):
+        jepa = record["jepa"]
+        figures = [record["untrained"]["spearman"], *(jepa[key] for key in SWEPT_FIGURES)]
+        lines.append(f"| {record['varied']} | {record['value']} | {' | '.join(f'{value:.3f}' for value in figures)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_stage(main, Options)
