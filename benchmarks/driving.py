@@ -36,6 +36,7 @@ PREDICTOR = {
     "predictor.dropout": 0.2,
     "input-noise": 2.0,
     "rollout-steps": 15,
+    "rollout-error": "squared",
     "validation-horizon": 15,
     "optimizer.learning-rate": 1e-3,
     "steps": 300,

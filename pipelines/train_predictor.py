@@ -10,7 +10,7 @@ tracker logs. Ctrl-C saves; the same command with --resume goes on.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -73,8 +73,11 @@ class Options:
     batch_size: int = 128
     """Windows in a batch, on each process."""
     rollout_steps: int = 8
-    """Train on rollouts of this many steps, through the predictor's own predictions; 1 for the next step alone. The
-    horizon grows from 1 to this many over the first half of the training."""
+    """Train on rollouts of this many steps, through the predictor's own predictions; 1 for the next step alone."""
+    rollout_error: Literal["relative", "squared"] = "relative"
+    """`relative`: relative to copying for as long, so that the near future matters as much as the far one, and the
+    horizon grows from 1 over the first half of the training. `squared`: as they are, at all steps from the start, so
+    that the far future matters most: for few and noisy videos, whose next steps can hardly be known."""
     longest_gap: int = 1
     """Train on futures at irregular times too: half of the rollouts leap from step to step by up to this many ticks, so
     that a future may be asked for at given times. 1 for the clock alone."""
@@ -149,9 +152,8 @@ def main(options: Options) -> None:
     require_agreement(accelerator, provenance=provenance, clips=summary(clips))
     inputs = {"provenance": provenance}
     on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, inputs))
-    losses: nn.Module = Losses(
-        predictor, measure_copying(splits, predictor, options), on_clock=options.longest_gap == 1
-    )
+    unit = error_unit(splits, predictor, options)
+    losses: nn.Module = Losses(predictor, unit, on_clock=options.longest_gap == 1)
     global_batch = options.batch_size * accelerator.num_processes
     memory = MemoryEstimate.of(losses, example_inputs(predictor, options.rollout_steps), 2, accelerator)
     peak = options.optimizer.peak_learning_rate(global_batch)
@@ -315,6 +317,8 @@ def draw_gaps(shape: tuple[int, int, int], longest: int, generator: torch.Genera
 
 def growing_horizon(step: int, options: Options) -> int:
     """Rollout steps at this point of the training: what is far cannot be learned before what is near."""
+    if options.rollout_error == "squared":
+        return options.rollout_steps
     grown = min(1.0, step / max(1, GROWTH * options.steps))
     return 1 + int(grown * (options.rollout_steps - 1))
 
@@ -324,21 +328,23 @@ class Losses(nn.Module):
 
     Args:
         predictor: what is trained.
-        copied: (ticks,), the squared error of copying the last embedding for so many ticks.
+        unit: (ticks,), what squared errors after so many ticks are relative to: those of copying the last embedding,
+            or 1.
         on_clock: all times are ticks of the clock, one after the other.
     """
 
-    copied: Tensor
+    unit: Tensor
 
-    def __init__(self, predictor: Predictor, copied: Tensor, on_clock: bool = True) -> None:
+    def __init__(self, predictor: Predictor, unit: Tensor, on_clock: bool = True) -> None:
         super().__init__()
         self.predictor, self.on_clock = predictor, on_clock
-        self.register_buffer("copied", copied)
+        self.register_buffer("unit", unit)
 
     def forward(self, past: Tensor, window: Tensor, times_s: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Errors of the first step of a rollout, and of all its steps, relative to those of copying.
+        """Errors of the first step of a rollout, and of all its steps, in units of `unit`.
 
-        So all horizons matter alike: the near ones, where little changes, would be nothing beside the far ones.
+        Relative to copying, all horizons matter alike: the near ones, where little changes, would be nothing beside the
+        far ones.
 
         Each member sees windows of its own; the losses are the members' means. The error is the squared error; with a
         latent the energy score of two samples, which has its least value where they are as far from each other as
@@ -351,16 +357,16 @@ class Losses(nn.Module):
             generator: draws the latent.
         """
         future = window[:, :, past.shape[2] :]  # (members, B, steps, D)
-        copied = self.copied[(times_s * self.predictor.fps).round().long() - 1]  # (members, B, steps)
+        unit = self.unit[(times_s * self.predictor.fps).round().long() - 1]  # (members, B, steps)
         steps = future.shape[2]
         if size := self.predictor.config.latent_dimension:
             latents = draw_latents((2 * past.shape[1], steps, size), generator).to(past.device)
             twice = self.imagine(self.predictor, past[0].repeat(2, 1, 1), times_s[0].repeat(2, 1), latents)
-            error = energy_score(twice.unflatten(0, (2, -1)), future[0]) / copied[0].sqrt()  # (B, steps)
+            error = energy_score(twice.unflatten(0, (2, -1)), future[0]) / unit[0].sqrt()  # (B, steps)
             return {"one_step_loss": error[:, 0].mean(), "rollout_loss": error.mean()}
         members = [self.predictor.only([member]) for member in range(len(past))]
         imagined = [self.imagine(*seen) for seen in zip(members, past, times_s, strict=True)]
-        error = (torch.stack(imagined) - future).square().mean(dim=3) / copied
+        error = (torch.stack(imagined) - future).square().mean(dim=3) / unit
         return {"one_step_loss": error[:, :, 0].mean(), "rollout_loss": error.mean()}
 
     def imagine(self, predictor: Predictor, past: Tensor, times_s: Tensor, latents: Tensor | None = None) -> Tensor:
@@ -519,8 +525,10 @@ def spread_windows(cache: EmbeddingCache, predictor: Predictor, length: int, mos
     return predictor.standardise(taken.to(predictor.mean.device))
 
 
-def measure_copying(splits: list[Split], predictor: Predictor, options: Options) -> Tensor:
-    """Squared error of copying the last embedding for 1, 2, ... ticks, on training windows: (ticks,)."""
+def error_unit(splits: list[Split], predictor: Predictor, options: Options) -> Tensor:
+    """Squared error of copying the last embedding for 1, 2, ... ticks, on training windows; or ones: (ticks,)."""
+    if options.rollout_error == "squared":
+        return torch.ones(options.longest_gap * options.rollout_steps, device=predictor.mean.device)
     length = options.predictor.context + options.longest_gap * options.rollout_steps
     most = VALIDATION_WINDOWS // len(splits)
     windows = torch.cat([spread_windows(split.train, predictor, length, most) for split in splits])

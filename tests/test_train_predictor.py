@@ -10,7 +10,7 @@ from data.embedding_cache import EmbeddingCache
 from data.windows import Windows
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.sampling import sample
-from pipelines.train_predictor import Losses, Options, Split, draw_batches, draw_gaps, growing_horizon, measure_copying
+from pipelines.train_predictor import Losses, Options, Split, draw_batches, draw_gaps, error_unit, growing_horizon
 
 OPTIONS = Options(
     batch_size=64, rollout_steps=4, longest_gap=3, steps=10, predictor=PredictorConfig(context=3, width=16, depth=1)
@@ -58,6 +58,7 @@ def test_the_horizon_grows_to_its_full_length_by_half_of_the_training():
     assert set(horizons) == {1, 2, 3, 4}
     assert set(horizons[50:]) == {4}
     assert growing_horizon(0, replace(OPTIONS, rollout_steps=1)) == 1
+    assert growing_horizon(0, replace(options, rollout_error="squared")) == 4
 
 
 def test_errors_are_relative_to_copying_over_the_same_time():
@@ -73,9 +74,11 @@ def test_errors_are_relative_to_copying_over_the_same_time():
 
 def test_copying_is_measured_where_embeddings_are_learned_from(cache):
     predictor = Predictor(OPTIONS.predictor, 5, 4.0, "0123abcd")
-    copied = measure_copying([Split(cache, cache)], predictor, OPTIONS)
+    copied = error_unit([Split(cache, cache)], predictor, OPTIONS)
     assert copied.shape == (12,)
     assert torch.allclose(copied, torch.full((12,), 2.0), rtol=0.25)  # of independent normal numbers
+    squared = error_unit([Split(cache, cache)], predictor, replace(OPTIONS, rollout_error="squared"))
+    assert torch.equal(squared, torch.ones(12))
 
 
 def test_samples_are_trained_to_be_as_far_apart_as_from_what_came():
