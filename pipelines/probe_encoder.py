@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from data.images import Images, find_images
@@ -93,11 +93,11 @@ def main(options: Options) -> None:
         expander = load_expander(options.encoder.parent / "expander").to(device)
         representations["expander output"] = lambda frames: expander(encoder(frames))
     representations["untrained embedding"] = FrameEncoder(encoder.config).to(device).eval()
-    representations["pixels (principal components)"] = principal_components(train, encoder.embedding_dimension)
+    representations["pixels (principal components)"] = principal_components(train, encoder.embedding_dimension, device)
     train_labels, test_labels = train.found.labels.to(device), test.found.labels.to(device)
     results: dict[str, dict[str, float]] = {}
     for name, represent in representations.items():
-        known, asked = (embed(represent, images, name) for images in (train, test))
+        known, asked = (embed(represent, images, name, device) for images in (train, test))
         scores = {
             f"knn_{k}": knn_scores(known, train_labels, asked, classes, k) for k in options.neighbours
         } | {"ridge": ridge_scores(known, train_labels, asked)}  # fmt: skip
@@ -147,10 +147,10 @@ def load_images(options: Options, size: tuple[int, int], memory: int, device: to
     return train, test
 
 
-def principal_components(images: Images, components: int) -> Representation:
+def principal_components(images: Images, components: int, device: torch.device) -> Representation:
     """A projection of pixels on their principal components, from 5,000 of the images at most."""
     every = -(-len(images.found.names) // 5000)
-    pixels = images.read(range(0, len(images.found.names), every)).flatten(1).float() / 255
+    pixels = images.read(range(0, len(images.found.names), every)).to(device).flatten(1).float() / 255
     components = min(components, len(pixels) - 1, pixels.shape[1])
     mean = pixels.mean(dim=0)
     directions = torch.linalg.svd(pixels - mean, full_matrices=False).Vh[:components].T  # (pixels, components)
@@ -158,20 +158,15 @@ def principal_components(images: Images, components: int) -> Representation:
 
 
 @torch.inference_mode()
-def embed(represent: Representation, images: Images, name: str) -> Tensor:
-    """All images as they are, (N, D)."""
+def embed(represent: Representation, images: Images, name: str, device: torch.device) -> Tensor:
+    """All images as they are, (N, D), on the device that the representation is computed on."""
     rows = range(len(images.found.names))
     starts = tqdm(rows[::BATCH], unit="batch", desc=f"{name}, {images.found.root.name}", leave=False)
     parts = []
     for start in starts:
         frames = images.read(rows[start : start + BATCH])
-        parts.append(represent(frames.to(device_of(represent, frames)).float() / 255).float())
+        parts.append(represent(frames.to(device).float() / 255).float())
     return torch.cat(parts)
-
-
-def device_of(represent: Representation, frames: Tensor) -> torch.device:
-    """Where a representation is computed."""
-    return next(represent.parameters()).device if isinstance(represent, nn.Module) else frames.device
 
 
 def linear_scores(
@@ -200,7 +195,7 @@ def linear_scores(
     with torch.inference_mode():
         labels = train.found.labels[held_out]
         best = int(np.argmax([accuracy(scores, labels) for scores in probes(known[held_out])]))
-        return probes(embed(represent, test, name))[best]
+        return probes(embed(represent, test, name, known.device))[best]
 
 
 def batches(rows: np.ndarray, epochs: int, seed: int) -> Iterator[np.ndarray]:

@@ -86,7 +86,7 @@ def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(value: Any) -> Any:
-        if stream is None or not isinstance(value, torch.Tensor) or value.device == device:
+        if stream is None or not isinstance(value, torch.Tensor) or value.device.type == device.type:
             return value
         with torch.cuda.stream(stream):
             copied = value.pin_memory().to(device, non_blocking=True)

@@ -103,7 +103,9 @@ def test_a_run_leaves_its_results(text, tmp_path, monkeypatch, capsys):
     for run in results["runs"]:
         for name in ("untrained", "jepa", "masked_language_model"):
             assert run[name].keys() >= {"spearman", "spearman_whitened", "std", "rank"}
-    assert {record["varied"] for record in results["sweep"]} == {"variance weight", "batch", "expander", "sentences"}
+    assert {record["varied"] for record in results["sweep"]} == {
+        "nothing", "variance weight", "batch size", "expander width", "expander layers", "sentences",
+    }  # fmt: skip
     # Everyone of a seed starts from the same weights, so the sweep's untrained encoder is that of the first run.
     assert results["sweep"][0]["untrained"] == results["runs"][0]["untrained"]
     assert "| jepa |" in capsys.readouterr().out
@@ -119,10 +121,10 @@ def test_a_small_variance_weight_collapses(text):
     pairs = read_pairs(text / "text" / "stsb-en-train.csv")
     outputs = {}
     for weight in (0.1, 25.0):
-        objective = ObjectiveConfig(variance_weight=weight, covariance_weight=25.0)
-        options = small(objective=objective, steps=300, learning_rate=1e-2)
+        options = small(objective=ObjectiveConfig(variance_weight=weight), steps=120, learning_rate=1e-2)
         outputs[weight] = compare(0, pairs.first, pairs, options, ["jepa"])["jepa"]["output_std"]
-    assert outputs[0.1] < 0.1 < 0.3 < outputs[25.0]
+    # Of whole sentences, which are more alike than the crops that the objective holds at 1.
+    assert outputs[0.1] < 0.05 < 0.25 < outputs[25.0]
 
 
 def test_without_the_benchmark_there_is_one_line(tmp_path):
