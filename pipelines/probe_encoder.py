@@ -177,9 +177,10 @@ def linear_scores(
     held_out, learnt = rows[::HELD_OUT], np.delete(rows, np.s_[::HELD_OUT])
     probes = LinearProbes(known.mean(dim=0), known.std(dim=0), len(train.found.classes), RATES).to(known.device)
     optimizer = torch.optim.SGD(probes.parameter_groups(), momentum=0.9)
-    total = options.epochs * (len(learnt) // BATCH)
+    size = min(BATCH, len(learnt))
+    total = options.epochs * (len(learnt) // size)
     bar = tqdm(total=total, unit="step", desc=f"linear probe, {name}", leave=False)
-    for step, chosen in enumerate(batches(learnt, options.epochs, options.seed)):
+    for step, chosen in enumerate(batches(learnt, size, options.epochs, options.seed)):
         generator = torch.Generator(known.device).manual_seed(options.seed * 2**32 + step)
         frames = train.read(chosen.tolist()).to(known.device)
         with torch.no_grad():
@@ -198,11 +199,11 @@ def linear_scores(
         return probes(embed(represent, test, name, known.device))[best]
 
 
-def batches(rows: np.ndarray, epochs: int, seed: int) -> Iterator[np.ndarray]:
+def batches(rows: np.ndarray, size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
     """Full batches of rows in a new order for each epoch."""
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(rows)
-        yield from rearrange(order[: len(order) // BATCH * BATCH], "(steps batch) -> steps batch", batch=BATCH)
+        yield from rearrange(order[: len(order) // size * size], "(steps batch) -> steps batch", batch=size)
 
 
 def table(record: dict[str, Any]) -> str:
