@@ -7,7 +7,12 @@ small transformer that starts from nothing, then through the same expander to th
 sentences of the STS benchmark's training part alone, without their scores; what it is worth is Spearman's rank
 correlation between the cosine of two embeddings and how alike people found the sentences (Cer et al. 2017,
 arXiv:1708.00055). Beside it: the same encoder untrained, and trained as a masked language model for as many steps on as
-many words; and TF-IDF. A second column whitens the embeddings of all encoders first, with the training sentences.
+many words; and TF-IDF. A second column whitens all encoders' embeddings first, on the training sentences.
+
+Read it honestly: from 10,000 short sentences the gain comes from variance and covariance, not from the invariance. On
+dev, one seed, 60 steps did as well without it (.695 against .696; `--sweep` has both at full length), and the untrained
+encoder, whitened, was better than anything trained is unwhitened. The settings follow from that: the covariance weighs
+as much as the rest, and the expander is linear (with a hidden layer: .669).
 
 Needs `stsb-en-{train,dev,test}.csv` (`sentence1,sentence2,score`, no header) in `$JEPA_SHARED/text` (default
 `../shared/text`). Settings were chosen on `--split dev`; `--sweep` (always on dev, first seed) shows what they do, and
@@ -34,6 +39,7 @@ from einops import rearrange, reduce
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics.pairwise import paired_cosine_distances
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -49,8 +55,8 @@ HEADS = 4
 MASKED_SHARE = 0.15
 """Of the words of a masked language model (Devlin et al. 2019, arXiv:1810.04805)."""
 WARMUP_STEPS = 50
-SMALL_VARIANCE_WEIGHT = 0.1
-SWEPT_BATCHES, SWEPT_WIDTHS, SWEPT_PARTS = (64, 128, 512), (64, 128, 512, 1024), (16, 8, 4, 2)
+SWEPT_WEIGHTS = {"variance_weight": 0.1, "invariance_weight": 0.0, "covariance_weight": 1.0}
+SWEPT_BATCHES, SWEPT_WIDTHS, SWEPT_PARTS = (64, 512), (128, 1024), (2, 4, 8)
 SWEPT_FIGURES = ("spearman", "std", "rank", "output_std", "output_rank")
 
 
@@ -64,22 +70,22 @@ class Options:
     """Where the results are left."""
     split: Literal["dev", "test"] = "test"
     """Pairs to report on: `dev` while settings are chosen."""
-    steps: int = 300
+    steps: int = 200
     """Steps of training, of the JEPA and of the masked language model."""
     batch_size: int = 256
     """Sentences in a step."""
     crop_words: int = 8
     """Words in a crop; shorter sentences are taken whole. The masked language model sees crops of twice as many."""
-    dimension: int = 256
+    dimension: int = 384
     """Width of the encoder, and of the embedding."""
     depth: int = 1
     """Layers of the encoder."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
-    expander: ExpanderConfig = field(default_factory=lambda: ExpanderConfig(width=256, hidden_layers=0))
+    expander: ExpanderConfig = field(default_factory=lambda: ExpanderConfig(width=384, hidden_layers=0))
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(covariance_weight=25.0))
     sweep: bool = False
-    """Also vary variance weight, batch, expander and the number of sentences, one at a time."""
+    """Also vary weights, batch, expander and the number of sentences, one at a time."""
 
 
 class Pairs(NamedTuple):
@@ -261,7 +267,7 @@ def compare(
     vocabulary = Vocabulary(sentences)
     tokens = vocabulary.encode(sentences)
     untrained = SentenceEncoder(len(vocabulary), options.dimension, options.depth)
-    records: dict[str, Any] = {"seed": seed, "untrained": measure(untrained, vocabulary, tokens, pairs)}
+    records: dict[str, Any] = {"seed": seed, "untrained": measure(untrained, vocabulary, tokens, pairs) | {"cpu_s": 0}}
     for name in learners:
         learner = LEARNERS[name](copy.deepcopy(untrained), options)
         started = time.process_time()
@@ -277,37 +283,38 @@ def compare(
 def measure(encoder: SentenceEncoder, vocabulary: Vocabulary, tokens: Tensor, pairs: Pairs) -> dict[str, float]:
     """Spearman's correlation on pairs, as it is and whitened; spread of the embeddings of training sentences (N, T)."""
     trained = embed(encoder, tokens)
-    first, second = (embed(encoder, vocabulary.encode(sentences)) for sentences in (pairs.first, pairs.second))
+    sides = [embed(encoder, vocabulary.encode(side)).numpy() for side in (pairs.first, pairs.second)]
     whiten = PCA(whiten=True).fit(trained.numpy()).transform
-    whitened = [torch.from_numpy(whiten(side.numpy())) for side in (first, second)]
     return {
-        "spearman": correlation(functional.cosine_similarity(first, second).numpy(), pairs),
-        "spearman_whitened": correlation(functional.cosine_similarity(*whitened).numpy(), pairs),
+        "spearman": correlation(pairs, *sides),
+        "spearman_whitened": correlation(pairs, *map(whiten, sides)),
         **spread(trained)._asdict(),
     }
 
 
 def tf_idf(sentences: list[str], pairs: Pairs) -> float:
-    """Spearman's correlation of TF-IDF cosines, by the default settings of scikit-learn."""
-    vectorizer = TfidfVectorizer().fit(sentences)
-    products = vectorizer.transform(pairs.first).multiply(vectorizer.transform(pairs.second))
-    return correlation(np.asarray(products.sum(axis=1)).ravel(), pairs)
+    """Spearman's correlation of TF-IDF, by the default settings of scikit-learn."""
+    transform = TfidfVectorizer().fit(sentences).transform
+    return correlation(pairs, transform(pairs.first), transform(pairs.second))
 
 
-def correlation(cosines: np.ndarray, pairs: Pairs) -> float:
-    """Spearman's, with the scores of pairs."""
-    return float(spearmanr(cosines, pairs.scores).statistic)
+def correlation(pairs: Pairs, first: Any, second: Any) -> float:
+    """Spearman's, of the cosines of rows (N, D) with the scores of pairs."""
+    return float(spearmanr(1 - paired_cosine_distances(first, second), pairs.scores).statistic)
 
 
 def sweep(sentences: list[str], pairs: Pairs, options: Options) -> list[dict[str, Any]]:
     """The JEPA of the first seed with one thing changed at a time."""
     replace = dataclasses.replace
     weights, expander = options.objective, options.expander
-    settings: list[tuple[str, float, Options]] = [
-        *(("variance weight", weight, replace(options, objective=replace(weights, variance_weight=weight)))
-          for weight in (SMALL_VARIANCE_WEIGHT, weights.variance_weight)),
-        *(("batch", batch, replace(options, batch_size=batch)) for batch in SWEPT_BATCHES),
-        *(("expander", width, replace(options, expander=replace(expander, width=width))) for width in SWEPT_WIDTHS),
+    settings: list[tuple[str, int | float | str, Options]] = [
+        ("nothing", "", options),
+        *((name.replace("_", " "), weight, replace(options, objective=replace(weights, **{name: weight})))
+          for name, weight in SWEPT_WEIGHTS.items()),
+        *(("batch size", batch, replace(options, batch_size=batch)) for batch in SWEPT_BATCHES),
+        *(("expander width", width, replace(options, expander=replace(expander, width=width)))
+          for width in SWEPT_WIDTHS),
+        ("expander layers", 1, replace(options, expander=replace(expander, hidden_layers=1))),
         *(("sentences", len(sentences) // part, options) for part in SWEPT_PARTS),
     ]  # fmt: skip
     shuffled = np.random.default_rng(options.seeds[0]).permutation(np.array(sentences, dtype=object)).tolist()
@@ -323,19 +330,17 @@ def tables(results: dict[str, Any]) -> str:
     """Means over seeds with the range; then one line for each setting of the sweep."""
     lines = ["| encoder | Spearman | whitened | std | effective rank | CPU s |", "| --- " * 6 + "|"]
     for name in ("untrained", *LEARNERS):
-        records = [run[name] for run in results["runs"]]
         cells = []
         for key in ("spearman", "spearman_whitened", "std", "rank", "cpu_s"):
-            values = [record.get(key, 0.0) for record in records]
+            values = [run[name][key] for run in results["runs"]]
             cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(f"| TF-IDF | {results['tf_idf']:.3f} | | | | |")
     if "sweep" in results:
-        lines += ["", "| varied | value | untrained | JEPA | std | effective rank | std of outputs | their rank |",
-                  "| --- " * 8 + "|"]  # fmt: skip
+        heads = ["varied", "value", "untrained", "JEPA", "std", "effective rank", "std of outputs", "their rank"]
+        lines += ["", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for record in results.get("sweep", []):
-        jepa = record["jepa"]
-        figures = [record["untrained"]["spearman"], *(jepa[key] for key in SWEPT_FIGURES)]
+        figures = [record["untrained"]["spearman"], *(record["jepa"][key] for key in SWEPT_FIGURES)]
         lines.append(f"| {record['varied']} | {record['value']} | {' | '.join(f'{value:.3f}' for value in figures)} |")
     return "\n".join(lines)
 
