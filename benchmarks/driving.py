@@ -126,10 +126,12 @@ def measure_seed(
             results[f"horizon {horizon}: {name} of copy-last"] = rollout[name][horizon - 1]["relative_to_copy_last"]
         for to in ("ridge", "mean"):
             results[f"horizon {horizon}: model of {to}"] = rollout["model"][horizon - 1][f"relative_to_{to}"]
-    call("score_surprise", "--videos", *reversals, splice[0], "--encoder", folder / "encoder" / "encoder",
-         "--predictor", folder / "predictor" / "predictor", "--output-dir", folder / "surprise",
-         "--horizon", SURPRISE_HORIZON, "--overwrite")  # fmt: skip
-    return results | surprise(folder / "surprise" / "surprise.csv", reversals, splice)
+    models = ["--encoder", folder / "encoder" / "encoder", "--predictor", folder / "predictor" / "predictor"]
+    for name, videos, horizon in (("reversed", list(reversals), SURPRISE_HORIZON), ("spliced", [splice[0]], 1)):
+        call("score_surprise", "--videos", *videos, *models, "--output-dir", folder / name, "--horizon", horizon,
+             "--overwrite")  # fmt: skip
+    found = notice_reversals(read_energies(folder / "reversed" / "surprise.csv"), reversals)
+    return results | found | notice_splice(read_energies(folder / "spliced" / "surprise.csv"), splice)
 
 
 def words(options: dict[str, Any]) -> list[object]:
@@ -143,23 +145,43 @@ def call(stage: str, *words: object) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
 
 
-def surprise(table: Path, reversals: dict[Path, float], splice: tuple[Path, float]) -> dict[str, float]:
-    """AUROC of the frames inside reversed stretches, and the rank of the splice among all moments."""
+Energies = dict[str, np.ndarray]
+"""By video: float64 (moments, 2), the second and the energy."""
+
+
+def read_energies(table: Path) -> Energies:
+    """What score_surprise has written."""
     rows: dict[str, list[tuple[float, float]]] = {}
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
             rows.setdefault(row["video"], []).append((float(row["time_s"]), float(row["energy"])))
-    labels, energies = [], []
+    return {video: np.array(moments) for video, moments in rows.items()}
+
+
+def notice_reversals(energies: Energies, reversals: dict[Path, float]) -> dict[str, float]:
+    """AUROC of reversed moments among all, and of mean energies over 10 s, of the reversed one and of all others."""
+    length_s = STRETCH_FRAMES / FPS
+    moments, stretches = [], []
     for path, start_s in reversals.items():
-        for time_s, energy in rows[str(path)]:
-            labels.append(start_s <= time_s < start_s + STRETCH_FRAMES / FPS)
-            energies.append(energy)
+        times_s, values = energies[str(path)].T
+        moments += zip((times_s >= start_s) & (times_s < start_s + length_s), values, strict=True)
+        for begin_s in np.arange(start_s % length_s, times_s[-1] - length_s, length_s):
+            inside = (times_s >= begin_s) & (times_s < begin_s + length_s)
+            stretches.append((begin_s == start_s, values[inside].mean()))
+    return {
+        f"reversed stretch: AUROC of {name}": float(roc_auc_score(*zip(*labelled, strict=True)))
+        for name, labelled in (("moments", moments), ("10 s", stretches))
+    }
+
+
+def notice_splice(energies: Energies, splice: tuple[Path, float]) -> dict[str, float]:
+    """The rank of the splice among all moments, by energy."""
     path, start_s = splice
-    ranked = sorted(rows[str(path)], key=lambda entry: -entry[1])
-    edges = (start_s, start_s + STRETCH_FRAMES / FPS)
+    times_s, values = energies[str(path)].T
+    edges_s = np.array([start_s, start_s + STRETCH_FRAMES / FPS])
     # The frame after an edge is the first that does not follow from its past.
-    rank = next(i for i, (time_s, _) in enumerate(ranked, 1) if any(abs(time_s - edge) < 0.5 / FPS for edge in edges))
-    return {"reversed stretch: AUROC": float(roc_auc_score(labels, energies)), "splice: rank among all moments": rank}
+    at_edge = (np.abs(times_s[:, None] - edges_s) < 0.5 / FPS).any(axis=1)
+    return {"splice: rank among all moments": float(1 + (values > values[at_edge].max()).sum())}
 
 
 if __name__ == "__main__":
