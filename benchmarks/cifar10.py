@@ -5,7 +5,8 @@ r"""CIFAR-10 without labels: how good do embeddings get, and does the alarm tell
 Needs `cifar10.zip` in `$JEPA_SHARED/images` (default `../shared/images`). For each seed: trains by `--preset`, and
 probes test images by the nearest training images, beside the untrained encoder and principal components of the pixels;
 and trains each of `--objectives` for `--alarm-steps` to see which of them the alarm for collapse reports. Prints tables
-in Markdown and writes `results.json`. What a killed run had finished is not done again.
+in Markdown and writes `results.json`, in a folder named after the preset. What a killed run had finished is not done
+again: for other options take another --output-dir.
 
 On a GPU, public benchmarks' setting with linear evaluation (`--resume` is given, so it may be cut at any time):
 
@@ -55,7 +56,8 @@ def main(options: Options) -> None:
     """The story: train and probe each seed, provoke the alarm, print."""
     images = Path(os.environ.get("JEPA_SHARED", ROOT.parent / "shared")).absolute() / "images" / "cifar10.zip"
     require(images.is_file(), f"{images}: the images are not there; set JEPA_SHARED")
-    folder = options.output_dir.absolute()
+    require(bool(options.seeds), "--seeds is empty: give one or more")
+    folder = options.output_dir.absolute() / options.preset.stem
     folder.mkdir(parents=True, exist_ok=True)
     runs = [measure_seed(seed, folder / f"seed_{seed}", images, options) for seed in options.seeds]
     alarms = {

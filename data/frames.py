@@ -63,7 +63,7 @@ class Pairs(NamedTuple):
     state: ClipsState
     """As in `Clips`."""
     labels: Tensor | None = None
-    """int64 (B,), which class each is of, where that is known."""
+    """int64 (B,), which class each is of, where that is known; -1 for a single one that is not."""
 
 
 class Stretch(NamedTuple):

@@ -1,14 +1,15 @@
 """Still images with labels: an ImageFolder (`PATH/class/**/*.jpg`), or a zip of one.
 
-Where the classes lie one level deeper, under `train` and `test` (or `val`), the split is chosen by name. A data set
-that fits in memory is decoded once, and may lie on a GPU; a larger one is decoded batch by batch.
+Where the classes lie one level deeper, under `train` and `test` (or `val`), the split is chosen by name, and what lies
+beside these folders is left alone. A data set that fits in memory is decoded once, and may lie on a GPU; a larger one
+is decoded batch by batch.
 """
 
 import os
-import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -50,7 +51,8 @@ def find_images(path: Path, split: Split) -> ImageList:
     """All images under a folder or inside a zip, sorted; their first folder is their class.
 
     Raises:
-        ImageError: there are none, the path or the split is not there, or the zip file is damaged.
+        ImageError: there are none, or the path or the split is not there.
+        VideoError: the zip file is damaged.
     """
     zipped = split_zip(path)
     if zipped is not None:
@@ -66,14 +68,17 @@ def find_images(path: Path, split: Split) -> ImageList:
         ]
     else:
         raise ImageError(f"{path}: there is no folder of images and no zip file here")
-    firsts = {PurePosixPath(name).parts[0] for name in names}
+    names = [name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
     known = {name for names_of_split in SPLITS.values() for name in names_of_split}
-    if names and firsts <= known:
+    folders = {parts[:2] for name in names if len(parts := PurePosixPath(name).parts) > 2}
+    if len({first for first, _ in folders}) == 1 and any(second in known for _, second in folders):
+        path, names = _enter(path, names, next(iter(folders))[0])  # a folder around it all, as archives have
+    firsts = {parts[0] for name in names if len(parts := PurePosixPath(name).parts) > 1}
+    if firsts & known:
         own = [name for name in SPLITS[split] if name in firsts]
         if not own:
             raise ImageError(f"{path} holds {', '.join(sorted(firsts))}, and nothing to {split} on: name another path")
-        path /= own[0]
-        names = [name.removeprefix(f"{own[0]}/") for name in names if name.startswith(f"{own[0]}/")]
+        path, names = _enter(path, names, own[0])
     if not names:
         raise ImageError(f"{path}: no images in it")
     names.sort()
@@ -83,24 +88,27 @@ def find_images(path: Path, split: Split) -> ImageList:
     return ImageList(path, tuple(names), torch.tensor([number[name] for name in of_image]), tuple(classes))
 
 
+def _enter(path: Path, names: list[str], folder: str) -> tuple[Path, list[str]]:
+    """A path one folder deeper, and the names inside that."""
+    return path / folder, [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
+
+
 @dataclass
 class Images:
     """The pixels of a list of images, all of one size: the shorter side is resized, what juts out is cut off.
 
     Raises:
-        ImageError: from `load`, no image could be decoded.
+        ImageError: no image could be decoded; with `strict`, one could not be.
     """
 
     found: ImageList
     size: FrameSize
     """(height, width)."""
+    strict: bool = False
     refused: dict[str, str] = field(default_factory=dict)
-    """Why an image could not be decoded, by name. Batches show the image before it, or grey, in its place."""
+    """Why an image could not be decoded, by path. Batches show the image before it, or grey, in its place."""
     pixels: Tensor | None = None
     """uint8 (N, 3, H, W), once they have been loaded."""
-
-    def __post_init__(self) -> None:
-        self._local = threading.local()
 
     def keep(self, rows: Sequence[int]) -> None:
         """Leave out all but some of them, before they are loaded."""
@@ -136,6 +144,11 @@ class Images:
             pixels[index] = pixels[max(0, index - 1)] if image is None else image
         return torch.from_numpy(pixels)
 
+    def labels(self, rows: Sequence[int]) -> Tensor:
+        """int64, of some of the images after they have been read; -1 for those that others stand in for."""
+        unknown = [f"{self.found.root}/{self.found.names[row]}" in self.refused for row in rows]
+        return self.found.labels[torch.tensor(rows)].masked_fill(torch.tensor(unknown), -1)
+
     def _decode(self, name: str) -> np.ndarray | None:
         """Pixels (3, H, W) of an image; None, and a note, if it is damaged."""
         height, width = self.size
@@ -144,18 +157,35 @@ class Images:
                 pixels = Image.fromarray(to_rgb(ImageOps.exif_transpose(image)))
                 fitted = ImageOps.fit(pixels, (width, height), Image.Resampling.BICUBIC)
         except Exception as error:  # damaged bytes make Pillow, zlib and zipfile raise errors of many kinds
-            self.refused[f"{self.found.root}/{name}"] = f"{self.found.root}/{name}: cannot be decoded ({error})"
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise  # no fault of the image
+            reason = f"{self.found.root}/{name}: cannot be decoded ({error})"
+            if self.strict:
+                raise ImageError(reason) from error
+            self.refused[f"{self.found.root}/{name}"] = reason
             return None
         return rearrange(np.asarray(fitted), "h w c -> c h w")
 
     def _content(self, name: str) -> BytesIO | Path:
-        zipped = split_zip(self.found.root)
-        if zipped is None:
+        if self._archive is None:
             return self.found.root / name
-        archive, inside = zipped
-        if not hasattr(self._local, "archive"):  # one for each thread: they seek
-            self._local.archive = zipfile.ZipFile(archive)
-        return BytesIO(self._local.archive.read((PurePosixPath(inside) / name).as_posix()))
+        archive, inside = self._archive
+        return BytesIO(archive.read((inside / name).as_posix()))
+
+    @cached_property
+    def _archive(self) -> tuple[zipfile.ZipFile, PurePosixPath] | None:
+        """Opened once, which takes long for many files; threads may read from it side by side."""
+        zipped = split_zip(self.found.root)
+        return zipped and (zipfile.ZipFile(zipped[0]), PurePosixPath(zipped[1]))
+
+
+def require_batch(images: Images, size: int) -> None:
+    """Raises ImageError if there are fewer images than a batch of all ranks together."""
+    if (count := len(images.found.names)) < size:
+        raise ImageError(
+            f"{images.found.root}: {count:,} images are fewer than a batch of {size:,}: "
+            "lower --batch-size, or bring more"
+        )
 
 
 class ImagePairs:
@@ -179,12 +209,7 @@ class ImagePairs:
     def __init__(
         self, images: Images, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, workers: int | None = None
     ) -> None:
-        count = len(images.found.names)
-        if count < batch_size * ranks:
-            raise ImageError(
-                f"{images.found.root}: {count:,} images are fewer than a batch of {batch_size * ranks:,}: "
-                "lower --batch-size, or bring more"
-            )
+        require_batch(images, batch_size * ranks)
         self.images, self.batch_size, self.seed, self.rank, self.ranks = images, batch_size, seed, rank, ranks
         self.workers = workers
         self.state = ClipsState()
@@ -201,5 +226,5 @@ class ImagePairs:
                 images = self.images.read(rows.tolist(), self.workers)
                 self.state.batch += 1
                 names = tuple(self.images.found.root / self.images.found.names[row] for row in rows)
-                yield Pairs(images, images, names, replace(self.state), self.images.found.labels[rows])
+                yield Pairs(images, images, names, replace(self.state), self.images.labels(rows.tolist()))
             self.state = ClipsState(self.state.epoch + 1)

@@ -10,6 +10,7 @@ Whole batches at once, on the batch's device, with parameters drawn for each sam
 a batch is a pure function of (frames, generator state).
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -53,8 +54,9 @@ RECIPES = {
 """The first and the second view. `vicreg`: the authors' code, which follows BYOL; `vicreg_symmetric`: the paper,
 appendix C.1; `cifar` and `cifar_asymmetric`: solo-learn's for images of 32 pixels, without blur.
 
-What differs from them: hue is turned in YIQ, not in HSV; crops are enlarged bilinearly, not bicubically; brightness,
-contrast, saturation and hue are changed in this order, not in a random one.
+What differs from them: a crop that would not fit is made narrower, not drawn again; hue is turned in YIQ, not in HSV;
+crops are enlarged bilinearly, not bicubically; brightness, contrast, saturation and hue are changed in this order, not
+in a random one.
 """
 BLUR_RADIUS = 6
 """In pixels: three times the greatest deviation."""
@@ -117,7 +119,8 @@ def augment(images: Tensor, recipe: Augmentation, generator: torch.Generator) ->
     images = _jitter(images, recipe, generator)
     if recipe.blur_probability:
         deviation = _uniform((len(images), 1), 0.1, 2.0, generator)
-        taps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
+        radius = min(BLUR_RADIUS, *(side - 1 for side in images.shape[2:]))
+        taps = torch.arange(-radius, radius + 1, device=images.device)
         kernel = torch.exp(-(taps**2) / (2 * deviation**2))
         blurred = _separable_blur(images, kernel / kernel.sum(dim=1, keepdim=True))
         images = torch.where(_chosen(images, recipe.blur_probability, generator), blurred, images)
@@ -174,14 +177,21 @@ def _grey(images: Tensor) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
+@functools.cache  # or the host would wait for a GPU at every step
+def _yiq(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The matrices (3, 3) from RGB to YIQ and back."""
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    return to_yiq.to(device), to_yiq.inverse().to(device)
+
+
 def _hue_rotation(turns: Tensor) -> Tensor:
     """Matrices (B, 3, 3) that turn RGB around the grey axis by so many full turns (B,), at the same luma (YIQ)."""
-    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    to_yiq, back = _yiq(turns.device)
     cosine, sine = torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)
     one, zero = torch.ones_like(turns), torch.zeros_like(turns)
     turn = torch.stack([one, zero, zero, zero, cosine, -sine, zero, sine, cosine])
     turn = rearrange(turn, "(row column) b -> b row column", row=3)
-    return to_yiq.inverse().to(turns) @ turn @ to_yiq.to(turns)
+    return back @ turn @ to_yiq
 
 
 def _separable_blur(images: Tensor, kernel: Tensor) -> Tensor:

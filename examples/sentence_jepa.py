@@ -6,8 +6,9 @@ Nothing in `jepa/` knows what it embeds. Here two views of a *sentence* (`WordCr
 small transformer that starts from nothing, then through the same expander to the same VICReg. It learns from the
 sentences of the STS benchmark's training part alone, without their scores; what it is worth is Spearman's rank
 correlation between the cosine of two embeddings and how alike people found the sentences (Cer et al. 2017,
-arXiv:1708.00055). Beside it: the same encoder untrained, and trained as a masked language model for as many steps on as
-many words; and TF-IDF. A second column whitens all encoders' embeddings first, on the training sentences.
+arXiv:1708.00055). Beside it: the same encoder untrained, and trained as a masked language model for as many steps,
+on crops of twice as many words; and TF-IDF. A second column whitens all encoders' embeddings first, on the training
+sentences.
 
 Read it honestly: from 10,000 short sentences the gain comes from variance and covariance, not from the invariance. On
 dev, one seed, 60 steps did as well without it (.695 against .696; `--sweep` has both at full length), and the untrained

@@ -132,21 +132,24 @@ class OnlineProbe(nn.Module):
         Args:
             embeddings: (V x B, D), of V views of each sample.
             outputs: (V x B, E).
-            labels: int64 (B,).
+            labels: int64 (B,); -1 for those that are not known.
         """
         labels = labels.repeat(len(embeddings) // len(labels))
+        known = (labels >= 0).sum().clamp_min(1)
         losses, accuracies = [], {}
         for (name, head), seen in zip(self.heads.items(), (embeddings, outputs), strict=True):
             scores = head(seen.detach().float())
-            losses.append(functional.cross_entropy(scores, labels))
-            accuracies[f"{name}_linear_accuracy"] = (scores.argmax(dim=1) == labels).float().mean()
+            losses.append(functional.cross_entropy(scores, labels, ignore_index=-1, reduction="sum") / known)
+            accuracies[f"{name}_linear_accuracy"] = (scores.argmax(dim=1) == labels).sum() / known
         return torch.stack(losses).sum(), accuracies
 
 
 def knn_accuracies(embeddings: Tensor, outputs: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
     """Of embeddings (C, T, D) and expander outputs (C, T, E), each sample classified by the nearest of the others."""
     labels = labels.repeat_interleave(embeddings.shape[1]).to(embeddings.device)
-    return {
-        f"{name}_knn_accuracy": accuracy(knn_scores(rearrange(seen, "c t d -> (c t) d"), labels, None, classes), labels)
-        for name, seen in (("embedding", embeddings), ("expander", outputs))
-    }
+    known = labels >= 0
+    found = {}
+    for name, seen in (("embedding", embeddings), ("expander", outputs)):
+        scores = knn_scores(rearrange(seen, "c t d -> (c t) d")[known], labels[known], None, classes)
+        found[f"{name}_knn_accuracy"] = accuracy(scores, labels[known])
+    return found

@@ -32,7 +32,7 @@ from data.views import ViewsConfig, make_views
 from jepa.batch_norm import synchronise_batch_norm
 from jepa.cached_gradients import backward_in_parts
 from jepa.classification import OnlineProbe, knn_accuracies
-from jepa.collectives import average_gradients
+from jepa.collectives import average_gradients, sum_over_ranks, world_size
 from jepa.diagnostics import encoder_alarms, sequence_spread
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
@@ -87,7 +87,7 @@ class Options:
     image_fps: float = IMAGE_FPS
     """Rate of folders of images, which have no times of their own."""
     strict: bool = False
-    """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
+    """A video that cannot be used or is damaged, or an image, is an error; otherwise it is left out and listed."""
     log_every: int = 100
     """Steps between two entries in the log: means of the loss and its terms over them, and a check for collapse."""
     tracker: tuple[str, ...] = ("tensorboard",)
@@ -152,7 +152,7 @@ def main(options: Options) -> None:
     require_agreement(accelerator, options=options)
     size = options.encoder.image_size
     source: Source = (
-        ImageSource(accelerator, options.images, size, options.strict)
+        ImageSource(accelerator, options.images, size, options.strict, options.batch_size)
         if options.images
         else VideoSource(
             accelerator, options.videos, options.output_dir, size, options.fps, options.phases, options.image_fps,
@@ -229,10 +229,11 @@ def main(options: Options) -> None:
             optimizer.zero_grad()
         if averaged is not None:
             averaged.update_parameters(encoder)
+        probed: dict[str, Tensor] = {}
         if probe is not None and batch.labels is not None:
             probed = train_probe(probe, probe_optimizer, embeddings, outputs, batch.labels)
         weighted = {f"weighted_{name}": value for name, value in terms.weighted.items()}
-        progress.add({"loss": terms.loss, **terms.unweighted, **weighted})
+        progress.add({"loss": terms.loss, **terms.unweighted, **weighted, **probed})
         step += 1
         progress.place = asdict(batch.state)
         bar.update()
@@ -240,8 +241,6 @@ def main(options: Options) -> None:
         if step % options.log_every == 0 or step == options.steps:
             speed = rates.report(progress)
             metrics, alarms = diagnose(network, sequences, source.labels, source.classes)
-            if probe is not None:
-                metrics |= {name: value.item() for name, value in probed.items()}
             values = progress.take_means()
             bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", *terms.unweighted)})
             progress.report(metrics | values, alarms if step >= FIRST_ALARM_STEP else [], step, bar)
@@ -260,9 +259,10 @@ def main(options: Options) -> None:
         trained = FrameEncoder(encoder.config)
         trained.load_state_dict(averaged.module.state_dict() if averaged else part_of(weights, "encoder"))
         save_artefact(trained, options.output_dir / "encoder")
-        trained_expander = Expander(encoder.embedding_dimension, options.expander)
-        trained_expander.load_state_dict(part_of(weights, "expander"))
-        save_artefact(trained_expander, options.output_dir / "expander")
+        if averaged is None:  # the last step's expander has never seen an averaged encoder
+            trained_expander = Expander(encoder.embedding_dimension, options.expander)
+            trained_expander.load_state_dict(part_of(weights, "expander"))
+            save_artefact(trained_expander, options.output_dir / "expander")
         output.finish(
             {
                 **progress.metrics,
@@ -343,13 +343,13 @@ def forward_and_backward(
 def train_probe(
     probe: OnlineProbe, optimizer: torch.optim.Optimizer, embeddings: Tensor, outputs: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """One step of the online probe, and its accuracies on this rank's batch before it. Collective."""
+    """One step of the online probe, and its accuracies on the batch of all ranks before it. Collective."""
     loss, accuracies = probe(embeddings, outputs, labels)
     loss.backward()
     average_gradients(probe.parameters())
     optimizer.step()
     optimizer.zero_grad()
-    return accuracies
+    return {name: sum_over_ranks(value) / world_size() for name, value in accuracies.items()}
 
 
 @torch.no_grad()

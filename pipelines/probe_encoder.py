@@ -8,10 +8,10 @@ images apart with --test-images. Everything is fitted on training images, and ju
   knn     votes of the nearest training embeddings by cosine (k = 20 and 200, temperature .07)
   ridge   closed form, its penalty chosen by leave-one-out: seconds
   linear  the usual linear evaluation: a linear classifier trained by SGD on the frozen encoder, with random crops and
-          mirroring; its learning rate is chosen on a tenth of the training images that is held out from it
+          mirroring; its learning rate is chosen on a tenth of the training images that it never learns from
 
-Beside the embeddings: the expander's outputs, the same encoder untrained, and as many principal components of the
-pixels. Leaves `probes.json`, `metrics.json` and `config.json`.
+Beside the embeddings: the expander's outputs, the same encoder with new weights (a frozen backbone keeps its own), and
+as many principal components of the pixels. Leaves `probes.json`, `metrics.json` and `config.json`.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 LINEAR_VIEW = Augmentation(smallest_crop=0.08, jitter_probability=0, grey_probability=0)
 """Random crop and mirroring, as is usual in linear evaluation."""
 HELD_OUT = 10
-"""One of so many training images is held out from the linear probe while its learning rate is chosen."""
+"""One of so many training images is held out from the linear probe, to choose its learning rate by."""
 
 Representation = Callable[[Tensor], Tensor]
 """Frames (B, 3, H, W), float in [0, 1], to (B, D)."""
@@ -92,17 +92,18 @@ def main(options: Options) -> None:
     if (options.encoder.parent / "expander").is_dir():
         expander = load_expander(options.encoder.parent / "expander").to(device)
         representations["expander output"] = lambda frames: expander(encoder(frames))
-    representations["untrained embedding"] = FrameEncoder(encoder.config).to(device).eval()
+    representations["untrained embedding"] = untrained(encoder)
     representations["pixels (principal components)"] = principal_components(train, encoder.embedding_dimension, device)
-    train_labels, test_labels = train.found.labels.to(device), test.found.labels.to(device)
     results: dict[str, dict[str, float]] = {}
     for name, represent in representations.items():
-        known, asked = (embed(represent, images, name, device) for images in (train, test))
+        (known, train_labels), (asked, test_labels) = (
+            embed_labelled(represent, images, name, device) for images in (train, test)
+        )
         scores = {
             f"knn_{k}": knn_scores(known, train_labels, asked, classes, k) for k in options.neighbours
         } | {"ridge": ridge_scores(known, train_labels, asked)}  # fmt: skip
         if options.epochs and name in ("embedding", "expander output"):
-            scores["linear"] = linear_scores(represent, known, train, test, options, name)
+            scores["linear"] = linear_scores(represent, known, asked, train, options, name)
         results[name] = {
             f"{kind}_top{top}": accuracy(value, test_labels, top) for kind, value in scores.items() for top in (1, 5)
         }
@@ -110,7 +111,7 @@ def main(options: Options) -> None:
         "train_images": len(train.found.names),
         "test_images": len(test.found.names),
         "classes": classes,
-        "refused": train.refused | test.refused,
+        "refused": train.refused | test.refused,  # those that were loaded do not count above
         "accuracy": results,
     }
     write_json(options.output_dir / "probes.json", record)
@@ -127,7 +128,7 @@ def load_images(options: Options, size: tuple[int, int], memory: int, device: to
     classes = len(train.found.classes)
     require(classes > 1, f"{train.found.root}: its images are not in folders named after classes, at least two of them")
     require(
-        train.found.root != test.found.root,
+        train.found.root.resolve() != test.found.root.resolve(),
         f"{train.found.root} has no parts of the names train and test: name the test images with --test-images",
     )
     require(
@@ -136,8 +137,8 @@ def load_images(options: Options, size: tuple[int, int], memory: int, device: to
         f"{', '.join(train.found.classes)}",
     )
     for images in (train, test):
-        every = round(1 / options.fraction)
-        images.keep(range(0, len(images.found.names), every))
+        count = len(images.found.names)
+        images.keep(np.linspace(0, count, round(count * options.fraction), endpoint=False).astype(int).tolist())
         if images.bytes_needed <= memory / 2:
             images.load(device)
     missing = classes - len(train.found.labels.unique())
@@ -157,6 +158,21 @@ def principal_components(images: Images, components: int, device: torch.device) 
     return lambda frames: (frames.flatten(1) - mean) @ directions
 
 
+def untrained(encoder: FrameEncoder) -> FrameEncoder:
+    """The same encoder with new weights, but for those of a frozen backbone, which training never moved."""
+    new = FrameEncoder(encoder.config).to(encoder.pixel_mean.device).eval()
+    if encoder.config.frozen_backbone:
+        new.backbone.load_state_dict(encoder.backbone.state_dict())
+    return new
+
+
+def embed_labelled(represent: Representation, images: Images, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, D) of all images that can be read, and their classes."""
+    embeddings = embed(represent, images, name, device)
+    labels = images.labels(range(len(images.found.names))).to(device)
+    return embeddings[labels >= 0], labels[labels >= 0]
+
+
 @torch.inference_mode()
 def embed(represent: Representation, images: Images, name: str, device: torch.device) -> Tensor:
     """All images as they are, (N, D), on the device that the representation is computed on."""
@@ -170,10 +186,10 @@ def embed(represent: Representation, images: Images, name: str, device: torch.de
 
 
 def linear_scores(
-    represent: Representation, known: Tensor, train: Images, test: Images, options: Options, name: str
+    represent: Representation, known: Tensor, asked: Tensor, train: Images, options: Options, name: str
 ) -> Tensor:
     """Scores (M, classes) of test images by the linear probe, at the rate that is best on held-out training images."""
-    rows = np.arange(len(train.found.names))
+    rows = np.flatnonzero(train.labels(range(len(train.found.names))) >= 0)
     held_out, learnt = rows[::HELD_OUT], np.delete(rows, np.s_[::HELD_OUT])
     probes = LinearProbes(known.mean(dim=0), known.std(dim=0), len(train.found.classes), RATES).to(known.device)
     optimizer = torch.optim.SGD(probes.parameter_groups(), momentum=0.9)
@@ -195,8 +211,8 @@ def linear_scores(
     bar.close()
     with torch.inference_mode():
         labels = train.found.labels[held_out]
-        best = int(np.argmax([accuracy(scores, labels) for scores in probes(known[held_out])]))
-        return probes(embed(represent, test, name, known.device))[best]
+        best = int(np.argmax([accuracy(scores, labels) for scores in probes(known[::HELD_OUT])]))
+        return probes(asked)[best]
 
 
 def batches(rows: np.ndarray, size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from data.frames import FramePairs, read_sequences
-from data.images import ImageError, ImagePairs, Images, find_images
+from data.images import ImagePairs, Images, find_images, require_batch
 from data.manifest import EXAMPLES
 from data.video import FrameSize
+from pipelines.guards import require_agreement, summary
 from pipelines.stage import counted, leave_account, write_json
 from pipelines.training import (
     DIAGNOSTIC_CLIPS,
@@ -108,9 +108,10 @@ class ImageSource(Source):
 
     pairs: ImagePairs
 
-    def __init__(self, accelerator: Accelerator, path: Path, size: FrameSize, strict: bool) -> None:
-        self.accelerator, self.strict = accelerator, strict
-        self.images = Images(main_first(accelerator, lambda: find_images(path, "train")), size)
+    def __init__(self, accelerator: Accelerator, path: Path, size: FrameSize, strict: bool, batch_size: int) -> None:
+        self.accelerator = accelerator
+        self.images = Images(main_first(accelerator, lambda: find_images(path, "train")), size, strict)
+        require_batch(self.images, batch_size * accelerator.num_processes)  # before anything is written
         self.names = list(self.images.found.names)
         self.inputs = {"images": str(self.images.found.root), "classes": self.images.found.classes}
         if len(self.images.found.classes) > 1:
@@ -120,8 +121,7 @@ class ImageSource(Source):
         cores, main = cores_of_this_process(), self.accelerator.is_main_process
         if self.images.bytes_needed <= memory_bytes:
             self.images.load(self.accelerator.device, cores, main)
-            if self.strict and self.images.refused:
-                raise ImageError(next(iter(self.images.refused.values())))
+        require_agreement(self.accelerator, readable_images=summary(self.images.found.names))
         self.pairs = ImagePairs(
             self.images, batch_size, seed, self.accelerator.process_index, self.accelerator.num_processes, cores
         )
@@ -129,8 +129,9 @@ class ImageSource(Source):
     def read_sequences(self) -> Tensor:
         every = -(-len(self.images.found.names) // DIAGNOSTIC_IMAGES)
         rows = range(0, len(self.images.found.names), every)
-        self.labels = self.images.found.labels[torch.tensor(rows)]
-        return self.images.read(rows, cores_of_this_process())[:, None]
+        images = self.images.read(rows, cores_of_this_process())[:, None]
+        self.labels = self.images.labels(rows)
+        return images
 
     def leave_account(self, folder: Path) -> dict[str, int]:
         refused: dict[str, str] = {}

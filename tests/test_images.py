@@ -147,3 +147,38 @@ def test_ranks_share_every_batch(folder):
     assert parts[0].videos + parts[1].videos == whole.videos
     with pytest.raises(ImageError, match="12 images are fewer than a batch of 14"):
         ImagePairs(images, 7, seed=0, ranks=2)
+
+
+def test_what_lies_beside_the_parts_or_around_them_is_left_alone(in_parts, tmp_path):
+    Image.new("RGB", (9, 9)).save(in_parts / "preview.png")
+    (in_parts / "unlabelled").mkdir()
+    Image.new("RGB", (9, 9)).save(in_parts / "unlabelled" / "x.png")
+    (in_parts / "train" / ".hidden").mkdir()
+    Image.new("RGB", (9, 9)).save(in_parts / "train" / ".hidden" / "x.png")
+    for path in (in_parts, tmp_path):  # itself, and the folder around it
+        found = find_images(path, "train")
+        assert found.root == in_parts / "train"
+        assert found.classes == ("a", "b", "c")
+        assert len(found.names) == 12
+        assert len(find_images(path, "test").names) == 5
+
+
+def test_labels_of_stand_ins_are_not_known(folder):
+    (folder / "b" / "000.png").write_bytes(b"no image")
+    pairs = ImagePairs(Images(find_images(folder, "train"), (8, 12)), 12, seed=0)
+    batch = next(iter(pairs))
+    names = [str(name.relative_to(folder)) for name in batch.videos]
+    assert {name for name, label in zip(names, batch.labels, strict=True) if label < 0} == {"b/000.png"}
+    with pytest.raises(ImageError, match=r"b/000\.png: cannot be decoded"):
+        Images(find_images(folder, "train"), (8, 12), strict=True).read([4, 5])
+    with pytest.raises(ImageError, match=r"b/000\.png: cannot be decoded"):
+        Images(find_images(folder, "train"), (8, 12), strict=True).load(CPU, progress=False)
+
+
+def test_a_fault_of_the_machine_is_not_the_image_s(folder, monkeypatch):
+    def fail(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        loaded(folder)

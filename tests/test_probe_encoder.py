@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from jepa.encoder import EncoderConfig, FrameEncoder
 from pipelines.artefacts import load_expander
 from pipelines.pretrain_encoder import Options as PretrainOptions
 from pipelines.pretrain_encoder import main as pretrain_main
-from pipelines.probe_encoder import Options, main
+from pipelines.probe_encoder import Options, main, untrained
 from pipelines.stage import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +32,7 @@ def images(tmp_path_factory, write_images):
 
 def pretrain(images, output, *more, **changes):
     options = {
-        "images": images, "output-dir": output, "views.kind": "cifar", "steps": 100, "batch-size": 16, "log-every": 20,
+        "images": images, "output-dir": output, "views.kind": "cifar", "steps": 100, "batch-size": 16, "log-every": 100,
         "encoder.image-size": "16 16", "encoder.embedding-dimension": 8, "expander.width": 16, "tracker": "none",
         "checkpoints.every-steps": 10,
     } | changes  # fmt: skip
@@ -140,6 +143,32 @@ def test_a_part_of_the_images(images, run, tmp_path):
     found = probe(images, run, tmp_path, fraction=0.5, epochs=0)
     assert (found["train_images"], found["test_images"]) == (45, 12)
     assert "linear_top1" not in found["accuracy"]["embedding"]
+
+
+def test_damaged_and_streamed_images_are_left_out_with_their_labels(images, run, tmp_path):
+    damaged = tmp_path / "images"
+    shutil.copytree(images, damaged)
+    for index in range(10, 20):
+        (damaged / "train" / "b" / f"{index:03d}.png").write_bytes(b"no image")
+    (damaged / "test" / "c" / "000.png").write_bytes(b"no image")
+    for memory in ("1GB", "1kB"):
+        found = probe(damaged, run, tmp_path, memory=memory, overwrite=True)
+        assert len(found["refused"]) == 11
+        for row in found["accuracy"].values():
+            assert row["ridge_top1"] > 0.8
+        assert (found["accuracy"]["embedding"]["ridge_top1"] * 23) % 1 == pytest.approx(0, abs=1e-9)  # of 23 images
+
+
+def test_an_untrained_encoder_keeps_a_frozen_backbone():
+    for frozen in (True, False):
+        encoder = FrameEncoder(EncoderConfig(image_size=(16, 16), embedding_dimension=4, frozen_backbone=frozen))
+        new = untrained(encoder)
+        assert not torch.equal(new.head.weight, encoder.head.weight)
+        same = [
+            torch.equal(one, other)
+            for one, other in zip(new.backbone.parameters(), encoder.backbone.parameters(), strict=True)
+        ]
+        assert all(same) if frozen else not all(same)
 
 
 def test_images_that_cannot_be_probed(images, run, tmp_path, write_images):
