@@ -159,7 +159,7 @@ def main(options: Options) -> None:
             options.strict,
         )
     )  # fmt: skip
-    require_agreement(accelerator, samples=summary(source.names))
+    require_agreement(accelerator, **{source.noun: summary(source.names)})
     on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, source.inputs))
     global_batch = options.batch_size * accelerator.num_processes
     held = min(options.micro_batch_size or options.batch_size, options.batch_size)  # frames at a time

@@ -29,6 +29,8 @@ DIAGNOSTIC_IMAGES = 2000
 class Source(ABC):
     """Samples for training, samples for diagnostics, and an account of both."""
 
+    noun: str
+    """What they are called, in the plural."""
     names: list[str]
     """Of all samples' files, in an order that is the same on all ranks."""
     pairs: FramePairs | ImagePairs
@@ -60,6 +62,7 @@ class Source(ABC):
 class VideoSource(Source):
     """Pairs of neighbouring frames. Finding them is collective; raises VideoError as `find_usable_videos` does."""
 
+    noun = "videos"
     pairs: FramePairs
 
     def __init__(
@@ -106,6 +109,7 @@ class VideoSource(Source):
 class ImageSource(Source):
     """Still images, each a pair with itself. Finding them is collective; raises ImageError as `find_images` does."""
 
+    noun = "images"
     pairs: ImagePairs
 
     def __init__(self, accelerator: Accelerator, path: Path, size: FrameSize, strict: bool, batch_size: int) -> None:
