@@ -100,12 +100,12 @@ def test_cifar_study_runs_and_draws(tmp_path, write_images, monkeypatch):
         write_images(tmp_path / "images" / split, {"a": count, "b": count, "c": count}, seed=count)
     common = (
         f"--images {tmp_path}/images --views.kind cifar --encoder.image-size 16 16 --encoder.head-widths 16 8 "
-        "--expander.width 16 --expander.output-dimension 20 --steps 60 --log-every 20 --batch-size 32 --tracker csv"
+        "--expander.width 16 --steps 60 --log-every 20 --batch-size 32 --tracker csv"
     )
     for name, options in {
         "25_25_1": "",
         "1_1_1": "--objective.variance-weight 1 --objective.invariance-weight 1",
-        "invariance": "--objective.kind invariance --encoder.embedding-dimension 2",
+        "invariance": "--objective.kind invariance --expander.output-dimension 2",
     }.items():
         words = f"{common} {options} --output-dir {tmp_path}/study/{name}".split()
         subprocess.run(
