@@ -44,4 +44,4 @@ class Expander(nn.Sequential, PyTorchModelHubMixin):
             inputs = expander.width
         outputs = expander.output_dimension or expander.width
         super().__init__(*layers, nn.Linear(inputs, outputs, bias=False))
-        self.config, self.output_dimension = expander, outputs
+        self.output_dimension = outputs
