@@ -8,11 +8,11 @@ is in *standardised* space, as in `jepa.predictor`; `Infiller.standardise` leads
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as functional
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from jepa.attention import AttentionBlock
 from jepa.encoder import ConfigurationError
 
 NEAREST = 4
@@ -42,7 +42,7 @@ class InfillerConfig:
         return self.longest_gap + 2 * self.context
 
 
-class Block(nn.Module):
+class Block(AttentionBlock):
     """Pre-norm self-attention in both directions, then an MLP; (B, T, width) -> (B, T, width).
 
     Attention has a learned bias for each head and distance in time (Raffel et al. 2020, arXiv:1910.10683): the same
@@ -50,34 +50,16 @@ class Block(nn.Module):
     """
 
     def __init__(self, config: InfillerConfig) -> None:
-        super().__init__()
-        self.heads, self.dropout, self.farthest = config.heads, config.dropout, config.window - 1
+        super().__init__(config.width, config.heads, config.dropout)
+        self.farthest = config.window - 1
         self.distance_bias = nn.Parameter(torch.zeros(config.heads, 2 * self.farthest + 1))
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.queries_keys_values = nn.Linear(config.width, 3 * config.width)
-        self.mix = nn.Linear(config.width, config.width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(config.width),
-            nn.Linear(config.width, 4 * config.width),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(4 * config.width, config.width),
-        )
 
     def forward(self, states: Tensor) -> Tensor:
         at = torch.arange(states.shape[1], device=states.device)
         distance = (at - at[:, None]).clamp(-self.farthest, self.farthest)  # (T, T)
-        projected = self.queries_keys_values(self.attention_norm(states))
-        queries, keys, values = rearrange(projected, "b t (three h c) -> three b h t c", three=3, h=self.heads)
-        attended = functional.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=self.distance_bias[:, distance + self.farthest].to(queries.dtype),  # (heads, T, T)
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        states = states + self.mix(rearrange(attended, "b h t c -> b t (h c)"))
-        return states + self.mlp(states)
+        queries, keys, values = self.project(states)
+        bias = self.distance_bias[:, distance + self.farthest].to(queries.dtype)  # (heads, T, T)
+        return self.attend(states, queries, keys, values, bias)
 
 
 class Infiller(nn.Module, PyTorchModelHubMixin):

@@ -12,6 +12,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
+from jepa.attention import AttentionBlock
 from jepa.encoder import ConfigurationError
 
 
@@ -82,7 +83,7 @@ class CausalTransformer(nn.Module):
                 "rotary positions turn pairs of channels; choose another number of heads"
             )
         self.embed = nn.Linear(inputs, config.width)
-        self.blocks = nn.ModuleList(AttentionBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
 
     def forward(
@@ -95,41 +96,23 @@ class CausalTransformer(nn.Module):
         return self.norm(hidden[:, -outputs:]), kept
 
 
-class AttentionBlock(nn.Module):
+class CausalBlock(AttentionBlock):
     """Causal self-attention, then an MLP; hidden (B, T, width), ticks (B, T), keys and values of the steps before."""
 
     def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        self.context, self.heads, self.dropout = config.context, config.heads, config.dropout
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.queries_keys_values = nn.Linear(config.width, 3 * config.width)
-        self.mix = nn.Linear(config.width, config.width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(config.width),
-            nn.Linear(config.width, 4 * config.width),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(4 * config.width, config.width),
-        )
+        super().__init__(config.width, config.heads, config.dropout)
+        self.context = config.context
 
     def forward(
         self, hidden: Tensor, ticks: Tensor, state: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        projected = self.queries_keys_values(self.attention_norm(hidden))
-        queries, keys, values = rearrange(projected, "b t (three h c) -> three b h t c", three=3, h=self.heads)
+        queries, keys, values = self.project(hidden)
         queries, keys = self.turn(queries, ticks), self.turn(keys, ticks)
         if state is not None:
             keys, values = torch.cat([state[0], keys], dim=2), torch.cat([state[1], values], dim=2)
-        attended = functional.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=self.visible(queries.shape[2], keys.shape[2], hidden.device),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        hidden = hidden + self.mix(rearrange(attended, "b h t c -> b t (h c)"))
+        mask = self.visible(queries.shape[2], keys.shape[2], hidden.device)
         oldest = max(0, keys.shape[2] - self.context + 1)
-        return hidden + self.mlp(hidden), (keys[:, :, oldest:], values[:, :, oldest:])
+        return self.attend(hidden, queries, keys, values, mask), (keys[:, :, oldest:], values[:, :, oldest:])
 
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Which keys each query may see: itself and the `context` - 1 before it; None for all of them."""
