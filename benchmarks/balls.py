@@ -11,8 +11,6 @@ and a run without the variance term, which has to trip the collapse alarm. Print
 
 import json
 import resource
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +23,8 @@ from data.synthetic import STATE_COLUMNS, BallWorld, write_ball_videos
 from jepa.bootstrap import Bootstrap
 from jepa.probe import fit_probe, measure_agreement
 from pipelines.probe_embeddings import label_windows
-from pipelines.stage import run_stage, write_json
+from pipelines.stage import run_python, run_stage, write_json
 
-ROOT = Path(__file__).parent.parent
 LONGER = [
     *("--train-clips", 4000, "--encoder-steps", 1500, "--predictor-steps", 6000),
     "--predictor-options=--compute.precision bf16 --log-every 500",
@@ -62,7 +59,7 @@ def measure_seed(seed: int, folder: Path, options: Options) -> dict[str, Any]:
     """All figures of one seed, flat."""
     started = time.monotonic()
     fresh = not folder.exists()
-    call("pipelines/demo.py", "--output-dir", folder, "--seed", seed, *LONGER)
+    run_python("pipelines/demo.py", "--output-dir", folder, "--seed", seed, *LONGER)
     results: dict[str, Any] = {}
     if fresh:
         results["demo: seconds"] = time.monotonic() - started
@@ -91,11 +88,6 @@ def measure_seed(seed: int, folder: Path, options: Options) -> dict[str, Any]:
     return results
 
 
-def call(*words: object) -> None:
-    """Run a stage with this Python, from the root."""
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-
-
 def probe_positions(train: EmbeddingCache, test: EmbeddingCache) -> np.ndarray:
     """R2 of each coordinate, read linearly off the embeddings of single test frames."""
     learned, judged = (label_windows(cache, STATE_COLUMNS, 1, limit=40_000) for cache in (train, test))
@@ -110,20 +102,25 @@ def textured(seed: int, folder: Path) -> dict[str, float]:
         write_ball_videos(folder / "videos" / split, clips, world, seed=1000 + 2 * seed + number)
     clock = ["--fps", world.fps, "--seed", seed]
     if not (folder / "encoder" / "metrics.json").exists():
-        call("pipelines/pretrain_encoder.py", "--videos", folder / "videos" / "train", "--output-dir",
-             folder / "encoder", "--resume", *clock)  # fmt: skip
+        run_python(
+            "pipelines/pretrain_encoder.py", "--videos", folder / "videos" / "train", "--output-dir",
+            folder / "encoder", "--resume", *clock,
+        )  # fmt: skip
     for split in ("train", "test"):
-        call("pipelines/cache_embeddings.py", "--videos", folder / "videos" / split, "--encoder",
-             folder / "encoder" / "encoder", "--output-dir", folder / "cache" / split, *clock)  # fmt: skip
+        run_python(
+            "pipelines/cache_embeddings.py", "--videos", folder / "videos" / split, "--encoder",
+            folder / "encoder" / "encoder", "--output-dir", folder / "cache" / split, *clock,
+        )  # fmt: skip
     r2 = probe_positions(EmbeddingCache(folder / "cache" / "train"), EmbeddingCache(folder / "cache" / "test"))
     return {"textured: position R2, mean": float(r2.mean()), "textured: position R2, worst": float(r2.min())}
 
 
 def collapse(seed: int, folder: Path) -> dict[str, float]:
     """At which step the alarm trips without the variance term, and whether it ever did in the healthy run."""
-    call("pipelines/pretrain_encoder.py", "--videos", folder / "videos" / "train", "--output-dir", folder / "collapsed",
-         "--fps", BallWorld().fps, "--seed", seed, "--steps", 200, "--objective.variance-weight", 0,
-         "--overwrite")  # fmt: skip
+    run_python(
+        "pipelines/pretrain_encoder.py", "--videos", folder / "videos" / "train", "--output-dir", folder / "collapsed",
+        "--fps", BallWorld().fps, "--seed", seed, "--steps", 200, "--objective.variance-weight", 0, "--overwrite",
+    )  # fmt: skip
     without = json.loads((folder / "collapsed" / "metrics.json").read_text())
     healthy = json.loads((folder / "encoder" / "metrics.json").read_text())
     return {

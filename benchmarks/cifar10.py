@@ -17,15 +17,13 @@ State that has to travel in pieces: `tar c FOLDER | split -b 16M - piece_` and `
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.stage import require, run_stage, write_json
+from pipelines.stage import require, run_python, run_stage, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,9 +82,11 @@ def measure_seed(seed: int, folder: Path, images: Path, options: Options) -> dic
     if not trained.exists():
         pretrain(images, options, folder / "encoder", seed)
     if not (folder / "probes" / "metrics.json").exists():
-        call("probe_encoder", "--images", images, "--encoder", folder / "encoder" / "encoder", "--epochs",
-             options.epochs, "--fraction", options.fraction, "--seed", seed, "--output-dir", folder / "probes",
-             "--overwrite")  # fmt: skip
+        run_python(
+            "pipelines/probe_encoder.py", "--images", images, "--encoder", folder / "encoder" / "encoder", "--epochs",
+            options.epochs, "--fraction", options.fraction, "--seed", seed, "--output-dir", folder / "probes",
+            "--overwrite",
+        )  # fmt: skip
     found: dict[str, Any] = json.loads((folder / "probes" / "probes.json").read_text())
     return found | {"seconds": json.loads(trained.read_text())["seconds"]}
 
@@ -103,13 +103,10 @@ def provoke(kind: str, seed: int, folder: Path, images: Path, options: Options) 
 
 def pretrain(images: Path, options: Options, output: Path, seed: int, *more: object) -> None:
     """Train by the preset, or go on."""
-    call("pretrain_encoder", "--preset", options.preset.absolute(), "--images", images, "--output-dir", output,
-         "--seed", seed, "--tracker", "csv", "--resume", *options.encoder_options.split(), *more)  # fmt: skip
-
-
-def call(stage: str, *words: object) -> None:
-    """Run a stage with this Python, from the root."""
-    subprocess.run([sys.executable, f"pipelines/{stage}.py", *map(str, words)], cwd=ROOT, check=True)
+    run_python(
+        "pipelines/pretrain_encoder.py", "--preset", options.preset.absolute(), "--images", images, "--output-dir",
+        output, "--seed", seed, "--tracker", "csv", "--resume", *options.encoder_options.split(), *more,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

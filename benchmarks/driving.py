@@ -11,8 +11,6 @@ stretch of 40 frames played backwards, and with a splice of a_00. Prints a table
 import csv
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 from data.synthetic import write_video
 from data.video import read_on_clock
-from pipelines.stage import require, run_stage, write_json
+from pipelines.stage import require, run_python, run_stage, write_json
 
 ROOT = Path(__file__).parent.parent
 FPS = 4
@@ -105,21 +103,28 @@ def measure_seed(
     started = time.monotonic()
     train = [recordings / f"{name}.mp4" for name in ("a_00", "b_00", "b_01")]
     if not (folder / "encoder" / "metrics.json").exists():
-        call("pretrain_encoder", "--videos", *train, "--output-dir", folder / "encoder", "--fps", FPS,
-             "--encoder.image-size", *SIZE, "--seed", seed, "--resume", *words(ENCODER))  # fmt: skip
+        run_python(
+            "pipelines/pretrain_encoder.py", "--videos", *train, "--output-dir", folder / "encoder", "--fps", FPS,
+            "--encoder.image-size", *SIZE, "--seed", seed, "--resume", *words(ENCODER),
+        )  # fmt: skip
     for name, videos, phases in (
         ("train", train, 3),
         ("test", [recordings / "b_02.mp4"], 1),
     ):
-        call("cache_embeddings", "--videos", *videos, "--encoder", folder / "encoder" / "encoder", "--fps", FPS,
-             "--output-dir", folder / "cache" / name, "--phases", phases)  # fmt: skip
+        run_python(
+            "pipelines/cache_embeddings.py", "--videos", *videos, "--encoder", folder / "encoder" / "encoder", "--fps",
+            FPS, "--output-dir", folder / "cache" / name, "--phases", phases,
+        )  # fmt: skip
     if not (folder / "predictor" / "metrics.json").exists():
-        call("train_predictor", "--train-cache", folder / "cache" / "train", "--folds", len(train),
-             "--members", 2,
-             "--output-dir", folder / "predictor", "--seed", seed, "--resume", *words(PREDICTOR))  # fmt: skip
+        run_python(
+            "pipelines/train_predictor.py", "--train-cache", folder / "cache" / "train", "--folds", len(train),
+            "--members", 2, "--output-dir", folder / "predictor", "--seed", seed, "--resume", *words(PREDICTOR),
+        )  # fmt: skip
     results: dict[str, Any] = {"training: seconds": time.monotonic() - started}
-    call("evaluate_rollout", "--cache", folder / "cache" / "test", "--predictor", folder / "predictor" / "predictor",
-         "--output-dir", folder / "evaluation", "--overwrite")  # fmt: skip
+    run_python(
+        "pipelines/evaluate_rollout.py", "--cache", folder / "cache" / "test", "--predictor",
+        folder / "predictor" / "predictor", "--output-dir", folder / "evaluation", "--overwrite",
+    )  # fmt: skip
     rollout = json.loads((folder / "evaluation" / "rollout.json").read_text())["predictors"]
     for horizon in (1, 5, 10, 15, 20):
         for name in ("model", "ridge", "shrunk_ridge"):
@@ -128,8 +133,10 @@ def measure_seed(
             results[f"horizon {horizon}: model of {to}"] = rollout["model"][horizon - 1][f"relative_to_{to}"]
     models = ["--encoder", folder / "encoder" / "encoder", "--predictor", folder / "predictor" / "predictor"]
     for name, videos, horizon in (("reversed", list(reversals), SURPRISE_HORIZON), ("spliced", [splice[0]], 1)):
-        call("score_surprise", "--videos", *videos, *models, "--output-dir", folder / name, "--horizon", horizon,
-             "--overwrite")  # fmt: skip
+        run_python(
+            "pipelines/score_surprise.py", "--videos", *videos, *models, "--output-dir", folder / name, "--horizon",
+            horizon, "--overwrite",
+        )  # fmt: skip
     found = notice_reversals(read_energies(folder / "reversed" / "surprise.csv"), reversals)
     return results | found | notice_splice(read_energies(folder / "spliced" / "surprise.csv"), splice)
 
@@ -137,12 +144,6 @@ def measure_seed(
 def words(options: dict[str, Any]) -> list[object]:
     """Options as they stand on a command line."""
     return [word for name, value in options.items() for word in (f"--{name}", value)]
-
-
-def call(stage: str, *words: object) -> None:
-    """Run a stage with this Python, from the root."""
-    command = [sys.executable, f"pipelines/{stage}.py", *map(str, words)]
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
 
 
 Energies = dict[str, np.ndarray]

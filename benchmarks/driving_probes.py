@@ -10,8 +10,6 @@ in Markdown and writes `results.json`.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from data.video import read_on_clock
 from jepa.bootstrap import Bootstrap
 from jepa.probe import ProbeKind
 from pipelines.probe_embeddings import ENOUGH_GROUPS, describe, label_windows, read_all
-from pipelines.stage import require, run_stage, write_json
+from pipelines.stage import require, run_python, run_stage, write_json
 
 ROOT = Path(__file__).parent.parent
 RECORDINGS = {"train": ("a_00", "b_00", "b_01"), "test": ("b_02",)}
@@ -56,8 +54,7 @@ def main(options: Options) -> None:
     for split, names in RECORDINGS.items():
         videos = [str(recordings / f"{name}.mp4") for name in names]
         words = ["--encoder", options.encoder.absolute(), "--fps", FPS, "--output-dir", folder / "cache" / split]
-        command = [sys.executable, "pipelines/cache_embeddings.py", "--videos", *videos, *map(str, words)]
-        subprocess.run(command, cwd=ROOT, check=True)
+        run_python("pipelines/cache_embeddings.py", "--videos", *videos, *words)
     train, test = (EmbeddingCache(folder / "cache" / split) for split in RECORDINGS)
     longest, limit = max(options.window), max(train.frames, test.frames)
     learned, judged = (label_windows(cache, COLUMNS, longest, limit) for cache in (train, test))

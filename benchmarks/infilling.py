@@ -8,8 +8,6 @@ balls' positions off what it and the simple guesses put into the middle of gaps.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +22,9 @@ from data.windows import Windows
 from jepa.bootstrap import Bootstrap
 from jepa.infilling import Infiller, middle_gap
 from jepa.probe import Probe, fit_probe, measure_agreement
-from pipelines.stage import run_stage, write_json
+from pipelines.stage import run_python, run_stage, write_json
 from pipelines.train_infiller import MEASURED_WINDOWS, fill_all, spread
 
-ROOT = Path(__file__).parent.parent
 GAPS = (1, 3, 5, 7, 9)
 
 
@@ -65,8 +62,7 @@ def measure_seed(
     if not (folder / "metrics.json").exists():
         caches = [word for name, split in (("train", "train"), ("validation", "val"), ("test", "test"))
                   for word in (f"--{name}-cache", options.run.absolute() / "cache" / split)]  # fmt: skip
-        command = ["pipelines/train_infiller.py", *caches, "--output-dir", folder, "--seed", seed, "--resume"]
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        run_python("pipelines/train_infiller.py", *caches, "--output-dir", folder, "--seed", seed, "--resume")
     guesses = json.loads((folder / "infilling.json").read_text())["guesses"]
     results = {"seconds": json.loads((folder / "metrics.json").read_text())["seconds"]}
     for gap in GAPS:

@@ -11,17 +11,14 @@ Errors relative to copying are in each encoder's own space; across encoders comp
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.synthetic import STATE_COLUMNS, BallWorld
-from pipelines.stage import require, run_stage, write_json
+from pipelines.stage import require, run_python, run_stage, write_json
 
-ROOT = Path(__file__).parent.parent
 HORIZONS = (1, 5, 10, 20)
 Figures = dict[str, float]
 
@@ -77,20 +74,27 @@ def measure(videos: Path, folder: Path, seed: int, training: list[object]) -> Fi
     """Train by these options on the videos of a run, cache, calibrate, evaluate; what has been trained stays."""
     cache, clock = folder / "cache", ("--fps", BallWorld().fps, "--seed", seed)
     if not (folder / "metrics.json").exists():
-        call("train_jointly", "--videos", videos / "train", "--output-dir", folder, "--resume", *clock, *training)
+        run_python(
+            "pipelines/train_jointly.py", "--videos", videos / "train", "--output-dir", folder, "--resume", *clock,
+            *training,
+        )  # fmt: skip
     for split in ("train", "val", "test"):
-        call("cache_embeddings", "--videos", videos / split, "--encoder", folder / "encoder", "--output-dir",
-             cache / split, *clock)  # fmt: skip
-    call("train_predictor", "--train-cache", cache / "train", "--validation-cache", cache / "val",
-         "--initial-predictor", folder / "predictor", "--steps", 0, "--output-dir", folder / "calibrated",
-         "--overwrite", "--seed", seed)  # fmt: skip
+        run_python(
+            "pipelines/cache_embeddings.py", "--videos", videos / split, "--encoder", folder / "encoder",
+            "--output-dir", cache / split, *clock,
+        )  # fmt: skip
+    run_python(
+        "pipelines/train_predictor.py", "--train-cache", cache / "train", "--validation-cache", cache / "val",
+        "--initial-predictor", folder / "predictor", "--steps", 0, "--output-dir", folder / "calibrated",
+        "--overwrite", "--seed", seed,
+    )  # fmt: skip
     return evaluate(cache, folder / "calibrated" / "predictor", folder / "evaluation", seed)
 
 
 def evaluate(cache: Path, predictor: Path, folder: Path, seed: int) -> Figures:
     """What a predictor reaches on the test clips."""
-    call(
-        "evaluate_rollout", "--cache", cache / "test", "--predictor", predictor, "--output-dir", folder,
+    run_python(
+        "pipelines/evaluate_rollout.py", "--cache", cache / "test", "--predictor", predictor, "--output-dir", folder,
         "--probe-cache", cache / "train", "--probe-columns", *STATE_COLUMNS, "--overwrite", "--seed", seed,
     )  # fmt: skip
     results = json.loads((folder / "rollout.json").read_text())
@@ -100,12 +104,6 @@ def evaluate(cache: Path, predictor: Path, folder: Path, seed: int) -> Figures:
         found[f"horizon {horizon}: of copy-last"] = model[horizon - 1]["relative_to_copy_last"]
         found[f"horizon {horizon}: position R2"] = float(np.mean(model[horizon - 1]["probe_r2"]))
     return found
-
-
-def call(stage: str, *words: object) -> None:
-    """Run a stage with this Python, from the root."""
-    command = [sys.executable, f"pipelines/{stage}.py", *map(str, words)]
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ Horizons up to 18, as long as a clip of the original is, are shown too.
 import os
 import resource
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +38,7 @@ from jepa.detection import DetectionHead, average_precision, fit_detection_head,
 from jepa.predictor import Predictor
 from pipelines.artefacts import load_predictor
 from pipelines.evaluate_rollout import imagine_all, lay_out_trials
-from pipelines.stage import require, run_stage, write_json
+from pipelines.stage import require, run_python, run_stage, write_json
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = 2
@@ -112,25 +110,21 @@ def train(seed: int, folder: Path, digits: dict[str, np.ndarray], options: Optio
     def stage(name: str, done: Path, *words: object) -> None:
         if not (done / "metrics.json").exists():
             fresh, started = not done.exists(), cpu_s(resource.RUSAGE_CHILDREN)
-            call(name, *words, "--output-dir", done, *common)
+            run_python(f"pipelines/{name}.py", *words, "--output-dir", done, *common)
             if fresh:
                 cost[done.name] = cpu_s(resource.RUSAGE_CHILDREN) - started
 
     stage("pretrain_encoder", folder / "encoder", "--videos", folder / "videos" / "train", "--fps", WORLD.fps,
           *shlex.split(options.encoder_options))  # fmt: skip
     for split in digits:
-        call("cache_embeddings", "--videos", folder / "videos" / split, "--encoder", folder / "encoder" / "encoder",
-             "--fps", WORLD.fps, "--output-dir", folder / "cache" / split)  # fmt: skip
+        run_python(
+            "pipelines/cache_embeddings.py", "--videos", folder / "videos" / split, "--encoder",
+            folder / "encoder" / "encoder", "--fps", WORLD.fps, "--output-dir", folder / "cache" / split,
+        )  # fmt: skip
     stage("train_predictor", folder / "predictor", "--train-cache", folder / "cache" / "train", "--validation-cache",
           folder / "cache" / "val", "--predictor.context", CONTEXT, "--validation-horizon", HORIZON,
           *shlex.split(options.predictor_options))  # fmt: skip
     return cost
-
-
-def call(stage: str, *words: object) -> None:
-    """Run a stage with this Python, from the root."""
-    status = subprocess.run([sys.executable, f"pipelines/{stage}.py", *map(str, words)], cwd=ROOT).returncode
-    require(status == 0, f"{stage} stopped as it says above (exit code {status}): run the benchmark again to go on")
 
 
 def cpu_s(who: int) -> float:

@@ -9,8 +9,6 @@ around its own mean. Prints a table in Markdown and writes `results.json`.
 """
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from data.synthetic import BallWorld, write_ball_videos
-from pipelines.stage import require, run_stage, write_json
+from pipelines.stage import require, run_python, run_stage, write_json
 
-ROOT = Path(__file__).parent.parent
 CLIPS = {"train": 4000, "val": 200, "test": 500}
 TRAINING = ["--steps", 5000, "--compute.precision", "bf16"]
 LATENT = ["--predictor.latent-dimension", 16]
@@ -59,15 +56,19 @@ def measure_seed(seed: int, options: Options) -> dict[str, Any]:
     world = BallWorld(walls="random")
     for number, (split, clips) in enumerate(CLIPS.items()):
         write_ball_videos(folder / "videos" / split, clips, world, seed=5000 + 3 * seed + number)
-        call("cache_embeddings", "--videos", folder / "videos" / split, "--encoder", encoder, "--fps", world.fps,
-             "--output-dir", folder / "cache" / split)  # fmt: skip
+        run_python(
+            "pipelines/cache_embeddings.py", "--videos", folder / "videos" / split, "--encoder", encoder, "--fps",
+            world.fps, "--output-dir", folder / "cache" / split,
+        )  # fmt: skip
     caches = ["--train-cache", folder / "cache" / "train", "--validation-cache", folder / "cache" / "val"]
     results: dict[str, Any] = {}
     for name, extra in {"latent": LATENT, "point": []}.items():
         started, fresh = time.monotonic(), not (folder / name).exists()
         if not (folder / name / "metrics.json").exists():
-            call("train_predictor", *caches, "--output-dir", folder / name, "--seed", seed, "--resume", *TRAINING,
-                 *extra)  # fmt: skip
+            run_python(
+                "pipelines/train_predictor.py", *caches, "--output-dir", folder / name, "--seed", seed, "--resume",
+                *TRAINING, *extra,
+            )  # fmt: skip
         if fresh:
             results[f"training, {name}: seconds"] = time.monotonic() - started
     judged = ["--cache", folder / "cache" / "test", "--validation-cache", folder / "cache" / "val", "--predictor",
@@ -75,7 +76,7 @@ def measure_seed(seed: int, options: Options) -> dict[str, Any]:
     around = {"rollout without a latent": ["--point-predictor", folder / "point" / "predictor"], "own mean": []}
     for centre, point in around.items():
         output = folder / f"samples_around_{centre.split()[0]}"
-        call("evaluate_samples", *judged, *point, "--output-dir", output)
+        run_python("pipelines/evaluate_samples.py", *judged, *point, "--output-dir", output)
         found = json.loads((output / "samples.json").read_text())
         for horizon in (1, 5, 10, 20):
             ours, plain = found["model"][horizon - 1], found["gaussian"][horizon - 1]
@@ -97,12 +98,6 @@ def measure_seed(seed: int, options: Options) -> dict[str, Any]:
                 },
             }
     return results
-
-
-def call(stage: str, *words: object) -> None:
-    """Run a stage with this Python, from the root."""
-    command = [sys.executable, f"pipelines/{stage}.py", *map(str, words)]
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

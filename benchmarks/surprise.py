@@ -17,8 +17,6 @@ clips, one step ahead; beside it stands the plain squared error. Prints a table 
 """
 
 import csv
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +34,8 @@ from jepa.baselines import Baseline
 from jepa.energy import measure_usual_errors, prediction_errors
 from jepa.predictor import Predictor
 from pipelines.artefacts import load_predictor
-from pipelines.stage import require, run_stage, write_json
+from pipelines.stage import require, run_python, run_stage, write_json
 
-ROOT = Path(__file__).parent.parent
 EVENTS: list[Event] = [event for event in get_args(Event) if event != "none"]
 PREDICTORS = ("model", "copy_last", "linear_extrapolation", "ridge")
 RESAMPLES = 1000
@@ -119,10 +116,9 @@ def main(options: Options) -> None:
 
 def embed(videos: list[Path], encoder: Path, fps: float, cache: Path) -> None:
     """Cache the embeddings of all videos in some folders, as one does with one's own."""
-    words = ["pipelines/cache_embeddings.py", "--videos", *videos, "--encoder", encoder, "--fps", fps, "--output-dir",
-             cache]  # fmt: skip
-    absolute = [word.absolute() if isinstance(word, Path) else word for word in words]
-    subprocess.run([sys.executable, *map(str, absolute)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    run_python(
+        "pipelines/cache_embeddings.py", "--videos", *videos, "--encoder", encoder, "--fps", fps, "--output-dir", cache,
+    )  # fmt: skip
 
 
 def read_pairs(cache: Path, folders: list[Path], predictor: Predictor) -> Pairs:

@@ -7,9 +7,6 @@ commands that one runs on one's own videos, and draws the imagined future beside
 where it was.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +22,7 @@ from jepa.probe import Probe
 from jepa.skill import imagine
 from pipelines.artefacts import load_predictor
 from pipelines.evaluate_rollout import fit_probe_on
-from pipelines.stage import LAUNCH, UserError, run_stage
+from pipelines.stage import LAUNCH, run_python, run_stage
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 SHOWN_CLIPS = 4
@@ -111,15 +108,9 @@ def stage(*words: object, done: Path | None = None) -> None:
         return
     # `accelerate launch` by its other name, `accelerate-launch`, which starts two seconds sooner.
     if command[:2] == ["accelerate", "launch"]:
-        program, words = [sys.executable, "-m", "accelerate.commands.launch"], words[2:]
+        run_python("-m", "accelerate.commands.launch", *words[2:])
     else:
-        program, words = [sys.executable], words[1:]
-    # From the repository's root, where the commands that are shown work as they are.
-    root = Path(__file__).parent.parent
-    paths = [str(Path(word).absolute()) if isinstance(word, Path) else str(word) for word in words]
-    result = subprocess.run([*program, *paths], cwd=root, env=os.environ)
-    if result.returncode:
-        raise UserError(f"the demo stopped at the command above (exit code {result.returncode}): run it again to go on")
+        run_python(*words[1:])
 
 
 def draw_futures(

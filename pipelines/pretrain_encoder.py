@@ -117,6 +117,11 @@ def main(options: Options) -> None:
         not options.images or options.views.kind != "neighbours",
         "--views.kind is neighbours, which still images do not have: take cifar for small images, vicreg for others",
     )
+    for name in ("fps", "phases", "image_fps"):
+        require(
+            not options.images or getattr(options, name) == getattr(Options, name),
+            f"--{name.replace('_', '-')} says how videos are sampled, which --images are not: leave it out",
+        )
     require(options.fps > 0, f"--fps is {options.fps:g}: it must be positive")
     for name in ("steps", "phases", "log_every", "image_fps"):
         value = getattr(options, name)

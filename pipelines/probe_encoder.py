@@ -56,7 +56,7 @@ class Options:
     test_images: Path | None = None
     """Where the test images are, if not beside the training images."""
     neighbours: tuple[int, ...] = (20, 200)
-    """Of the nearest-neighbour classifiers."""
+    """Of the nearest-neighbour classifiers; of fewer training images, all."""
     epochs: int = 100
     """Passes over the training images of the linear probe; 0 to leave it out, for it takes by far the longest."""
     fraction: float = 1.0
@@ -100,7 +100,8 @@ def main(options: Options) -> None:
             embed_labelled(represent, images, name, device) for images in (train, test)
         )
         scores = {
-            f"knn_{k}": knn_scores(known, train_labels, asked, classes, k) for k in options.neighbours
+            f"knn_{k}": knn_scores(known, train_labels, asked, classes, k)
+            for k in sorted({min(k, len(known)) for k in options.neighbours})
         } | {"ridge": ridge_scores(known, train_labels, asked)}  # fmt: skip
         if options.epochs and name in ("embedding", "expander output"):
             scores["linear"] = linear_scores(represent, known, asked, train, options, name)
@@ -108,10 +109,10 @@ def main(options: Options) -> None:
             f"{kind}_top{top}": accuracy(value, test_labels, top) for kind, value in scores.items() for top in (1, 5)
         }
     record: dict[str, Any] = {
-        "train_images": len(train.found.names),
-        "test_images": len(test.found.names),
+        "train_images": len(known),
+        "test_images": len(asked),
         "classes": classes,
-        "refused": train.refused | test.refused,  # those that were loaded do not count above
+        "refused": train.refused | test.refused,
         "accuracy": results,
     }
     write_json(options.output_dir / "probes.json", record)

@@ -153,6 +153,18 @@ def _first_sentence(error: BaseException, start: int = 0) -> str:
     return re.split(r"\.\s|\n", str(error)[start:] or repr(error))[0].strip().removesuffix(".")
 
 
+def run_python(*words: object) -> None:
+    """Run Python with these words from the repository's root, its messages on this screen; paths become absolute.
+
+    Raises:
+        UserError: it stopped with an error, which it has explained itself.
+    """
+    arguments = [str(word.absolute()) if isinstance(word, Path) else str(word) for word in words]
+    status = subprocess.run([sys.executable, *arguments], cwd=Path(__file__).parent.parent).returncode
+    script = next(word for word in arguments if word.endswith(".py"))
+    require(status == 0, f"{script} stopped as it says above (exit code {status}): run this again to go on")
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `UserError` with `message` unless the condition holds."""
     if not condition:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.views import ViewsConfig
 from jepa.encoder import EncoderConfig, FrameEncoder
 from pipelines.artefacts import load_expander
 from pipelines.pretrain_encoder import Options as PretrainOptions
@@ -108,6 +109,7 @@ def test_mistakes_end_in_one_line(images, tmp_path, where, changes, said):
         ({"images": Path("x")}, "--views.kind is neighbours, which still images do not have"),
         ({"images": Path("x"), "videos": (Path("y"),)}, "says what to train on: give one of them"),
         ({}, "says what to train on: give one of them"),
+        ({"images": Path("x"), "views": ViewsConfig(kind="cifar"), "fps": 2.0}, "--fps says how videos are sampled"),
     ],
 )
 def test_options_that_do_not_go_together(options, said):
@@ -145,6 +147,13 @@ def test_a_part_of_the_images(images, run, tmp_path):
     assert "linear_top1" not in found["accuracy"]["embedding"]
 
 
+def test_more_neighbours_than_images_are_called_what_they_are(images, run, tmp_path):
+    found = probe(images, run, tmp_path, neighbours=(20, 200, 300), epochs=0)
+    assert [kind for kind in found["accuracy"]["embedding"] if kind.endswith("top1")] == [
+        "knn_20_top1", "knn_90_top1", "ridge_top1"
+    ]  # fmt: skip
+
+
 def test_damaged_and_streamed_images_are_left_out_with_their_labels(images, run, tmp_path):
     damaged = tmp_path / "images"
     shutil.copytree(images, damaged)
@@ -154,6 +163,7 @@ def test_damaged_and_streamed_images_are_left_out_with_their_labels(images, run,
     for memory in ("1GB", "1kB"):
         found = probe(damaged, run, tmp_path, memory=memory, overwrite=True)
         assert len(found["refused"]) == 11
+        assert (found["train_images"], found["test_images"]) == (80, 23)
         for row in found["accuracy"].values():
             assert row["ridge_top1"] > 0.8
         assert (found["accuracy"]["embedding"]["ridge_top1"] * 23) % 1 == pytest.approx(0, abs=1e-9)  # of 23 images

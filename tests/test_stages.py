@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from data.embedding_cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_clip
 from data.video import read_frames
+from pipelines.stage import UserError, run_python
 
 ROOT = Path(__file__).parent.parent
 WORLD = BallWorld(size=32, radius=3, frames=24, fps=8)
@@ -463,3 +464,13 @@ def test_a_future_at_irregular_times_is_learned_where_clips_are_long_enough(worl
     options = f"{caches} --steps 4 --rollout-steps 4 {SMALL_PREDICTOR} --output-dir {tmp_path}/predictor"
     succeed("train_predictor", f"{options} --longest-gap 3")
     assert "a window takes 31 embeddings" in fail("train_predictor", f"{options} --longest-gap 7 --overwrite")
+
+
+def test_a_stage_within_another_runs_from_the_root_and_its_failure_is_one_line(tmp_path, monkeypatch, capfd):
+    script = tmp_path / "stage.py"
+    script.write_text("import os, sys\nprint(os.getcwd(), *sys.argv[1:])\nsys.exit(int(sys.argv[1]))\n")
+    monkeypatch.chdir(tmp_path)
+    run_python(script, 0, Path("videos"))
+    assert capfd.readouterr().out.split() == [str(ROOT), "0", str(tmp_path / "videos")]
+    with pytest.raises(UserError, match=r"stage\.py stopped as it says above \(exit code 3\): run this again to go on"):
+        run_python(script, 3)
