@@ -1,13 +1,13 @@
 """Several futures instead of one: drawn from a predictor with a latent, or from a Gaussian around one guess."""
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
 from jepa.baselines import Baseline
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
-from jepa.scoring import energy_score
+from jepa.scoring import central_interval
 from jepa.shrinkage import LONGEST, shrink
 
 EXPECTED_OF = 16
@@ -16,6 +16,8 @@ CALIBRATED_ON = 32
 """Samples by which their spread is judged: of few, the mean is uncertain itself."""
 SPREADS = [0.5 + 0.05 * step for step in range(31)]
 """Factors by which samples may be stretched."""
+SHARES = (0.5, 0.9)
+"""Central intervals that should hold what they promise."""
 
 
 @torch.no_grad()
@@ -66,7 +68,9 @@ def expected_future(predictor: Predictor | Baseline, past: Tensor, horizon: int)
 
 @torch.no_grad()
 def calibrate_samples(predictor: Predictor, past: Tensor, future: Tensor) -> None:
-    """How far samples have to lie apart to have the best energy score, each horizon for itself, into the predictor.
+    """How far samples have to lie apart for their central intervals to hold what they should, into the predictor.
+
+    For each horizon the spread for which the coverage of the central 50 % and 90 % is least off, taken together.
 
     Args:
         predictor: with a latent, its shrinkage fitted; changed in place.
@@ -76,8 +80,13 @@ def calibrate_samples(predictor: Predictor, past: Tensor, future: Tensor) -> Non
     predictor.sample_spread.fill_(1.0)
     drawn = sample(predictor, past, future.shape[1], CALIBRATED_ON, torch.Generator(past.device).manual_seed(0))
     centre = drawn.mean(dim=0)
-    scores = torch.stack([energy_score(centre + spread * (drawn - centre), future).mean(dim=0) for spread in SPREADS])
-    best = torch.tensor(SPREADS)[scores.argmin(dim=0).cpu()]  # (horizon,)
+    off = torch.zeros(len(SPREADS), future.shape[1], device=past.device)
+    for share in SHARES:
+        low, high = central_interval(drawn - centre, share)
+        for number, spread in enumerate(SPREADS):
+            inside = (future - centre >= spread * low) & (future - centre <= spread * high)
+            off[number] += (reduce(inside.float(), "n horizon d -> horizon", "mean") - share).abs()
+    best = torch.tensor(SPREADS)[off.argmin(dim=0).cpu()]  # (horizon,)
     predictor.sample_spread[: len(best)] = best[:LONGEST]
     predictor.sample_spread[len(best) :] = best[-1]
 

@@ -54,6 +54,12 @@ def coverage(samples: Tensor, future: Tensor, share: float) -> Tensor:
     Returns:
         (...): the share of features covered.
     """
+    low, high = central_interval(samples, share)
+    return ((future >= low) & (future <= high)).float().mean(dim=-1)
+
+
+def central_interval(samples: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Both ends of the interval of each feature that should hold `share`: (n, ..., D) -> (..., D) twice."""
     n = len(samples)
     ordered = samples.sort(dim=0).values
 
@@ -63,8 +69,7 @@ def coverage(samples: Tensor, future: Tensor, share: float) -> Tensor:
         low = int(place)
         return torch.lerp(ordered[low], ordered[min(low + 1, n - 1)], place - low)
 
-    inside = (future >= quantile((1 - share) / 2)) & (future <= quantile((1 + share) / 2))
-    return inside.float().mean(dim=-1)
+    return quantile((1 - share) / 2), quantile((1 + share) / 2)
 
 
 def best_of(samples: Tensor, future: Tensor) -> Tensor:
