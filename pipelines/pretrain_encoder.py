@@ -246,7 +246,7 @@ def main(options: Options) -> None:
         if step % options.log_every == 0 or step == options.steps:
             speed = rates.report(progress)
             metrics, alarms = diagnose(network, sequences, source.labels, source.classes)
-            values = progress.take_means()
+            values = progress.take_means(accelerator)
             bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", *terms.unweighted)})
             progress.report(metrics | values, alarms if step >= FIRST_ALARM_STEP else [], step, bar)
             guard.check_scale(step)

@@ -175,12 +175,13 @@ def main(options: Options) -> None:
         optimizer.zero_grad()
         if averaged is not None:
             averaged.update_parameters(infiller)
+        progress.add({"loss": error})
         step += 1
         bar.update()
 
         if step % options.log_every == 0 or step == options.steps:
             speed = rates.report(progress)
-            metrics = validate(judged, held_out) | {"loss": float(accelerator.reduce(error.detach(), "mean"))}
+            metrics = validate(judged, held_out) | progress.take_means(accelerator)
             best.consider(step, metrics)
             bar.set_postfix({"of linear": f"{metrics[JUDGED_BY]:.3f}"})
             guard.check_scale(step)

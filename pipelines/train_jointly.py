@@ -238,6 +238,8 @@ def main(options: Options) -> None:
             follow(world.predictor, embeddings.detach())
         if averaged is not None:
             averaged.update_parameters(world)
+        weighted = {f"weighted_{name}": value for name, value in terms.weighted.items()}
+        progress.add({"loss": terms.loss, **terms.unweighted, **weighted})
         step += 1
         progress.place = asdict(batch.state)
         bar.update()
@@ -245,9 +247,8 @@ def main(options: Options) -> None:
         if step % options.log_every == 0 or step == options.steps:
             speed = rates.report(progress)
             metrics, alarms = diagnose(world, sequences)
-            values = {name: value.item() for name, value in {"loss": terms.loss, **terms.unweighted}.items()}
-            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
-            values |= {f"weighted_{name}": value.item() for name, value in terms.weighted.items()}
+            values = progress.take_means(accelerator)
+            bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", *terms.unweighted)})
             progress.report(metrics | values, alarms if step >= FIRST_ALARM_STEP else [], step, bar)
             guard.check_scale(step)
             extra = {"gradient_norm": gradient_norm.item(), "learning_rate": rate}

@@ -213,13 +213,14 @@ def main(options: Options) -> None:
             optimizer.zero_grad()
         if averaged is not None:
             averaged.update_parameters(predictor)
+        progress.add(terms)
         step += 1
         bar.update()
 
         if step % options.log_every == 0 or step == options.steps:
             speed = rates.report(progress)
             metrics, alarms = validate(judged, held_out)
-            metrics |= {name: float(accelerator.reduce(value.detach(), "mean")) for name, value in terms.items()}
+            metrics |= progress.take_means(accelerator)
             best.consider(step, metrics, alarms)
             bar.set_postfix({
                 "loss": f"{metrics['one_step_loss']:.4f}",

@@ -127,9 +127,10 @@ class Progress:
         self.sums = {name: self.sums.get(name, 0.0) + value.detach() for name, value in values.items()}
         self.summed_steps += 1
 
-    def take_means(self) -> dict[str, float]:
-        """Of what has been added since the last time."""
-        means = {name: float(value) / self.summed_steps for name, value in self.sums.items()}
+    def take_means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Of what has been added since the last time, over steps and ranks. Collective."""
+        sums = torch.stack(list(self.sums.values())) / self.summed_steps
+        means = dict(zip(self.sums, accelerator.reduce(sums, "mean").tolist(), strict=True))
         self.sums, self.summed_steps = {}, 0
         return means
 
