@@ -52,7 +52,7 @@ def main(options: Options) -> None:
     require(recordings.is_dir(), f"{recordings}: the driving recordings are not there; set JEPA_SHARED")
     folder = options.output_dir.absolute()
     for split, names in RECORDINGS.items():
-        videos = [str(recordings / f"{name}.mp4") for name in names]
+        videos = [recordings / f"{name}.mp4" for name in names]
         words = ["--encoder", options.encoder.absolute(), "--fps", FPS, "--output-dir", folder / "cache" / split]
         run_python("pipelines/cache_embeddings.py", "--videos", *videos, *words)
     train, test = (EmbeddingCache(folder / "cache" / split) for split in RECORDINGS)

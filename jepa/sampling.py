@@ -80,12 +80,13 @@ def calibrate_samples(predictor: Predictor, past: Tensor, future: Tensor) -> Non
     predictor.sample_spread.fill_(1.0)
     drawn = sample(predictor, past, future.shape[1], CALIBRATED_ON, torch.Generator(past.device).manual_seed(0))
     centre = drawn.mean(dim=0)
+    live = future.flatten(0, 1).std(dim=0) > 1e-3  # a feature that never moves lies in any interval, or in none
     off = torch.zeros(len(SPREADS), future.shape[1], device=past.device)
     for share in SHARES:
         low, high = central_interval(drawn - centre, share)
         for number, spread in enumerate(SPREADS):
             inside = (future - centre >= spread * low) & (future - centre <= spread * high)
-            off[number] += (reduce(inside.float(), "n horizon d -> horizon", "mean") - share).abs()
+            off[number] += (reduce(inside[..., live].float(), "n horizon d -> horizon", "mean") - share).abs()
     best = torch.tensor(SPREADS)[off.argmin(dim=0).cpu()]  # (horizon,)
     predictor.sample_spread[: len(best)] = best[:LONGEST]
     predictor.sample_spread[len(best) :] = best[-1]

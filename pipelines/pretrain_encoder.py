@@ -10,8 +10,9 @@ Or on still images, in folders that are named after their classes, or in a zip o
 
 Labels are only looked at by probes that tell how good the embeddings are; the encoder learns nothing from them.
 
-Leaves `encoder/{model.safetensors,config.json}`, `expander/` likewise, `metrics.json`, `config.json` and tracker logs
-in the output folder. Ctrl-C saves; the same command with --resume goes on.
+Leaves `encoder/{model.safetensors,config.json}`, `expander/` likewise (not with `--optimizer.ema-decay`, which
+averages the encoder alone), `metrics.json`, `config.json` and tracker logs in the output folder. Ctrl-C saves; the same
+command with --resume goes on.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -156,11 +156,18 @@ def _first_sentence(error: BaseException, start: int = 0) -> str:
 def run_python(*words: object) -> None:
     """Run Python with these words from the repository's root, its messages on this screen; paths become absolute.
 
+    Ctrl-C reaches both: we wait for it to save.
+
     Raises:
         UserError: it stopped with an error, which it has explained itself.
     """
     arguments = [str(word.absolute()) if isinstance(word, Path) else str(word) for word in words]
-    status = subprocess.run([sys.executable, *arguments], cwd=Path(__file__).parent.parent).returncode
+    process = subprocess.Popen([sys.executable, *arguments], cwd=Path(__file__).parent.parent)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # after which subprocess.run would kill it
+        process.wait()
+        raise
     script = next(word for word in arguments if word.endswith(".py"))
     require(status == 0, f"{script} stopped as it says above (exit code {status}): run this again to go on")
 

@@ -1,4 +1,4 @@
-"""What both trainers share: the videos they use, randomness from (seed, step), how fast they are, what they leave."""
+"""What trainers share: the videos they use, randomness from (seed, step), how fast they are, what they leave."""
 
 import copy
 import os

@@ -474,3 +474,25 @@ def test_a_stage_within_another_runs_from_the_root_and_its_failure_is_one_line(t
     assert capfd.readouterr().out.split() == [str(ROOT), "0", str(tmp_path / "videos")]
     with pytest.raises(UserError, match=r"stage\.py stopped as it says above \(exit code 3\): run this again to go on"):
         run_python(script, 3)
+
+
+def test_a_stage_within_another_saves_on_ctrl_c_before_the_outer_ends(tmp_path):
+    inner, outer = tmp_path / "inner.py", tmp_path / "outer.py"
+    inner.write_text(
+        "import sys, time\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n"
+        "try:\n    (folder / 'started').touch()\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1)\n    (folder / 'saved').touch()\n    sys.exit(130)\n"
+    )
+    outer.write_text(
+        "import sys\nfrom pathlib import Path\nfrom pipelines.stage import run_python\n"
+        "run_python(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(outer), str(inner), str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) != 0
+    assert (tmp_path / "saved").exists()

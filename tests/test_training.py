@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from pipelines.optimizer import lr_at
 from pipelines.stage import RunFolder, UserError, to_json, write_json
-from pipelines.training import step_generator
+from pipelines.training import Progress, step_generator
 
 
 def test_schedule_warms_up_and_ends_at_zero():
@@ -84,3 +85,15 @@ def test_json_is_replaced_whole(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert to_json({1: (Path("x"), Options())})["1"][1]["steps"] == 3
+
+
+def test_curves_are_means_over_an_entry_across_an_interruption(tmp_path):
+    accelerator, progress = Accelerator(cpu=True), Progress()
+    progress.add({"loss": torch.tensor(1.0), "variance": torch.tensor(4.0)})
+    resumed = Progress()
+    write_json(tmp_path / "progress.json", progress)
+    vars(resumed).update(json.loads((tmp_path / "progress.json").read_text()))
+    resumed.add({"loss": torch.tensor(2.0), "variance": torch.tensor(6.0)})
+    assert resumed.take_means(accelerator) == {"loss": 1.5, "variance": 5.0}
+    resumed.add({"loss": torch.tensor(7.0)})
+    assert resumed.take_means(accelerator) == {"loss": 7.0}
