@@ -73,12 +73,13 @@ def measure_seed(seed: int, options: Options) -> dict[str, Any]:
             )  # fmt: skip
         if fresh:
             results[f"training, {name}: seconds"] = time.monotonic() - started
-    judged = ["--cache", folder / "cache" / "test", "--validation-cache", folder / "cache" / "val", "--predictor",
-              folder / "latent" / "predictor", "--seed", seed, "--stride", STRIDE, "--overwrite"]  # fmt: skip
-    output = folder / "samples"
-    run_python("pipelines/evaluate_samples.py", *judged, "--point-predictor", folder / "point" / "predictor",
-               "--output-dir", output)  # fmt: skip
-    found = json.loads((output / "samples.json").read_text())
+    run_python(
+        "pipelines/evaluate_samples.py", "--cache", folder / "cache" / "test", "--validation-cache",
+        folder / "cache" / "val", "--predictor", folder / "latent" / "predictor", "--point-predictor",
+        folder / "point" / "predictor", "--seed", seed, "--stride", STRIDE, "--output-dir", folder / "samples",
+        "--overwrite",
+    )  # fmt: skip
+    found = json.loads((folder / "samples" / "samples.json").read_text())
     for horizon in (1, 5, 10, 20):
         ours, plain = found["model"][horizon - 1], found["gaussian"][horizon - 1]
         apart = ours["energy_score_interval"][1] < plain["energy_score_interval"][0]

@@ -17,7 +17,7 @@ CALIBRATED_ON = 32
 SPREADS = [0.5 + 0.05 * step for step in range(31)]
 """Factors by which samples may be stretched."""
 SHARES = (0.5, 0.9)
-"""Central intervals that should hold what they promise."""
+"""Of central intervals: samples are spread, and judged, by whether these hold what they promise."""
 
 
 @torch.no_grad()
@@ -80,12 +80,13 @@ def calibrate_samples(predictor: Predictor, past: Tensor, future: Tensor) -> Non
     predictor.sample_spread.fill_(1.0)
     drawn = sample(predictor, past, future.shape[1], CALIBRATED_ON, torch.Generator(past.device).manual_seed(0))
     centre = drawn.mean(dim=0)
+    error = future - centre
     live = future.flatten(0, 1).std(dim=0) > 1e-3  # a feature that never moves lies in any interval, or in none
     off = torch.zeros(len(SPREADS), future.shape[1], device=past.device)
     for share in SHARES:
         low, high = central_interval(drawn - centre, share)
         for number, spread in enumerate(SPREADS):
-            inside = (future - centre >= spread * low) & (future - centre <= spread * high)
+            inside = (error >= spread * low) & (error <= spread * high)
             off[number] += (reduce(inside[..., live].float(), "n horizon d -> horizon", "mean") - share).abs()
     best = torch.tensor(SPREADS)[off.argmin(dim=0).cpu()]  # (horizon,)
     predictor.sample_spread[: len(best)] = best[:LONGEST]

@@ -24,15 +24,13 @@ from tqdm import tqdm
 from data.embedding_cache import EmbeddingCache
 from jepa.bootstrap import Bootstrap, interval
 from jepa.predictor import Predictor
-from jepa.sampling import GaussianFutures, sample
+from jepa.sampling import SHARES, GaussianFutures, sample
 from jepa.scoring import best_of, coverage, energy_score
 from jepa.skill import imagine
 from pipelines.artefacts import load_predictor, require_calibrated, require_no_video_in_both
 from pipelines.evaluate_rollout import Trials, bootstrap_groups, lay_out_trials
 from pipelines.stage import RunFolder, UserError, require, run_stage, write_json
 
-SHARES = (0.5, 0.9)
-"""Central intervals whose coverage is measured."""
 LEAST_SAMPLES = 19
 """Of fewer, the least and the greatest lie closer together than a central 90 %."""
 WINDOWS_AT_ONCE = 256
