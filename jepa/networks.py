@@ -1,10 +1,12 @@
 """The networks inside predictors. To add one, write a class here and name it in `NETWORKS`.
 
 A network is causal: it maps the steps of a sequence to hidden states, one for each of the last `outputs` steps, and
-remembers what it needs to go on from there. Called with a whole sequence or step by step with its own state, it gives
-the same hidden states: that is what makes a rollout cost one step for each imagined frame, and no more.
+remembers what it needs to go on from there, so that a rollout costs one step for each imagined frame, and no more.
+Steps that are given together with a state were imagined. To most networks that makes no difference: step by step they
+find the same hidden states as in the whole sequence; `DirectMLP` does not look at what was imagined.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +31,8 @@ class NetworkConfig(Protocol):
     def heads(self) -> int: ...
     @property
     def dropout(self) -> float: ...
+    @property
+    def horizon(self) -> int: ...
 
 
 class Steps(NamedTuple):
@@ -38,6 +42,8 @@ class Steps(NamedTuple):
     """float (B, T, F)."""
     ticks: Tensor
     """float (B, T): the time of each step, in ticks of the clock."""
+    gaps: Tensor
+    """float (B, T): ticks from each step to the next."""
 
 
 class ResidualMLP(nn.Module):
@@ -65,6 +71,71 @@ class ResidualMLP(nn.Module):
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return self.norm(hidden), features[:, max(0, features.shape[1] - self.context + 1) :]
+
+
+class DirectState(NamedTuple):
+    """What a direct forecast remembers."""
+
+    recent: Tensor
+    """(B, up to context - 1, F), the newest steps."""
+    path: Tensor
+    """(B, 1, horizon + 1, width), where the forecast is after each tick."""
+    begun: Tensor
+    """(B, 1), the time of the step that it was made from."""
+    steps: int
+    """How many of its steps have been taken."""
+
+
+class DirectMLP(nn.Module):
+    """Forecasts `horizon` steps at once from the last `context` ones, not each from the one imagined before it.
+
+    Direct instead of iterated forecasts (Ben Taieb et al. 2012, arXiv:1108.3259): errors are not fed back. The forecast
+    is a path through hidden space, a straight line within each tick; the hidden state of a step is the velocity along
+    it. After `horizon` steps the next forecast is made from what was imagined.
+
+    Nothing is normalised: on strange video a normalised hidden state would be as large as ever, and the forecast
+    as bold.
+    """
+
+    def __init__(self, inputs: int, config: NetworkConfig) -> None:
+        super().__init__()
+        if config.horizon < 1:
+            raise ConfigurationError(f"--predictor.horizon is {config.horizon}: it must be positive")
+        self.context, self.horizon = config.context, config.horizon
+        widths = [(inputs - 1) * config.context] + [config.width] * config.depth
+        self.layers = nn.Sequential(
+            *(
+                layer
+                for before, after in pairwise(widths)
+                for layer in (nn.Linear(before, after), nn.GELU(), nn.Dropout(config.dropout))
+            )
+        )
+        self.ticks = nn.Linear(config.width, config.horizon * config.width)
+
+    def forward(self, steps: Steps, outputs: int, state: DirectState | None = None) -> tuple[Tensor, DirectState]:
+        features = steps.features[..., :-1]  # the last is the gap that is asked for: the path is the same for all
+        recent = features if state is None else torch.cat([state.recent, features], dim=1)
+        now, gap = steps.ticks[:, -outputs:], steps.gaps[:, -outputs:]
+        if state is None or state.steps == self.horizon:
+            path, begun, taken = self.forecast(last_steps(recent, self.context, outputs)), now, 0
+        else:
+            path, begun, taken = state.path, state.begun, state.steps
+        ahead = now - begun
+        velocity = (self.along(path, ahead + gap) - self.along(path, ahead)) / gap[..., None]
+        kept = recent[:, max(0, recent.shape[1] - self.context + 1) :]
+        return velocity, DirectState(kept, path[:, -1:], begun[:, -1:], taken + 1)
+
+    def forecast(self, contexts: Tensor) -> Tensor:
+        """Contexts (B, outputs, context x F) -> the path from each, (B, outputs, horizon + 1, width), from 0 on."""
+        velocities = rearrange(self.ticks(self.layers(contexts)), "b o (h c) -> b o h c", h=self.horizon)
+        return functional.pad(velocities.float().cumsum(dim=2), (0, 0, 1, 0))
+
+    def along(self, path: Tensor, time: Tensor) -> Tensor:
+        """Where the path is at a time, (B, outputs) in ticks -> (B, outputs, width); beyond its end straight on."""
+        tick = time.floor().clamp(0, self.horizon - 1)
+        index = tick.long()[..., None, None]
+        start, end = path.take_along_dim(index, dim=2)[:, :, 0], path.take_along_dim(index + 1, dim=2)[:, :, 0]
+        return torch.lerp(start, end, (time - tick)[..., None])
 
 
 class CausalTransformer(nn.Module):
@@ -146,7 +217,7 @@ class GRU(nn.Module):
         return hidden[:, -outputs:], state
 
 
-NETWORKS: dict[str, Any] = {"mlp": ResidualMLP, "transformer": CausalTransformer, "gru": GRU}
+NETWORKS: dict[str, Any] = {"mlp": ResidualMLP, "direct": DirectMLP, "transformer": CausalTransformer, "gru": GRU}
 
 
 def last_steps(steps: Tensor, context: int, outputs: int) -> Tensor:

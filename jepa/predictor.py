@@ -27,8 +27,8 @@ class PredictorConfig:
     """The temporal predictor."""
 
     kind: str = "mlp"
-    """`mlp`: residual MLP on the last `context` embeddings. `transformer`: causal. `gru`: recurrent. Or another of
-    `jepa.networks.NETWORKS`."""
+    """`mlp`: residual MLP on the last `context` embeddings. `direct`: an MLP that forecasts `horizon` steps at once,
+    for few and noisy videos. `transformer`: causal. `gru`: recurrent. Or another of `jepa.networks.NETWORKS`."""
     context: int = 8
     """How many past embeddings a prediction starts from."""
     width: int = 512
@@ -39,6 +39,8 @@ class PredictorConfig:
     """transformer: attention heads; twice their number must divide the width."""
     dropout: float = 0.0
     """Dropout between layers."""
+    horizon: int = 8
+    """direct: steps that are forecast at once; no more than are trained by --rollout-steps."""
     latent_dimension: int = 0
     """Numbers drawn at random for each step of a sampled future; 0 for a predictor that knows one future only."""
 
@@ -178,7 +180,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     def advance(
         self, embeddings: Tensor, gaps: Tensor | None, state: State | None, latent: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """One step of a rollout: take in embeddings that follow those in `state`, predict the next one.
+        """One step of a rollout: take in the past or, with a state, what was predicted last; predict the next one.
 
         Args:
             embeddings: (B, T, D), those that are new.
@@ -204,7 +206,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         features = torch.cat([embeddings, velocity, torch.stack([before, gaps], dim=-1).log2()], dim=-1)
         if latent is None and self.config.latent_dimension:
             latent = embeddings.new_zeros(shape[0], outputs, self.config.latent_dimension)
-        steps, of_members = Steps(features, ticks), state.members or [None] * len(self.members)
+        steps, of_members = Steps(features, ticks, gaps), state.members or [None] * len(self.members)
         found = [member(steps, outputs, kept, latent) for member, kept in zip(self.members, of_members, strict=True)]
         change = torch.stack([change for change, _ in found]).mean(dim=0)  # (B, outputs, D)
         predicted = embeddings[:, -outputs:] + gaps[:, -outputs:, None] * self.change_std * change

@@ -64,6 +64,7 @@ from pipelines.training import (
     feed,
     find_usable_videos,
     on_main,
+    require_all_steps_trained,
     save_artefact,
     step_generator,
 )
@@ -329,6 +330,7 @@ def build(options: Options) -> World:
             options.encoder_weights is options.predictor_weights,
             "--encoder-weights and --predictor-weights belong together: give both or neither",
         )
+        require_all_steps_trained(options.predictor, options.rollout_steps)
         encoder = create_encoder(options.encoder)
         predictor = Predictor(options.predictor, encoder.embedding_dimension, options.fps, "")
         return World(encoder, predictor, options.rollout_steps)

@@ -36,7 +36,16 @@ from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agre
 from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
 from pipelines.stage import RunFolder, UserError, readable_bytes, require, run_stage, to_json
 from pipelines.trackers import start_trackers
-from pipelines.training import Best, Progress, Rates, feed, on_main, save_artefact, step_generator
+from pipelines.training import (
+    Best,
+    Progress,
+    Rates,
+    feed,
+    on_main,
+    require_all_steps_trained,
+    save_artefact,
+    step_generator,
+)
 
 GROWTH = 0.5
 """Share of the training during which the horizon of rollouts grows."""
@@ -134,7 +143,9 @@ def main(options: Options) -> None:
         splits = [Split(train_cache, validation_cache)]
     members = len(splits) * options.members
     initial = None if options.initial_predictor is None else load_initial_predictor(options, train_cache, members)
-    if initial is not None:
+    if initial is None:
+        require_all_steps_trained(options.predictor, options.rollout_steps)
+    else:
         options = replace(options, predictor=initial.config)
     context, horizon = options.predictor.context, options.validation_horizon
     predictor = Predictor(

@@ -16,8 +16,9 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from data.manifest import VideoList, check_videos
+from jepa.predictor import PredictorConfig
 from pipelines.compute import memory_in_use
-from pipelines.stage import said_by_all
+from pipelines.stage import require, said_by_all
 
 Result = TypeVar("Result")
 Batch = TypeVar("Batch", bound=tuple[Any, ...])
@@ -62,6 +63,15 @@ def find_usable_videos(
         return check_videos([manifest], fps, strict=strict, progress=False)
 
     return main_first(accelerator, check)
+
+
+def require_all_steps_trained(config: PredictorConfig, rollout_steps: int) -> None:
+    """A direct forecast has weights for each of its steps. Raises `UserError`."""
+    require(
+        config.kind != "direct" or rollout_steps >= config.horizon,
+        f"--rollout-steps is {rollout_steps}, but the predictor forecasts {config.horizon} steps at once, the last of "
+        "which would never be trained: raise it, or lower --predictor.horizon",
+    )
 
 
 def cores_of_this_process() -> int:

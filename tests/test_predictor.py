@@ -107,7 +107,7 @@ def test_changes():
     assert changes(torch.tensor([[[1.0], [4.0], [9.0]]]))[0, :, 0].tolist() == [0, 3, 5]
 
 
-@pytest.mark.parametrize("name", list(everyone()))
+@pytest.mark.parametrize("name", [name for name in everyone() if name != "direct"])
 def test_a_rollout_that_remembers_is_one_that_reads_everything_again(name):
     predictor = everyone()[name]
     past = torch.randn(2, 6, 5)
@@ -145,10 +145,38 @@ def test_the_network_is_told_of_time():
     seen = []
     predictor.members[0].network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     predictor(past, 1, gaps)
-    features, ticks = seen[0]
+    features, ticks, _ = seen[0]
     assert ticks.tolist() == [[0, 1, 3]]
     assert torch.allclose(features[0, 2, 5:10], (past[0, 2] - past[0, 1]) / 2)
     assert torch.allclose(features[0, :, 10:], torch.tensor([[1.0, 1.0], [1.0, 2.0], [2.0, 3.0]]).log2())
+
+
+def test_a_direct_forecast_does_not_look_at_what_it_imagined():
+    predictor, past = make("direct"), torch.randn(2, 6, 5)
+    with torch.no_grad():
+        first, state = predictor.advance(past, None, None)
+        second, state = predictor.advance(first, None, state)
+        other, _ = predictor.advance(first + 1, None, predictor.advance(past, None, None)[1])
+        assert torch.allclose(other - 1, second, atol=1e-5)
+        # After `horizon` steps, the next forecast is made from what was imagined.
+        future = rollout(predictor, past, 2 * predictor.config.horizon + 1)
+        whole = predictor.config.horizon
+        again = rollout(predictor, torch.cat([past, future[:, :whole]], dim=1), whole + 1)
+    assert torch.allclose(future[:, whole:], again, atol=1e-4)
+    assert not torch.allclose(future[:, 1:2], rollout(predictor, torch.cat([past, first], dim=1), 1))
+
+
+def test_a_direct_forecast_moves_evenly_between_the_ticks_of_the_clock():
+    """However a way is divided into steps, it is the same way; beyond the horizon it goes straight on."""
+    predictor, past = make("direct"), torch.randn(2, 6, 5)  # at 4 fps
+    quarter, horizon = 1 / 4, predictor.config.horizon
+    with torch.no_grad():
+        on_clock = rollout(predictor, past, horizon)
+        leaping = rollout(predictor, past, times_s=quarter * torch.tensor([0.5, 3.0, horizon + 2.0]))
+    assert torch.allclose(leaping[:, 0], past[:, -1].lerp(on_clock[:, 0], 0.5), atol=1e-5)
+    assert torch.allclose(leaping[:, 1], on_clock[:, 2], atol=1e-5)
+    straight = on_clock[:, -1] + 2 * (on_clock[:, -1] - on_clock[:, -2])
+    assert torch.allclose(leaping[:, 2], straight, atol=1e-4)
 
 
 def test_rotary_attention_knows_time_but_not_when_the_clock_was_started():

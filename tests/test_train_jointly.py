@@ -169,6 +169,7 @@ def test_going_on_from_trained_ones_with_the_encoder_held(videos, trained, tmp_p
         ("--views.kind vicreg", "--views.kind is vicreg"),
         ("--encoder-weights nowhere", "--encoder-weights and --predictor-weights belong together"),
         ("--predictor.latent-dimension 2", "the predictor's latent dimension is 2: joint training knows one future"),
+        ("--predictor.kind direct", "--rollout-steps is 2, but the predictor forecasts 8 steps at once"),
         ("--prediction-weight -1", "--prediction-weight is -1: it must not be negative"),
         ("--batch-size 0", "--batch-size is 0: it must be positive"),
     ],

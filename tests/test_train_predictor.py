@@ -9,6 +9,7 @@ import torch
 from data.embedding_cache import EmbeddingCache
 from data.windows import Windows
 from jepa.predictor import Predictor, PredictorConfig
+from jepa.rollout import rollout
 from jepa.sampling import sample
 from pipelines.train_predictor import Losses, Options, Split, draw_batches, draw_gaps, error_unit, growing_horizon
 
@@ -79,6 +80,24 @@ def test_copying_is_measured_where_embeddings_are_learned_from(cache):
     assert torch.allclose(copied, torch.full((12,), 2.0), rtol=0.25)  # of independent normal numbers
     squared = error_unit([Split(cache, cache)], predictor, replace(OPTIONS, rollout_error="squared"))
     assert torch.equal(squared, torch.ones(12))
+
+
+def test_every_step_of_a_direct_forecast_is_trained():
+    """Points that go round a circle: what comes is known exactly, and is far from a copy."""
+    torch.manual_seed(0)
+    config = PredictorConfig("direct", context=2, width=32, depth=2, horizon=3)
+    losses = Losses(Predictor(config, 2, 4.0, "abc"), torch.ones(5))
+    optimizer = torch.optim.Adam(losses.parameters(), 3e-3)
+    times_s = (torch.arange(5.0) + 1).expand(1, 64, 5) / 4
+    for _ in range(500):
+        angle = 6.3 * torch.rand(64, 1) + 0.5 * torch.arange(7)
+        window = torch.stack([angle.cos(), angle.sin()], dim=-1)[None]
+        losses(window[:, :, :2], window, times_s, torch.Generator())["rollout_loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        missed = (rollout(losses.predictor.eval(), window[0, :, :2], 5) - window[0, :, 2:]).square().mean(dim=(0, 2))
+    assert missed.max() < 0.01
 
 
 def test_samples_are_trained_to_be_as_far_apart_as_from_what_came():
