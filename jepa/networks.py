@@ -42,8 +42,8 @@ class Steps(NamedTuple):
     """float (B, T, F)."""
     ticks: Tensor
     """float (B, T): the time of each step, in ticks of the clock."""
-    gaps: Tensor
-    """float (B, T): ticks from each step to the next."""
+    gaps: Tensor | None = None
+    """float (B, T): ticks from each step to the next; None on the clock, where all are 1."""
 
 
 class ResidualMLP(nn.Module):
@@ -78,20 +78,19 @@ class DirectState(NamedTuple):
 
     recent: Tensor
     """(B, up to context - 1, F), the newest steps."""
-    path: Tensor
-    """(B, 1, horizon + 1, width), where the forecast is after each tick."""
+    forecast: tuple[Tensor, ...]
+    """`horizon` times (B, 1, width): the hidden state, a velocity, within each tick."""
     begun: Tensor
     """(B, 1), the time of the step that it was made from."""
-    steps: int
+    taken: int
     """How many of its steps have been taken."""
 
 
 class DirectMLP(nn.Module):
     """Forecasts `horizon` steps at once from the last `context` ones, not each from the one imagined before it.
 
-    Direct instead of iterated forecasts (Ben Taieb et al. 2012, arXiv:1108.3259): errors are not fed back. The forecast
-    is a path through hidden space, a straight line within each tick; the hidden state of a step is the velocity along
-    it. After `horizon` steps the next forecast is made from what was imagined.
+    Direct instead of iterated forecasts (Ben Taieb et al. 2012, arXiv:1108.3259): errors are not fed back. Within a
+    tick the way is straight; after `horizon` steps the next forecast is made from what was imagined.
 
     Nothing is normalised: on strange video a normalised hidden state would be as large as ever, and the forecast
     as bold.
@@ -113,29 +112,27 @@ class DirectMLP(nn.Module):
         self.ticks = nn.Linear(config.width, config.horizon * config.width)
 
     def forward(self, steps: Steps, outputs: int, state: DirectState | None = None) -> tuple[Tensor, DirectState]:
-        features = steps.features[..., :-1]  # the last is the gap that is asked for: the path is the same for all
+        features = steps.features[..., :-1]  # the last is the gap that is asked for: the forecast is the same for all
         recent = features if state is None else torch.cat([state.recent, features], dim=1)
-        now, gap = steps.ticks[:, -outputs:], steps.gaps[:, -outputs:]
-        if state is None or state.steps == self.horizon:
-            path, begun, taken = self.forecast(last_steps(recent, self.context, outputs)), now, 0
+        now = steps.ticks[:, -outputs:]
+        if state is None or state.taken == self.horizon:
+            hidden = self.ticks(self.layers(last_steps(recent, self.context, outputs)))
+            forecast, begun, taken = rearrange(hidden, "b o (h c) -> h b o c", h=self.horizon).unbind(), now, 0
         else:
-            path, begun, taken = state.path, state.begun, state.steps
-        ahead = now - begun
-        velocity = (self.along(path, ahead + gap) - self.along(path, ahead)) / gap[..., None]
+            forecast, begun, taken = state.forecast, state.begun, state.taken
         kept = recent[:, max(0, recent.shape[1] - self.context + 1) :]
-        return velocity, DirectState(kept, path[:, -1:], begun[:, -1:], taken + 1)
+        state = DirectState(kept, tuple(tick[:, -1:] for tick in forecast), begun[:, -1:], taken + 1)
+        if steps.gaps is None:
+            return forecast[taken], state
+        return self.between(forecast, now - begun, steps.gaps[:, -outputs:]), state
 
-    def forecast(self, contexts: Tensor) -> Tensor:
-        """Contexts (B, outputs, context x F) -> the path from each, (B, outputs, horizon + 1, width), from 0 on."""
-        velocities = rearrange(self.ticks(self.layers(contexts)), "b o (h c) -> b o h c", h=self.horizon)
-        return functional.pad(velocities.float().cumsum(dim=2), (0, 0, 1, 0))
-
-    def along(self, path: Tensor, time: Tensor) -> Tensor:
-        """Where the path is at a time, (B, outputs) in ticks -> (B, outputs, width); beyond its end straight on."""
-        tick = time.floor().clamp(0, self.horizon - 1)
-        index = tick.long()[..., None, None]
-        start, end = path.take_along_dim(index, dim=2)[:, :, 0], path.take_along_dim(index + 1, dim=2)[:, :, 0]
-        return torch.lerp(start, end, (time - tick)[..., None])
+    def between(self, forecast: tuple[Tensor, ...], start: Tensor, gap: Tensor) -> Tensor:
+        """The mean velocity from `start` on, over a gap; (B, outputs) in ticks -> (B, outputs, width)."""
+        ticks = torch.arange(self.horizon, device=start.device)
+        ends = torch.cat([ticks[1:], ticks.new_tensor([2**31])])  # beyond the horizon it goes straight on
+        start, end = start[..., None], (start + gap)[..., None]
+        share = (end.minimum(ends) - start.maximum(ticks)).clamp_min(0) / gap[..., None]  # (B, outputs, horizon)
+        return torch.einsum("b o h, h b o c -> b o c", share.to(forecast[0].dtype), torch.stack(forecast))
 
 
 class CausalTransformer(nn.Module):

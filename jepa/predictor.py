@@ -196,7 +196,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     def _predict(
         self, embeddings: Tensor, outputs: int, gaps: Tensor | None, state: State | None, latent: Tensor | None
     ) -> tuple[Tensor, State]:
-        shape = embeddings.shape[:2]
+        shape, on_clock = embeddings.shape[:2], gaps is None
         gaps = embeddings.new_ones(shape) if gaps is None else gaps.to(embeddings).expand(shape)
         if state is None:
             state = State(embeddings[:, :1], gaps.new_ones(shape[0], 1), -gaps.new_ones(shape[0], 1), [])
@@ -206,7 +206,10 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         features = torch.cat([embeddings, velocity, torch.stack([before, gaps], dim=-1).log2()], dim=-1)
         if latent is None and self.config.latent_dimension:
             latent = embeddings.new_zeros(shape[0], outputs, self.config.latent_dimension)
-        steps, of_members = Steps(features, ticks, gaps), state.members or [None] * len(self.members)
+        steps, of_members = (
+            Steps(features, ticks, None if on_clock else gaps),
+            state.members or [None] * len(self.members),
+        )
         found = [member(steps, outputs, kept, latent) for member, kept in zip(self.members, of_members, strict=True)]
         change = torch.stack([change for change, _ in found]).mean(dim=0)  # (B, outputs, D)
         predicted = embeddings[:, -outputs:] + gaps[:, -outputs:, None] * self.change_std * change
