@@ -28,7 +28,7 @@ FPS = 4
 SIZE = (32, 64)
 STRETCH_FRAMES = 40
 ENCODER = {
-    "steps": 600,
+    "steps": 1000,
     "phases": 3,
     "views.light-amplitude": 0,
     "views.pixel-noise": 0,
