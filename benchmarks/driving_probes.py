@@ -1,6 +1,6 @@
 r"""Real video: do embeddings know the speed and the steering of a car better than its pixels do?
 
-  python benchmarks/driving_probes.py --encoder runs/benchmarks/driving/seed_0/encoder/encoder \
+  python benchmarks/driving_probes.py --encoder runs/benchmarks/driving/b_02/seed_0/encoder/encoder \
       --output-dir runs/benchmarks/driving_probes
 
 The recordings and their CSVs lie beside the project, in `../shared/driving` or where JEPA_SHARED says. Probes are
@@ -36,7 +36,7 @@ FPS = 4
 class Options:
     """Speed and steering, off embeddings and off pixels."""
 
-    encoder: Path = Path("runs/benchmarks/driving/seed_0/encoder/encoder")
+    encoder: Path = Path("runs/benchmarks/driving/b_02/seed_0/encoder/encoder")
     """The trained encoder, such as benchmarks/driving.py leaves behind."""
     output_dir: Path = Path("runs/benchmarks/driving_probes")
     """Where the caches and the results are left."""
