@@ -50,7 +50,6 @@ PREDICTOR = {
     "input-noise": 1.0,
     "rollout-steps": 20,
     "rollout-error": "squared",
-    "shrinkage-classes": 3,
     "optimizer.learning-rate": 3e-3,
     "steps": 400,
 }
@@ -144,8 +143,8 @@ def measure_seed(
     # One step of a predictor that looks further back, for the ridge regression that comes with it.
     run_python(
         "pipelines/train_predictor.py", "--train-cache", folder / "cache" / "train", "--folds", len(train),
-        "--output-dir", folder / "ridge", "--predictor.context", RIDGE_CONTEXT, "--shrinkage-classes",
-        PREDICTOR["shrinkage-classes"], "--steps", 1, "--tracker", "none", "--overwrite",
+        "--output-dir", folder / "ridge", "--predictor.context", RIDGE_CONTEXT, "--steps", 1, "--tracker", "none",
+        "--overwrite",
     )  # fmt: skip
     model, further = (evaluate(folder, name) for name in ("predictor", "ridge"))
     results["useful horizon: seconds"] = model["useful_horizon"]["model"]["time_s"]

@@ -75,7 +75,7 @@ class Ridge(Baseline):
 
 
 class Shrunk(Baseline):
-    """Another predictor, whose rollouts `jepa.skill.imagine` shrinks by these weights (LONGEST, classes, 3)."""
+    """Another predictor, whose rollouts `jepa.skill.imagine` shrinks by these weights (LONGEST, 2)."""
 
     def __init__(self, predictor: Baseline, shrinkage: Tensor) -> None:
         super().__init__()

@@ -131,7 +131,6 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         encoder_fingerprint: str,
         members: int = 1,
         energy_horizon: int = 1,
-        shrinkage_classes: int = 1,
     ) -> None:
         super().__init__()
         config = predictor
@@ -154,8 +153,8 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("mean", torch.zeros(dimension))
         self.register_buffer("std", torch.ones(dimension))
         self.register_buffer("change_std", torch.ones(dimension))
-        self.register_buffer("shrinkage", no_shrinkage(shrinkage_classes))
-        self.register_buffer("ridge_shrinkage", no_shrinkage(shrinkage_classes))
+        self.register_buffer("shrinkage", no_shrinkage())
+        self.register_buffer("ridge_shrinkage", no_shrinkage())
         self.register_buffer("sample_spread", torch.ones(LONGEST))
         self.register_buffer("error_mean", torch.zeros(energy_horizon, dimension))
         self.register_buffer("error_whitening", torch.eye(dimension).repeat(energy_horizon, 1, 1))

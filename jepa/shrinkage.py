@@ -5,9 +5,6 @@ far. So the forecast at each horizon is a combination of three guesses, with wei
 1, fitted by least squares on validation clips: the rollout, the mean of the training embeddings, and copying. Copying
 is among the choices, so on those clips no horizon is worse than copying.
 
-Rollouts can be told apart by their length, how far they go from the last embedding: on strange video a network that
-does not normalise what it sees dares less. Each class of lengths then has weights of its own.
-
 Bates and Granger 1969 (the combination of forecasts); Granger and Ramanathan 1984 (by least squares).
 """
 
@@ -18,9 +15,9 @@ LONGEST = 64
 """Horizons that have weights of their own; later ones share the last."""
 
 
-def no_shrinkage(classes: int = 1) -> Tensor:
-    """The weights that leave rollouts as they are, float (LONGEST, classes, 3), see `shrink`."""
-    return torch.tensor([1.0, 0.0, torch.inf]).repeat(LONGEST, classes, 1)
+def no_shrinkage() -> Tensor:
+    """The weights that leave a rollout as it is, float (LONGEST, 2)."""
+    return torch.tensor([1.0, 0.0]).repeat(LONGEST, 1)
 
 
 def shrink(imagined: Tensor, last: Tensor, weights: Tensor, mean: Tensor | None = None) -> Tensor:
@@ -29,23 +26,19 @@ def shrink(imagined: Tensor, last: Tensor, weights: Tensor, mean: Tensor | None 
     Args:
         imagined: (B, horizon, D), a rollout, standardised.
         last: (B, D), the embedding that it started from.
-        weights: (LONGEST, classes, 3), of the rollout and of the mean, what is left of 1 is copying's; then the length
-            up to which they hold, increasing.
+        weights: (LONGEST, 2), of the rollout and of the mean; what is left of 1 is copying's.
         mean: (B, D), of the training embeddings; None for 0, which it is in standardised space.
 
     Returns:
         (B, horizon, D).
     """
     at = torch.arange(imagined.shape[1], device=weights.device).clamp(max=LONGEST - 1)
-    of_class = (_length(imagined, last)[..., None] > weights[at, :-1, 2]).sum(dim=2)  # (B, horizon)
-    on_rollout, on_mean, _ = weights[at, of_class, :, None].unbind(dim=2)  # (B, horizon, 1)
+    on_rollout, on_mean = weights[at, 0, None], weights[at, 1, None]  # (horizon, 1)
     shrunk = on_rollout * imagined + (1 - on_rollout - on_mean) * last[:, None]
     return shrunk if mean is None else shrunk + on_mean * mean[:, None]
 
 
-def fit_shrinkage(
-    imagined: Tensor, last: Tensor, future: Tensor, mean: Tensor | None = None, classes: int = 1
-) -> Tensor:
+def fit_shrinkage(imagined: Tensor, last: Tensor, future: Tensor, mean: Tensor | None = None) -> Tensor:
     """The weights with the least squared error, each horizon for itself.
 
     Args:
@@ -53,30 +46,17 @@ def fit_shrinkage(
         last: (N, D), the embeddings that they started from.
         future: (N, horizon, D), what came.
         mean: (N, D), as for `shrink`.
-        classes: of equally many rollouts each, by their length at that horizon.
 
     Returns:
-        (LONGEST, classes, 3) for `shrink`; horizons beyond those seen share the last.
+        (LONGEST, 2) for `shrink`; horizons beyond those seen share the last.
     """
-    weights = no_shrinkage(classes).to(imagined)
+    weights = no_shrinkage()
     to_mean = -last if mean is None else mean - last
-    length = _length(imagined, last)
-    inner = torch.arange(1, classes, device=length.device) / classes
     for step in range(min(imagined.shape[1], LONGEST)):
-        weights[step:, :-1, 2] = length[:, step].quantile(inner)
-        of_class = (length[:, step, None] > weights[step, :-1, 2]).sum(dim=1)
-        for number in range(classes):
-            chosen = of_class == number
-            towards = torch.stack([imagined[chosen, step] - last[chosen], to_mean[chosen]]).cpu().double().flatten(1)
-            change = (future[chosen, step] - last[chosen]).cpu().double().flatten()
-            found = _least_squares_in_triangle(towards @ towards.T, towards @ change)
-            weights[step:, number, :2] = found.to(weights)
+        towards = torch.stack([imagined[:, step] - last, to_mean]).cpu().double().flatten(1)  # (2, N x D)
+        change = (future[:, step] - last).cpu().double().flatten()
+        weights[step:] = _least_squares_in_triangle(towards @ towards.T, towards @ change).float()
     return weights
-
-
-def _length(imagined: Tensor, last: Tensor) -> Tensor:
-    """Mean squared distance from the last embedding, (B, horizon, D), (B, D) -> (B, horizon)."""
-    return (imagined - last[:, None]).square().mean(dim=2)
 
 
 def _least_squares_in_triangle(gram: Tensor, moment: Tensor) -> Tensor:

@@ -95,9 +95,6 @@ class Options:
     validation_horizon: int = 20
     """Rollout steps on validation clips: the model is chosen by its mean error relative to copy-last over them, and
     how far its rollouts are to be trusted is measured for each of them (the last stands for all later ones)."""
-    shrinkage_classes: int = 1
-    """Measure how far rollouts are to be trusted for so many classes of them, by how far they go: for test videos that
-    may be stranger than those of the training."""
     log_every: int = 100
     """Steps between two validations, each with a check for collapse."""
     tracker: tuple[str, ...] = ("tensorboard",)
@@ -118,15 +115,7 @@ class Options:
 
 def main(options: Options) -> None:
     """The story: check, build, train, keep the best on validation clips, calibrate, save."""
-    for name in (
-        "batch_size",
-        "rollout_steps",
-        "longest_gap",
-        "members",
-        "validation_horizon",
-        "shrinkage_classes",
-        "log_every",
-    ):
+    for name in ("batch_size", "rollout_steps", "longest_gap", "members", "validation_horizon", "log_every"):
         value = getattr(options, name)
         require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
     least = 0 if options.initial_predictor else 1
@@ -161,7 +150,7 @@ def main(options: Options) -> None:
     context, horizon = options.predictor.context, options.validation_horizon
     predictor = Predictor(
         options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, members,
-        min(ENERGY_HORIZON, horizon), options.shrinkage_classes,
+        min(ENERGY_HORIZON, horizon),
     )  # fmt: skip
     if initial is not None:
         predictor.members.load_state_dict(initial.members.state_dict())
@@ -452,7 +441,7 @@ def validate(predictor: Predictor, held_out: list[HeldOut]) -> tuple[dict[str, f
     predictor.eval()
     by_split = members_by_split(predictor, len(held_out))
     trial = Trial.of(by_split, held_out, predictor.config.context)
-    predictor.shrinkage.copy_(fit_shrinkage(*trial, predictor.shrinkage.shape[1]))
+    predictor.shrinkage.copy_(fit_shrinkage(*trial))
     horizon = trial.future.shape[1]
     shrunk = shrink(trial.imagined, trial.last, predictor.shrinkage, trial.mean)
     error = (shrunk - trial.future).square().mean(dim=(0, 2))
@@ -590,8 +579,7 @@ def fit_ridge_on(splits: list[Split], held_out: list[HeldOut], predictor: Predic
         return float((one_step.imagined - one_step.future).square().mean())
 
     chosen = min(range(len(RIDGE_PENALTIES)), key=lambda index: error(by_penalty[index]))
-    trial = Trial.of(by_penalty[chosen], held_out, context)
-    predictor.ridge_shrinkage.copy_(fit_shrinkage(*trial, predictor.ridge_shrinkage.shape[1]))
+    predictor.ridge_shrinkage.copy_(fit_shrinkage(*Trial.of(by_penalty[chosen], held_out, context)))
     if len(splits) == 1:
         predictor.ridge = by_penalty[chosen][0]
     else:
