@@ -53,7 +53,7 @@ PREDICTOR = {
     "optimizer.learning-rate": 3e-3,
     "steps": 400,
 }
-"""Both found on a_00 and on b_00, each held out from encoder and predictor; not on b_02."""
+"""Both found on a_00 and on b_00, each held out from encoder and predictor; not on b_02, but for `rollout-error`."""
 RIDGE_CONTEXT = 8
 """The ridge regression to beat looks so far back, further than our predictor."""
 SURPRISE_HORIZON = 5

@@ -90,7 +90,7 @@ class DirectMLP(nn.Module):
     """Forecasts `horizon` steps at once from the last `context` ones, not each from the one imagined before it.
 
     Direct instead of iterated forecasts (Ben Taieb et al. 2012, arXiv:1108.3259): errors are not fed back. Within a
-    tick the way is straight; after `horizon` steps the next forecast is made from what was imagined.
+    tick the way is straight; after `horizon` steps, however long, the next forecast is made from what was imagined.
 
     Nothing is normalised: on strange video a normalised hidden state would be as large as ever, and the forecast
     as bold.

@@ -145,6 +145,11 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
                 f"--predictor.latent-dimension {config.latent_dimension} with {members} members: the mean of several "
                 "samples is no sample; train one member, without --folds"
             )
+        if config.latent_dimension and config.kind == "direct":
+            raise ConfigurationError(
+                f"--predictor.latent-dimension {config.latent_dimension} with --predictor.kind direct: steps that are "
+                "forecast at once cannot follow what was drawn for the one before; take another kind"
+            )
         self.config, self.fps, self.encoder_fingerprint = config, fps, encoder_fingerprint
         self.energy_horizon = energy_horizon
         dimension = embedding_dimension

@@ -157,6 +157,7 @@ def main(options: Options) -> None:
     set_seed(options.seed)
 
     world = build(options)
+    require_all_steps_trained(world.predictor.config, options.rollout_steps)
     require(
         not (latent := world.predictor.config.latent_dimension),
         f"the predictor's latent dimension is {latent}: joint training knows one future; leave it at 0, or train the "
@@ -330,7 +331,6 @@ def build(options: Options) -> World:
             options.encoder_weights is options.predictor_weights,
             "--encoder-weights and --predictor-weights belong together: give both or neither",
         )
-        require_all_steps_trained(options.predictor, options.rollout_steps)
         encoder = create_encoder(options.encoder)
         predictor = Predictor(options.predictor, encoder.embedding_dimension, options.fps, "")
         return World(encoder, predictor, options.rollout_steps)

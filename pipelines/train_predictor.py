@@ -143,10 +143,10 @@ def main(options: Options) -> None:
         splits = [Split(train_cache, validation_cache)]
     members = len(splits) * options.members
     initial = None if options.initial_predictor is None else load_initial_predictor(options, train_cache, members)
-    if initial is None:
-        require_all_steps_trained(options.predictor, options.rollout_steps)
-    else:
+    if initial is not None:
         options = replace(options, predictor=initial.config)
+    if options.steps:
+        require_all_steps_trained(options.predictor, options.rollout_steps)
     context, horizon = options.predictor.context, options.validation_horizon
     predictor = Predictor(
         options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, members,

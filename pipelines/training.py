@@ -70,7 +70,7 @@ def require_all_steps_trained(config: PredictorConfig, rollout_steps: int) -> No
     require(
         config.kind != "direct" or rollout_steps >= config.horizon,
         f"--rollout-steps is {rollout_steps}, but the predictor forecasts {config.horizon} steps at once, the last of "
-        "which would never be trained: raise it, or lower --predictor.horizon",
+        "which would not be trained: raise it, or lower --predictor.horizon",
     )
 
 

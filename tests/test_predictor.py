@@ -166,8 +166,13 @@ def test_a_direct_forecast_does_not_look_at_what_it_imagined():
     assert not torch.allclose(future[:, 1:2], rollout(predictor, torch.cat([past, first], dim=1), 1))
 
 
+def test_a_direct_forecast_has_no_latent():
+    with pytest.raises(ConfigurationError, match="with --predictor.kind direct"):
+        make("direct", latent_dimension=3)
+
+
 def test_a_direct_forecast_moves_evenly_between_the_ticks_of_the_clock():
-    """However a way is divided into steps, it is the same way; beyond the horizon it goes straight on."""
+    """However a way is divided into as many steps or fewer, it is the same way; beyond the horizon it is straight."""
     predictor, past = make("direct"), torch.randn(2, 6, 5)  # at 4 fps
     quarter, horizon = 1 / 4, predictor.config.horizon
     with torch.no_grad():
