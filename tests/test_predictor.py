@@ -167,7 +167,7 @@ def test_a_direct_forecast_does_not_look_at_what_it_imagined():
 
 
 def test_a_direct_forecast_has_no_latent():
-    with pytest.raises(ConfigurationError, match="with --predictor.kind direct"):
+    with pytest.raises(ConfigurationError, match=r"3 with --predictor\.kind direct"):
         make("direct", latent_dimension=3)
 
 
