@@ -211,10 +211,8 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         features = torch.cat([embeddings, velocity, torch.stack([before, gaps], dim=-1).log2()], dim=-1)
         if latent is None and self.config.latent_dimension:
             latent = embeddings.new_zeros(shape[0], outputs, self.config.latent_dimension)
-        steps, of_members = (
-            Steps(features, ticks, None if on_clock else gaps),
-            state.members or [None] * len(self.members),
-        )
+        steps = Steps(features, ticks, None if on_clock else gaps)
+        of_members = state.members or [None] * len(self.members)
         found = [member(steps, outputs, kept, latent) for member, kept in zip(self.members, of_members, strict=True)]
         change = torch.stack([change for change, _ in found]).mean(dim=0)  # (B, outputs, D)
         predicted = embeddings[:, -outputs:] + gaps[:, -outputs:, None] * self.change_std * change
