@@ -4,9 +4,10 @@ r"""Real video: recorded laps of a driving simulator, trained on three recording
   python benchmarks/driving.py --seeds 0 --test a_00 --output-dir runs/benchmarks/driving
 
 Needs the recordings (`a_00 b_00 b_01 b_02.mp4`) in `$JEPA_SHARED/driving` (default `../shared/driving`). At
-4 fps: encoder and predictor learn from a_00, b_00 and b_01, the predictor as an ensemble, each member of which
-is chosen and calibrated on the recording that was held out from it; b_02 is the test. Then scores b_02 with a
-stretch of 40 frames played backwards, and with a splice of a_00. Prints a table in Markdown and writes `results.json`.
+4 fps: encoder and predictor learn from a_00, b_00 and b_01, the predictor as an ensemble: for each recording two
+members that do without it, and are chosen and calibrated on it, and two that learn from all; b_02 is the test. Then
+scores b_02 with a stretch of 40 frames played backwards, and with a splice of a_00. Prints a table in Markdown and
+writes `results.json`.
 Whatever is to be found out goes by the second command, which never reads b_02.
 """
 

@@ -69,9 +69,10 @@ class Options:
     """Embeddings of other videos, to choose the best model by. Not read with --folds."""
     folds: int = 0
     """For a handful of videos, of which none can be spared for validation: divide the training videos into this many
-    parts, and train an ensemble whose members do each without one part, on which they are validated."""
+    parts, and train an ensemble: for each part members that do without it, on which they are validated, and members
+    that learn from all parts."""
     members: int = 1
-    """Networks whose predictions are averaged; with --folds, for each part."""
+    """Networks whose predictions are averaged; with --folds, for each part, and as many for all of them."""
     initial_predictor: Path | None = None
     """Go on from this trained predictor of the same encoder, as train_jointly leaves one, not from new weights; with
     --steps 0 it is only calibrated on the caches, its statistics of embeddings measured anew."""
@@ -141,7 +142,9 @@ def main(options: Options) -> None:
         validation_cache = EmbeddingCache(options.validation_cache)
         validation_cache.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
         splits = [Split(train_cache, validation_cache)]
-    members = len(splits) * options.members
+    # Those validated by splits come first; beside them, some that nothing was held out from.
+    learned_from = [split.train for split in splits] + ([train_cache] if options.folds else [])
+    members = len(learned_from) * options.members
     initial = None if options.initial_predictor is None else load_initial_predictor(options, train_cache, members)
     if initial is not None:
         options = replace(options, predictor=initial.config)
@@ -155,7 +158,7 @@ def main(options: Options) -> None:
     if initial is not None:
         predictor.members.load_state_dict(initial.members.state_dict())
     measure_embeddings(predictor, train_cache)
-    windows = [Windows(split.train, context + options.longest_gap * options.rollout_steps) for split in splits]
+    windows = [Windows(cache, context + options.longest_gap * options.rollout_steps) for cache in learned_from]
     held_out = [hold_out(split, predictor, context + horizon, VALIDATION_WINDOWS // len(splits)) for split in splits]
     fit_ridge_on(splits, held_out, predictor)
 
@@ -195,7 +198,7 @@ def main(options: Options) -> None:
     checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle, heartbeat.stop)
     step = checkpoints.load_newest() if options.resume else None
     if step is None:
-        best.consider(0, *validate(judged, held_out))
+        best.consider(0, *validate(judged, held_out, options.members))
         checkpoints.save(step := 0)
     start_trackers(accelerator, "train_predictor", to_json(options), step)
     checkpoints.listen()
@@ -230,7 +233,7 @@ def main(options: Options) -> None:
 
         if step % options.log_every == 0 or step == options.steps:
             speed = rates.report(progress)
-            metrics, alarms = validate(judged, held_out)
+            metrics, alarms = validate(judged, held_out, options.members)
             metrics |= progress.take_means(accelerator)
             best.consider(step, metrics, alarms)
             bar.set_postfix({
@@ -249,7 +252,7 @@ def main(options: Options) -> None:
     if is_main:
         judged.load_state_dict(best.weights)
         judged.eval()
-        calibrate_energy(judged, validation_errors(splits, judged))
+        calibrate_energy(judged, validation_errors(splits, judged, options.members))
         if judged.config.latent_dimension:
             calibrate_samples(judged, held_out[0].windows[:, :context], held_out[0].windows[:, context:])
         save_artefact(judged, options.output_dir / "predictor")
@@ -304,7 +307,7 @@ class Batch(NamedTuple):
 
 
 def draw_batches(windows: list[Windows], options: Options, rank: int, step: int) -> Iterator[Batch]:
-    """From this step on, each member's windows from its own split; each batch a function of seed, step and rank."""
+    """From this step on, windows of what each member learns from; each batch a function of seed, step and rank."""
     context = options.predictor.context
     for at in range(step, options.steps):
         generator = step_generator(options.seed, at, rank, torch.device("cpu"))
@@ -432,14 +435,14 @@ class Trial(NamedTuple):
 
 
 @torch.no_grad()
-def validate(predictor: Predictor, held_out: list[HeldOut]) -> tuple[dict[str, float], list[str]]:
+def validate(predictor: Predictor, held_out: list[HeldOut], members: int) -> tuple[dict[str, float], list[str]]:
     """How far to trust the rollouts, into the predictor; then their errors relative to copy-last, and alarms.
 
     Members are judged on the windows that were held out from them. The spread of the predictions is reported beside
     that of the truth.
     """
     predictor.eval()
-    by_split = members_by_split(predictor, len(held_out))
+    by_split = members_by_split(predictor, len(held_out), members)
     trial = Trial.of(by_split, held_out, predictor.config.context)
     predictor.shrinkage.copy_(fit_shrinkage(*trial))
     horizon = trial.future.shape[1]
@@ -449,7 +452,7 @@ def validate(predictor: Predictor, held_out: list[HeldOut]) -> tuple[dict[str, f
     relative = error / copied  # (horizon,)
     # Some of the windows are enough to see a collapse.
     some = [part.windows[::4] for part in held_out]
-    predicted = torch.cat([members(part[:, :-1], horizon) for members, part in zip(by_split, some, strict=True)])
+    predicted = torch.cat([one(part[:, :-1], horizon) for one, part in zip(by_split, some, strict=True)])
     true = torch.cat(some)[:, -horizon:]
     predictor.train()
     metrics = {
@@ -514,9 +517,9 @@ def hold_out_in_turn(cache: EmbeddingCache, folds: int) -> list[Split]:
     return [Split(cache.only(set(sources) - part), cache.only(part)) for part in parts]
 
 
-def members_by_split(predictor: Predictor, splits: int) -> list[Predictor]:
-    """For each split, in order, those members that learned from it."""
-    return [predictor.only(part.tolist()) for part in np.split(np.arange(len(predictor.members)), splits)]
+def members_by_split(predictor: Predictor, splits: int, members: int) -> list[Predictor]:
+    """For each split, in order, its `members`, which learned from it; those that learned from everything are left."""
+    return [predictor.only(range(split * members, (split + 1) * members)) for split in range(splits)]
 
 
 def hold_out(split: Split, predictor: Predictor, length: int, most: int) -> HeldOut:
@@ -548,16 +551,16 @@ def error_unit(splits: list[Split], predictor: Predictor, options: Options) -> T
     return (future - last).square().mean(dim=(0, 2)).clamp_min(1e-12)
 
 
-def validation_errors(splits: list[Split], predictor: Predictor) -> Tensor:
+def validation_errors(splits: list[Split], predictor: Predictor, members: int) -> Tensor:
     """Errors (n, N, energy horizon, D) of members on what was held out from them."""
     context, most = predictor.config.context, ENERGY_WINDOWS // len(splits)
     if predictor.config.latent_dimension:
         most //= 4  # there are `LATENTS` errors of each
     errors = []
-    for members, split in zip(members_by_split(predictor, len(splits)), splits, strict=True):
+    for own, split in zip(members_by_split(predictor, len(splits), members), splits, strict=True):
         windows = spread_windows(split.validation, predictor, context + predictor.energy_horizon, most)
         for part in windows.split(1024):
-            errors.append(prediction_errors(members, part[:, :context], part[:, context:]))
+            errors.append(prediction_errors(own, part[:, :context], part[:, context:]))
     return torch.cat(errors, dim=1)
 
 

@@ -9,7 +9,9 @@ from data.windows import Windows
 from jepa.predictor import Predictor, PredictorConfig
 from pipelines.stage import UserError
 from pipelines.train_predictor import (
+    Options,
     Trial,
+    draw_batches,
     fit_ridge_on,
     hold_out,
     hold_out_in_turn,
@@ -70,12 +72,22 @@ def test_an_ensemble_predicts_the_mean_of_its_members(tmp_path):
     assert torch.equal(Predictor.from_pretrained(tmp_path).eval()(past, 2), predictor(past, 2))
 
 
-def test_members_of_a_split_stand_together():
-    predictor, past = ensemble(4), torch.randn(4, 6, 5)
-    first, second = members_by_split(predictor, 2)
+def test_members_of_a_split_stand_together_before_those_that_learn_from_everything():
+    predictor, past = ensemble(6), torch.randn(4, 6, 5)
+    first, second = members_by_split(predictor, 2, members=2)
     means = [torch.stack([predictor.only([member])(past) for member in pair]).mean(dim=0) for pair in ((0, 1), (2, 3))]
     assert torch.allclose(first(past), means[0], atol=1e-6)
     assert torch.allclose(second(past), means[1], atol=1e-6)
+
+
+def test_members_draw_from_what_they_learn_from(cache):
+    learned_from = [*(split.train for split in hold_out_in_turn(cache, 5)), cache]
+    options = Options(steps=1, batch_size=200, rollout_steps=2, members=2, predictor=PredictorConfig(context=CONTEXT))
+    batch = next(draw_batches([Windows(part, CONTEXT + 2) for part in learned_from], options, rank=0, step=0))
+    of_video = {tuple(row): clip.key.source for clip in cache.clips for row in cache.clip_embeddings(clip).tolist()}
+    drawn = [{of_video[tuple(row)] for row in member.flatten(0, 1).tolist()} for member in batch.windows]
+    videos = {f"/{name}.mp4" for name in "abcde"}
+    assert drawn == [videos - {f"/{name}.mp4"} for name in "abcde" for _ in range(2)] + [videos, videos]
 
 
 def test_one_member_shares_its_weights():
@@ -91,7 +103,7 @@ def test_trials_and_ridge_use_only_what_was_held_out(cache):
     measure_embeddings(predictor, cache)
     splits = hold_out_in_turn(cache, 5)
     held_out = [hold_out(split, predictor, CONTEXT + 4, 10_000) for split in splits]
-    members = members_by_split(predictor, 5)
+    members = members_by_split(predictor, 5, members=1)
     trial = Trial.of(members, held_out, CONTEXT)
     assert len(trial.imagined) == sum(len(part.windows) for part in held_out) == 10 * (30 - CONTEXT - 3)
     first = len(held_out[0].windows)

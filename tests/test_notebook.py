@@ -66,7 +66,7 @@ def artefacts(tmp_path_factory):
     measure_embeddings(predictor, cache)
     splits = [Split(cache, cache)]
     fit_ridge_on(splits, [hold_out(splits[0], predictor, config.context + 3, 100)], predictor)
-    calibrate_energy(predictor, validation_errors(splits, predictor))
+    calibrate_energy(predictor, validation_errors(splits, predictor, members=1))
     predictor.save_pretrained(folder / "predictor")
     return folder
 

@@ -132,8 +132,8 @@ def test_evaluation_reports_every_predictor_at_every_horizon(world, tmp_path):
 def test_without_videos_to_spare_an_ensemble_is_validated_in_turn(world, tmp_path):
     options = f"--train-cache {world}/cache/train --steps 6 --rollout-steps 2 {SMALL_PREDICTOR}"
     shown = succeed("train_predictor", f"{options} --folds 3 --members 2 --output-dir {tmp_path}/predictor")
-    assert "validated on 12 clips, an ensemble of 6 members" in shown
-    assert json.loads((tmp_path / "predictor" / "predictor" / "config.json").read_text())["members"] == 6
+    assert "validated on 12 clips, an ensemble of 8 members" in shown
+    assert json.loads((tmp_path / "predictor" / "predictor" / "config.json").read_text())["members"] == 8
     metrics = json.loads((tmp_path / "predictor" / "metrics.json").read_text())
     assert metrics["validation_relative_to_copy_last"] <= 1
     evaluate = f"--cache {world}/cache/test --predictor {tmp_path}/predictor/predictor --horizon 6"
