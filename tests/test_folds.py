@@ -26,7 +26,7 @@ CONTEXT = 3
 def cache(tmp_path, make_clip, write_cache):
     """Five videos, each on two phases of the clock."""
     clips = [
-        make_clip(f"/{name}.mp4", 30, seed=seed + int(10 * phase_s), phase_s=phase_s)
+        make_clip(f"/{name}.mp4", 30, seed=10 * seed + int(10 * phase_s), phase_s=phase_s)
         for seed, name in enumerate("abcde")
         for phase_s in (0.0, 0.1)
     ]
