@@ -38,9 +38,9 @@ class Options:
     """Where videos, caches, models and pictures are left."""
     train_clips: int = 1000
     """Clips to train on; a tenth as many, at most 100, are made for validation, and as many again for the test."""
-    encoder_steps: int = 1000
+    encoder_steps: int = 500
     """Optimiser steps of the encoder."""
-    predictor_steps: int = 650
+    predictor_steps: int = 400
     """Optimiser steps of the predictor."""
     predictor_options: str = ""
     """Further options of train_predictor, as they stand on its command line."""
