@@ -175,7 +175,7 @@ def main(options: Options) -> None:
         print(
             f"training {options.predictor.kind} ({sum(p.numel() for p in predictor.parameters()):,} weights) on "
             f"{describe_devices(accelerator)}: global batch {global_batch}, learning rate {peak:g}, about "
-            f"{readable_bytes(memory.total(options.batch_size))} of tensors on each; {sum(map(len, windows)):,} "
+            f"{readable_bytes(memory.total(options.batch_size))} of tensors on each; {len(windows[-1]):,} "
             f"windows, validated on {sum(len(split.validation.clips) for split in splits)} clips"
             + (f", an ensemble of {members} members" if members > 1 else "")
         )

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from data.embedding_cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_clip
 from data.video import read_frames
+from data.windows import Windows
 from pipelines.stage import UserError, run_python
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +133,8 @@ def test_evaluation_reports_every_predictor_at_every_horizon(world, tmp_path):
 def test_without_videos_to_spare_an_ensemble_is_validated_in_turn(world, tmp_path):
     options = f"--train-cache {world}/cache/train --steps 6 --rollout-steps 2 {SMALL_PREDICTOR}"
     shown = succeed("train_predictor", f"{options} --folds 3 --members 2 --output-dir {tmp_path}/predictor")
-    assert "validated on 12 clips, an ensemble of 8 members" in shown
+    windows = len(Windows(EmbeddingCache(world / "cache" / "train"), 3 + 2))  # each counts once, however many learn it
+    assert f"{windows:,} windows, validated on 12 clips, an ensemble of 8 members" in shown
     assert json.loads((tmp_path / "predictor" / "predictor" / "config.json").read_text())["members"] == 8
     metrics = json.loads((tmp_path / "predictor" / "metrics.json").read_text())
     assert metrics["validation_relative_to_copy_last"] <= 1
