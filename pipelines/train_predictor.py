@@ -72,7 +72,7 @@ class Options:
     parts, and train an ensemble: for each part members that do without it, on which they are validated, and members
     that learn from all parts."""
     members: int = 1
-    """Networks whose predictions are averaged; with --folds, for each part, and as many for all of them."""
+    """Networks whose predictions are averaged; with --folds, so many for each part, and so many that learn from all."""
     initial_predictor: Path | None = None
     """Go on from this trained predictor of the same encoder, as train_jointly leaves one, not from new weights; with
     --steps 0 it is only calibrated on the caches, its statistics of embeddings measured anew."""
@@ -438,8 +438,9 @@ class Trial(NamedTuple):
 def validate(predictor: Predictor, held_out: list[HeldOut], members: int) -> tuple[dict[str, float], list[str]]:
     """How far to trust the rollouts, into the predictor; then their errors relative to copy-last, and alarms.
 
-    Members are judged on the windows that were held out from them. The spread of the predictions is reported beside
-    that of the truth.
+    Members are judged on the windows that were held out from them; nothing was from those that learn from everything,
+    so that neither their errors nor their spread are seen here. The spread of the predictions is reported beside that
+    of the truth.
     """
     predictor.eval()
     by_split = members_by_split(predictor, len(held_out), members)
@@ -518,7 +519,7 @@ def hold_out_in_turn(cache: EmbeddingCache, folds: int) -> list[Split]:
 
 
 def members_by_split(predictor: Predictor, splits: int, members: int) -> list[Predictor]:
-    """For each split, in order, its `members`, which learned from it; those that learned from everything are left."""
+    """For each split, in order, its `members`, which learned from it; the last, that learned from all, are left out."""
     return [predictor.only(range(split * members, (split + 1) * members)) for split in range(splits)]
 
 
