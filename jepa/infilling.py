@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from jepa.attention import AttentionBlock
 from jepa.encoder import ConfigurationError
+from jepa.networks import zero_linear
 
 NEAREST = 4
 """Visible embeddings on each side of a gap that each place in it is shown."""
@@ -102,9 +103,7 @@ class Infiller(nn.Module, PyTorchModelHubMixin):
         self.tokens = nn.Parameter(torch.zeros(places, config.width))
         self.embed = nn.Linear(views * dimension, config.width)
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)), nn.LayerNorm(config.width))
-        self.head = nn.Linear(config.width + views * dimension, dimension)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zero_linear(config.width + views * dimension, dimension)
         self.register_buffer("mean", torch.zeros(dimension))
         self.register_buffer("std", torch.ones(dimension))
         self.register_buffer("sigma", torch.ones(config.longest_gap, dimension))

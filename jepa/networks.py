@@ -1,7 +1,8 @@
 """The networks inside predictors. To add one, write a class here and name it in `NETWORKS`.
 
 A network is causal: it maps the steps of a sequence to hidden states, one for each of the last `outputs` steps, and
-remembers what it needs to go on from there, so that a rollout costs one step for each imagined frame, and no more.
+remembers what it needs to go on from there, so that a rollout costs one step for each imagined frame, and no more. A
+head maps hidden states to velocities, unless the network has one itself and says so (`gives_velocities`).
 Steps that are given together with a state were imagined. To most networks that makes no difference: step by step they
 find the same hidden states as in the whole sequence; `DirectMLP` does not look at what was imagined.
 """
@@ -39,7 +40,7 @@ class Steps(NamedTuple):
     """A sequence as networks see it."""
 
     features: Tensor
-    """float (B, T, F)."""
+    """float (B, T, F): the embedding and its velocity, D each, then the gaps before and after; F = 2 D + 2."""
     ticks: Tensor
     """float (B, T): the time of each step, in ticks of the clock."""
     gaps: Tensor | None = None
@@ -79,7 +80,7 @@ class DirectState(NamedTuple):
     recent: Tensor
     """(B, up to context - 1, F), the newest steps."""
     forecast: tuple[Tensor, ...]
-    """`horizon` times (B, 1, width): the hidden state, a velocity, within each tick."""
+    """`horizon` times (B, 1, D): the velocity within each tick."""
     begun: Tensor
     """(B, 1), the time of the step that it was made from."""
     taken: int
@@ -94,13 +95,18 @@ class DirectMLP(nn.Module):
 
     Nothing is normalised: on strange video a normalised hidden state would be as large as ever, and the forecast
     as bold.
+
+    It has a head of its own for each step, and so gives velocities instead of hidden states.
     """
+
+    gives_velocities = True
 
     def __init__(self, inputs: int, config: NetworkConfig) -> None:
         super().__init__()
         if config.horizon < 1:
             raise ConfigurationError(f"--predictor.horizon is {config.horizon}: it must be positive")
         self.context, self.horizon = config.context, config.horizon
+        dimension = inputs // 2 - 1
         widths = [(inputs - 1) * config.context] + [config.width] * config.depth
         self.layers = nn.Sequential(
             *(
@@ -109,15 +115,15 @@ class DirectMLP(nn.Module):
                 for layer in (nn.Linear(before, after), nn.GELU(), nn.Dropout(config.dropout))
             )
         )
-        self.ticks = nn.Linear(config.width, config.horizon * config.width)
+        self.heads = zero_linear(config.width, config.horizon * dimension)
 
     def forward(self, steps: Steps, outputs: int, state: DirectState | None = None) -> tuple[Tensor, DirectState]:
         features = steps.features[..., :-1]  # the last is the gap that is asked for: the forecast is the same for all
         recent = features if state is None else torch.cat([state.recent, features], dim=1)
         now = steps.ticks[:, -outputs:]
         if state is None or state.taken == self.horizon:
-            hidden = self.ticks(self.layers(last_steps(recent, self.context, outputs)))
-            forecast, begun, taken = rearrange(hidden, "b o (h c) -> h b o c", h=self.horizon).unbind(), now, 0
+            velocities = self.heads(self.layers(last_steps(recent, self.context, outputs)))
+            forecast, begun, taken = rearrange(velocities, "b o (h d) -> h b o d", h=self.horizon).unbind(), now, 0
         else:
             forecast, begun, taken = state.forecast, state.begun, state.taken
         kept = recent[:, max(0, recent.shape[1] - self.context + 1) :]
@@ -127,12 +133,12 @@ class DirectMLP(nn.Module):
         return self.between(forecast, now - begun, steps.gaps[:, -outputs:]), state
 
     def between(self, forecast: tuple[Tensor, ...], start: Tensor, gap: Tensor) -> Tensor:
-        """The mean velocity from `start` on, over a gap; (B, outputs) in ticks -> (B, outputs, width)."""
+        """The mean velocity from `start` on, over a gap; (B, outputs) in ticks -> (B, outputs, D)."""
         ticks = torch.arange(self.horizon, device=start.device)
         ends = torch.cat([ticks[1:], ticks.new_tensor([2**31])])  # beyond the horizon it goes straight on
         start, end = start[..., None], (start + gap)[..., None]
         share = (end.minimum(ends) - start.maximum(ticks)).clamp_min(0) / gap[..., None]  # (B, outputs, horizon)
-        return torch.einsum("b o h, h b o c -> b o c", share.to(forecast[0].dtype), torch.stack(forecast))
+        return torch.einsum("b o h, h b o d -> b o d", share.to(forecast[0].dtype), torch.stack(forecast))
 
 
 class CausalTransformer(nn.Module):
@@ -215,6 +221,14 @@ class GRU(nn.Module):
 
 
 NETWORKS: dict[str, Any] = {"mlp": ResidualMLP, "direct": DirectMLP, "transformer": CausalTransformer, "gru": GRU}
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer that gives zeros until it has learned something: a guess that stays as it is."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def last_steps(steps: Tensor, context: int, outputs: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from jepa.baselines import Baseline, CopyLast, LinearExtrapolation, Mean, Ridge, Shrunk
 from jepa.encoder import ConfigurationError
-from jepa.networks import NETWORKS, Steps
+from jepa.networks import NETWORKS, Steps, zero_linear
 from jepa.shrinkage import LONGEST, no_shrinkage
 
 
@@ -69,9 +69,8 @@ class Member(nn.Module):
         super().__init__()
         self.network = NETWORKS[config.kind](2 * dimension + 2, config)
         self.latent_block = LatentBlock(config) if config.latent_dimension else None
-        self.head = nn.Linear(config.width, dimension)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        has_head = getattr(self.network, "gives_velocities", False)
+        self.head = nn.Identity() if has_head else zero_linear(config.width, dimension)
 
     def forward(self, steps: Steps, outputs: int, state: Any, latent: Tensor | None) -> tuple[Tensor, Any]:
         hidden, state = self.network(steps, outputs, state)

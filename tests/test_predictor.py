@@ -16,7 +16,8 @@ def make(kind: str, context: int = 4, latent_dimension: int = 0) -> Predictor:
     torch.manual_seed(0)
     config = PredictorConfig(kind, context, width=16, depth=2, heads=2, latent_dimension=latent_dimension)
     predictor = Predictor(config, 5, 4.0, "abc").eval()
-    torch.nn.init.normal_(predictor.members[0].head.weight)
+    head = predictor.members[0].network.heads if kind == "direct" else predictor.members[0].head
+    torch.nn.init.normal_(head.weight)
     torch.nn.init.normal_(predictor.ridge.weight)
     return predictor
 
@@ -149,6 +150,13 @@ def test_the_network_is_told_of_time():
     assert ticks.tolist() == [[0, 1, 3]]
     assert torch.allclose(features[0, 2, 5:10], (past[0, 2] - past[0, 1]) / 2)
     assert torch.allclose(features[0, :, 10:], torch.tensor([[1.0, 1.0], [1.0, 2.0], [2.0, 3.0]]).log2())
+
+
+@pytest.mark.parametrize("kind", list(NETWORKS))
+def test_an_untrained_predictor_copies_the_last_embedding(kind):
+    predictor, past = Predictor(PredictorConfig(kind, width=16, depth=2, heads=2), 5, 4.0, "abc"), torch.randn(2, 6, 5)
+    with torch.no_grad():
+        assert torch.equal(rollout(predictor, past, 3), past[:, -1:].expand(-1, 3, -1))
 
 
 def test_a_direct_forecast_does_not_look_at_what_it_imagined():
