@@ -5,9 +5,9 @@ r"""Real video: recorded laps of a driving simulator, trained on three recording
 
 Needs the recordings (`a_00 b_00 b_01 b_02.mp4`) in `$JEPA_SHARED/driving` (default `../shared/driving`). At
 4 fps: encoder and predictor learn from a_00, b_00 and b_01, the predictor as an ensemble: for each recording two
-members that do without it, and are chosen and calibrated on it, and two that learn from all; b_02 is the test. Then
-scores b_02 with a stretch of 40 frames played backwards, and with a splice of a_00. Prints a table in Markdown and
-writes `results.json`.
+members that do without it, and are chosen and calibrated on it, and two that learn from all; b_02 is the test, from
+whose own past `adapting` forecasts learn while they watch it. Then scores b_02 with a stretch of 40 frames played
+backwards, and with a splice of a_00. Prints a table in Markdown and writes `results.json`.
 Whatever is to be found out goes by the second command, which never reads b_02.
 """
 
@@ -149,16 +149,16 @@ def measure_seed(
     )  # fmt: skip
     model, further = (evaluate(folder, name) for name in ("predictor", "ridge"))
     results["useful horizon: seconds"] = model["useful_horizon"]["model"]["time_s"]
+    # Contexts of another length leave other moments out: ratios to copying can be compared, errors cannot.
+    sources = dict.fromkeys(("model", "adapting_model"), model)
+    sources |= dict.fromkeys(("ridge", "shrunk_ridge", "adapting_ridge"), further)
     for horizon in (1, 5, 10, 15, 20):
-        found = model["predictors"]["model"][horizon - 1]
-        ridges = {name: further["predictors"][name][horizon - 1] for name in ("ridge", "shrunk_ridge")}
-        results[f"horizon {horizon}: model of copy-last"] = found["relative_to_copy_last"]
-        for name, ridge in ridges.items():
-            results[f"horizon {horizon}: {name} of copy-last"] = ridge["relative_to_copy_last"]
-        # Contexts of another length leave other moments out: ratios to copying can be compared, errors cannot.
-        to_ridge = found["relative_to_copy_last"] / ridges["ridge"]["relative_to_copy_last"]
-        results[f"horizon {horizon}: model of ridge"] = to_ridge
-        results[f"horizon {horizon}: model of mean"] = found["relative_to_mean"]
+        records = {name: source["predictors"][name][horizon - 1] for name, source in sources.items()}
+        of_copying = {name: record["relative_to_copy_last"] for name, record in records.items()}
+        results |= {f"horizon {horizon}: {name} of copy-last": value for name, value in of_copying.items()}
+        for name, to in (("model", "ridge"), ("adapting_model", "ridge"), ("adapting_model", "adapting_ridge")):
+            results[f"horizon {horizon}: {name} of {to}"] = of_copying[name] / of_copying[to]
+        results[f"horizon {horizon}: model of mean"] = records["model"]["relative_to_mean"]
     models = ["--encoder", folder / "encoder" / "encoder", "--predictor", folder / "predictor" / "predictor"]
     for name, videos, horizon in (("reversed", list(reversals), SURPRISE_HORIZON), ("spliced", [splice[0]], 1)):
         run_python(

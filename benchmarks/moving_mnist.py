@@ -149,7 +149,7 @@ def cells_of_digits(cache: EmbeddingCache) -> Tensor:
 def measure(cache: EmbeddingCache, predictor: Predictor, head: DetectionHead) -> dict[str, Any]:
     """Average precision at each horizon, its means over horizons with intervals by clip, and both of the ceiling."""
     trials = lay_out_trials(cache, predictor, HORIZON)
-    imagined = imagine_all(predictor, trials.past, HORIZON)
+    imagined = imagine_all(predictor, trials)
     logits = {TRUE: head(trials.future), **{name: head(imagined[name]) for name in SHOWN}}  # (N, HORIZON, cells^2)
     occupied = cells_of_digits(cache)[trials.future_rows]
     # One rollout a clip: a clip that is drawn so many times counts so many times.

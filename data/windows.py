@@ -3,6 +3,8 @@
 A window is a run of embeddings on consecutive ticks of one clip: it never crosses a clip or a gap in time.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,6 +48,11 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def by_clip(self) -> list[slice]:
+        """The windows of each clip that has any, as slices of all; within a clip they are in the order of time."""
+        edges = np.flatnonzero(np.diff(self.clips, prepend=-1, append=-1))
+        return [slice(*ends) for ends in pairwise(edges.tolist())]
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows in the cache of the given windows, (N,) -> (N, length)."""

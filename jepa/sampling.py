@@ -8,7 +8,7 @@ from jepa.baselines import Baseline
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.scoring import central_interval
-from jepa.shrinkage import LONGEST, shrink
+from jepa.shrinkage import LONGEST, of_horizons, shrink
 
 EXPECTED_OF = 16
 """Rollouts whose mean is the expected future."""
@@ -50,8 +50,8 @@ def sample(predictor: Predictor, past: Tensor, horizon: int, n: int, generator: 
     """
     drawn = draw(predictor, past, horizon, max(n, EXPECTED_OF), generator)
     centre = drawn.mean(dim=0)
-    at = torch.arange(horizon, device=past.device).clamp(max=LONGEST - 1)
-    return shrink(centre, past[:, -1], predictor.shrinkage) + predictor.sample_spread[at, None] * (drawn[:n] - centre)
+    spread = of_horizons(predictor.sample_spread, horizon)[:, None]
+    return shrink(centre, past[:, -1], predictor.shrinkage) + spread * (drawn[:n] - centre)
 
 
 @torch.no_grad()

@@ -20,6 +20,11 @@ def no_shrinkage() -> Tensor:
     return torch.tensor([1.0, 0.0]).repeat(LONGEST, 1)
 
 
+def of_horizons(weights: Tensor, horizon: int) -> Tensor:
+    """The weights (LONGEST, ...) of the first `horizon` steps, (horizon, ...): later ones share the last."""
+    return weights[torch.arange(horizon, device=weights.device).clamp(max=LONGEST - 1)]
+
+
 def shrink(imagined: Tensor, last: Tensor, weights: Tensor, mean: Tensor | None = None) -> Tensor:
     """Combine a rollout with copying and with the mean.
 
@@ -32,8 +37,7 @@ def shrink(imagined: Tensor, last: Tensor, weights: Tensor, mean: Tensor | None 
     Returns:
         (B, horizon, D).
     """
-    at = torch.arange(imagined.shape[1], device=weights.device).clamp(max=LONGEST - 1)
-    on_rollout, on_mean = weights[at, 0, None], weights[at, 1, None]  # (horizon, 1)
+    on_rollout, on_mean = of_horizons(weights, imagined.shape[1])[..., None].unbind(dim=1)  # (horizon, 1)
     shrunk = on_rollout * imagined + (1 - on_rollout - on_mean) * last[:, None]
     return shrunk if mean is None else shrunk + on_mean * mean[:, None]
 
@@ -55,19 +59,20 @@ def fit_shrinkage(imagined: Tensor, last: Tensor, future: Tensor, mean: Tensor |
     for step in range(min(imagined.shape[1], LONGEST)):
         towards = torch.stack([imagined[:, step] - last, to_mean]).cpu().double().flatten(1)  # (2, N x D)
         change = (future[:, step] - last).cpu().double().flatten()
-        weights[step:] = _least_squares_in_triangle(towards @ towards.T, towards @ change).float()
+        weights[step:] = least_squares_in_triangle(towards @ towards.T, towards @ change).float()
     return weights
 
 
-def _least_squares_in_triangle(gram: Tensor, moment: Tensor) -> Tensor:
-    """Minimise w G w - 2 m w over w >= 0 with w_1 + w_2 <= 1; (2, 2), (2,) -> (2,)."""
+def least_squares_in_triangle(gram: Tensor, moment: Tensor) -> Tensor:
+    """Minimise w G w - 2 m w over w >= 0 with w_1 + w_2 <= 1; (..., 2, 2), (..., 2) -> (..., 2)."""
     origin, rollout, mean = gram.new_tensor([[0, 0], [1, 0], [0, 1]])
-    candidates = []
+    free = (torch.linalg.pinv(gram) @ moment[..., None])[..., 0]
+    inside = (free.amin(dim=-1) >= 0) & (free.sum(dim=-1) <= 1)
+    candidates = [torch.where(inside[..., None], free, origin)]
     for start, end in ((origin, rollout), (origin, mean), (rollout, mean)):
         along = end - start
-        length = (along @ (moment - gram @ start)) / (along @ gram @ along).clamp_min(1e-12)
-        candidates.append(start + length.clamp(0, 1) * along)
-    free = torch.linalg.pinv(gram) @ moment
-    if free.min() >= 0 and free.sum() <= 1:
-        candidates.append(free)
-    return min(candidates, key=lambda w: float(w @ gram @ w - 2 * moment @ w))
+        length = ((moment - gram @ start) @ along) / (gram @ along @ along).clamp_min(1e-12)
+        candidates.append(start + length.clamp(0, 1)[..., None] * along)
+    choices = torch.stack(candidates)  # (4, ..., 2)
+    cost = ((gram @ choices[..., None])[..., 0] * choices - 2 * moment * choices).sum(dim=-1)
+    return choices.gather(0, cost.argmin(dim=0)[None, ..., None].expand(1, *moment.shape))[0]

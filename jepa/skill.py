@@ -45,12 +45,22 @@ class Skill:
 
 
 @torch.no_grad()
-def imagine(predictor: Predictor | Baseline, past: Tensor, horizon: int, batch: int = 4096) -> Tensor:
-    """The futures of many windows, in batches; past (N, T, D) -> (N, horizon, D).
+def imagine(predictor: Predictor | Baseline, past: Tensor, horizon: int) -> Tensor:
+    """The futures of many windows; past (N, T, D) -> (N, horizon, D).
 
     Expected futures, shrunk as far as validation advised where the predictor has a `shrinkage`.
     """
-    imagined = torch.cat([expected_future(predictor, part, horizon) for part in past.split(batch)])
+    return as_advised(predictor, imagine_unshrunk(predictor, past, horizon), past)
+
+
+@torch.no_grad()
+def imagine_unshrunk(predictor: Predictor | Baseline, past: Tensor, horizon: int, batch: int = 4096) -> Tensor:
+    """Expected futures as the predictor gives them, in batches; past (N, T, D) -> (N, horizon, D)."""
+    return torch.cat([expected_future(predictor, part, horizon) for part in past.split(batch)])
+
+
+def as_advised(predictor: Predictor | Baseline, imagined: Tensor, past: Tensor) -> Tensor:
+    """Such futures (N, horizon, D), shrunk as far as validation advised; past (N, T, D)."""
     weights = getattr(predictor, "shrinkage", None)
     return imagined if weights is None else shrink(imagined, past[:, -1], weights)
 

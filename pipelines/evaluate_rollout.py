@@ -30,10 +30,12 @@ from data.groups import group_rows, stretch_for
 from data.sidecar import read_states
 from data.video import probe_video, read_frames_at
 from data.windows import Windows
+from jepa.adaptation import ADVICE, adapt, count_known
+from jepa.baselines import Shrunk
 from jepa.bootstrap import Bootstrap
 from jepa.predictor import Predictor
 from jepa.probe import Probe, ProbeKind, fit_probe, measure_agreement
-from jepa.skill import Skill, imagine, measure_skill, spread_by_horizon
+from jepa.skill import Skill, as_advised, imagine_unshrunk, measure_skill, spread_by_horizon
 from pipelines.artefacts import load_predictor, require_calibrated, require_no_video_in_both
 from pipelines.probe_embeddings import label_windows
 from pipelines.stage import RunFolder, counted, require, run_stage, write_json
@@ -104,7 +106,7 @@ def main(options: Options) -> None:
     # What an interrupted evaluation left can go: there is nothing in it to go on from.
     output.prepare(options, overwrite=True, inputs={"provenance": cache.provenance})
 
-    imagined = imagine_all(predictor, trials.past, options.horizon)
+    imagined = imagine_all(predictor, trials)
     results = measure(trials, imagined, predictor, options.seed, options.resamples, readout)
     write_json(options.output_dir / "rollout.json", results)
     write_table(results, options.output_dir / "rollout.csv")
@@ -155,11 +157,29 @@ def lay_out_trials(cache: EmbeddingCache, predictor: Predictor, horizon: int, st
     )
 
 
-def imagine_all(predictor: Predictor, past: Tensor, horizon: int) -> dict[str, Tensor]:
-    """Rollouts (N, horizon, D) of the predictor, under the name `model`, and of each of its baselines."""
+def imagine_all(predictor: Predictor, trials: Trials) -> dict[str, Tensor]:
+    """Rollouts (N, horizon, D) of the predictor, under the name `model`, and of each of its baselines.
+
+    Where clips are long enough for a typical forecast to learn from `ADVICE` earlier ones of its own clip, also
+    `adapting_model` and `adapting_ridge`, which do so (`jepa.adaptation`).
+    """
     predictors = {"model": predictor, **predictor.baselines()}
-    bar = tqdm(predictors.items(), desc="imagining", unit="predictor", leave=False)
-    return {name: imagine(one, past, horizon) for name, one in bar}
+    horizon, windows = trials.future.shape[1], trials.windows
+    begun = torch.from_numpy(windows.starts)
+    of_clips = windows.by_clip()
+    known = torch.cat([count_known(begun[clip], horizon) for clip in of_clips])
+    imagined, adapting = dict[str, Tensor](), dict[str, Tensor]()
+    for name, one in tqdm(predictors.items(), desc="imagining", unit="predictor", leave=False):
+        unshrunk = imagine_unshrunk(one, trials.past, horizon)
+        imagined[name] = as_advised(one, unshrunk, trials.past)
+        if isinstance(one, Predictor | Shrunk) and known.median() >= ADVICE:
+            adapting[f"adapting_{name.removeprefix('shrunk_')}"] = torch.cat(
+                [
+                    adapt(unshrunk[clip], trials.past[clip], trials.future[clip], begun[clip], one.shrinkage)
+                    for clip in tqdm(of_clips, desc="adapting", unit="clip", leave=False)
+                ]
+            )
+    return imagined | adapting
 
 
 class Readout(NamedTuple):
