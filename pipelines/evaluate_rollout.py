@@ -357,6 +357,8 @@ def table(results: dict[str, Any]) -> str:
             lambda record: f"{record['std']:.2f} {record['rank']:5.1f}",
         ),
     ]
+    if "adapting_model" in predictors:
+        lines.insert(1, "adapting: learns, as it goes, from how its earlier forecasts of the same clip came out")
     if "probe_columns" in results:
         lines += block(
             f"R2 of {', '.join(results['probe_columns'])}",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,29 @@ def test_evaluation_reports_every_predictor_at_every_horizon(world, tmp_path):
                 assert record[f"relative_to_{to}"] > 0
     assert all(record["relative_to_copy_last"] == 1 for record in result["predictors"]["copy_last"])
     assert (tmp_path / "rollout.png").stat().st_size > 5000
+
+
+def test_a_long_video_teaches_while_it_is_watched(world, tmp_path):
+    (tmp_path / "videos").mkdir()
+    write_ball_clip(tmp_path / "videos", 0, replace(WORLD, frames=160), seed=9)
+    succeed(
+        "cache_embeddings",
+        f"--videos {tmp_path}/videos --encoder {world}/encoder/encoder --fps 8 --output-dir {tmp_path}/cache",
+    )
+    shown = succeed(
+        "evaluate_rollout",
+        f"--cache {tmp_path}/cache --predictor {world}/predictor/predictor --output-dir {tmp_path}/evaluation "
+        "--horizon 4",
+    )
+    assert "adapting: learns" in shown
+    records = json.loads((tmp_path / "evaluation" / "rollout.json").read_text())["predictors"]
+    for name in ("adapting_model", "adapting_ridge"):
+        assert [record["horizon"] for record in records[name]] == [1, 2, 3, 4]
+        assert f"  {name}" in shown
+    # A model that has hardly been trained has the most to learn.
+    assert records["adapting_model"][3]["mse"] < records["model"][3]["mse"]
+    with (tmp_path / "evaluation" / "rollout.csv").open() as file:
+        assert {"adapting_model", "adapting_ridge"} < {row["predictor"] for row in csv.DictReader(file)}
 
 
 def test_without_videos_to_spare_an_ensemble_is_validated_in_turn(world, tmp_path):

@@ -32,6 +32,12 @@ def test_windows_are_all_runs_of_one_clip_without_a_gap(cache, clips, stride):
     )
 
 
+def test_windows_of_each_clip_that_has_any(cache):
+    windows = Windows(cache, length=4)  # the third clip is too short
+    assert windows.by_clip() == [slice(0, 6), slice(6, 11)]
+    assert Windows(cache, length=9).by_clip() == [slice(0, 1)]
+
+
 def test_ticks_of_a_window_are_consecutive(cache):
     for length in (1, 2, 5, 6):
         windows = Windows(cache, length)
