@@ -76,16 +76,17 @@ def _trust(imagined: Tensor, last: Tensor, future: Tensor, known: Tensor, advise
 def _similar_errors(errors: Tensor, moments: Tensor, known: Tensor) -> Tensor:
     """What the errors (N, horizon, D) known to each forecast say of its own, by how similar the moments (N, F) are."""
     expected = torch.zeros_like(errors)
-    flat, begin = errors.flatten(1), int((known == 0).sum())
+    begin = int((known == 0).sum())
     while begin < len(errors):
         # One regression serves a stretch of forecasts: until there are a few more to learn from.
         newest = int(known[begin])
-        end = int(torch.searchsorted(known, newest + max(20, newest // 20)))
         kept = slice(max(0, newest - MEMORY), newest)
+        end = int(torch.searchsorted(known, newest + max(20, min(newest, MEMORY) // 20)))
         alike = _similarity(moments[kept], moments[kept])
         alike.diagonal().add_(NOISE)
-        learned = torch.cholesky_solve(flat[kept], torch.linalg.cholesky(alike))
-        expected[begin:end] = (_similarity(moments[begin:end], moments[kept]) @ learned).view_as(expected[begin:end])
+        to_new = _similarity(moments[kept], moments[begin:end])
+        weights = torch.cholesky_solve(to_new, torch.linalg.cholesky(alike))  # (kept, stretch)
+        expected[begin:end] = torch.tensordot(weights, errors[kept], dims=([0], [0]))
         begin = end
     return expected
 
