@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -59,7 +60,7 @@ def main(options: Options) -> None:
     paths = options.videos or tuple(sorted(folder.glob("*.mp4")))
     require(bool(paths), f"{folder}: the clips to measure on are not there; set JEPA_SHARED")
     accelerator = start_accelerator()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(joblib.cpu_count())
     encoder = create_encoder(EncoderConfig(backbone=options.backbone, image_size=(options.size, options.size)))
     encoder = encoder.to(accelerator.device).eval()
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 import yaml
@@ -86,7 +87,7 @@ def main(options: Options) -> None:
     require(bool(paths), f"{folder}: the clips to measure on are not there; set JEPA_SHARED")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(joblib.cpu_count())
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     if options.time_preset is not None:
         time_preset(options.time_preset, paths, options, name)

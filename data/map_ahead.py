@@ -1,6 +1,5 @@
 """Work in threads, a little ahead of whoever uses the results."""
 
-import os
 import queue
 import threading
 from collections import deque
@@ -9,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
+
+import joblib
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,9 +23,9 @@ def map_ahead(
     Args:
         function: decoding releases Python's lock, so threads run side by side.
         items: what it is called with.
-        workers: threads, one a core by default.
+        workers: threads, one a usable core by default.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or joblib.cpu_count()
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -46,10 +47,10 @@ def stream_ahead(
     Args:
         function: a generator; decoding releases Python's lock, so threads run side by side.
         items: what it is called with.
-        workers: threads, one a core by default.
+        workers: threads, one a usable core by default.
         ahead: results that wait at most.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or joblib.cpu_count()
     results: queue.Queue[Result | _Done] = queue.Queue(ahead)
     stop = threading.Event()
     waiting, taking = iter(items), threading.Lock()

@@ -7,12 +7,12 @@ files; beside each lies a CSV with the true state of every frame.
 """
 
 import csv
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import joblib
 import numpy as np
 from tqdm import tqdm
 
@@ -119,6 +119,6 @@ def write_digit_videos(folder: Path, clips: int, images: np.ndarray, world: Digi
     folder.mkdir(parents=True, exist_ok=True)
     drawn = images[np.random.default_rng(seed).integers(len(images), size=(clips, 2))]  # (clips, 2, 28, 28)
     write = partial(write_digit_clip, folder, world=world, seed=seed)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(joblib.cpu_count()) as pool:
         written = pool.map(write, range(clips), drawn, chunksize=8)
         return list(tqdm(written, total=clips, unit="clip", desc=f"rendering {folder.name}", leave=False))

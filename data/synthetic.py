@@ -9,7 +9,6 @@ To test surprise, a clip may hold one impossible event; it comes with its lawful
 """
 
 import csv
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import av
+import joblib
 import numpy as np
 from av.video.stream import VideoStream
 from tqdm import tqdm
@@ -290,6 +290,6 @@ def write_ball_pairs(folder: Path, pairs: int, world: BallWorld, seed: int, even
 
 
 def _on_all_cores(write: Callable[[int], Result], number: int, name: str) -> list[Result]:
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(joblib.cpu_count()) as pool:
         written = pool.map(write, range(number), chunksize=8)
         return list(tqdm(written, total=number, unit="clip", desc=f"rendering {name}", leave=False))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import joblib
 import psutil
 import torch
 import torch.distributed as distributed
@@ -92,10 +93,23 @@ def start_accelerator(
         # By the older of torch's two interfaces: once the newer is used, its own compiler fails to read the older.
         torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = compute.tf32
-    elif processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        # `accelerate launch` sets OMP_NUM_THREADS to 1 where it expects a GPU: half a laptop would stand idle.
-        torch.set_num_threads(os.cpu_count() or 1)
+    elif processes == 1 and not _threads_are_chosen():
+        torch.set_num_threads(cores_of_this_process())
     return accelerator
+
+
+def cores_of_this_process() -> int:
+    """How many cores this process may use: those granted to it, shared with the others on its machine.
+
+    A container's quota, the affinity (`taskset`) and `LOKY_MAX_CPU_COUNT` are heeded.
+    """
+    return max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _threads_are_chosen() -> bool:
+    """Whether somebody said how many threads compute. `accelerate launch` says 1 by itself, of many cores."""
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    return chosen is not None and not (chosen == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ filled up, because the last bits of an embedding depend on the shape of its batc
 embeddings whatever else is embedded, and wherever a run was interrupted.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from data.embedding_cache import ClipKey, EmbeddedClip
 from data.map_ahead import stream_ahead
 from data.video import FrameSize, read_on_clock
 from jepa.encoder import FrameEncoder
+from pipelines.compute import cores_of_this_process
 
 
 @dataclass
@@ -82,7 +82,7 @@ def embed_videos(
         VideoError: with `strict`, a video cannot be read or is damaged.
     """
     size = encoder.config.image_size
-    decoders = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    decoders = cores_of_this_process()
 
     def decode_one(task: Task) -> Iterator[Chunk]:
         return decode(task, size, fps, image_fps, batch_size, strict)

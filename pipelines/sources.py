@@ -13,12 +13,12 @@ from data.frames import FramePairs, read_sequences
 from data.images import ImagePairs, Images, find_images, require_batch
 from data.manifest import EXAMPLES
 from data.video import FrameSize
+from pipelines.compute import cores_of_this_process
 from pipelines.guards import require_agreement, summary
 from pipelines.stage import counted, leave_account, write_json
 from pipelines.training import (
     DIAGNOSTIC_CLIPS,
     DIAGNOSTIC_FRAMES,
-    cores_of_this_process,
     find_usable_videos,
     main_first,
 )

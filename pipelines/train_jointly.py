@@ -39,7 +39,13 @@ from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
 from pipelines.artefacts import load_encoder, load_predictor
 from pipelines.checkpoints import CheckpointConfig, Checkpoints
-from pipelines.compute import ComputeConfig, MemoryEstimate, describe_devices, start_accelerator
+from pipelines.compute import (
+    ComputeConfig,
+    MemoryEstimate,
+    cores_of_this_process,
+    describe_devices,
+    start_accelerator,
+)
 from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agreement, summary
 from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
 from pipelines.stage import (
@@ -60,7 +66,6 @@ from pipelines.training import (
     SHARED,
     Progress,
     Rates,
-    cores_of_this_process,
     feed,
     find_usable_videos,
     on_main,

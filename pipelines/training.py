@@ -1,7 +1,6 @@
 """What trainers share: the videos they use, randomness from (seed, step), how fast they are, what they leave."""
 
 import copy
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,12 +71,6 @@ def require_all_steps_trained(config: PredictorConfig, rollout_steps: int) -> No
         f"--rollout-steps is {rollout_steps}, but the predictor forecasts {config.horizon} steps at once, the last of "
         "which would not be trained: raise it, or lower --predictor.horizon",
     )
-
-
-def cores_of_this_process() -> int:
-    """How many threads may decode: the cores that this process may use, shared with the others on its machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:

@@ -70,6 +70,10 @@ def encode_video():
                 frame.pts, frame.time_base = round(time_s * ticks_per_second), Fraction(1, ticks_per_second)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
+        if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
+            # Run by root, it gives the thread that calls it real-time priority: all that is tested after it, and the
+            # processes that this starts, would push aside whatever else runs on the machine.
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         return path
 
     return encode

@@ -19,6 +19,7 @@ from pipelines import compute
 from pipelines.compute import (
     ComputeConfig,
     MemoryEstimate,
+    cores_of_this_process,
     describe_devices,
     memory_capacity,
     memory_in_use,
@@ -163,6 +164,31 @@ def test_capacity_heeds_the_limits_of_a_container_and_a_shell(tmp_path, monkeypa
     monkeypatch.setattr(compute.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: in_use))
     monkeypatch.setattr(compute.resource, "getrlimit", lambda kind: (1000, 2000))
     assert memory_capacity(CPU) == 800
+
+
+def test_cores_are_those_granted_shared_with_other_processes(monkeypatch):
+    monkeypatch.setattr(compute.joblib, "cpu_count", lambda: 6)
+    assert cores_of_this_process() == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cores_of_this_process() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert cores_of_this_process() == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "launched", "expected"),
+    [(None, False, 6), (None, True, 6), ("1", True, 6), ("1", False, None), ("2", True, None), ("2", False, None)],
+)
+def test_one_process_computes_on_all_cores_unless_told_otherwise(chosen, launched, expected, monkeypatch, fresh):
+    for name, value in (("OMP_NUM_THREADS", chosen), ("ACCELERATE_MIXED_PRECISION", "no" if launched else None)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    threads: list[int] = []
+    monkeypatch.setattr(compute.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(compute.joblib, "cpu_count", lambda: 6)
+    start_accelerator()
+    assert threads == ([] if expected is None else [expected])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
