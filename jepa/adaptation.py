@@ -35,11 +35,11 @@ def adapt(imagined: Tensor, past: Tensor, future: Tensor, begun: Tensor, weights
     """Forecasts of one clip, each mended by what had been seen of the future of earlier ones when it was begun.
 
     Args:
-        imagined: (N, horizon, D), rollouts as they are, not shrunk, standardised, in the order of time.
+        imagined: (N, horizon, D), rollouts not shrunk (`jepa.skill.imagine_unshrunk`), standardised, in the order of time.
         past: (N, context, D), what they started from.
         future: (N, horizon, D), what came. Only those are read whose last embedding had been seen when the newest
             forecast was begun: the others may hold anything, so what is asked for may be the future of a live stream.
-        begun: int (N,), increasing: ticks at which the forecasts were begun.
+        begun: int (N,), increasing: ticks at which the forecasts were begun. Only how far they lie apart counts.
         weights: (LONGEST, 2), how far to trust the rollouts before anything is known, see `jepa.shrinkage.shrink`.
 
     Returns:
@@ -58,7 +58,10 @@ def count_known(begun: Tensor, horizon: int) -> Tensor:
 
 
 def _trust(imagined: Tensor, last: Tensor, future: Tensor, known: Tensor, advised: Tensor) -> Tensor:
-    """Rollouts combined with copying and with the mean, by weights that each takes from those known to it."""
+    """Rollouts combined with copying and with the mean, by weights that each takes from those known to it.
+
+    Rollouts and future (N, horizon, D), last (N, 1, D), known int (N,), advised (horizon, 2) -> (N, horizon, D).
+    """
     rollout, mean, change = imagined - last, -last.expand_as(imagined), future - last
     # Sums over features, (N, horizon) each, then over forecasts.
     across = _sum_of_known((rollout * mean).double().sum(dim=2), known)
@@ -93,11 +96,16 @@ def _similar_errors(errors: Tensor, moments: Tensor, known: Tensor) -> Tensor:
 
 def _similarity(moments: Tensor, others: Tensor) -> Tensor:
     """The exponential kernel, (N, F), (M, F) -> (N, M): it is as rough as it needs to be, whatever the scale."""
-    return torch.exp(-torch.cdist(moments, others) / (REACH * moments.shape[1] ** 0.5))
+    # Far from 0, as is a feature that never varied in training, distances in float32 are too wrong for a kernel.
+    distance = torch.cdist(moments.double(), others.double()).to(moments)
+    return torch.exp(-distance / (REACH * moments.shape[1] ** 0.5))
 
 
 def _earned(correction: Tensor, errors: Tensor, known: Tensor) -> Tensor:
-    """The share of the correction, from 0 to 1, that would have been best so far, (N, horizon, 1)."""
+    """The share of the correction that would have been best so far, from 0 to 1.
+
+    Correction and errors (N, horizon, D), known int (N,) -> (N, horizon, 1).
+    """
     made = _sum_of_known(correction.double().square().sum(dim=2), known)
     useful = _sum_of_known((correction * errors).double().sum(dim=2), known)
     share = ADVICE / known.clamp_min(1).double()[:, None]
@@ -106,5 +114,5 @@ def _earned(correction: Tensor, errors: Tensor, known: Tensor) -> Tensor:
 
 
 def _sum_of_known(values: Tensor, known: Tensor) -> Tensor:
-    """Sums (N, ...) over the first `known` of the values (N, ...)."""
+    """Sums (N, horizon) over the first `known` of the values (N, horizon)."""
     return functional.pad(values.cumsum(dim=0), (0, 0, 1, 0))[known]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa.baselines import Baseline
+from jepa.baselines import Baseline, Shrunk
 from jepa.bootstrap import Bootstrap, interval
 from jepa.diagnostics import Spread, spread
 from jepa.predictor import Predictor
@@ -61,8 +61,9 @@ def imagine_unshrunk(predictor: Predictor | Baseline, past: Tensor, horizon: int
 
 def as_advised(predictor: Predictor | Baseline, imagined: Tensor, past: Tensor) -> Tensor:
     """Such futures (N, horizon, D), shrunk as far as validation advised; past (N, T, D)."""
-    weights = getattr(predictor, "shrinkage", None)
-    return imagined if weights is None else shrink(imagined, past[:, -1], weights)
+    if not isinstance(predictor, Predictor | Shrunk):
+        return imagined
+    return shrink(imagined, past[:, -1], predictor.shrinkage)
 
 
 @torch.no_grad()

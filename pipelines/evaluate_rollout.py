@@ -168,11 +168,12 @@ def imagine_all(predictor: Predictor, trials: Trials) -> dict[str, Tensor]:
     begun = torch.from_numpy(windows.starts)
     of_clips = windows.by_clip()
     known = torch.cat([count_known(begun[clip], horizon) for clip in of_clips])
+    learns = bool(known.median() >= ADVICE)
     imagined, adapting = dict[str, Tensor](), dict[str, Tensor]()
     for name, one in tqdm(predictors.items(), desc="imagining", unit="predictor", leave=False):
         unshrunk = imagine_unshrunk(one, trials.past, horizon)
         imagined[name] = as_advised(one, unshrunk, trials.past)
-        if isinstance(one, Predictor | Shrunk) and known.median() >= ADVICE:
+        if learns and isinstance(one, Predictor | Shrunk):
             adapting[f"adapting_{name.removeprefix('shrunk_')}"] = torch.cat(
                 [
                     adapt(unshrunk[clip], trials.past[clip], trials.future[clip], begun[clip], one.shrinkage)

@@ -55,6 +55,61 @@ def test_what_had_not_been_seen_changes_nothing(drive, seen):
     assert without[untouched:].isnan().any(dim=2).all()  # all later ones learn from it
 
 
+def test_forecasts_begun_later_change_nothing(drive):
+    """Neither what they started from nor what they imagined, as whole statistics over a clip would."""
+    *parts, begun = drive
+    generator = torch.Generator().manual_seed(2)
+    first_unknown = (150, 150, 150 - HORIZON)  # imagined, past, future
+    changed = [
+        torch.cat([part[:known], 100 * torch.randn(part[known:].shape, generator=generator)])
+        for part, known in zip(parts, first_unknown, strict=True)
+    ]
+    found, other = adapt(*parts, begun, ADVISED), adapt(*changed, begun, ADVISED)
+    assert torch.equal(other[:150], found[:150])
+    assert (other[150:] != found[150:]).all()
+
+
+def test_advice_weighs_as_much_as_fifty_forecasts():
+    generator = torch.Generator().manual_seed(0)
+    rollouts, last = torch.randn(200, HORIZON, D, generator=generator), torch.randn(200, 1, D, generator=generator)
+    known = torch.arange(200)
+    # All would best have been copies.
+    found = adaptation._trust(rollouts, last, last.expand_as(rollouts), known, ADVISED[:HORIZON])
+    weight = (50 / (50 + known.double()))[:, None, None]
+    expected = (last + weight * (0.6 * (rollouts - last) - 0.1 * last)).float()
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("useful", "at_first", "at_last"), [(1, 1, 1), (3, 1, 1), (0.5, 1, 0.6), (-1, 1, 0)])
+def test_corrections_earn_their_share(useful, at_first, at_last):
+    correction = torch.randn(201, HORIZON, D, generator=torch.Generator().manual_seed(0))
+    share = adaptation._earned(correction, useful * correction, torch.arange(201))
+    assert share.shape == (201, HORIZON, 1)
+    assert torch.allclose(share[1], torch.tensor(float(at_first)), atol=0.05)
+    assert torch.allclose(share[-1], torch.tensor(float(at_last)), atol=1e-6)
+
+
+def test_moments_are_alike_by_all_that_was_seen():
+    """What comes is told by the embedding before the last."""
+    sign = torch.randn(300, 1, generator=torch.Generator().manual_seed(0)).sign()
+    past = torch.stack([sign * torch.ones(300, D), torch.zeros(300, D)], dim=1)
+    future = (sign * torch.tensor([1.0, -1.0, 2.0]))[:, None].expand(300, HORIZON, D)
+    found = adapt(torch.zeros_like(future), past, future, torch.arange(300), ADVISED)
+    assert error(found[150:], future[150:]) < 0.05 * float(future.square().mean())
+
+
+def test_moments_far_from_zero_are_as_alike(drive):
+    """As where a feature never varied in training, and is standardised by next to nothing."""
+    moments = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    near, far = adaptation._similarity(moments, moments), adaptation._similarity(moments + 1000, moments + 1000)
+    assert torch.allclose(near, far, atol=1e-3)
+    imagined, past, future, begun = drive
+    dead = [torch.cat([part, torch.full_like(part[..., :1], 1e4)], dim=2) for part in (imagined, past, future)]
+    found = adapt(*dead, begun, ADVISED)
+    assert found.isfinite().all()
+    assert error(found[160:, :, :D], future[160:]) < error(shrink(imagined, past[:, -1], ADVISED)[160:], future[160:])
+
+
 def test_before_anything_is_known_it_is_as_advised(drive):
     imagined, past, future, begun = drive
     advised = shrink(imagined, past[:, -1], ADVISED)
@@ -121,8 +176,11 @@ def test_each_clip_is_a_story_of_its_own(tmp_path, make_clip, write_cache):
     """Rows for long clips alone, each as if there were no other."""
     config = PredictorConfig(context=CONTEXT, width=8)
     predictor = Predictor(config, 5, 4.0, "0123abcd").eval()
+    for weights in predictor.parameters():
+        torch.nn.init.normal_(weights, std=0.3)
     predictor.shrinkage.copy_(ADVISED)
-    predictor.ridge.weight.normal_()
+    predictor.ridge.weight.normal_(std=0.2)
+    predictor.ridge_shrinkage.copy_(torch.tensor([0.4, 0.2]))
     clips = [make_clip("/a.mp4", 90), make_clip("/b.mp4", 200, gaps=(120,), seed=1), make_clip("/c.mp4", 4, seed=2)]
     trials = lay_out_trials(EmbeddingCache(write_cache(tmp_path / "long", clips)), predictor, HORIZON)
     found = imagine_all(predictor, trials)
