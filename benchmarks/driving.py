@@ -150,13 +150,17 @@ def measure_seed(
     model, further = (evaluate(folder, name) for name in ("predictor", "ridge"))
     results["useful horizon: seconds"] = model["useful_horizon"]["model"]["time_s"]
     # Contexts of another length leave other moments out: ratios to copying can be compared, errors cannot.
-    sources = dict.fromkeys(("model", "adapting_model"), model)
-    sources |= dict.fromkeys(("ridge", "shrunk_ridge", "adapting_ridge"), further)
+    sources = {name: (model, name) for name in ("model", "adapting_model")}
+    sources |= {name: (further, name) for name in ("ridge", "shrunk_ridge", "adapting_ridge")}
+    # As far back as our predictor: with so little to learn from, further is not always better.
+    sources |= {f"near_{name}": (model, name) for name in ("ridge", "adapting_ridge")}
     for horizon in (1, 5, 10, 15, 20):
-        records = {name: source["predictors"][name][horizon - 1] for name, source in sources.items()}
+        records = {name: source["predictors"][key][horizon - 1] for name, (source, key) in sources.items()}
         of_copying = {name: record["relative_to_copy_last"] for name, record in records.items()}
         results |= {f"horizon {horizon}: {name} of copy-last": value for name, value in of_copying.items()}
-        for name, to in (("model", "ridge"), ("adapting_model", "ridge"), ("adapting_model", "adapting_ridge")):
+        comparisons = [("model", "ridge"), ("model", "near_ridge"), ("adapting_model", "ridge"),
+                       ("adapting_model", "adapting_ridge"), ("adapting_model", "near_adapting_ridge")]  # fmt: skip
+        for name, to in comparisons:
             results[f"horizon {horizon}: {name} of {to}"] = of_copying[name] / of_copying[to]
         results[f"horizon {horizon}: model of mean"] = records["model"]["relative_to_mean"]
     models = ["--encoder", folder / "encoder" / "encoder", "--predictor", folder / "predictor" / "predictor"]

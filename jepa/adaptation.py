@@ -35,7 +35,7 @@ def adapt(imagined: Tensor, past: Tensor, future: Tensor, begun: Tensor, weights
     """Forecasts of one clip, each mended by what had been seen of the future of earlier ones when it was begun.
 
     Args:
-        imagined: (N, horizon, D), rollouts not shrunk (`jepa.skill.imagine_unshrunk`), standardised, in the order of time.
+        imagined: (N, horizon, D), rollouts not shrunk (`jepa.skill.imagine_unshrunk`), standardised, in order of time.
         past: (N, context, D), what they started from.
         future: (N, horizon, D), what came. Only those are read whose last embedding had been seen when the newest
             forecast was begun: the others may hold anything, so what is asked for may be the future of a live stream.

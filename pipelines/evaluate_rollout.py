@@ -5,8 +5,9 @@ r"""Stage 4: by how much does the predictor beat the trivial guesses, and how fa
 
 Leaves `rollout.json` and `rollout.csv` (for each predictor and horizon: error, confidence interval, error relative to
 copying the last embedding, to ridge regression and to the mean, retrieval, spread; for each predictor its useful
-horizon), `rollout.png`, `metrics.json` and `config.json`. With --probe-cache and --probe-columns, also how well true
-state (a CSV beside each video) can be read off the imagined embeddings.
+horizon), `rollout.png`, `metrics.json` and `config.json`. Where clips are long, `adapting_model` and `adapting_ridge`
+learn, as they go, from how their earlier forecasts came out (`jepa.adaptation`). With --probe-cache and
+--probe-columns, also how well true state (a CSV beside each video) can be read off the imagined embeddings.
 """
 
 import csv
