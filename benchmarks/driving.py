@@ -6,8 +6,9 @@ r"""Real video: recorded laps of a driving simulator, trained on three recording
 Needs the recordings (`a_00 b_00 b_01 b_02.mp4`) in `$JEPA_SHARED/driving` (default `../shared/driving`). At
 4 fps: encoder and predictor learn from a_00, b_00 and b_01, the predictor as an ensemble: for each recording two
 members that do without it, and are chosen and calibrated on it, and two that learn from all; b_02 is the test, from
-whose own past `adapting` forecasts learn while they watch it. Then scores b_02 with a stretch of 40 frames played
-backwards, and with a splice of a_00. Prints a table in Markdown and writes `results.json`.
+whose own past `adapting` forecasts learn while they watch it; speed and steering are read off the imagined futures by
+ridge regression that was fitted on the training recordings. Then scores b_02 with a stretch of 40 frames played
+backwards, at many places, and with a splice of a_00. Prints tables in Markdown and writes `results.json`.
 Whatever is to be found out goes by the second command, which never reads b_02.
 """
 
@@ -57,6 +58,8 @@ PREDICTOR = {
 """Both found on a_00 and on b_00, each held out from encoder and predictor; not on b_02, but for `rollout-error`."""
 RIDGE_CONTEXT = 8
 """The ridge regression to beat looks so far back, further than our predictor."""
+HORIZONS = (1, 5, 10, 15, 20)
+COLUMNS = ("speed", "steering")
 SURPRISE_HORIZON = 5
 """Found on a_00, b_00 and b_01, each held out from its members: a film that runs backwards shows over several steps."""
 
@@ -84,10 +87,18 @@ def main(options: Options) -> None:
     reversals, splice = write_manipulated(test, train[0], folder)
     runs = [measure_seed(seed, folder / f"seed_{seed}", train, test, reversals, splice) for seed in options.seeds]
     write_json(folder / "results.json", runs)
-    print("| measure | mean | range |\n| --- | --- | --- |")
-    for name in runs[0]:
-        values = [float(run[name]) for run in runs]
-        print(f"| {name} | {np.mean(values):.3f} | {min(values):.3f} to {max(values):.3f} |")
+    print("| steps ahead | " + " | ".join(map(str, HORIZONS)) + " |\n| --- |" + " --- |" * len(HORIZONS))
+    for name in runs[0]["forecasts"]:
+        cells = [spread_of([run["forecasts"][name][at] for run in runs]) for at in range(len(HORIZONS))]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n| measure | |\n| --- | --- |")
+    for name in runs[0]["measures"]:
+        print(f"| {name} | {spread_of([run['measures'][name] for run in runs])} |")
+
+
+def spread_of(values: list[float]) -> str:
+    """Mean over seeds, and their range."""
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def write_manipulated(test: Path, other: Path, folder: Path) -> tuple[dict[Path, float], tuple[Path, float]]:
@@ -101,7 +112,7 @@ def write_manipulated(test: Path, other: Path, folder: Path) -> tuple[dict[Path,
         for video in (test, other)
     )
     reversals = {}
-    for start in range(100, len(true) - 2 * STRETCH_FRAMES, 200):
+    for start in range(100, len(true) - 2 * STRETCH_FRAMES, 60):
         stretch = slice(start, start + STRETCH_FRAMES)
         path = folder / f"reversed_at_{start}.mp4"
         frames = true.copy()
@@ -120,7 +131,7 @@ def write_manipulated(test: Path, other: Path, folder: Path) -> tuple[dict[Path,
 def measure_seed(
     seed: int, folder: Path, train: list[Path], test: Path, reversals: dict[Path, float], splice: tuple[Path, float]
 ) -> dict[str, Any]:
-    """All figures of one seed, flat."""
+    """All figures of one seed: of forecasts at each of `HORIZONS`, and the others."""
     started = time.monotonic()
     if not (folder / "encoder" / "metrics.json").exists():
         run_python(
@@ -140,37 +151,60 @@ def measure_seed(
             "pipelines/train_predictor.py", "--train-cache", folder / "cache" / "train", "--folds", len(train),
             "--members", 2, "--output-dir", folder / "predictor", "--seed", seed, "--resume", *words(PREDICTOR),
         )  # fmt: skip
-    results: dict[str, Any] = {"training: seconds": time.monotonic() - started}
+    trained_s = time.monotonic() - started
     # One step of a predictor that looks further back, for the ridge regression that comes with it.
     run_python(
         "pipelines/train_predictor.py", "--train-cache", folder / "cache" / "train", "--folds", len(train),
         "--output-dir", folder / "ridge", "--predictor.context", RIDGE_CONTEXT, "--steps", 1, "--tracker", "none",
         "--overwrite",
     )  # fmt: skip
-    model, further = (evaluate(folder, name) for name in ("predictor", "ridge"))
-    results["useful horizon: seconds"] = model["useful_horizon"]["model"]["time_s"]
-    # Contexts of another length leave other moments out: ratios to copying can be compared, errors cannot.
-    sources = {name: (model, name) for name in ("model", "adapting_model")}
-    sources |= {name: (further, name) for name in ("ridge", "shrunk_ridge", "adapting_ridge")}
-    # As far back as our predictor: with so little to learn from, further is not always better.
-    sources |= {f"near_{name}": (model, name) for name in ("ridge", "adapting_ridge")}
-    for horizon in (1, 5, 10, 15, 20):
-        records = {name: source["predictors"][key][horizon - 1] for name, (source, key) in sources.items()}
-        of_copying = {name: record["relative_to_copy_last"] for name, record in records.items()}
-        results |= {f"horizon {horizon}: {name} of copy-last": value for name, value in of_copying.items()}
-        comparisons = [("model", "ridge"), ("model", "near_ridge"), ("adapting_model", "ridge"),
-                       ("adapting_model", "adapting_ridge"), ("adapting_model", "near_adapting_ridge")]  # fmt: skip
-        for name, to in comparisons:
-            results[f"horizon {horizon}: {name} of {to}"] = of_copying[name] / of_copying[to]
-        results[f"horizon {horizon}: model of mean"] = records["model"]["relative_to_mean"]
+    evaluations = [evaluate(folder, name) for name in ("predictor", "ridge")]
     models = ["--encoder", folder / "encoder" / "encoder", "--predictor", folder / "predictor" / "predictor"]
     for name, videos, horizon in (("reversed", list(reversals), SURPRISE_HORIZON), ("spliced", [splice[0]], 1)):
         run_python(
             "pipelines/score_surprise.py", "--videos", *videos, *models, "--output-dir", folder / name, "--horizon",
             horizon, "--overwrite",
         )  # fmt: skip
-    found = notice_reversals(read_energies(folder / "reversed" / "surprise.csv"), reversals)
-    return results | found | notice_splice(read_energies(folder / "spliced" / "surprise.csv"), splice)
+    measures = {
+        "training: seconds": trained_s,
+        "useful horizon: seconds": evaluations[0]["useful_horizon"]["model"]["time_s"],
+        **notice_reversals(read_energies(folder / "reversed" / "surprise.csv"), reversals),
+        **notice_splice(read_energies(folder / "spliced" / "surprise.csv"), splice),
+    }
+    return {"forecasts": compare_forecasts(*evaluations), "measures": measures}
+
+
+def compare_forecasts(model: dict[str, Any], further: dict[str, Any]) -> dict[str, list[float]]:
+    """Rows of figures at each of `HORIZONS`, of two evaluations: as far back as our predictor looks, and further.
+
+    Contexts of another length leave other moments out: ratios to copying can be compared, errors cannot. So intervals
+    by pairs are those of predictors that look equally far back.
+    """
+    sources = {name: (model, name) for name in ("model", "adapting_model")}
+    sources |= {name: (further, name) for name in ("ridge", "shrunk_ridge", "adapting_ridge")}
+    # As far back as our predictor: with so little to learn from, further is not always better.
+    sources |= {f"near_{name}": (model, name) for name in ("ridge", "adapting_ridge")}
+    records = {
+        name: [source["predictors"][key][horizon - 1] for horizon in HORIZONS]
+        for name, (source, key) in sources.items()
+    }
+    of_copying = {name: [record["relative_to_copy_last"] for record in found] for name, found in records.items()}
+    rows = {f"{name} of copy-last": values for name, values in of_copying.items()}
+    comparisons = [("model", "ridge"), ("model", "near_ridge"), ("adapting_model", "ridge"),
+                   ("adapting_model", "adapting_ridge"), ("adapting_model", "near_adapting_ridge")]  # fmt: skip
+    for name, to in comparisons:
+        pairs = zip(of_copying[name], of_copying[to], strict=True)
+        rows[f"{name} of {to}"] = [error / other for error, other in pairs]
+        if to.startswith("near_"):
+            intervals = [record[f"relative_to_{to.removeprefix('near_')}_interval"] for record in records[name]]
+            for side, values in zip(("from", "to"), zip(*intervals, strict=True), strict=True):
+                rows[f"{name} of {to}, 95 % interval by pairs: {side}"] = list(values)
+    rows["model of mean"] = [record["relative_to_mean"] for record in records["model"]]
+    for index, column in enumerate(COLUMNS):
+        for name in ("model", "adapting_model", "ridge", "copy_last", "truth"):
+            found = model["truth"] if name == "truth" else model["predictors"][name]
+            rows[f"R2 of {column} read off: {name}"] = [found[h - 1]["probe_r2"][index] for h in HORIZONS]
+    return rows
 
 
 def evaluate(folder: Path, name: str) -> dict[str, Any]:
@@ -178,7 +212,8 @@ def evaluate(folder: Path, name: str) -> dict[str, Any]:
     output = folder / f"evaluation_{name}"
     run_python(
         "pipelines/evaluate_rollout.py", "--cache", folder / "cache" / "test", "--predictor",
-        folder / name / "predictor", "--output-dir", output, "--overwrite",
+        folder / name / "predictor", "--output-dir", output, "--probe-cache", folder / "cache" / "train",
+        "--probe-columns", *COLUMNS, "--overwrite",
     )  # fmt: skip
     results: dict[str, Any] = json.loads((output / "rollout.json").read_text())
     return results
@@ -203,18 +238,26 @@ def read_energies(table: Path) -> Energies:
 
 
 def notice_reversals(energies: Energies, reversals: dict[Path, float]) -> dict[str, float]:
-    """AUROC of reversed moments among all, and of mean energies over 10 s, of the reversed one and of all others."""
+    """AUROC of reversed moments among all, and of mean energies over stretches, of the reversed one and of all others.
+
+    Of each stretch of 10 s the beginning does not count: forecasts that see its seam notice a cut, not which way time
+    goes. Neither does what follows a reversed stretch, for as long.
+    """
     length_s = STRETCH_FRAMES / FPS
+    seam_s = (PREDICTOR["predictor.context"] + SURPRISE_HORIZON - 1) / FPS
     moments, stretches = [], []
     for path, start_s in reversals.items():
         times_s, values = energies[str(path)].T
-        moments += zip((times_s >= start_s) & (times_s < start_s + length_s), values, strict=True)
         for begin_s in np.arange(start_s % length_s, times_s[-1] - length_s, length_s):
-            inside = (times_s >= begin_s) & (times_s < begin_s + length_s)
-            stretches.append((begin_s == start_s, values[inside].mean()))
+            counted = values[(times_s >= begin_s + seam_s) & (times_s < begin_s + length_s)]
+            moments += [(begin_s == start_s, value) for value in counted]
+            stretches.append((begin_s == start_s, counted.mean()))
     return {
-        f"reversed stretch: AUROC of {name}": float(roc_auc_score(*zip(*labelled, strict=True)))
-        for name, labelled in (("moments", moments), ("10 s", stretches))
+        "reversed stretches": float(len(reversals)),
+        **{
+            f"reversed stretch: AUROC of {name}": float(roc_auc_score(*zip(*labelled, strict=True)))
+            for name, labelled in (("moments", moments), ("10 s", stretches))
+        },
     }
 
 

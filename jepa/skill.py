@@ -13,7 +13,8 @@ from jepa.predictor import Predictor
 from jepa.sampling import expected_future
 from jepa.shrinkage import shrink
 
-REFERENCES = ("copy_last", "ridge", "mean")
+REFERENCES = ("copy_last", "ridge", "mean", "adapting_ridge")
+"""What others are compared with, pair by pair on the same windows, where it is among them."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def measure_skill(
     """Skill of several predictors on the same windows.
 
     Args:
-        imagined: rollouts (N, horizon, D) by predictor; the names in `REFERENCES` must be among them.
+        imagined: rollouts (N, horizon, D) by predictor; copy_last, ridge and mean must be among them.
         future: (N, horizon, D), what came.
         bootstrap: over groups of these N windows.
         bank: see `retrieval_at_1`.
@@ -110,12 +111,13 @@ def measure_skill(
     """
     errors = {name: (value - future).square().mean(dim=2).double().cpu().numpy() for name, value in imagined.items()}
     resampled = {name: bootstrap.means(error) for name, error in errors.items()}  # (resamples, horizon)
+    references = [name for name in REFERENCES if name in errors]
     return {
         name: Skill(
             mse=error.mean(axis=0),
             mse_interval=interval(resampled[name]),
-            relative={to: error.mean(axis=0) / errors[to].mean(axis=0) for to in REFERENCES},
-            relative_interval={to: interval(resampled[name] / resampled[to]) for to in REFERENCES},
+            relative={to: error.mean(axis=0) / errors[to].mean(axis=0) for to in references},
+            relative_interval={to: interval(resampled[name] / resampled[to]) for to in references},
             retrieval_at_1=retrieval_at_1(imagined[name], bank, true_rows),
             spread=spread_by_horizon(imagined[name]),
         )

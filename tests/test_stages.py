@@ -150,6 +150,9 @@ def test_a_long_video_teaches_while_it_is_watched(world, tmp_path):
         assert f"  {name}" in shown
     # A model that has hardly been trained has the most to learn.
     assert records["adapting_model"][3]["mse"] < records["model"][3]["mse"]
+    model, ridge = records["adapting_model"][3], records["adapting_ridge"][3]
+    assert model["relative_to_adapting_ridge"] == pytest.approx(model["mse"] / ridge["mse"])
+    assert ridge["relative_to_adapting_ridge_interval"] == [1, 1]
     with (tmp_path / "evaluation" / "rollout.csv").open() as file:
         assert {"adapting_model", "adapting_ridge"} < {row["predictor"] for row in csv.DictReader(file)}
 
