@@ -106,7 +106,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     training windows, for both how far their rollouts are to be trusted (`jepa.shrinkage`), how far samples are to lie
     apart (`jepa.sampling`), the statistics of its own errors on validation clips up to `energy_horizon` steps ahead
     (`jepa.energy`), and what the embeddings are: their dimension, the clock that they lie on and the encoder that made
-    them.
+    them; and the longest gap, in ticks of that clock, that it has learned to leap over.
 
     Raises:
         ConfigurationError: the configuration cannot be built.
@@ -130,6 +130,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         encoder_fingerprint: str,
         members: int = 1,
         energy_horizon: int = 1,
+        longest_gap: int = 1,
     ) -> None:
         super().__init__()
         config = predictor
@@ -150,7 +151,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
                 "forecast at once cannot follow what was drawn for the one before; take another kind"
             )
         self.config, self.fps, self.encoder_fingerprint = config, fps, encoder_fingerprint
-        self.energy_horizon = energy_horizon
+        self.energy_horizon, self.longest_gap = energy_horizon, longest_gap
         dimension = embedding_dimension
         self.members = nn.ModuleList(Member(dimension, config) for _ in range(members))
         self.ridge = Ridge(dimension, config.context)
@@ -216,6 +217,11 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         change = torch.stack([change for change, _ in found]).mean(dim=0)  # (B, outputs, D)
         predicted = embeddings[:, -outputs:] + gaps[:, -outputs:, None] * self.change_std * change
         return predicted, State(embeddings[:, -1:], gaps[:, -1:], ticks[:, -1:], [kept for _, kept in found])
+
+    @property
+    def leaps(self) -> tuple[float, float]:
+        """The shortest and the longest leap of a rollout that it knows, in ticks; direct forecasts know all ticks."""
+        return (0, torch.inf) if self.config.kind == "direct" else (1, self.longest_gap)
 
     def only(self, members: Sequence[int]) -> "Predictor":
         """Some members as a predictor, sharing their weights and all statistics with this one."""

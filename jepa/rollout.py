@@ -26,7 +26,7 @@ def rollout(
         past: (B, T, D), standardised, on the predictor's clock.
         horizon: number of steps on the clock; or else
         times_s: increasing seconds after the last embedding of the past, (horizon,) or (B, horizon): a future asked
-            for at given times.
+            for at given times, no leap shorter than a tick of the clock or longer than the predictor has learned.
         latents: (B, horizon, Z), standard normal, for predictors that have a latent; None for the latent's mean.
 
     Returns:
@@ -61,4 +61,12 @@ def _gaps(predictor: Predictor | Baseline, past: Tensor, times_s: Tensor) -> Ten
     gaps = torch.diff(times_s, dim=1, prepend=torch.zeros_like(times_s[:, :1])) * predictor.fps
     if bool((gaps <= 0).any()):
         raise ValueError("times_s must increase, from the first moment after the past (0 s)")
+    shortest, longest = predictor.leaps
+    for leap in (float(gaps.min()), float(gaps.max())):
+        # Times in float32 are no whole ticks to the last bit.
+        if not shortest - 1e-3 <= leap <= longest + 1e-3:
+            raise ValueError(
+                f"times_s leaps by {leap:.3g} ticks of {1 / predictor.fps:.3g} s: this predictor has learned leaps of "
+                f"{shortest:g} to {longest:g}; ask for moments on the way too, or train with a larger --longest-gap"
+            )
     return torch.cat([gaps.new_ones(len(gaps), past.shape[1] - 1), gaps], dim=1).to(past)

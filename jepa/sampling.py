@@ -21,16 +21,26 @@ SHARES = (0.5, 0.9)
 
 
 @torch.no_grad()
-def draw(predictor: Predictor, past: Tensor, horizon: int, n: int, generator: torch.Generator) -> Tensor:
+def draw(
+    predictor: Predictor,
+    past: Tensor,
+    horizon: int | None,
+    n: int,
+    generator: torch.Generator,
+    times_s: Tensor | None = None,
+) -> Tensor:
     """`n` rollouts of each past, each with a latent of its own: (B, T, D) -> (n, B, horizon, D).
+
+    On the clock, or at (horizon,) `times_s`.
 
     Raises:
         ValueError: the predictor has no latent, so all its futures would be one; or as for `rollout`.
     """
     if not predictor.config.latent_dimension:
         raise ValueError("this predictor knows one future only: train one with --predictor.latent-dimension 16")
-    latents = draw_latents((n * len(past), horizon, predictor.config.latent_dimension), generator).to(past)
-    return rollout(predictor, past.repeat(n, 1, 1), horizon, latents=latents).unflatten(0, (n, len(past)))
+    steps = horizon if times_s is None else len(times_s)
+    latents = draw_latents((n * len(past), steps or 0, predictor.config.latent_dimension), generator).to(past)
+    return rollout(predictor, past.repeat(n, 1, 1), horizon, times_s, latents).unflatten(0, (n, len(past)))
 
 
 def draw_latents(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
@@ -55,15 +65,17 @@ def sample(predictor: Predictor, past: Tensor, horizon: int, n: int, generator: 
 
 
 @torch.no_grad()
-def expected_future(predictor: Predictor | Baseline, past: Tensor, horizon: int) -> Tensor:
+def expected_future(
+    predictor: Predictor | Baseline, past: Tensor, horizon: int | None, times_s: Tensor | None = None
+) -> Tensor:
     """The point forecast, (B, T, D) -> (B, horizon, D): the mean of `EXPECTED_OF` rollouts where there are several.
 
-    The same numbers at each call: the latents are drawn from a fixed seed.
+    On the clock, or at (horizon,) `times_s`. The same numbers at each call: the latents are drawn from a fixed seed.
     """
     if not isinstance(predictor, Predictor) or not predictor.config.latent_dimension:
-        return rollout(predictor, past, horizon)
+        return rollout(predictor, past, horizon, times_s)
     generator = torch.Generator(past.device).manual_seed(0)
-    return draw(predictor, past, horizon, EXPECTED_OF, generator).mean(dim=0)
+    return draw(predictor, past, horizon, EXPECTED_OF, generator, times_s).mean(dim=0)
 
 
 @torch.no_grad()

@@ -22,10 +22,17 @@ def no_shrinkage() -> Tensor:
 
 def of_horizons(weights: Tensor, horizon: int) -> Tensor:
     """The weights (LONGEST, ...) of the first `horizon` steps, (horizon, ...): later ones share the last."""
-    return weights[torch.arange(horizon, device=weights.device).clamp(max=LONGEST - 1)]
+    return at_ticks(weights, torch.arange(1, horizon + 1, device=weights.device))
 
 
-def shrink(imagined: Tensor, last: Tensor, weights: Tensor, mean: Tensor | None = None) -> Tensor:
+def at_ticks(weights: Tensor, ticks: Tensor) -> Tensor:
+    """The weights (LONGEST, ...) so many ticks ahead, of any shape: those of the nearest horizon."""
+    return weights[(ticks.round().long() - 1).clamp(0, LONGEST - 1)]
+
+
+def shrink(
+    imagined: Tensor, last: Tensor, weights: Tensor, mean: Tensor | None = None, ticks: Tensor | None = None
+) -> Tensor:
     """Combine a rollout with copying and with the mean.
 
     Args:
@@ -33,11 +40,13 @@ def shrink(imagined: Tensor, last: Tensor, weights: Tensor, mean: Tensor | None 
         last: (B, D), the embedding that it started from.
         weights: (LONGEST, 2), of the rollout and of the mean; what is left of 1 is copying's.
         mean: (B, D), of the training embeddings; None for 0, which it is in standardised space.
+        ticks: (horizon,) or (B, horizon), how far ahead each is; None for the clock: 1, 2, ...
 
     Returns:
         (B, horizon, D).
     """
-    on_rollout, on_mean = of_horizons(weights, imagined.shape[1])[..., None].unbind(dim=1)  # (horizon, 1)
+    weights = of_horizons(weights, imagined.shape[1]) if ticks is None else at_ticks(weights, ticks)
+    on_rollout, on_mean = weights[..., None].unbind(dim=-2)  # (horizon, 1) or (B, horizon, 1)
     shrunk = on_rollout * imagined + (1 - on_rollout - on_mean) * last[:, None]
     return shrunk if mean is None else shrunk + on_mean * mean[:, None]
 

@@ -46,25 +46,42 @@ class Skill:
 
 
 @torch.no_grad()
-def imagine(predictor: Predictor | Baseline, past: Tensor, horizon: int) -> Tensor:
+def imagine(
+    predictor: Predictor | Baseline, past: Tensor, horizon: int | None = None, times_s: Tensor | None = None
+) -> Tensor:
     """The futures of many windows; past (N, T, D) -> (N, horizon, D).
 
     Expected futures, shrunk as far as validation advised where the predictor has a `shrinkage`.
+
+    Args:
+        predictor: a predictor or a baseline.
+        past: (N, T, D), standardised.
+        horizon: number of steps on the clock; or else
+        times_s: (horizon,), increasing seconds after the past; see `jepa.rollout.rollout`.
     """
-    return as_advised(predictor, imagine_unshrunk(predictor, past, horizon), past)
+    return as_advised(predictor, imagine_unshrunk(predictor, past, horizon, times_s), past, times_s)
 
 
 @torch.no_grad()
-def imagine_unshrunk(predictor: Predictor | Baseline, past: Tensor, horizon: int, batch: int = 4096) -> Tensor:
-    """Expected futures as the predictor gives them, in batches; past (N, T, D) -> (N, horizon, D)."""
-    return torch.cat([expected_future(predictor, part, horizon) for part in past.split(batch)])
+def imagine_unshrunk(
+    predictor: Predictor | Baseline,
+    past: Tensor,
+    horizon: int | None = None,
+    times_s: Tensor | None = None,
+    batch: int = 4096,
+) -> Tensor:
+    """Expected futures as the predictor gives them, in batches; see `imagine`."""
+    return torch.cat([expected_future(predictor, part, horizon, times_s) for part in past.split(batch)])
 
 
-def as_advised(predictor: Predictor | Baseline, imagined: Tensor, past: Tensor) -> Tensor:
+def as_advised(
+    predictor: Predictor | Baseline, imagined: Tensor, past: Tensor, times_s: Tensor | None = None
+) -> Tensor:
     """Such futures (N, horizon, D), shrunk as far as validation advised; past (N, T, D)."""
     if not isinstance(predictor, Predictor | Shrunk):
         return imagined
-    return shrink(imagined, past[:, -1], predictor.shrinkage)
+    ticks = times_s * predictor.fps if times_s is not None and isinstance(predictor, Predictor) else None
+    return shrink(imagined, past[:, -1], predictor.shrinkage, ticks=ticks)
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ def main(options: Options) -> None:
     context, horizon = options.predictor.context, options.validation_horizon
     predictor = Predictor(
         options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, members,
-        min(ENERGY_HORIZON, horizon),
+        min(ENERGY_HORIZON, horizon), max(options.longest_gap, initial.longest_gap if initial else 1),
     )  # fmt: skip
     if initial is not None:
         predictor.members.load_state_dict(initial.members.state_dict())

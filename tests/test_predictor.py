@@ -15,7 +15,7 @@ def make(kind: str, context: int = 4, latent_dimension: int = 0) -> Predictor:
     """A predictor whose head is no longer zero, so that it says something."""
     torch.manual_seed(0)
     config = PredictorConfig(kind, context, width=16, depth=2, heads=2, latent_dimension=latent_dimension)
-    predictor = Predictor(config, 5, 4.0, "abc").eval()
+    predictor = Predictor(config, 5, 4.0, "abc", longest_gap=3).eval()
     head = predictor.members[0].network.heads if kind == "direct" else predictor.members[0].head
     torch.nn.init.normal_(head.weight)
     torch.nn.init.normal_(predictor.ridge.weight)
@@ -129,7 +129,7 @@ def test_at_the_ticks_of_the_clock_times_say_the_same_as_a_horizon(name):
     with torch.no_grad():
         on_clock = rollout(predictor, past, 3)
         assert torch.equal(rollout(predictor, past, times_s=torch.tensor([0.25, 0.5, 0.75])), on_clock)
-        elsewhere = rollout(predictor, past, times_s=torch.tensor([[0.25, 0.6, 1.0], [0.5, 0.6, 1.0]]))
+        elsewhere = rollout(predictor, past, times_s=torch.tensor([[0.25, 0.6, 1.0], [0.6, 1.0, 1.5]]))
     assert torch.equal(elsewhere[0, 0], on_clock[0, 0])
     assert not torch.allclose(elsewhere[:, 1:], on_clock[:, 1:])
     assert not torch.allclose(elsewhere[1, 0], on_clock[1, 0])
@@ -261,6 +261,10 @@ def test_rollout_refuses_what_it_cannot_do():
         rollout(make("mlp"), past)
     with pytest.raises(ValueError, match="must increase"):
         rollout(make("mlp"), past, times_s=torch.tensor([0.5, 0.5]))
+    for times_s, leap in (([0.25, 1.25], "leaps by 4 ticks of 0.25 s"), ([0.1, 0.5], "leaps by 0.4 ticks")):
+        with pytest.raises(ValueError, match=leap):
+            rollout(make("mlp"), past, times_s=torch.tensor(times_s))
+        assert rollout(make("direct"), past, times_s=torch.tensor(times_s)).shape == (2, 2, 5)
     with pytest.raises(ValueError, match="CopyLast has no clock"):
         rollout(CopyLast(), past, times_s=torch.tensor([0.5]))
     with pytest.raises(ValueError, match="Ridge knows the clock only"):

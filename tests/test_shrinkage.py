@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from jepa.baselines import CopyLast, LinearExtrapolation, Shrunk
+from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
+from jepa.sampling import expected_future
 from jepa.shrinkage import LONGEST, fit_shrinkage, no_shrinkage, shrink
 from jepa.skill import imagine
 
@@ -82,3 +84,18 @@ def test_only_what_has_weights_is_shrunk():
     assert torch.equal(imagine(Shrunk(LinearExtrapolation(), no_shrinkage()), past, 6), raw)
     copying = Shrunk(LinearExtrapolation(), torch.zeros(LONGEST, 2))
     assert torch.equal(imagine(copying, past, 6), rollout(CopyLast(), past, 6))
+
+
+@pytest.mark.parametrize("latent_dimension", [0, 2])
+def test_a_future_at_given_times_is_trusted_as_that_on_the_clock(latent_dimension):
+    config = PredictorConfig(context=3, width=8, depth=1, latent_dimension=latent_dimension)
+    predictor = Predictor(config, 5, 4.0, "abc", longest_gap=3).eval()
+    torch.nn.init.normal_(predictor.members[0].head.weight)
+    predictor.shrinkage[:4] = torch.tensor([[0.9, 0.1], [0.7, 0.1], [0.5, 0.1], [0.3, 0.2]])
+    past = torch.randn(6, 3, 5)
+    on_clock = imagine(predictor, past, 4)
+    assert torch.equal(imagine(predictor, past, times_s=torch.tensor([0.25, 0.5, 0.75, 1.0])), on_clock)
+    times_s = torch.tensor([0.5, 1.0])
+    bare = expected_future(predictor, past, None, times_s)
+    expected = shrink(bare, past[:, -1], predictor.shrinkage[[1, 3]])
+    assert torch.allclose(imagine(predictor, past, times_s=times_s), expected, atol=1e-6)
