@@ -12,6 +12,7 @@ Ctrl-C saves; the same command with --resume goes on.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from jepa.infilling import (
     measure_windows,
     middle_gap,
 )
+from pipelines.artefacts import require_no_video_in_both
 from pipelines.checkpoints import CheckpointConfig, Checkpoints
 from pipelines.compute import ComputeConfig, describe_devices, start_accelerator
 from pipelines.guards import FiniteGuard, Heartbeat, require_agreement, summary
@@ -113,6 +115,9 @@ def main(options: Options) -> None:
     provenance = train.provenance
     for other in (validation, test):
         other.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
+    named = {"--train-cache": train, "--validation-cache": validation, "--test-cache": test}
+    for (name, one), (other_name, other) in combinations(named.items(), 2):
+        require_no_video_in_both(one, name, other, other_name)
     infiller = Infiller(
         options.infiller, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint
     )

@@ -29,7 +29,7 @@ from jepa.rollout import rollout
 from jepa.sampling import calibrate_samples, draw_latents, expected_future
 from jepa.scoring import energy_score
 from jepa.shrinkage import fit_shrinkage, shrink
-from pipelines.artefacts import load_predictor
+from pipelines.artefacts import load_predictor, require_no_video_in_both
 from pipelines.checkpoints import CheckpointConfig, Checkpoints
 from pipelines.compute import ComputeConfig, MemoryEstimate, describe_devices, start_accelerator
 from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agreement, summary
@@ -141,6 +141,8 @@ def main(options: Options) -> None:
     else:
         validation_cache = EmbeddingCache(options.validation_cache)
         validation_cache.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
+        # Also without a step: errors on videos that it learned from are no usual errors.
+        require_no_video_in_both(train_cache, "--train-cache", validation_cache, "--validation-cache")
         splits = [Split(train_cache, validation_cache)]
     # Those validated by splits come first; beside them, some that nothing was held out from.
     learned_from = [split.train for split in splits] + ([train_cache] if options.folds else [])

@@ -26,7 +26,8 @@ from jepa.infilling import (
     middle_gap,
     nearest_visible,
 )
-from pipelines.train_infiller import evaluate, table
+from pipelines.stage import UserError
+from pipelines.train_infiller import Options, evaluate, main, table
 
 ROOT = Path(__file__).parent.parent
 SMALL = InfillerConfig(longest_gap=3, context=4, width=16, depth=2, heads=2)
@@ -205,6 +206,17 @@ def test_every_guess_is_judged_in_every_place(caches):
             else:
                 assert record["relative_to_linear"] > 1.5
     assert len(table(results).splitlines()) == 15
+
+
+@pytest.mark.parametrize("shared", [("train", "validation"), ("train", "test"), ("validation", "test")])
+def test_a_video_belongs_to_one_cache_alone(caches, shared):
+    folders = {"train": caches / "train", "validation": caches / "val", "test": caches / "test"}
+    one, other = shared
+    folders[other] = folders[one]
+    options = {f"{name}_cache": folder for name, folder in folders.items()}
+    with pytest.raises(UserError, match=rf"0\.mp4 is in both --{one}-cache and --{other}-cache: keep videos apart"):
+        main(Options(**options, output_dir=caches / "out", tracker=("none",)))
+    assert not (caches / "out").exists()
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,17 @@ from data.windows import Windows
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
 from jepa.sampling import sample
-from pipelines.train_predictor import Losses, Options, Split, draw_batches, draw_gaps, error_unit, growing_horizon
+from pipelines.stage import UserError
+from pipelines.train_predictor import (
+    Losses,
+    Options,
+    Split,
+    draw_batches,
+    draw_gaps,
+    error_unit,
+    growing_horizon,
+    main,
+)
 
 OPTIONS = Options(
     batch_size=64, rollout_steps=4, longest_gap=3, steps=10, predictor=PredictorConfig(context=3, width=16, depth=1)
@@ -23,6 +33,13 @@ def cache(tmp_path, make_clip, write_cache):
     """Two videos, each on two phases of the clock."""
     clips = [make_clip(f"/{name}.mp4", 40, seed=seed) for seed, name in enumerate("ab")]
     return EmbeddingCache(write_cache(tmp_path, clips))
+
+
+def test_no_video_is_both_learned_from_and_validated_on(tmp_path, cache):
+    options = replace(OPTIONS, train_cache=cache.folder, validation_cache=cache.folder, tracker=("none",))
+    with pytest.raises(UserError, match=r"/a\.mp4 is in both --train-cache and --validation-cache: keep videos apart"):
+        main(replace(options, output_dir=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_windows_hold_the_embeddings_of_the_times_that_they_name(cache):
