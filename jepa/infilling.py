@@ -89,9 +89,11 @@ class Infiller(nn.Module, PyTorchModelHubMixin):
     ) -> None:
         super().__init__()
         config, dimension = infiller, embedding_dimension
-        for name in ("longest_gap", "context", "depth"):
+        for name in ("longest_gap", "context", "width", "depth", "heads"):
             if (value := getattr(config, name)) < 1:
                 raise ConfigurationError(f"--infiller.{name.replace('_', '-')} is {value}: it must be positive")
+        if not 0 <= config.dropout < 1:
+            raise ConfigurationError(f"--infiller.dropout is {config.dropout:g}: it must be at least 0, below 1")
         if config.width % config.heads:
             raise ConfigurationError(
                 f"--infiller.heads {config.heads} does not divide --infiller.width {config.width}: choose a divisor"

@@ -163,7 +163,16 @@ def test_half_precision_is_finite():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"heads": 3}, "heads 3 does not divide"), ({"longest_gap": 0}, "longest-gap is 0"), ({"depth": -1}, "depth is")],
+    [
+        ({"heads": 3}, "heads 3 does not divide"),
+        ({"heads": 0}, "heads is 0"),
+        ({"longest_gap": 0}, "longest-gap is 0"),
+        ({"context": 0}, "context is 0"),
+        ({"width": 0}, "width is 0"),
+        ({"depth": -1}, "depth is -1"),
+        ({"dropout": 1.0}, "dropout is 1: it must be at least 0, below 1"),
+        ({"dropout": float("nan")}, "dropout is nan"),
+    ],
 )
 def test_impossible_configurations_are_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
