@@ -40,7 +40,7 @@ from jepa.infilling import (
     measure_windows,
     middle_gap,
 )
-from pipelines.artefacts import require_no_video_in_both
+from pipelines.artefacts import require_changing, require_finite, require_no_video_in_both
 from pipelines.checkpoints import CheckpointConfig, Checkpoints
 from pipelines.compute import ComputeConfig, describe_devices, start_accelerator
 from pipelines.guards import FiniteGuard, Heartbeat, require_agreement, summary
@@ -250,14 +250,8 @@ def spread(windows: Windows, most: int) -> Tensor:
         UserError: there is nothing to learn or to judge by: embeddings are not finite, or never change.
     """
     taken = windows.take(np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int))
-    folder = windows.cache.folder
-    require(
-        bool(taken.isfinite().all()),
-        f"{folder} holds embeddings that are not finite: see which with pipelines/inspect_cache.py --cache {folder} "
-        "--verify",
-    )
-    changing = bool((taken != taken[:, :1]).any())
-    require(changing, f"{folder}: no embedding ever changes, so nothing can beat a straight line: bring moving video")
+    require_finite(windows.cache, [taken])
+    require_changing(windows.cache, [taken], "a straight line")
     return taken
 
 

@@ -228,6 +228,19 @@ def test_a_video_belongs_to_one_cache_alone(caches, shared):
     assert not (caches / "out").exists()
 
 
+@pytest.mark.parametrize("still", ["train", "val", "test"])
+def test_embeddings_that_never_change_are_refused(caches, write_cache, still):
+    folders = {name: caches / name for name in ("train", "val", "test")}
+    clip = EmbeddedClip(ClipKey("still.mp4", 1, 1, 0.0), np.ones((20, 5), np.float32), np.arange(20) / 4, np.arange(20))
+    folders[still] = write_cache(caches / "still", [clip])
+    options = Options(
+        folders["train"], folders["val"], folders["test"], caches / "out", tracker=("none",), infiller=SMALL
+    )
+    with pytest.raises(UserError, match="/still: no embedding ever changes, so nothing can beat a straight line: bri"):
+        main(options)
+    assert not (caches / "out").exists()
+
+
 def run(*words: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "pipelines/train_infiller.py", *map(str, words)]

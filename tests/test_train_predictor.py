@@ -42,6 +42,20 @@ def test_no_video_is_both_learned_from_and_validated_on(tmp_path, cache):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("still", "folds"), [("train", 0), ("validation", 0), ("train", 2)])
+def test_embeddings_that_never_change_are_refused(tmp_path, make_clip, write_cache, still, folds):
+    folders = {}
+    for name, sources in {"train": "abcd", "validation": "ef"}.items():
+        clips = [make_clip(f"/{source}.mp4", 40, seed=ord(source)) for source in sources]
+        if name == still:  # each video has an embedding of its own
+            clips = [replace(clip, embeddings=clip.embeddings[:1].repeat(40, axis=0)) for clip in clips]
+        folders[f"{name}_cache"] = write_cache(tmp_path / name, clips)
+    options = replace(OPTIONS, folds=folds, tracker=("none",), output_dir=tmp_path / "out", **folders)
+    with pytest.raises(UserError, match=f"{tmp_path}/{still}: no embedding ever changes, so nothing can beat copying"):
+        main(options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_windows_hold_the_embeddings_of_the_times_that_they_name(cache):
     windows = Windows(cache, 3 + 3 * 4)
     (batch,) = list(draw_batches([windows], replace(OPTIONS, steps=1), rank=0, step=0))
