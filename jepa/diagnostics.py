@@ -43,7 +43,9 @@ def effective_rank(embeddings: Tensor) -> float:
 
 
 def spread(embeddings: Tensor) -> Spread:
-    """Spread of embeddings (N, D) over their first dimension."""
+    """Spread of embeddings (N, D) over their first dimension; over one alone there is none."""
+    if len(embeddings) < 2:
+        return Spread(0.0, 1.0)
     return Spread(float(embeddings.float().var(dim=0).mean().sqrt()), effective_rank(embeddings))
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.embedding_cache import EmbeddingCache
+from data.windows import Windows
 from jepa.encoder import FrameEncoder
 from jepa.expander import Expander
 from jepa.predictor import Predictor
@@ -65,6 +66,15 @@ def require_changing(cache: EmbeddingCache, found: Iterable[Tensor], guess: str)
     """Raises `UserError` if in none of the sequences (..., T, D) `found` in the cache anything changes over time."""
     if not any(bool((part != part[..., :1, :]).any()) for part in found):
         raise UserError(f"{cache.folder}: no embedding ever changes, so nothing can beat {guess}: bring moving video")
+
+
+def require_several(windows: Windows) -> None:
+    """Nothing varies over a single window, so nothing can be measured on it. Raises `UserError`."""
+    if len(windows) < 2:
+        raise UserError(
+            f"{windows.cache.folder} holds one window of {windows.length} embeddings, and at least 2 are needed: bring "
+            "longer videos, or lower the context, the horizon or the stride"
+        )
 
 
 def _load(kind: type[Artefact], folder: Path, name: str, stage: str) -> Artefact:

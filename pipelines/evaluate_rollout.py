@@ -37,8 +37,15 @@ from jepa.bootstrap import Bootstrap
 from jepa.predictor import Predictor
 from jepa.probe import Probe, ProbeKind, fit_probe, measure_agreement
 from jepa.skill import Skill, as_advised, imagine_unshrunk, measure_skill, spread_by_horizon
-from pipelines.artefacts import load_predictor, require_calibrated, require_no_video_in_both
-from pipelines.probe_embeddings import label_windows
+from pipelines.artefacts import (
+    load_predictor,
+    require_calibrated,
+    require_changing,
+    require_finite,
+    require_no_video_in_both,
+    require_several,
+)
+from pipelines.probe_embeddings import label_windows, require_enough
 from pipelines.stage import RunFolder, counted, require, run_stage, write_json
 
 ENOUGH_CLIPS = 20
@@ -92,8 +99,6 @@ def main(options: Options) -> None:
     cache = EmbeddingCache(options.cache)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
     trials = lay_out_trials(cache, predictor, options.horizon, options.stride)
-    changing = bool((trials.future != trials.past[:, -1:]).any())
-    require(changing, f"{options.cache}: no embedding ever changes, so nothing can beat copying it: bring moving video")
     readout = None
     if options.probe_cache:
         probe_cache = EmbeddingCache(options.probe_cache)
@@ -143,17 +148,23 @@ def lay_out_trials(cache: EmbeddingCache, predictor: Predictor, horizon: int, st
 
     Raises:
         CacheError: no clip is long enough for a single window.
+        UserError: there is one window alone, or embeddings are not finite, or never change.
     """
     context = predictor.config.context
     windows = Windows(cache, context + horizon, stride)
-    sequences = predictor.standardise(windows.take(np.arange(len(windows))))
+    require_several(windows)
     bank_rows = np.concatenate(cache.unbroken_runs())
+    bank = torch.from_numpy(cache.take(bank_rows))
+    require_finite(cache, [bank])
+    sequences = windows.take(np.arange(len(windows)))
+    require_changing(cache, [sequences[:, context - 1 :]], "copying it")
+    sequences = predictor.standardise(sequences)
     return Trials(
         windows=windows,
         past=sequences[:, :context],
         future=sequences[:, context:],
         future_rows=windows.rows(np.arange(len(windows)))[:, context:],
-        bank=predictor.standardise(torch.from_numpy(cache.take(bank_rows))),
+        bank=predictor.standardise(bank),
         bank_rows=bank_rows,
     )
 
@@ -200,8 +211,10 @@ def fit_probe_on(
 
     Raises:
         SidecarError: a CSV cannot be used.
+        UserError: there is too little to fit it on.
     """
     frames = label_windows(cache, columns, 1, PROBE_FRAMES, stretch_for(cache, 2))
+    require_enough(frames, cache, groups=2)
     return fit_probe(kind, predictor.standardise(frames.inputs[:, 0]), frames.states, frames.groups, seed)
 
 

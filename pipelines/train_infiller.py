@@ -40,7 +40,7 @@ from jepa.infilling import (
     measure_windows,
     middle_gap,
 )
-from pipelines.artefacts import require_changing, require_finite, require_no_video_in_both
+from pipelines.artefacts import require_changing, require_finite, require_no_video_in_both, require_several
 from pipelines.checkpoints import CheckpointConfig, Checkpoints
 from pipelines.compute import ComputeConfig, describe_devices, start_accelerator
 from pipelines.guards import FiniteGuard, Heartbeat, require_agreement, summary
@@ -247,8 +247,10 @@ def spread(windows: Windows, most: int) -> Tensor:
     """At most so many windows, spread evenly over a cache, raw (N, window, D).
 
     Raises:
-        UserError: there is nothing to learn or to judge by: embeddings are not finite, or never change.
+        UserError: there is nothing to learn or to judge by: there is one window alone, or embeddings are not finite, or
+            never change.
     """
+    require_several(windows)
     taken = windows.take(np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int))
     require_finite(windows.cache, [taken])
     require_changing(windows.cache, [taken], "a straight line")

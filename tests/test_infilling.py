@@ -27,7 +27,7 @@ from jepa.infilling import (
     nearest_visible,
 )
 from pipelines.stage import UserError
-from pipelines.train_infiller import Options, evaluate, main, table
+from pipelines.train_infiller import Options, evaluate, main, spread, table
 
 ROOT = Path(__file__).parent.parent
 SMALL = InfillerConfig(longest_gap=3, context=4, width=16, depth=2, heads=2)
@@ -239,6 +239,12 @@ def test_embeddings_that_never_change_are_refused(caches, write_cache, still):
     with pytest.raises(UserError, match="/still: no embedding ever changes, so nothing can beat a straight line: bri"):
         main(options)
     assert not (caches / "out").exists()
+
+
+def test_nothing_is_learned_from_one_window(caches):
+    windows = Windows(EmbeddingCache(caches / "train").only({"train_0.mp4"}), 20)
+    with pytest.raises(UserError, match="train holds one window of 20 embeddings, and at least 2 are needed: bring lo"):
+        spread(windows, 100)
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

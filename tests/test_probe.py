@@ -96,6 +96,12 @@ def test_few_samples_are_enough_for_every_kind(monkeypatch):
         assert fit_probe(kind, embeddings, targets, np.repeat([0, 1], 3))(embeddings).isfinite().all()
 
 
+def test_nearest_neighbours_of_two_samples_are_both():
+    embeddings, targets = torch.randn(4, 3), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    probe = fit_probe("knn", embeddings, targets, np.repeat([0, 1], 2))
+    assert probe.chosen == [2]
+
+
 def test_agreement_is_that_of_the_textbook():
     generator = np.random.default_rng(0)
     true = generator.normal(size=(200, 3, 2)) + 1000

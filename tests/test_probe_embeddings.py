@@ -101,6 +101,7 @@ def test_a_test_cache_is_judged_by_probes_of_the_other(tmp_path, write_world):
         ({"window": ()}, UserError, "--window is empty"),
         ({"window": (50,)}, CacheError, "no clip in .* is long enough"),
         ({"window": (12,), "folds": 30}, UserError, "only 0 videos or stretches are as long as a window, and 30"),
+        ({"window": (39,), "folds": 3}, UserError, "only 6 moments can be probed, and 20 are needed: bring longer"),
         ({"folds": 2}, UserError, "--folds is 2"),
         ({"samples": 1}, UserError, "--samples is 1"),
     ],
@@ -109,6 +110,13 @@ def test_mistakes_leave_nothing(tmp_path, write_world, changes, error, message):
     with pytest.raises(error, match=message):
         run(tmp_path, write_world("cache", "abc"), **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_cache_is_refused(tmp_path, write_world, damage_cache):
+    train, test = write_world("train", "abcde"), damage_cache(write_world("test", "fg"))
+    for options in ({"cache": test}, {"cache": train, "test_cache": test}):
+        with pytest.raises(UserError, match=r"test holds embeddings that are not finite, first of .*/f\.mp4"):
+            run(tmp_path, **options)
 
 
 def test_a_finished_run_is_kept(tmp_path, write_world):

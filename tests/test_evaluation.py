@@ -1,0 +1,80 @@
+"""The stages that judge rollouts and samples, on random embeddings and with a predictor that never trained."""
+
+import json
+
+import pytest
+
+from data.embedding_cache import EmbeddingCache
+from jepa.predictor import Predictor, PredictorConfig
+from pipelines import evaluate_rollout, evaluate_samples
+from pipelines.stage import UserError
+
+CONTEXT, HORIZON = 3, 4
+WINDOW = CONTEXT + HORIZON
+
+
+@pytest.fixture
+def judge(tmp_path, make_clip, write_cache):
+    """Make a cache of clips of so many frames, judge on it, and return what was found."""
+    predictor = Predictor(PredictorConfig(context=CONTEXT, width=8, depth=1, latent_dimension=1), 5, 4.0, "0123abcd")
+    predictor.energy_quantiles.fill_(1)  # as if it were calibrated
+    predictor.save_pretrained(tmp_path / "predictor")
+
+    def run(frames, stage=evaluate_rollout, change=lambda folder: folder, **options):
+        clips = [make_clip(str(tmp_path / f"{number}.mp4"), count, seed=number) for number, count in enumerate(frames)]
+        cache = change(write_cache(tmp_path / "cache", clips))
+        if stage is evaluate_samples:
+            usual = [make_clip("/usual.mp4", 40, seed=99)]
+            options = {"validation_cache": write_cache(tmp_path / "usual", usual), "samples": 19} | options
+        options = {"horizon": HORIZON, "resamples": 50} | options
+        stage.main(stage.Options(cache=cache, predictor=tmp_path / "predictor", output_dir=tmp_path / "out", **options))
+        name = "rollout" if stage is evaluate_rollout else "samples"
+        return json.loads((tmp_path / "out" / f"{name}.json").read_text(), parse_constant=refuse_constant)
+
+    return run
+
+
+def refuse_constant(name):
+    """NaN and Infinity are no JSON."""
+    raise AssertionError(f"{name} in a JSON file")
+
+
+@pytest.mark.parametrize("stage", [evaluate_rollout, evaluate_samples])
+def test_a_damaged_cache_is_refused(judge, tmp_path, damage_cache, stage):
+    with pytest.raises(UserError, match=r"cache holds embeddings that are not finite, first of .*/0\.mp4: see what"):
+        judge([40, 40], stage, damage_cache)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", [evaluate_rollout, evaluate_samples])
+def test_one_window_is_too_few(judge, tmp_path, stage):
+    with pytest.raises(UserError, match=f"cache holds one window of {WINDOW} embeddings, and at least 2 are needed"):
+        judge([WINDOW], stage)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", [evaluate_rollout, evaluate_samples])
+def test_two_windows_are_judged(judge, stage):
+    assert judge([WINDOW + 1], stage)["windows"] == 2
+
+
+@pytest.mark.parametrize("stage", [evaluate_rollout, evaluate_samples])
+def test_futures_that_copying_foretells_are_refused(judge, make_clip, write_cache, tmp_path, stage):
+    def freeze(folder):
+        """Only the past of every window moves."""
+        clip = make_clip("/still.mp4", WINDOW + 2)
+        clip.embeddings[CONTEXT - 1 :] = 1
+        return write_cache(tmp_path / "still", [clip])
+
+    with pytest.raises(UserError, match="still: no embedding ever changes, so nothing can beat copying it"):
+        judge([40], stage, freeze)
+
+
+@pytest.mark.parametrize(("frames", "message"), [(1, "only 1 videos or stretches"), (12, "only 12 moments can be pro")])
+def test_probes_take_more_than_a_few_moments(make_clip, write_cache, tmp_path, frames, message):
+    clip = make_clip(str(tmp_path / "a.mp4"), frames)
+    (tmp_path / "a.csv").write_text("time_s,speed\n" + "".join(f"{time},{time}\n" for time in clip.times_s))
+    cache = EmbeddingCache(write_cache(tmp_path / "cache", [clip]))
+    predictor = Predictor(PredictorConfig(context=CONTEXT, width=8), 5, 4.0, "0123abcd")
+    with pytest.raises(UserError, match=f"cache: {message}"):
+        evaluate_rollout.fit_probe_on(cache, ["speed"], predictor)
