@@ -104,8 +104,8 @@ def main(options: Options) -> None:
         "columns": options.columns,
         "moments": len(judged.states),
         "validation": validation,
-        "interval": f"95 %, bootstrap over {describe(judged_cache, stretch_s)}",
-        "probes": [record for reading in readings for record in reading.records(options.columns)],
+        "interval": bootstrap.describe("videos" if stretch_s == math.inf else describe(judged_cache, stretch_s)),
+        "probes": bootstrap.claim([record for reading in readings for record in reading.records(options.columns)]),
     }
     write_json(options.output_dir / "probes.json", results)
     write_table(results["probes"], options.output_dir / "probes.csv")
@@ -241,8 +241,8 @@ def write_table(records: list[dict[str, Any]], path: Path) -> None:
     rows = [
         {
             **{name: record[name] for name in ("kind", "window", "column", "r2", "r")},
-            **{f"{score}_{end}": record[f"{score}_interval"][at] for score in ("r2", "r")
-               for at, end in enumerate(("low", "high"))},
+            **{f"{score}_{end}": bound for score in ("r2", "r")
+               for end, bound in zip(("low", "high"), record[f"{score}_interval"] or (None, None), strict=True)},
         }
         for record in records
     ]  # fmt: skip
@@ -260,10 +260,10 @@ def table(results: dict[str, Any]) -> str:
         f"  {'column':20}{'probe':6}{'frames':>7}{'R2':>10}{'Pearson r':>26}",
     ]
     for record in sorted(results["probes"], key=lambda record: results["columns"].index(record["column"])):
-        scores = [
-            f"{record[score]:>9.3f} [{record[f'{score}_interval'][0]:.3f}, {record[f'{score}_interval'][1]:.3f}]"
-            for score in ("r2", "r")
-        ]
+        scores = []
+        for score in ("r2", "r"):
+            ends = record[f"{score}_interval"]
+            scores.append(f"{record[score]:>9.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""))
         lines.append(
             f"  {record['column']:20}{record['kind']:6}{record['window']:>7}" + "".join(map("{:26}".format, scores))
         )

@@ -1,5 +1,6 @@
 """The stages that judge rollouts and samples, on random embeddings and with a predictor that never trained."""
 
+import csv
 import json
 
 import pytest
@@ -68,6 +69,45 @@ def test_futures_that_copying_foretells_are_refused(judge, make_clip, write_cach
 
     with pytest.raises(UserError, match="still: no embedding ever changes, so nothing can beat copying it"):
         judge([40], stage, freeze)
+
+
+def test_of_few_stretches_no_interval_is_claimed(judge, tmp_path, capsys):
+    """A stretch is 14 embeddings long, twice a window: 60 make four groups and the rest of a fifth."""
+    results = judge([55])
+    assert results["interval"] == "too few stretches of 3.5 s (4) for an interval"
+    for record in results["predictors"]["model"]:
+        assert record["relative_to_mean_interval"] is record["mse_interval"] is None
+    useful, relative = results["useful_horizon"], [row["relative_to_mean"] for row in results["predictors"]["mean"]]
+    assert all(one["by_point_estimate"] for one in useful.values())
+    assert relative == [1, 1, 1, 1]
+    assert useful["mean"]["steps"] == 0
+    with (tmp_path / "out" / "rollout.csv").open() as file:
+        row = next(csv.DictReader(file))
+    assert float(row["mse"]) > 0
+    assert row["mse_low"] == row["mse_high"] == ""
+    assert "too few stretches of 3.5 s (4) for an interval: how long they are better" in capsys.readouterr().out
+
+
+def test_of_enough_stretches_intervals_are_claimed(judge, tmp_path, capsys):
+    results = judge([55, 20])
+    assert results["interval"] == "95 %, bootstrap over 5 stretches of 3.5 s"
+    for record in results["predictors"]["model"]:
+        low, high = record["mse_interval"]
+        assert low < record["mse"] < high
+    assert not results["useful_horizon"]["model"]["by_point_estimate"]
+    with (tmp_path / "out" / "rollout.csv").open() as file:
+        assert float(next(csv.DictReader(file))["mse_low"]) > 0
+    assert "too few" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("frames", "interval"), [([55], None), ([55, 20], list)])
+def test_of_samples_too(judge, frames, interval, capsys):
+    results = judge(frames, evaluate_samples)
+    for name in ("model", "gaussian"):
+        for record in results[name]:
+            found = record["energy_score_interval"]
+            assert found is None if interval is None else found[0] <= record["energy_score"] <= found[1]
+    assert ("too few stretches of 3.5 s (4) for an interval" in capsys.readouterr().out) == (interval is None)
 
 
 @pytest.mark.parametrize(("frames", "message"), [(1, "only 1 videos or stretches"), (12, "only 12 moments can be pro")])

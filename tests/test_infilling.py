@@ -200,21 +200,35 @@ def test_every_guess_is_judged_in_every_place(caches):
     measured = train.take(np.arange(len(train)))
     measure_windows(infiller, measured)
     results = evaluate(infiller, measured, test, seed=0)
+    assert results["interval"] == "too few stretches of 5.5 s (3) for an interval"
     assert set(results["guesses"]) == {"model", "linear_interpolation", "copy_last", "ridge"}
     for name, records in results["guesses"].items():
         for gap, record in enumerate(records, start=1):
             assert record["gap"] == gap
-            assert len(record["places"]["mse"]) == len(record["places"]["relative_to_linear_interval"]) == gap
+            assert len(record["places"]["mse"]) == len(record["places"]["relative_to_linear"]) == gap
+            assert record["mse_interval"] is record["places"]["relative_to_linear_interval"] is None
             assert np.mean(record["places"]["mse"]) == pytest.approx(record["mse"])
-            low, high = record["mse_interval"]
-            assert low <= record["mse"] <= high
             if name in ("model", "linear_interpolation"):  # it is new
                 assert record["relative_to_linear"] == pytest.approx(1)
             elif name == "ridge":  # waves obey a linear law
                 assert record["relative_to_linear"] < 0.1
             else:
                 assert record["relative_to_linear"] > 1.5
-    assert len(table(results).splitlines()) == 15
+    assert len(table(results).splitlines()) == 14
+    assert table(results).endswith(results["interval"])
+
+
+def test_intervals_are_over_stretches_as_long_as_two_windows(tmp_path, write_cache):
+    (values,) = waves(1, 200).numpy()
+    clip = EmbeddedClip(ClipKey("long.mp4", 1, 1, 0.0), values, np.arange(200) / 4, np.arange(200))
+    test = Windows(EmbeddingCache(write_cache(tmp_path, [clip])), SMALL.window)
+    infiller = Infiller(SMALL, 5, 4.0, "0123abcd").eval()
+    results = evaluate(infiller, torch.from_numpy(values).unfold(0, SMALL.window, 1).mT.contiguous(), test, seed=0)
+    assert results["interval"] == "95 %, bootstrap over 9 stretches of 5.5 s"
+    for record in results["guesses"]["copy_last"]:
+        for judged in (record, {name: value[0] for name, value in record["places"].items()}):
+            low, high = judged["relative_to_linear_interval"]
+            assert low < judged["relative_to_linear"] < high
 
 
 @pytest.mark.parametrize("shared", [("train", "validation"), ("train", "test"), ("validation", "test")])

@@ -112,6 +112,16 @@ def test_mistakes_leave_nothing(tmp_path, write_world, changes, error, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_of_few_stretches_no_interval_is_claimed(tmp_path, write_world, capsys):
+    train, test = write_world("train", "abc", frames=100), write_world("test", "g", frames=100)
+    results, records = run(tmp_path, train, test_cache=test, window=(81,), columns=("place",))
+    assert results["interval"] == "too few stretches of 1 s of 1 video (4) for an interval"
+    assert records["place", 81]["r2_interval"] is records["place", 81]["r_interval"] is None
+    with (tmp_path / "out" / "probes.csv").open() as file:
+        assert next(csv.DictReader(file))["r2_low"] == ""
+    assert "too few stretches" in capsys.readouterr().out
+
+
 def test_a_damaged_cache_is_refused(tmp_path, write_world, damage_cache):
     train, test = write_world("train", "abcde"), damage_cache(write_world("test", "fg"))
     for options in ({"cache": test}, {"cache": train, "test_cache": test}):
