@@ -46,10 +46,14 @@ from pipelines.artefacts import (
     require_several,
 )
 from pipelines.probe_embeddings import label_windows, require_enough
-from pipelines.stage import RunFolder, counted, require, run_stage, write_json
+from pipelines.stage import RunFolder, counted, readable_bytes, require, run_stage, write_json
 
 PROBE_FRAMES = 20_000
 """A probe is fitted on at most so many frames: neighbouring ones are nearly equal."""
+MOST_MEMORY = 4_000_000_000
+"""Bytes that rollouts may take."""
+IMAGINED_AT_ONCE = 9
+"""The model and five guesses, two that adapt, and one more while it is made."""
 SHOWN_HORIZONS = 5
 
 
@@ -146,11 +150,12 @@ def lay_out_trials(cache: EmbeddingCache, predictor: Predictor, horizon: int, st
 
     Raises:
         CacheError: no clip is long enough for a single window.
-        UserError: there is one window alone, or embeddings are not finite, or never change.
+        UserError: there is one window alone, or there are too many; embeddings are not finite, or never change.
     """
     context = predictor.config.context
     windows = Windows(cache, context + horizon, stride)
     require_several(windows)
+    require_memory(windows, horizon, stride, len(predictor.mean))
     bank_rows = np.concatenate(cache.unbroken_runs())
     bank = torch.from_numpy(cache.take(bank_rows))
     require_finite(cache, [bank])
@@ -164,6 +169,17 @@ def lay_out_trials(cache: EmbeddingCache, predictor: Predictor, horizon: int, st
         future_rows=windows.rows(np.arange(len(windows)))[:, context:],
         bank=predictor.standardise(bank),
         bank_rows=bank_rows,
+    )
+
+
+def require_memory(windows: Windows, horizon: int, stride: int, dimension: int) -> None:
+    """All that is imagined is held at once. Raises `UserError`, with the stride that fits, where that is too much."""
+    needed = 4 * len(windows) * dimension * (windows.length + IMAGINED_AT_ONCE * horizon)
+    advised = math.ceil(stride * needed / MOST_MEMORY)
+    require(
+        needed <= MOST_MEMORY,
+        f"--stride is {stride}: {len(windows):,} rollouts of {horizon} steps take about {readable_bytes(needed)}, more "
+        f"than {readable_bytes(MOST_MEMORY)}: take fewer of them with --stride {advised}, or lower --horizon",
     )
 
 

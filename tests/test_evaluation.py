@@ -55,6 +55,14 @@ def test_one_window_is_too_few(judge, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", [evaluate_rollout, evaluate_samples])
+def test_more_rollouts_than_memory_holds_are_refused_with_the_stride_that_fits(judge, monkeypatch, stage):
+    monkeypatch.setattr(evaluate_rollout, "MOST_MEMORY", 30_000)  # 74 windows of 43 times 5 numbers are 63,640 bytes
+    with pytest.raises(UserError, match=r"--stride is 1: 74 rollouts of 4 steps .* more .*: take .* with --stride 3,"):
+        judge([80], stage, overwrite=True)
+    assert judge([80], stage, overwrite=True, stride=3)["windows"] == 25
+
+
+@pytest.mark.parametrize("stage", [evaluate_rollout, evaluate_samples])
 def test_two_windows_are_judged(judge, stage):
     assert judge([WINDOW + 1], stage)["windows"] == 2
 
