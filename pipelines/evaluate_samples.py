@@ -26,7 +26,7 @@ from data.groups import group_windows
 from jepa.bootstrap import Bootstrap, interval
 from jepa.predictor import Predictor
 from jepa.sampling import SHARES, GaussianFutures, sample
-from jepa.scoring import best_of, coverage, energy_score
+from jepa.scoring import best_of, coverage, energy_score, live_features
 from jepa.skill import imagine
 from pipelines.artefacts import load_predictor, require_calibrated, require_no_video_in_both
 from pipelines.evaluate_rollout import Trials, lay_out_trials
@@ -89,6 +89,10 @@ def main(options: Options) -> None:
     require_no_video_in_both(cache, "--cache", validation, "--validation-cache")
     trials = lay_out_trials(cache, predictor, options.horizon, options.stride)
     usual = lay_out_trials(validation, predictor, options.horizon, options.stride)
+    live = live_features(trials.future)
+    require(
+        bool(live.any()), f"{options.cache}: embeddings hardly change, so nothing can be foretold: bring moving video"
+    )
     output.prepare(options, overwrite=True, inputs={"provenance": cache.provenance})
 
     generator = torch.Generator().manual_seed(options.seed)
@@ -104,8 +108,8 @@ def main(options: Options) -> None:
     gaussian = GaussianFutures(guesses, usual.future)
     measured: dict[str, list[dict[str, Tensor]]] = {"model": [], "gaussian": []}
     for drawn, guess, future in in_batches(trials, "drawing futures"):
-        measured["model"].append(score(drawn, future))
-        measured["gaussian"].append(score(gaussian.sample(guess, options.samples, generator), future))
+        measured["model"].append(score(drawn, future, live))
+        measured["gaussian"].append(score(gaussian.sample(guess, options.samples, generator), future, live))
 
     groups, grouped_by = group_windows(trials.windows)
     bootstrap = Bootstrap(groups, options.resamples, options.seed)
@@ -146,12 +150,15 @@ def load_point_predictor(folder: Path, predictor: Predictor) -> Predictor:
     return point
 
 
-def score(drawn: Tensor, future: Tensor) -> dict[str, Tensor]:
-    """Samples (n, B, horizon, D) against what came (B, horizon, D): measures by window and horizon, (B, horizon)."""
+def score(drawn: Tensor, future: Tensor, live: Tensor) -> dict[str, Tensor]:
+    """Samples (n, B, horizon, D) against what came (B, horizon, D): measures by window and horizon, (B, horizon).
+
+    Coverage is of the features that move, bool (D,), as it was when the samples were spread.
+    """
     return {
         "energy_score": energy_score(drawn, future),
         "best_of": best_of(drawn, future),
-        **{f"coverage_{share:.0%}": coverage(drawn, future, share) for share in SHARES},
+        **{f"coverage_{share:.0%}": coverage(drawn[..., live], future[..., live], share) for share in SHARES},
     }
 
 

@@ -22,7 +22,7 @@ from data.embedding_cache import EmbeddingCache
 from data.map_ahead import stream_ahead
 from data.windows import Windows
 from jepa.baselines import Baseline, Ridge, changes, fit_ridge
-from jepa.diagnostics import prediction_alarms, sequence_spread
+from jepa.diagnostics import floor_std, prediction_alarms, sequence_spread
 from jepa.energy import calibrate_energy, prediction_errors
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
@@ -482,9 +482,9 @@ def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     mean = torch.stack([run.sum(dim=0) for run in runs]).sum(dim=0) / count
     variance = torch.stack([(run - mean).square().sum(dim=0) for run in runs]).sum(dim=0) / count
     predictor.mean.copy_(mean)
-    predictor.std.copy_(variance.sqrt().clamp_min(1e-6))
+    predictor.std.copy_(floor_std(variance.sqrt()))
     squares = torch.stack([changes(predictor.standardise(run)[None])[0].square().sum(dim=0) for run in runs]).sum(dim=0)
-    predictor.change_std.copy_((squares / max(1, count - len(runs))).sqrt().clamp_min(1e-6))
+    predictor.change_std.copy_(floor_std((squares / max(1, count - len(runs))).sqrt()))
 
 
 class Split(NamedTuple):

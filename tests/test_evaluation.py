@@ -4,9 +4,11 @@ import csv
 import json
 
 import pytest
+import torch
 
 from data.embedding_cache import EmbeddingCache
 from jepa.predictor import Predictor, PredictorConfig
+from jepa.scoring import live_features
 from pipelines import evaluate_rollout, evaluate_samples
 from pipelines.stage import UserError
 
@@ -77,6 +79,27 @@ def test_futures_that_copying_foretells_are_refused(judge, make_clip, write_cach
 
     with pytest.raises(UserError, match="still: no embedding ever changes, so nothing can beat copying it"):
         judge([40], stage, freeze)
+
+
+def test_coverage_is_of_the_features_that_move():
+    """Samples and what came are one distribution, but for a feature that never moves and samples that do."""
+    generator = torch.Generator().manual_seed(0)
+    drawn, future = torch.randn(99, 400, 2, 4, generator=generator), torch.randn(400, 2, 4, generator=generator)
+    future[..., 1] = 5
+    found = evaluate_samples.score(drawn, future, live_features(future))
+    assert found["coverage_90%"].mean().item() == pytest.approx(0.9, abs=0.02)
+    assert found["coverage_50%"].mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_where_next_to_nothing_moves_no_coverage_is_claimed(judge, make_clip, write_cache, tmp_path):
+    def calm(folder):
+        clip = make_clip("/calm.mp4", 40)
+        clip.embeddings[:] *= 1e-5
+        return write_cache(tmp_path / "calm", [clip])
+
+    with pytest.raises(UserError, match="calm: embeddings hardly change, so nothing can be foretold: bring moving"):
+        judge([40], evaluate_samples, calm)
+    assert not (tmp_path / "out").exists()
 
 
 def test_of_few_stretches_no_interval_is_claimed(judge, tmp_path, capsys):

@@ -130,6 +130,15 @@ def test_training_beats_linear_interpolation():
     assert infiller.trust.min() > 0.8
 
 
+def test_a_feature_that_hardly_varied_in_training_swamps_nothing():
+    infiller, windows = make(), waves(256, SMALL.window)
+    windows[..., 1] = 0.1
+    measure_windows(infiller, windows)
+    assert infiller.standardise(windows[0] + 0.01).abs().max() < 3
+    assert infiller.std[[0, 2, 3, 4]].min() > 0.5
+    assert (infiller.sigma[:, 1] > 1e-3 * infiller.sigma[:, 0]).all()
+
+
 def test_what_is_worse_than_the_line_is_not_trusted():
     infiller = make()
     windows = waves(50, SMALL.window)

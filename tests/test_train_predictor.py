@@ -21,6 +21,7 @@ from pipelines.train_predictor import (
     error_unit,
     growing_horizon,
     main,
+    measure_embeddings,
 )
 
 OPTIONS = Options(
@@ -72,6 +73,19 @@ def test_windows_hold_the_embeddings_of_the_times_that_they_name(cache):
         seen |= set(torch.diff(ticks, prepend=torch.zeros(1)).round().int().tolist())
     assert seen == {1, 2, 3}
     assert {path.name for path in batch.videos} == {"a.mp4", "b.mp4"}
+
+
+def test_a_feature_that_hardly_varied_in_training_swamps_nothing(tmp_path, make_clip, write_cache):
+    clips = [make_clip(f"/{name}.mp4", 200, seed=seed) for seed, name in enumerate("ab")]
+    for clip in clips:
+        clip.embeddings[:, 1], clip.embeddings[:, 3] = 0.1, 7 + 1e-5 * clip.embeddings[:, 3]
+    predictor = Predictor(OPTIONS.predictor, 5, 4.0, "0123abcd")
+    measure_embeddings(predictor, EmbeddingCache(write_cache(tmp_path / "still", clips)))
+    moved = predictor.standardise(torch.tensor([0.0, 0.11, 0.0, 7.01, 0.0]))
+    assert moved.abs().max() < 2
+    assert torch.allclose(predictor.std[[0, 2, 4]], torch.ones(3), atol=0.1)
+    velocity = (moved - predictor.standardise(predictor.mean)) / predictor.change_std
+    assert velocity.abs().max() < 200
 
 
 def test_half_of_the_rollouts_stay_on_the_clock():
