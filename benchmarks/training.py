@@ -125,11 +125,12 @@ def compare(
 
 def time_preset(preset: Path, paths: tuple[Path, ...], options: Options, device: str) -> None:
     """Both stages with a preset for a few steps; the rate, the memory, and the time of the whole run."""
-    cache, folder = write_cache(options.output_dir / "cache").absolute(), options.output_dir.absolute()
+    folder = options.output_dir.absolute()
+    cache, validation = (write_cache(folder / name) for name in ("cache", "validation"))
     sections = yaml.safe_load(preset.read_text())
     inputs: dict[str, list[object]] = {
         "pretrain_encoder": ["--videos", *paths, "--fps", FPS],
-        "train_predictor": ["--train-cache", cache, "--validation-cache", cache],
+        "train_predictor": ["--train-cache", cache, "--validation-cache", validation],
     }
     print(f"{preset.name} on {device}")
     for stage, arguments in inputs.items():
@@ -212,17 +213,19 @@ def write_cache(folder: Path, clips: int = 500, length: int = 64, dimension: int
         with CacheWriter(folder, provenance) as writer:
             for clip in range(clips):
                 embeddings = np.random.default_rng(clip).normal(size=(length, dimension)).astype(np.float32)
-                writer.add(EmbeddedClip(ClipKey(f"{clip}.mp4", 1, 1, 0.0), embeddings, ticks / FPS, ticks))
+                key = ClipKey(f"{folder.name}_{clip}.mp4", 1, 1, 0.0)
+                writer.add(EmbeddedClip(key, embeddings, ticks / FPS, ticks))
     return folder
 
 
 def train_predictor(cache: Path, options: Options) -> tuple[float, float]:
     """The stage, from the cache."""
-    steps = 10 * options.steps
+    steps, validation = 10 * options.steps, write_cache(options.output_dir / "validation")
     return rates(run(
         "train_predictor",
-        ["--train-cache", cache.absolute(), "--validation-cache", cache.absolute(), "--steps", 2 * steps,
-         "--log-every", steps, "--batch-size", options.batch_size, *shlex.split(options.predictor_options)],
+        ["--train-cache", cache.absolute(), "--validation-cache", validation.absolute(),
+         "--steps", 2 * steps, "--log-every", steps, "--batch-size", options.batch_size,
+         *shlex.split(options.predictor_options)],
         options.output_dir.absolute() / "predictor",
     ))  # fmt: skip
 

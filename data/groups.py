@@ -9,6 +9,10 @@ from itertools import groupby
 import numpy as np
 
 from data.embedding_cache import EmbeddingCache
+from data.windows import Windows
+
+ENOUGH_VIDEOS = 20
+"""With fewer videos, the bootstrap resamples stretches of a video instead of videos."""
 
 
 def group_rows(cache: EmbeddingCache, stretch_s: float = math.inf) -> np.ndarray:
@@ -28,6 +32,22 @@ def group_rows(cache: EmbeddingCache, stretch_s: float = math.inf) -> np.ndarray
         groups[rows] = first + (cache.times_s[rows] // stretch_s).astype(int)
         first = int(groups[rows].max()) + 1
     return groups
+
+
+def group_windows(windows: Windows) -> tuple[np.ndarray, str]:
+    """Which windows are resampled together, and what they have in common, in the plural.
+
+    Those of a video or, where fewer than `ENOUGH_VIDEOS` have any, of a stretch that is twice as long as a window, so
+    that windows reach into the next stretch, but not beyond.
+
+    Returns:
+        int64 (windows,), and such as "videos" or "stretches of 6 s".
+    """
+    cache = windows.cache
+    if len({cache.clips[clip].key.source for clip in np.unique(windows.clips)}) >= ENOUGH_VIDEOS:
+        return group_rows(cache)[windows.starts], "videos"
+    stretch_s = 2 * windows.length / cache.provenance.fps
+    return group_rows(cache, stretch_s)[windows.starts], f"stretches of {stretch_s:.3g} s"
 
 
 def stretch_for(cache: EmbeddingCache, groups: int) -> float:

@@ -78,19 +78,24 @@ def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:
     """Which column says when, and the rows: that column first, then `columns`; float64 (rows, 1 + columns)."""
     if not path.exists():
         raise SidecarError(f"{path}: there is no such file, and no state to probe for without it")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        known = reader.fieldnames or []
-        clock = "time_s" if "time_s" in known else "frame"
-        if clock not in known:
-            raise SidecarError(f"{path}: there is neither a column 'time_s' nor 'frame' among {', '.join(known)}")
-        for column in columns:
-            if column not in known:
-                raise SidecarError(f"{path}: there is no column '{column}' among {', '.join(known)}")
-        try:
+    try:
+        # "-sig": spreadsheets put an invisible mark before the name of the first column.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            known = reader.fieldnames or []
+            clock = "time_s" if "time_s" in known else "frame"
+            if clock not in known:
+                raise SidecarError(f"{path}: there is neither a column 'time_s' nor 'frame' among {', '.join(known)}")
+            for column in columns:
+                if column not in known:
+                    raise SidecarError(f"{path}: there is no column '{column}' among {', '.join(known)}")
             rows = np.array([[float(row[column]) for column in (clock, *columns)] for row in reader])
-        except (TypeError, ValueError) as error:
-            raise SidecarError(f"{path}: a value is not a number ({error})") from error
+    except UnicodeDecodeError as error:
+        raise SidecarError(f"{path}: this is not UTF-8 ({error.reason}): save it as UTF-8") from error
+    except csv.Error as error:
+        raise SidecarError(f"{path}: this is no CSV ({error})") from error
+    except (TypeError, ValueError) as error:
+        raise SidecarError(f"{path}: a value is not a number ({error})") from error
     if len(rows) == 0:
         raise SidecarError(f"{path}: there are no rows in it")
     if not np.isfinite(rows).all():

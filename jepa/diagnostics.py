@@ -28,6 +28,20 @@ class SequenceSpread(NamedTuple):
     """0 and rank 1 for clips of one frame, such as still images."""
 
 
+LEAST_STD = 1e-2
+"""Of the features that vary, as a share of their median: what varies less is measured as if it varied so much."""
+
+
+def floor_std(std: Tensor) -> Tensor:
+    """Standard deviations (D,) that can be divided by, one that is next to nothing beside the others raised.
+
+    A feature that was constant in training and moves a little in a test would be thousands of its own deviations away,
+    and swamp the errors of all the others.
+    """
+    varying = std[std > 1e-6 * std.max()]  # not by rounding alone
+    return std.clamp_min(LEAST_STD * float(varying.median()) if len(varying) else 1e-6)
+
+
 def effective_rank(embeddings: Tensor) -> float:
     """Exp of the entropy of the normalised singular values of the centred embeddings (N, D).
 
@@ -43,7 +57,9 @@ def effective_rank(embeddings: Tensor) -> float:
 
 
 def spread(embeddings: Tensor) -> Spread:
-    """Spread of embeddings (N, D) over their first dimension."""
+    """Spread of embeddings (N, D) over their first dimension; over one alone there is none."""
+    if len(embeddings) < 2:
+        return Spread(0.0, 1.0)
     return Spread(float(embeddings.float().var(dim=0).mean().sqrt()), effective_rank(embeddings))
 
 

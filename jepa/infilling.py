@@ -13,6 +13,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from jepa.attention import AttentionBlock
+from jepa.diagnostics import floor_std
 from jepa.encoder import ConfigurationError
 from jepa.networks import zero_linear
 
@@ -89,9 +90,11 @@ class Infiller(nn.Module, PyTorchModelHubMixin):
     ) -> None:
         super().__init__()
         config, dimension = infiller, embedding_dimension
-        for name in ("longest_gap", "context", "depth"):
+        for name in ("longest_gap", "context", "width", "depth", "heads"):
             if (value := getattr(config, name)) < 1:
                 raise ConfigurationError(f"--infiller.{name.replace('_', '-')} is {value}: it must be positive")
+        if not 0 <= config.dropout < 1:
+            raise ConfigurationError(f"--infiller.dropout is {config.dropout:g}: it must be at least 0, below 1")
         if config.width % config.heads:
             raise ConfigurationError(
                 f"--infiller.heads {config.heads} does not divide --infiller.width {config.width}: choose a divisor"
@@ -213,14 +216,14 @@ def measure_windows(infiller: Infiller, windows: Tensor) -> None:
         infiller: untrained.
         windows: raw embeddings of training clips, (N, window, D).
     """
-    infiller.mean.copy_(windows.mean(dim=(0, 1)))
-    infiller.std.copy_(windows.std(dim=(0, 1)).clamp_min(1e-6))
+    infiller.mean.copy_(windows.double().mean(dim=(0, 1)))
+    infiller.std.copy_(floor_std(windows.double().std(dim=(0, 1))))
     standardised = infiller.standardise(windows)
     for length in range(1, infiller.config.longest_gap + 1):
         hidden = middle_gap(length, infiller.config)
         line = linear_interpolation(standardised, hidden.expand(len(windows), -1))
         error = (line - standardised)[:, hidden]
-        infiller.sigma[length - 1] = error.square().mean(dim=(0, 1)).sqrt().clamp_min(1e-6)
+        infiller.sigma[length - 1] = floor_std(error.square().mean(dim=(0, 1)).sqrt())
 
 
 @torch.no_grad()

@@ -138,6 +138,11 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
             raise ConfigurationError(f"unknown predictor '{config.kind}': choose one of {', '.join(NETWORKS)}")
         if config.context < 2:
             raise ConfigurationError(f"--predictor.context is {config.context}: at least 2 embeddings are needed")
+        for name in ("width", "depth", "heads"):
+            if (value := getattr(config, name)) < 1:
+                raise ConfigurationError(f"--predictor.{name} is {value}: it must be positive")
+        if not 0 <= config.dropout < 1:
+            raise ConfigurationError(f"--predictor.dropout is {config.dropout:g}: it must be at least 0, below 1")
         if config.latent_dimension < 0:
             raise ConfigurationError(f"--predictor.latent-dimension is {config.latent_dimension}: it must be 0 or more")
         if config.latent_dimension and members > 1:

@@ -109,7 +109,8 @@ def _choices(kind: ProbeKind, samples: int, seed: int) -> dict[float, Any]:
                 for penalty in MLP_PENALTIES
             }
         case "knn":
-            return {k: KNeighborsRegressor(k) for k in NEIGHBOURS if k <= samples}
+            enough = [k for k in NEIGHBOURS if k <= samples]
+            return {k: KNeighborsRegressor(k) for k in enough or [samples]}
 
 
 def read_out_of_fold(

@@ -7,7 +7,7 @@ from torch import Tensor
 from jepa.baselines import Baseline
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
-from jepa.scoring import central_interval
+from jepa.scoring import central_interval, live_features
 from jepa.shrinkage import LONGEST, of_horizons, shrink
 
 EXPECTED_OF = 16
@@ -93,7 +93,7 @@ def calibrate_samples(predictor: Predictor, past: Tensor, future: Tensor) -> Non
     drawn = sample(predictor, past, future.shape[1], CALIBRATED_ON, torch.Generator(past.device).manual_seed(0))
     centre = drawn.mean(dim=0)
     error = future - centre
-    live = future.flatten(0, 1).std(dim=0) > 1e-3  # a feature that never moves lies in any interval, or in none
+    live = live_features(future)
     off = torch.zeros(len(SPREADS), future.shape[1], device=past.device)
     for share in SHARES:
         low, high = central_interval(drawn - centre, share)

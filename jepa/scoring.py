@@ -58,6 +58,11 @@ def coverage(samples: Tensor, future: Tensor, share: float) -> Tensor:
     return ((future >= low) & (future <= high)).float().mean(dim=-1)
 
 
+def live_features(future: Tensor) -> Tensor:
+    """Which features of (N, horizon, D) move, bool (D,): one that never does lies in any interval, or in none."""
+    return future.flatten(0, 1).std(dim=0) > 1e-3
+
+
 def central_interval(samples: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Both ends of the interval of each feature that should hold `share`: (n, ..., D) -> (..., D) twice."""
     n = len(samples)

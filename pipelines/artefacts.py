@@ -1,13 +1,17 @@
-"""Load what earlier stages left behind, or say in one line why it cannot be loaded."""
+"""Load what earlier stages left behind, or say in one line why it cannot be loaded or used."""
 
 import io
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from safetensors import SafetensorError
+from torch import Tensor
 
 from data.embedding_cache import EmbeddingCache
+from data.windows import Windows
 from jepa.encoder import FrameEncoder
 from jepa.expander import Expander
 from jepa.predictor import Predictor
@@ -45,6 +49,32 @@ def require_no_video_in_both(one: EmbeddingCache, name: str, other: EmbeddingCac
     shared = {clip.key.source for clip in one.clips} & {clip.key.source for clip in other.clips}
     if shared:
         raise UserError(f"{min(shared)} is in both {name} and {other_name}: keep videos apart")
+
+
+def require_finite(cache: EmbeddingCache, found: Iterable[Tensor]) -> None:
+    """Raises `UserError` naming the first clip that holds NaN or infinity, if `found` in the cache are any."""
+    if all(bool(part.isfinite().all()) for part in found):
+        return
+    clips = [clip for clip in cache.clips if not np.isfinite(cache.clip_embeddings(clip)).all()]
+    raise UserError(
+        f"{cache.folder} holds embeddings that are not finite, first of {clips[0].key.source}: "
+        f"see what is wrong with pipelines/inspect_cache.py --cache {cache.folder} --verify"
+    )
+
+
+def require_changing(cache: EmbeddingCache, found: Iterable[Tensor], guess: str) -> None:
+    """Raises `UserError` if in none of the sequences (..., T, D) `found` in the cache anything changes over time."""
+    if not any(bool((part != part[..., :1, :]).any()) for part in found):
+        raise UserError(f"{cache.folder}: no embedding ever changes, so nothing can beat {guess}: bring moving video")
+
+
+def require_several(windows: Windows) -> None:
+    """Nothing varies over a single window, so nothing can be measured on it. Raises `UserError`."""
+    if len(windows) < 2:
+        raise UserError(
+            f"{windows.cache.folder} holds one window of {windows.length} embeddings, and at least 2 are needed: bring "
+            "longer videos, or lower the context, the horizon or the stride"
+        )
 
 
 def _load(kind: type[Artefact], folder: Path, name: str, stage: str) -> Artefact:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
 from data.embedding_cache import CachedClip, EmbeddingCache
-from data.groups import group_rows, stretch_for
+from data.groups import group_windows, stretch_for
 from data.sidecar import read_states
 from data.video import probe_video, read_frames_at
 from data.windows import Windows
@@ -37,14 +37,23 @@ from jepa.bootstrap import Bootstrap
 from jepa.predictor import Predictor
 from jepa.probe import Probe, ProbeKind, fit_probe, measure_agreement
 from jepa.skill import Skill, as_advised, imagine_unshrunk, measure_skill, spread_by_horizon
-from pipelines.artefacts import load_predictor, require_calibrated, require_no_video_in_both
-from pipelines.probe_embeddings import label_windows
-from pipelines.stage import RunFolder, counted, require, run_stage, write_json
+from pipelines.artefacts import (
+    load_predictor,
+    require_calibrated,
+    require_changing,
+    require_finite,
+    require_no_video_in_both,
+    require_several,
+)
+from pipelines.probe_embeddings import label_windows, require_enough
+from pipelines.stage import RunFolder, counted, readable_bytes, require, run_stage, write_json
 
-ENOUGH_CLIPS = 20
-"""With fewer clips, the bootstrap resamples stretches of a clip instead of clips."""
 PROBE_FRAMES = 20_000
 """A probe is fitted on at most so many frames: neighbouring ones are nearly equal."""
+MOST_MEMORY = 4_000_000_000
+"""Bytes that rollouts may take."""
+IMAGINED_AT_ONCE = 9
+"""The model and five guesses, two that adapt, and one more while it is made."""
 SHOWN_HORIZONS = 5
 
 
@@ -92,8 +101,6 @@ def main(options: Options) -> None:
     cache = EmbeddingCache(options.cache)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
     trials = lay_out_trials(cache, predictor, options.horizon, options.stride)
-    changing = bool((trials.future != trials.past[:, -1:]).any())
-    require(changing, f"{options.cache}: no embedding ever changes, so nothing can beat copying it: bring moving video")
     readout = None
     if options.probe_cache:
         probe_cache = EmbeddingCache(options.probe_cache)
@@ -143,18 +150,36 @@ def lay_out_trials(cache: EmbeddingCache, predictor: Predictor, horizon: int, st
 
     Raises:
         CacheError: no clip is long enough for a single window.
+        UserError: there is one window alone, or there are too many; embeddings are not finite, or never change.
     """
     context = predictor.config.context
     windows = Windows(cache, context + horizon, stride)
-    sequences = predictor.standardise(windows.take(np.arange(len(windows))))
+    require_several(windows)
+    require_memory(windows, horizon, stride, len(predictor.mean))
     bank_rows = np.concatenate(cache.unbroken_runs())
+    bank = torch.from_numpy(cache.take(bank_rows))
+    require_finite(cache, [bank])
+    sequences = windows.take(np.arange(len(windows)))
+    require_changing(cache, [sequences[:, context - 1 :]], "copying it")
+    sequences = predictor.standardise(sequences)
     return Trials(
         windows=windows,
         past=sequences[:, :context],
         future=sequences[:, context:],
         future_rows=windows.rows(np.arange(len(windows)))[:, context:],
-        bank=predictor.standardise(torch.from_numpy(cache.take(bank_rows))),
+        bank=predictor.standardise(bank),
         bank_rows=bank_rows,
+    )
+
+
+def require_memory(windows: Windows, horizon: int, stride: int, dimension: int) -> None:
+    """All that is imagined is held at once. Raises `UserError`, with the stride that fits, where that is too much."""
+    needed = 4 * len(windows) * dimension * (windows.length + IMAGINED_AT_ONCE * horizon)
+    advised = math.ceil(stride * needed / MOST_MEMORY)
+    require(
+        needed <= MOST_MEMORY,
+        f"--stride is {stride}: {len(windows):,} rollouts of {horizon} steps take about {readable_bytes(needed)}, more "
+        f"than {readable_bytes(MOST_MEMORY)}: take fewer of them with --stride {advised}, or lower --horizon",
     )
 
 
@@ -200,8 +225,10 @@ def fit_probe_on(
 
     Raises:
         SidecarError: a CSV cannot be used.
+        UserError: there is too little to fit it on.
     """
     frames = label_windows(cache, columns, 1, PROBE_FRAMES, stretch_for(cache, 2))
+    require_enough(frames, cache, groups=2)
     return fit_probe(kind, predictor.standardise(frames.inputs[:, 0]), frames.states, frames.groups, seed)
 
 
@@ -218,7 +245,7 @@ def measure(
     place = np.empty(bank_rows.max() + 1, dtype=np.int64)
     place[bank_rows] = np.arange(len(bank_rows))
     true_rows = torch.from_numpy(place[trials.future_rows])
-    groups, grouped_by = bootstrap_groups(trials.windows)
+    groups, grouped_by = group_windows(trials.windows)
     bootstrap = Bootstrap(groups, resamples, seed)
     skills = measure_skill(imagined, trials.future, bootstrap, trials.bank, true_rows)
     fps, horizon = predictor.fps, trials.future.shape[1]
@@ -230,12 +257,13 @@ def measure(
         "windows": len(trials.windows),
         "clips": len(cache.clips),
         "frames": len(trials.bank),
-        "interval": f"95 %, bootstrap over {len(np.unique(groups))} {grouped_by}",
+        "interval": bootstrap.describe(grouped_by),
         "useful_horizon": {
             name: {
                 "steps": skill.useful_steps,
                 "time_s": skill.useful_steps / fps,
                 "exceeds_longest": skill.useful_steps == horizon,
+                "by_point_estimate": not bootstrap.enough,
             }
             for name, skill in skills.items()
         },
@@ -249,16 +277,7 @@ def measure(
             for step, record in enumerate(results["truth"] if name == "truth" else records[name]):
                 for field, value in vars(agreement).items():
                     record[f"probe_{field}"] = value[step].tolist()
-    return results
-
-
-def bootstrap_groups(windows: Windows) -> tuple[np.ndarray, str]:
-    """Which windows are resampled together: those of a video, or of a stretch as long as two windows of one."""
-    cache = windows.cache
-    if len({clip.key.source for clip in cache.clips}) >= ENOUGH_CLIPS:
-        return group_rows(cache)[windows.starts], "videos"
-    stretch_s = 2 * windows.length / cache.provenance.fps
-    return group_rows(cache, stretch_s)[windows.starts], f"stretches of {stretch_s:.0f} s"
+    return dict(bootstrap.claim(results))
 
 
 def by_horizon(skill: Skill, fps: float) -> list[dict[str, Any]]:
@@ -279,20 +298,24 @@ def by_horizon(skill: Skill, fps: float) -> list[dict[str, Any]]:
     return records
 
 
-def flat_record(record: dict[str, Any], probe_columns: Sequence[str] = ()) -> dict[str, float]:
+def flat_record(record: dict[str, Any], probe_columns: Sequence[str] = ()) -> dict[str, float | None]:
     """A record with plain numbers alone: intervals as `_low` and `_high`, what probes read under their columns."""
-    flat: dict[str, float] = {}
+    flat: dict[str, float | None] = {}
     for name, value in record.items():
         stem = name.removesuffix("_interval")
         parts = {stem: value}
         if name.startswith("probe_"):
-            parts = {f"{stem}_{column}": part for column, part in zip(probe_columns, value, strict=True)}
+            values = [None] * len(probe_columns) if value is None else value
+            parts = {f"{stem}_{column}": part for column, part in zip(probe_columns, values, strict=True)}
         for key, part in parts.items():
-            flat |= {key: part} if name == stem else {f"{key}_low": part[0], f"{key}_high": part[1]}
+            if name == stem:
+                flat[key] = part
+            else:
+                flat[f"{key}_low"], flat[f"{key}_high"] = part or (None, None)
     return flat
 
 
-def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
+def flat_metrics(results: dict[str, Any]) -> dict[str, float | None]:
     """The model's final values under flat keys."""
     metrics = {"useful_horizon_s": results["useful_horizon"]["model"]["time_s"]}
     for record in results["predictors"]["model"]:
@@ -359,6 +382,8 @@ def table(results: dict[str, Any]) -> str:
             lambda record: f"{record['std']:.2f} {record['rank']:5.1f}",
         ),
     ]
+    if results["useful_horizon"]["model"]["by_point_estimate"]:
+        lines.insert(1, f"{results['interval']}: how long they are better than the mean is by point estimates")
     if "adapting_model" in predictors:
         lines.insert(1, "adapting: learns, as it goes, from how its earlier forecasts of the same clip came out")
     if "probe_columns" in results:
@@ -419,8 +444,9 @@ def draw_skill(results: dict[str, Any], axes: Axes) -> None:
             color=colours[name],
             linewidth=2.5 if name == "model" else 1.5,
         )
-        low, high = np.array([record["relative_to_copy_last_interval"] for record in records]).T
-        axes.fill_between(time_s, low, high, color=colours[name], alpha=0.2, linewidth=0)
+        intervals = [record["relative_to_copy_last_interval"] for record in records]
+        if None not in intervals:
+            axes.fill_between(time_s, *np.transpose(intervals), color=colours[name], alpha=0.2, linewidth=0)
     useful = results["useful_horizon"]["model"]
     axes.axvline(useful["time_s"], color=colours["model"], linewidth=1, linestyle=":")
     # Logarithmic: extrapolation and the mean are wrong by factors that would flatten the rest on a linear scale.

@@ -22,13 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.embedding_cache import EmbeddingCache
+from data.groups import group_windows
 from jepa.bootstrap import Bootstrap, interval
 from jepa.predictor import Predictor
 from jepa.sampling import SHARES, GaussianFutures, sample
-from jepa.scoring import best_of, coverage, energy_score
+from jepa.scoring import best_of, coverage, energy_score, live_features
 from jepa.skill import imagine
 from pipelines.artefacts import load_predictor, require_calibrated, require_no_video_in_both
-from pipelines.evaluate_rollout import Trials, bootstrap_groups, lay_out_trials
+from pipelines.evaluate_rollout import Trials, lay_out_trials
 from pipelines.stage import RunFolder, UserError, require, run_stage, write_json
 
 LEAST_SAMPLES = 19
@@ -88,6 +89,10 @@ def main(options: Options) -> None:
     require_no_video_in_both(cache, "--cache", validation, "--validation-cache")
     trials = lay_out_trials(cache, predictor, options.horizon, options.stride)
     usual = lay_out_trials(validation, predictor, options.horizon, options.stride)
+    live = live_features(trials.future)
+    require(
+        bool(live.any()), f"{options.cache}: embeddings hardly change, so nothing can be foretold: bring moving video"
+    )
     output.prepare(options, overwrite=True, inputs={"provenance": cache.provenance})
 
     generator = torch.Generator().manual_seed(options.seed)
@@ -103,17 +108,17 @@ def main(options: Options) -> None:
     gaussian = GaussianFutures(guesses, usual.future)
     measured: dict[str, list[dict[str, Tensor]]] = {"model": [], "gaussian": []}
     for drawn, guess, future in in_batches(trials, "drawing futures"):
-        measured["model"].append(score(drawn, future))
-        measured["gaussian"].append(score(gaussian.sample(guess, options.samples, generator), future))
+        measured["model"].append(score(drawn, future, live))
+        measured["gaussian"].append(score(gaussian.sample(guess, options.samples, generator), future, live))
 
-    groups, grouped_by = bootstrap_groups(trials.windows)
+    groups, grouped_by = group_windows(trials.windows)
     bootstrap = Bootstrap(groups, options.resamples, options.seed)
     results = {
         "fps": predictor.fps,
         "samples": options.samples,
         "windows": len(trials.windows),
-        "interval": f"95 %, bootstrap over {len(np.unique(groups))} {grouped_by}",
-        **summarise(measured, bootstrap, predictor.fps),
+        "interval": bootstrap.describe(grouped_by),
+        **bootstrap.claim(summarise(measured, bootstrap, predictor.fps)),
     }
     write_json(options.output_dir / "samples.json", results)
     draw(results, options.output_dir / "samples.png")
@@ -145,12 +150,15 @@ def load_point_predictor(folder: Path, predictor: Predictor) -> Predictor:
     return point
 
 
-def score(drawn: Tensor, future: Tensor) -> dict[str, Tensor]:
-    """Samples (n, B, horizon, D) against what came (B, horizon, D): measures by window and horizon, (B, horizon)."""
+def score(drawn: Tensor, future: Tensor, live: Tensor) -> dict[str, Tensor]:
+    """Samples (n, B, horizon, D) against what came (B, horizon, D): measures by window and horizon, (B, horizon).
+
+    Coverage is of the features that move, bool (D,), as it was when the samples were spread.
+    """
     return {
         "energy_score": energy_score(drawn, future),
         "best_of": best_of(drawn, future),
-        **{f"coverage_{share:.0%}": coverage(drawn, future, share) for share in SHARES},
+        **{f"coverage_{share:.0%}": coverage(drawn[..., live], future[..., live], share) for share in SHARES},
     }
 
 
@@ -179,6 +187,8 @@ def table(results: dict[str, Any]) -> str:
     shown = [h for h in (1, 2, 5, 10, 20, 50, 100) if h <= len(results["model"])]
     heads = [f"{h} ({h / results['fps']:.1f} s)" for h in shown]
     lines = [f"{results['samples']} futures for each of {results['windows']:,} moments; horizon in steps (seconds)"]
+    if results["model"][0]["energy_score_interval"] is None:
+        lines.append(results["interval"])
     titles = {
         "energy_score": "energy score (lower is better)",
         "best_of": f"squared error of the best of {results['samples']}",
@@ -206,8 +216,9 @@ def draw_energy_score(results: dict[str, Any], axes: Axes) -> None:
     for name, colour in (("model", "C0"), ("gaussian", "0.5")):
         time_s = [record["time_s"] for record in results[name]]
         axes.plot(time_s, [record["energy_score"] for record in results[name]], color=colour, label=name)
-        low, high = np.array([record["energy_score_interval"] for record in results[name]]).T
-        axes.fill_between(time_s, low, high, color=colour, alpha=0.2, linewidth=0)
+        intervals = [record["energy_score_interval"] for record in results[name]]
+        if None not in intervals:
+            axes.fill_between(time_s, *np.transpose(intervals), color=colour, alpha=0.2, linewidth=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("horizon in seconds")
     axes.set_ylabel("energy score")

@@ -28,11 +28,12 @@ from data.sidecar import read_states
 from data.windows import Windows
 from jepa.bootstrap import Bootstrap
 from jepa.probe import Agreement, ProbeKind, fit_probe, measure_agreement, read_out_of_fold
-from pipelines.artefacts import require_no_video_in_both
+from pipelines.artefacts import require_finite, require_no_video_in_both
 from pipelines.stage import RunFolder, counted, require, run_stage, write_json
 
 ENOUGH_GROUPS = 20
 """With fewer videos, the bootstrap resamples so many stretches of them."""
+LEAST_MOMENTS = 20
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,9 @@ def main(options: Options) -> None:
         test = label_windows(test_cache, options.columns, max(options.window), options.samples)
         require_no_video_in_both(cache, "--cache", test_cache, "--test-cache")
         validation = f"fitted on {options.cache}, tested on {options.test_cache}"
-    found, needed = len(np.unique(windows.groups)), 2 if test else options.folds
-    require(
-        found >= needed,
-        f"{cache.folder}: only {found} videos or stretches are as long as a window, and {needed} are needed: "
-        "bring longer videos, or lower --folds or --window",
-    )
+    require_enough(windows, cache, 2 if test else options.folds, ", or lower --folds or --window")
+    if test and test_cache:
+        require_enough(test, test_cache, 1, ", or lower --window")
     judged, judged_cache = test or windows, test_cache or cache
     for column, values in zip(options.columns, judged.states.T, strict=True):
         require(bool(values.std() > 0), f"--columns {column}: it never changes beside {judged_cache.folder}")
@@ -106,8 +104,8 @@ def main(options: Options) -> None:
         "columns": options.columns,
         "moments": len(judged.states),
         "validation": validation,
-        "interval": f"95 %, bootstrap over {describe(judged_cache, stretch_s)}",
-        "probes": [record for reading in readings for record in reading.records(options.columns)],
+        "interval": bootstrap.describe("videos" if stretch_s == math.inf else describe(judged_cache, stretch_s)),
+        "probes": bootstrap.claim([record for reading in readings for record in reading.records(options.columns)]),
     }
     write_json(options.output_dir / "probes.json", results)
     write_table(results["probes"], options.output_dir / "probes.csv")
@@ -147,6 +145,7 @@ def label_windows(
     Raises:
         CacheError: no clip is long enough.
         SidecarError: a CSV cannot be used.
+        UserError: embeddings are not finite.
     """
     windows = Windows(cache, frames)
     rows = windows.rows(np.arange(len(windows)))
@@ -154,8 +153,25 @@ def label_windows(
     inside = np.flatnonzero(groups[:, 0] == groups[:, -1])
     chosen = inside[np.linspace(0, len(inside) - 1, min(len(inside), limit)).astype(int)]
     rows = rows[chosen]
+    inputs = torch.from_numpy(cache.take(rows))
+    require_finite(cache, [inputs])
     states = read_states(cache, columns)[rows[:, -1]]
-    return LabelledWindows(torch.from_numpy(cache.take(rows)), torch.from_numpy(states), rows, groups[chosen, -1])
+    return LabelledWindows(inputs, torch.from_numpy(states), rows, groups[chosen, -1])
+
+
+def require_enough(windows: LabelledWindows, cache: EmbeddingCache, groups: int, or_lower: str = "") -> None:
+    """So many groups that can be held out, and enough moments for any kind of probe. Raises `UserError`."""
+    found, moments = len(np.unique(windows.groups)), len(windows.states)
+    require(
+        found >= groups,
+        f"{cache.folder}: only {found} videos or stretches are as long as a window, and {groups} are needed: "
+        f"bring longer videos{or_lower}",
+    )
+    require(
+        moments >= LEAST_MOMENTS,
+        f"{cache.folder}: only {moments} moments can be probed, and {LEAST_MOMENTS} are needed: "
+        f"bring longer videos{or_lower}",
+    )
 
 
 @dataclass(frozen=True)
@@ -225,8 +241,8 @@ def write_table(records: list[dict[str, Any]], path: Path) -> None:
     rows = [
         {
             **{name: record[name] for name in ("kind", "window", "column", "r2", "r")},
-            **{f"{score}_{end}": record[f"{score}_interval"][at] for score in ("r2", "r")
-               for at, end in enumerate(("low", "high"))},
+            **{f"{score}_{end}": bound for score in ("r2", "r")
+               for end, bound in zip(("low", "high"), record[f"{score}_interval"] or (None, None), strict=True)},
         }
         for record in records
     ]  # fmt: skip
@@ -244,10 +260,10 @@ def table(results: dict[str, Any]) -> str:
         f"  {'column':20}{'probe':6}{'frames':>7}{'R2':>10}{'Pearson r':>26}",
     ]
     for record in sorted(results["probes"], key=lambda record: results["columns"].index(record["column"])):
-        scores = [
-            f"{record[score]:>9.3f} [{record[f'{score}_interval'][0]:.3f}, {record[f'{score}_interval'][1]:.3f}]"
-            for score in ("r2", "r")
-        ]
+        scores = []
+        for score in ("r2", "r"):
+            ends = record[f"{score}_interval"]
+            scores.append(f"{record[score]:>9.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""))
         lines.append(
             f"  {record['column']:20}{record['kind']:6}{record['window']:>7}" + "".join(map("{:26}".format, scores))
         )

@@ -9,9 +9,9 @@ relative to linear interpolation, beside ridge regression and copying), `metrics
 Ctrl-C saves; the same command with --resume goes on.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.embedding_cache import EmbeddingCache
-from data.groups import group_rows, stretch_for
+from data.groups import group_windows
 from data.map_ahead import stream_ahead
 from data.windows import Windows
 from jepa.bootstrap import Bootstrap, interval
@@ -39,6 +39,7 @@ from jepa.infilling import (
     measure_windows,
     middle_gap,
 )
+from pipelines.artefacts import require_changing, require_finite, require_no_video_in_both, require_several
 from pipelines.checkpoints import CheckpointConfig, Checkpoints
 from pipelines.compute import ComputeConfig, describe_devices, start_accelerator
 from pipelines.guards import FiniteGuard, Heartbeat, require_agreement, summary
@@ -52,8 +53,6 @@ MEASURED_WINDOWS = 8192
 VALIDATION_WINDOWS = 512
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Per sample; chosen by leaving out one at a time."""
-ENOUGH_GROUPS = 20
-"""With fewer test videos, the bootstrap resamples stretches of a video instead of videos."""
 RESAMPLES = 1000
 
 
@@ -113,6 +112,9 @@ def main(options: Options) -> None:
     provenance = train.provenance
     for other in (validation, test):
         other.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
+    named = {"--train-cache": train, "--validation-cache": validation, "--test-cache": test}
+    for (name, one), (other_name, other) in combinations(named.items(), 2):
+        require_no_video_in_both(one, name, other, other_name)
     infiller = Infiller(
         options.infiller, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint
     )
@@ -242,17 +244,13 @@ def spread(windows: Windows, most: int) -> Tensor:
     """At most so many windows, spread evenly over a cache, raw (N, window, D).
 
     Raises:
-        UserError: there is nothing to learn or to judge by: embeddings are not finite, or never change.
+        UserError: there is nothing to learn or to judge by: there is one window alone, or embeddings are not finite, or
+            never change.
     """
+    require_several(windows)
     taken = windows.take(np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int))
-    folder = windows.cache.folder
-    require(
-        bool(taken.isfinite().all()),
-        f"{folder} holds embeddings that are not finite: see which with pipelines/inspect_cache.py --cache {folder} "
-        "--verify",
-    )
-    changing = bool((taken != taken[:, :1]).any())
-    require(changing, f"{folder}: no embedding ever changes, so nothing can beat a straight line: bring moving video")
+    require_finite(windows.cache, [taken])
+    require_changing(windows.cache, [taken], "a straight line")
     return taken
 
 
@@ -291,8 +289,7 @@ def evaluate(infiller: Infiller, train: Tensor, windows: Windows, seed: int) -> 
         seed: of the bootstrap.
     """
     test = infiller.standardise(spread(windows, len(windows)))
-    stretch_s = stretch_for(windows.cache, ENOUGH_GROUPS)
-    groups = group_rows(windows.cache, stretch_s)[windows.starts]
+    groups, grouped_by = group_windows(windows)
     bootstrap = Bootstrap(groups, RESAMPLES, seed)
     guesses: dict[str, list[dict[str, Any]]] = {}
     for length in tqdm(range(1, infiller.config.longest_gap + 1), desc="judging", unit="length", leave=False):
@@ -311,9 +308,8 @@ def evaluate(infiller: Infiller, train: Tensor, windows: Windows, seed: int) -> 
         "fps": infiller.fps,
         "windows": len(windows),
         "clips": len(windows.cache.clips),
-        "interval": f"95 %, bootstrap over {len(np.unique(groups))} "
-        + ("videos" if math.isinf(stretch_s) else f"stretches of {stretch_s:.3g} s"),
-        "guesses": guesses,
+        "interval": bootstrap.describe(grouped_by),
+        "guesses": bootstrap.claim(guesses),
     }
 
 
@@ -382,8 +378,10 @@ def table(results: dict[str, Any]) -> str:
     lines += ["over the whole gap", f"  {'':22}{heads}"]
     for name, records in guesses.items():
         lines.append(f"  {name:22}" + "".join(f"{record['relative_to_linear']:>8.3f}" for record in records))
-    low, high = zip(*(record["relative_to_linear_interval"] for record in guesses["model"]), strict=True)
-    for name, bounds in (("model, 95 % from", low), ("model, 95 % to", high)):
+    intervals = [record["relative_to_linear_interval"] for record in guesses["model"]]
+    if None in intervals:
+        return "\n".join([*lines, f"  {results['interval']}"])
+    for name, bounds in zip(("model, 95 % from", "model, 95 % to"), zip(*intervals, strict=True), strict=True):
         lines.append(f"  {name:22}" + "".join(f"{bound:>8.3f}" for bound in bounds))
     return "\n".join(lines)
 
@@ -395,8 +393,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for name, records in results["guesses"].items():
         lengths = [record["gap"] for record in records]
         by_length.plot(lengths, [record["relative_to_linear"] for record in records], label=name.replace("_", " "))
-        low, high = zip(*(record["relative_to_linear_interval"] for record in records), strict=True)
-        by_length.fill_between(lengths, low, high, alpha=0.2, linewidth=0)
+        intervals = [record["relative_to_linear_interval"] for record in records]
+        if None not in intervals:
+            by_length.fill_between(lengths, *np.transpose(intervals), alpha=0.2, linewidth=0)
     by_length.set(
         xlabel="gap in steps", ylabel="error relative to linear interpolation", yscale="log",
         title=f"{results['windows']:,} windows; {results['interval']}",

@@ -32,7 +32,7 @@ from data.video import IMAGE_FPS
 from data.views import ViewsConfig, make_views
 from jepa.batch_norm import synchronise_batch_norm
 from jepa.collectives import sum_over_ranks, world_size
-from jepa.diagnostics import encoder_alarms, prediction_alarms, sequence_spread
+from jepa.diagnostics import encoder_alarms, floor_std, prediction_alarms, sequence_spread
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.objectives import ObjectiveConfig, Terms, objective
 from jepa.predictor import Predictor, PredictorConfig
@@ -435,9 +435,9 @@ def follow(predictor: Predictor, embeddings: Tensor) -> None:
     mean = mean_over_ranks(embeddings.mean(dim=(0, 1)))
     variance = mean_over_ranks((embeddings - mean).square().mean(dim=(0, 1)))
     predictor.mean.lerp_(mean, MOMENTUM)
-    predictor.std.lerp_(variance.sqrt().clamp_min(1e-6), MOMENTUM)
+    predictor.std.lerp_(floor_std(variance.sqrt()), MOMENTUM)
     change = predictor.standardise(embeddings).diff(dim=1).square().mean(dim=(0, 1))
-    predictor.change_std.lerp_(mean_over_ranks(change).sqrt().clamp_min(1e-6), MOMENTUM)
+    predictor.change_std.lerp_(floor_std(mean_over_ranks(change).sqrt()), MOMENTUM)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ Leaves `predictor/{model.safetensors,config.json}` (the best on validation clips
 tracker logs. Ctrl-C saves; the same command with --resume goes on.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,19 +22,19 @@ from data.embedding_cache import EmbeddingCache
 from data.map_ahead import stream_ahead
 from data.windows import Windows
 from jepa.baselines import Baseline, Ridge, changes, fit_ridge
-from jepa.diagnostics import prediction_alarms, sequence_spread
+from jepa.diagnostics import floor_std, prediction_alarms, sequence_spread
 from jepa.energy import calibrate_energy, prediction_errors
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
 from jepa.sampling import calibrate_samples, draw_latents, expected_future
 from jepa.scoring import energy_score
 from jepa.shrinkage import fit_shrinkage, shrink
-from pipelines.artefacts import load_predictor
+from pipelines.artefacts import load_predictor, require_changing, require_finite, require_no_video_in_both
 from pipelines.checkpoints import CheckpointConfig, Checkpoints
 from pipelines.compute import ComputeConfig, MemoryEstimate, describe_devices, start_accelerator
 from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agreement, summary
 from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
-from pipelines.stage import RunFolder, UserError, readable_bytes, require, run_stage, to_json
+from pipelines.stage import RunFolder, readable_bytes, require, run_stage, to_json
 from pipelines.trackers import start_trackers
 from pipelines.training import (
     Best,
@@ -141,6 +141,8 @@ def main(options: Options) -> None:
     else:
         validation_cache = EmbeddingCache(options.validation_cache)
         validation_cache.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
+        # Also without a step: errors on videos that it learned from are no usual errors.
+        require_no_video_in_both(train_cache, "--train-cache", validation_cache, "--validation-cache")
         splits = [Split(train_cache, validation_cache)]
     # Those validated by splits come first; beside them, some that nothing was held out from.
     learned_from = [split.train for split in splits] + ([train_cache] if options.folds else [])
@@ -160,6 +162,7 @@ def main(options: Options) -> None:
     measure_embeddings(predictor, train_cache)
     windows = [Windows(cache, context + options.longest_gap * options.rollout_steps) for cache in learned_from]
     held_out = [hold_out(split, predictor, context + horizon, VALIDATION_WINDOWS // len(splits)) for split in splits]
+    require_changing(splits[-1].validation, [part.windows for part in held_out], "copying it")
     fit_ridge_on(splits, held_out, predictor)
 
     clips = [clip.key for split in splits for cache in (split.train, split.validation) for clip in cache.clips]
@@ -474,24 +477,14 @@ def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     """Mean and standard deviation of the training embeddings, and of their changes, into the predictor's buffers."""
     runs = [torch.from_numpy(cache.take(run)).double() for run in cache.unbroken_runs()]
     require_finite(cache, runs)
+    require_changing(cache, runs, "copying it")
     count = sum(len(run) for run in runs)
     mean = torch.stack([run.sum(dim=0) for run in runs]).sum(dim=0) / count
     variance = torch.stack([(run - mean).square().sum(dim=0) for run in runs]).sum(dim=0) / count
     predictor.mean.copy_(mean)
-    predictor.std.copy_(variance.sqrt().clamp_min(1e-6))
+    predictor.std.copy_(floor_std(variance.sqrt()))
     squares = torch.stack([changes(predictor.standardise(run)[None])[0].square().sum(dim=0) for run in runs]).sum(dim=0)
-    predictor.change_std.copy_((squares / max(1, count - len(runs))).sqrt().clamp_min(1e-6))
-
-
-def require_finite(cache: EmbeddingCache, found: Iterable[Tensor]) -> None:
-    """Raises `UserError` naming the first clip that holds NaN or infinity, if `found` in the cache are any."""
-    if all(bool(part.isfinite().all()) for part in found):
-        return
-    clips = [clip for clip in cache.clips if not np.isfinite(cache.clip_embeddings(clip)).all()]
-    raise UserError(
-        f"{cache.folder} holds embeddings that are not finite, first of {clips[0].key.source}: "
-        f"see what is wrong with pipelines/inspect_cache.py --cache {cache.folder} --verify"
-    )
+    predictor.change_std.copy_(floor_std((squares / max(1, count - len(runs))).sqrt()))
 
 
 class Split(NamedTuple):

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -140,6 +141,18 @@ def write_cache(make_provenance):
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def damage_cache():
+    """Let the disk turn one number in a cache to NaN; the writer would refuse it."""
+
+    def damage(folder):
+        with h5py.File(next((folder / "shards").glob("*.h5")), "r+") as file:
+            file["embeddings"][5, 1] = np.nan
+        return folder
+
+    return damage
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from data.embedding_cache import EmbeddingCache
-from data.groups import group_rows, stretch_for
+from data.groups import group_rows, group_windows, stretch_for
+from data.windows import Windows
 
 
 @pytest.fixture
@@ -46,3 +47,18 @@ def test_stretches_are_only_made_where_videos_are_too_few(cache):
     assert stretch_for(cache, 3) == math.inf
     assert stretch_for(cache, 6) == pytest.approx(5, rel=0.05)
     assert len(np.unique(group_rows(cache, stretch_for(cache, 6)))) == 6
+
+
+def test_windows_are_grouped_by_video_where_enough_videos_have_any(tmp_path, make_clip, write_cache):
+    clips = [make_clip(f"/{number}.mp4", 40 if number < 20 else 4) for number in range(25)]
+    cache = EmbeddingCache(write_cache(tmp_path, clips))
+    windows = Windows(cache, 5)
+    groups, together = group_windows(windows)
+    assert together == "videos"
+    assert (np.diff(groups) == np.diff(windows.clips)).all()
+    windows = Windows(cache.only({"/1.mp4", "/21.mp4", "/22.mp4"}), 5)
+    groups, together = group_windows(windows)
+    assert together == "stretches of 2.5 s"  # twice 5 embeddings at 4 fps
+    assert np.unique(groups, return_counts=True)[1].tolist() == [10, 10, 10, 6]
+    few = cache.only({f"/{number}.mp4" for number in range(19)} | {"/21.mp4", "/22.mp4"})
+    assert "stretches" in group_windows(Windows(few, 5))[1]  # two of 21 videos have no window

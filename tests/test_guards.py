@@ -134,8 +134,9 @@ def test_a_run_that_diverges_stops_and_goes_on_slower(stage, videos, tmp_path, w
     if stage == "pretrain_encoder":
         options = f"--videos {videos} --batch-size 16 {SMALL}"
     else:
-        cache = write_cache(tmp_path / "cache", [make_clip(f"{index}.mp4", 24, seed=index) for index in range(4)])
-        options = f"--train-cache {cache} --validation-cache {cache} {CACHED}"
+        clips = [make_clip(f"{index}.mp4", 24, seed=index) for index in range(6)]
+        train, validation = write_cache(tmp_path / "train", clips[:4]), write_cache(tmp_path / "val", clips[4:])
+        options = f"--train-cache {train} --validation-cache {validation} {CACHED}"
     options += f" --output-dir {tmp_path}/run --steps 6 --optimizer.warmup-steps 0"
     line = Run(stage, f"{options} --optimizer.learning-rate 1e30", tmp_path / "first.log").fails()
     assert "not finite in step 2, with frames of" in line

@@ -26,7 +26,8 @@ from jepa.infilling import (
     middle_gap,
     nearest_visible,
 )
-from pipelines.train_infiller import evaluate, table
+from pipelines.stage import UserError
+from pipelines.train_infiller import Options, evaluate, main, spread, table
 
 ROOT = Path(__file__).parent.parent
 SMALL = InfillerConfig(longest_gap=3, context=4, width=16, depth=2, heads=2)
@@ -129,6 +130,15 @@ def test_training_beats_linear_interpolation():
     assert infiller.trust.min() > 0.8
 
 
+def test_a_feature_that_hardly_varied_in_training_swamps_nothing():
+    infiller, windows = make(), waves(256, SMALL.window)
+    windows[..., 1] = 0.1
+    measure_windows(infiller, windows)
+    assert infiller.standardise(windows[0] + 0.01).abs().max() < 3
+    assert infiller.std[[0, 2, 3, 4]].min() > 0.5
+    assert (infiller.sigma[:, 1] > 1e-3 * infiller.sigma[:, 0]).all()
+
+
 def test_what_is_worse_than_the_line_is_not_trusted():
     infiller = make()
     windows = waves(50, SMALL.window)
@@ -162,7 +172,16 @@ def test_half_precision_is_finite():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"heads": 3}, "heads 3 does not divide"), ({"longest_gap": 0}, "longest-gap is 0"), ({"depth": -1}, "depth is")],
+    [
+        ({"heads": 3}, "heads 3 does not divide"),
+        ({"heads": 0}, "heads is 0"),
+        ({"longest_gap": 0}, "longest-gap is 0"),
+        ({"context": 0}, "context is 0"),
+        ({"width": 0}, "width is 0"),
+        ({"depth": -1}, "depth is -1"),
+        ({"dropout": 1.0}, "dropout is 1: it must be at least 0, below 1"),
+        ({"dropout": float("nan")}, "dropout is nan"),
+    ],
 )
 def test_impossible_configurations_are_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
@@ -190,21 +209,65 @@ def test_every_guess_is_judged_in_every_place(caches):
     measured = train.take(np.arange(len(train)))
     measure_windows(infiller, measured)
     results = evaluate(infiller, measured, test, seed=0)
+    assert results["interval"] == "too few stretches of 5.5 s (3) for an interval"
     assert set(results["guesses"]) == {"model", "linear_interpolation", "copy_last", "ridge"}
     for name, records in results["guesses"].items():
         for gap, record in enumerate(records, start=1):
             assert record["gap"] == gap
-            assert len(record["places"]["mse"]) == len(record["places"]["relative_to_linear_interval"]) == gap
+            assert len(record["places"]["mse"]) == len(record["places"]["relative_to_linear"]) == gap
+            assert record["mse_interval"] is record["places"]["relative_to_linear_interval"] is None
             assert np.mean(record["places"]["mse"]) == pytest.approx(record["mse"])
-            low, high = record["mse_interval"]
-            assert low <= record["mse"] <= high
             if name in ("model", "linear_interpolation"):  # it is new
                 assert record["relative_to_linear"] == pytest.approx(1)
             elif name == "ridge":  # waves obey a linear law
                 assert record["relative_to_linear"] < 0.1
             else:
                 assert record["relative_to_linear"] > 1.5
-    assert len(table(results).splitlines()) == 15
+    assert len(table(results).splitlines()) == 14
+    assert table(results).endswith(results["interval"])
+
+
+def test_intervals_are_over_stretches_as_long_as_two_windows(tmp_path, write_cache):
+    (values,) = waves(1, 200).numpy()
+    clip = EmbeddedClip(ClipKey("long.mp4", 1, 1, 0.0), values, np.arange(200) / 4, np.arange(200))
+    test = Windows(EmbeddingCache(write_cache(tmp_path, [clip])), SMALL.window)
+    infiller = Infiller(SMALL, 5, 4.0, "0123abcd").eval()
+    results = evaluate(infiller, torch.from_numpy(values).unfold(0, SMALL.window, 1).mT.contiguous(), test, seed=0)
+    assert results["interval"] == "95 %, bootstrap over 9 stretches of 5.5 s"
+    for record in results["guesses"]["copy_last"]:
+        for judged in (record, {name: value[0] for name, value in record["places"].items()}):
+            low, high = judged["relative_to_linear_interval"]
+            assert low < judged["relative_to_linear"] < high
+
+
+@pytest.mark.parametrize("shared", [("train", "validation"), ("train", "test"), ("validation", "test")])
+def test_a_video_belongs_to_one_cache_alone(caches, shared):
+    folders = {"train": caches / "train", "validation": caches / "val", "test": caches / "test"}
+    one, other = shared
+    folders[other] = folders[one]
+    options = {f"{name}_cache": folder for name, folder in folders.items()}
+    with pytest.raises(UserError, match=rf"0\.mp4 is in both --{one}-cache and --{other}-cache: keep videos apart"):
+        main(Options(**options, output_dir=caches / "out", tracker=("none",)))
+    assert not (caches / "out").exists()
+
+
+@pytest.mark.parametrize("still", ["train", "val", "test"])
+def test_embeddings_that_never_change_are_refused(caches, write_cache, still):
+    folders = {name: caches / name for name in ("train", "val", "test")}
+    clip = EmbeddedClip(ClipKey("still.mp4", 1, 1, 0.0), np.ones((20, 5), np.float32), np.arange(20) / 4, np.arange(20))
+    folders[still] = write_cache(caches / "still", [clip])
+    options = Options(
+        folders["train"], folders["val"], folders["test"], caches / "out", tracker=("none",), infiller=SMALL
+    )
+    with pytest.raises(UserError, match="/still: no embedding ever changes, so nothing can beat a straight line: bri"):
+        main(options)
+    assert not (caches / "out").exists()
+
+
+def test_nothing_is_learned_from_one_window(caches):
+    windows = Windows(EmbeddingCache(caches / "train").only({"train_0.mp4"}), 20)
+    with pytest.raises(UserError, match="train holds one window of 20 embeddings, and at least 2 are needed: bring lo"):
+        spread(windows, 100)
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ import torch
 
 from jepa.baselines import CopyLast, Mean
 from jepa.bootstrap import Bootstrap
-from jepa.diagnostics import effective_rank, encoder_alarms, prediction_alarms, sequence_spread
+from jepa.diagnostics import effective_rank, encoder_alarms, floor_std, prediction_alarms, sequence_spread, spread
 from jepa.energy import (
     LATENTS,
     UsualErrors,
@@ -26,6 +26,15 @@ def test_effective_rank_counts_dimensions():
     samples = torch.linalg.qr(torch.randn(500, 5) - 0).Q @ basis[:5] * 100
     assert effective_rank(samples + 7) == pytest.approx(5, rel=0.02)  # a constant is not a dimension
     assert effective_rank(torch.ones(10, 4)) == 1
+    assert spread(torch.randn(1, 4)) == (0, 1)  # which would not be a number, and is written to metrics.json
+
+
+def test_the_floor_under_deviations_is_that_of_the_features_that_vary():
+    std = torch.tensor([1.0, 2.0, 3.0, 1e-3, 0.0])
+    assert floor_std(std).tolist() == pytest.approx([1, 2, 3, 0.01, 0.01])  # the lower of the two in the middle
+    mostly_dead = torch.cat([std[:3], 1e-9 * torch.rand(20)])
+    assert floor_std(mostly_dead).tolist() == pytest.approx([1, 2, 3, *[0.02] * 20])
+    assert floor_std(torch.zeros(2)).min() > 0
 
 
 def healthy(clips: int = 8, time: int = 16, features: int = 12) -> torch.Tensor:

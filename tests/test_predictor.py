@@ -282,3 +282,21 @@ def test_impossible_configurations_are_refused():
         Predictor(PredictorConfig(latent_dimension=-1), 5, 4.0, "abc")
     with pytest.raises(ConfigurationError, match="no sample"):
         Predictor(PredictorConfig(latent_dimension=2), 5, 4.0, "abc", members=2)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0}, "width is 0: it must be positive"),
+        ({"width": -8}, "width is -8"),
+        ({"depth": 0}, "depth is 0"),
+        ({"heads": 0}, "heads is 0"),
+        ({"dropout": 1.0}, "dropout is 1: it must be at least 0, below 1"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"dropout": float("nan")}, "dropout is nan"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused(kind, options, message):
+    with pytest.raises(ConfigurationError, match=rf"--predictor\.{message}"):
+        Predictor(PredictorConfig(kind=kind, **options), 5, 4.0, "abc")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa.bootstrap import Bootstrap
+from jepa.bootstrap import Bootstrap, interval
 from jepa.probe import fit_probe, measure_agreement, read_out_of_fold
 
 GROUPS = np.repeat(np.arange(10), 40)
@@ -96,6 +96,12 @@ def test_few_samples_are_enough_for_every_kind(monkeypatch):
         assert fit_probe(kind, embeddings, targets, np.repeat([0, 1], 3))(embeddings).isfinite().all()
 
 
+def test_nearest_neighbours_of_two_samples_are_both():
+    embeddings, targets = torch.randn(4, 3), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    probe = fit_probe("knn", embeddings, targets, np.repeat([0, 1], 2))
+    assert probe.chosen == [2]
+
+
 def test_agreement_is_that_of_the_textbook():
     generator = np.random.default_rng(0)
     true = generator.normal(size=(200, 3, 2)) + 1000
@@ -121,8 +127,28 @@ def test_what_does_not_vary_does_not_agree():
 
 
 def test_resamples_draw_whole_groups():
-    bootstrap = Bootstrap(np.array([7, 7, 3, 3, 3]), resamples=50)
-    values = np.array([[1.0, 10], [1, 10], [2, 20], [2, 20], [2, 20]])
-    sums = bootstrap.sums(values)
-    assert {tuple(row) for row in sums} == {(4.0, 40.0), (8.0, 80.0), (12.0, 120.0)}
-    assert {tuple(row) for row in bootstrap.means(values)} == {(1.0, 10.0), (1.6, 16.0), (2.0, 20.0)}
+    """A group of two ones, and four groups of three twos."""
+    groups = np.array([7, 7, *np.repeat([1, 4, 3, 0], 3)])
+    bootstrap = Bootstrap(groups, resamples=50)
+    values = np.where(groups == 7, 1.0, 2.0)[:, None] * np.array([1, 10])
+    expected = {(2 * ones + 6 * (5 - ones), 2 * ones + 3 * (5 - ones)) for ones in range(6)}
+    found = set(zip(bootstrap.sums(values)[:, 0], bootstrap.sums(np.ones(len(groups))), strict=True))
+    assert len(found) > 2
+    assert found <= expected
+    assert np.allclose(bootstrap.means(values)[:, 1], 10 * bootstrap.means(values)[:, 0])
+    assert {tuple(row) for row in bootstrap.means(values)} <= {(total / n, 10 * total / n) for total, n in expected}
+
+
+def test_of_few_groups_no_interval_is_claimed():
+    values = np.random.default_rng(0).normal(size=40)
+    few, enough = (Bootstrap(np.arange(40) * count // 40, resamples=50) for count in (4, 5))
+    assert interval(few.means(values)).tolist() == pytest.approx([values.mean()] * 2)
+    assert few.describe("videos") == "too few videos (4) for an interval"
+    records = {"a": [{"mse": 1.0, "mse_interval": [0.5, 2.0], "places": {"mse_interval": [[1, 2]]}}], "b": "text"}
+    assert few.claim(records) == {
+        "a": [{"mse": 1.0, "mse_interval": None, "places": {"mse_interval": None}}],
+        "b": "text",
+    }
+    assert np.ptp(interval(enough.means(values))) > 0
+    assert enough.describe("videos") == "95 %, bootstrap over 5 videos"
+    assert enough.claim(records) == records

@@ -101,6 +101,7 @@ def test_a_test_cache_is_judged_by_probes_of_the_other(tmp_path, write_world):
         ({"window": ()}, UserError, "--window is empty"),
         ({"window": (50,)}, CacheError, "no clip in .* is long enough"),
         ({"window": (12,), "folds": 30}, UserError, "only 0 videos or stretches are as long as a window, and 30"),
+        ({"window": (39,), "folds": 3}, UserError, "only 6 moments can be probed, and 20 are needed: bring longer"),
         ({"folds": 2}, UserError, "--folds is 2"),
         ({"samples": 1}, UserError, "--samples is 1"),
     ],
@@ -109,6 +110,23 @@ def test_mistakes_leave_nothing(tmp_path, write_world, changes, error, message):
     with pytest.raises(error, match=message):
         run(tmp_path, write_world("cache", "abc"), **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_of_few_stretches_no_interval_is_claimed(tmp_path, write_world, capsys):
+    train, test = write_world("train", "abc", frames=100), write_world("test", "g", frames=100)
+    results, records = run(tmp_path, train, test_cache=test, window=(81,), columns=("place",))
+    assert results["interval"] == "too few stretches of 1 s of 1 video (4) for an interval"
+    assert records["place", 81]["r2_interval"] is records["place", 81]["r_interval"] is None
+    with (tmp_path / "out" / "probes.csv").open() as file:
+        assert next(csv.DictReader(file))["r2_low"] == ""
+    assert "too few stretches" in capsys.readouterr().out
+
+
+def test_a_damaged_cache_is_refused(tmp_path, write_world, damage_cache):
+    train, test = write_world("train", "abcde"), damage_cache(write_world("test", "fg"))
+    for options in ({"cache": test}, {"cache": train, "test_cache": test}):
+        with pytest.raises(UserError, match=r"test holds embeddings that are not finite, first of .*/f\.mp4"):
+            run(tmp_path, **options)
 
 
 def test_a_finished_run_is_kept(tmp_path, write_world):

@@ -55,6 +55,26 @@ def test_unusable_tables_say_why(video, table, column, message):
         read_sidecar(video, np.zeros(1), [column], 0.1)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+def test_tables_as_spreadsheets_save_them(video, encoding):
+    video.with_suffix(".csv").write_text("time_s,höhe\n0.0,7\n", encoding=encoding)
+    assert read_sidecar(video, np.zeros(1), ["höhe"], 0.1).tolist() == [[7]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("time_s,höhe\n0.0,7\n".encode("latin-1"), "not UTF-8 .*: save it as UTF-8"),
+        ("time_s,höhe\n0.0,7\n".encode("utf-16"), "not UTF-8"),
+        (b"time_s,speed\n0.0," + b"7" * 200_000 + b"\n", "this is no CSV"),
+    ],
+)
+def test_files_that_are_no_such_tables_say_so(video, content, message):
+    video.with_suffix(".csv").write_bytes(content)
+    with pytest.raises(SidecarError, match=rf"clip\.csv: .*{message}"):
+        read_sidecar(video, np.zeros(1), ["speed"], 0.1)
+
+
 @pytest.fixture
 def uneven(tmp_path, encode_video):
     """A video of uneven rate, and the state of some of its frames."""

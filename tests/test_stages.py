@@ -121,8 +121,7 @@ def test_evaluation_reports_every_predictor_at_every_horizon(world, tmp_path):
     for records in result["predictors"].values():
         assert [record["horizon"] for record in records] == [1, 2, 3, 4, 5, 6]
         for record in records:
-            low, high = record["mse_interval"]
-            assert low <= record["mse"] <= high
+            assert record["mse_interval"] is None  # 4 clips are too few
             assert 0 <= record["retrieval_at_1"] <= 1
             assert len(record["probe_r2"]) == 2
             for to in ("copy_last", "ridge", "mean"):
@@ -145,6 +144,9 @@ def test_a_long_video_teaches_while_it_is_watched(world, tmp_path):
     )
     assert "adapting: learns" in shown
     records = json.loads((tmp_path / "evaluation" / "rollout.json").read_text())["predictors"]
+    for record in records["model"]:
+        low, high = record["mse_interval"]
+        assert low < record["mse"] < high
     for name in ("adapting_model", "adapting_ridge"):
         assert [record["horizon"] for record in records[name]] == [1, 2, 3, 4]
         assert f"  {name}" in shown
@@ -469,8 +471,7 @@ def test_sampled_futures_are_measured_against_a_gaussian(world, tmp_path):
     for name in ("model", "gaussian"):
         assert [record["horizon"] for record in result[name]] == [1, 2, 3, 4]
         for record in result[name]:
-            low, high = record["energy_score_interval"]
-            assert low <= record["energy_score"] <= high
+            assert record["energy_score"] > 0
             assert 0 <= record["coverage_50%"] <= record["coverage_90%"] <= 1
     assert (tmp_path / "samples" / "samples.png").stat().st_size > 5000
     # It is a predictor like any other: rollouts are the mean of samples, and surprise is marginalised over them.

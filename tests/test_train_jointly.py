@@ -103,9 +103,13 @@ def test_both_artefacts_go_through_the_other_stages(videos, trained, tmp_path):
 
 
 def test_what_was_trained_jointly_is_calibrated_without_a_step_or_goes_on(videos, trained, tmp_path):
-    cached = f"--videos {videos} --fps 8 --encoder {trained}/encoder"
-    cache = succeed("cache_embeddings", cached, tmp_path / "cache")
-    options = f"--train-cache {cache} --validation-cache {cache} --initial-predictor {trained}/predictor "
+    caches = {}
+    for name, some in {"train": range(4), "validation": range(4, 6)}.items():
+        paths = " ".join(f"{videos}/clip_{index:05d}.mp4" for index in some)
+        cached = f"--videos {paths} --fps 8 --encoder {trained}/encoder"
+        caches[name] = succeed("cache_embeddings", cached, tmp_path / name)
+    cache = caches["validation"]
+    options = f"--train-cache {caches['train']} --validation-cache {cache} --initial-predictor {trained}/predictor "
     options += "--rollout-steps 2 --validation-horizon 4 --batch-size 8 --tracker none"
     calibrated = succeed("train_predictor", f"{options} --steps 0", tmp_path / "calibrated")
     before, after = (load_file(folder / "predictor" / "model.safetensors") for folder in (trained, calibrated))

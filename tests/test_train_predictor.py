@@ -11,7 +11,18 @@ from data.windows import Windows
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
 from jepa.sampling import sample
-from pipelines.train_predictor import Losses, Options, Split, draw_batches, draw_gaps, error_unit, growing_horizon
+from pipelines.stage import UserError
+from pipelines.train_predictor import (
+    Losses,
+    Options,
+    Split,
+    draw_batches,
+    draw_gaps,
+    error_unit,
+    growing_horizon,
+    main,
+    measure_embeddings,
+)
 
 OPTIONS = Options(
     batch_size=64, rollout_steps=4, longest_gap=3, steps=10, predictor=PredictorConfig(context=3, width=16, depth=1)
@@ -23,6 +34,27 @@ def cache(tmp_path, make_clip, write_cache):
     """Two videos, each on two phases of the clock."""
     clips = [make_clip(f"/{name}.mp4", 40, seed=seed) for seed, name in enumerate("ab")]
     return EmbeddingCache(write_cache(tmp_path, clips))
+
+
+def test_no_video_is_both_learned_from_and_validated_on(tmp_path, cache):
+    options = replace(OPTIONS, train_cache=cache.folder, validation_cache=cache.folder, tracker=("none",))
+    with pytest.raises(UserError, match=r"/a\.mp4 is in both --train-cache and --validation-cache: keep videos apart"):
+        main(replace(options, output_dir=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("still", "folds"), [("train", 0), ("validation", 0), ("train", 2)])
+def test_embeddings_that_never_change_are_refused(tmp_path, make_clip, write_cache, still, folds):
+    folders = {}
+    for name, sources in {"train": "abcd", "validation": "ef"}.items():
+        clips = [make_clip(f"/{source}.mp4", 40, seed=ord(source)) for source in sources]
+        if name == still:  # each video has an embedding of its own
+            clips = [replace(clip, embeddings=clip.embeddings[:1].repeat(40, axis=0)) for clip in clips]
+        folders[f"{name}_cache"] = write_cache(tmp_path / name, clips)
+    options = replace(OPTIONS, folds=folds, tracker=("none",), output_dir=tmp_path / "out", **folders)
+    with pytest.raises(UserError, match=f"{tmp_path}/{still}: no embedding ever changes, so nothing can beat copying"):
+        main(options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_windows_hold_the_embeddings_of_the_times_that_they_name(cache):
@@ -41,6 +73,19 @@ def test_windows_hold_the_embeddings_of_the_times_that_they_name(cache):
         seen |= set(torch.diff(ticks, prepend=torch.zeros(1)).round().int().tolist())
     assert seen == {1, 2, 3}
     assert {path.name for path in batch.videos} == {"a.mp4", "b.mp4"}
+
+
+def test_a_feature_that_hardly_varied_in_training_swamps_nothing(tmp_path, make_clip, write_cache):
+    clips = [make_clip(f"/{name}.mp4", 200, seed=seed) for seed, name in enumerate("ab")]
+    for clip in clips:
+        clip.embeddings[:, 1], clip.embeddings[:, 3] = 0.1, 7 + 1e-5 * clip.embeddings[:, 3]
+    predictor = Predictor(OPTIONS.predictor, 5, 4.0, "0123abcd")
+    measure_embeddings(predictor, EmbeddingCache(write_cache(tmp_path / "still", clips)))
+    moved = predictor.standardise(torch.tensor([0.0, 0.11, 0.0, 7.01, 0.0]))
+    assert moved.abs().max() < 2
+    assert torch.allclose(predictor.std[[0, 2, 4]], torch.ones(3), atol=0.1)
+    velocity = (moved - predictor.standardise(predictor.mean)) / predictor.change_std
+    assert velocity.abs().max() < 200
 
 
 def test_half_of_the_rollouts_stay_on_the_clock():
