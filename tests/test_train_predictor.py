@@ -1,17 +1,34 @@
-"""What a predictor learns from: windows at the times that were drawn, over a horizon that grows."""
+"""What a predictor learns from: windows at the times that were drawn, over a horizon that grows. Any network does."""
 
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from torch import nn
 
 from data.embedding_cache import EmbeddingCache
 from data.windows import Windows
+from jepa.encoder import ConfigurationError
+from jepa.networks import NETWORKS, Network
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
 from jepa.sampling import sample
-from pipelines.train_predictor import Losses, Options, Split, draw_batches, draw_gaps, error_unit, growing_horizon
+from pipelines import train_predictor
+from pipelines.artefacts import load_predictor
+from pipelines.optimizer import OptimizerConfig
+from pipelines.stage import UserError
+from pipelines.train_predictor import (
+    Losses,
+    Options,
+    Split,
+    draw_batches,
+    draw_gaps,
+    error_unit,
+    growing_horizon,
+)
 
 OPTIONS = Options(
     batch_size=64, rollout_steps=4, longest_gap=3, steps=10, predictor=PredictorConfig(context=3, width=16, depth=1)
@@ -23,6 +40,33 @@ def cache(tmp_path, make_clip, write_cache):
     """Two videos, each on two phases of the clock."""
     clips = [make_clip(f"/{name}.mp4", 40, seed=seed) for seed, name in enumerate("ab")]
     return EmbeddingCache(write_cache(tmp_path, clips))
+
+
+@pytest.fixture
+def train(tmp_path, make_clip, write_cache):
+    """The stage in this process, on oscillations: trains for a few steps, and says where the predictor is."""
+    for seed, split in enumerate(("train", "val", "test")):
+        clips = [make_clip(f"/{split}_{name}.mp4", 30, seed=2 * seed + name) for name in (0, 1)]
+        for clip in clips:  # each begins somewhere else
+            clip.embeddings[:] = np.sin(0.8 * np.arange(30)[:, None] + clip.embeddings[0, 0] + np.arange(5))
+        write_cache(tmp_path / split, clips)
+    small = PredictorConfig(context=3, width=16, depth=1, heads=2, horizon=2)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def run(network=None, **changes):
+        options = Options(
+            tmp_path / "train", tmp_path / "val", output_dir=tmp_path / "run", steps=4, batch_size=8, rollout_steps=2,
+            validation_horizon=4, log_every=2, tracker=(), predictor=replace(small, **(network or {})),
+            optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=1),
+        )  # fmt: skip
+        train_predictor.main(replace(options, **changes))
+        return tmp_path / "run" / "predictor"
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_windows_hold_the_embeddings_of_the_times_that_they_name(cache):
@@ -116,3 +160,54 @@ def test_samples_are_trained_to_be_as_far_apart_as_from_what_came():
     drawn = sample(predictor.eval(), torch.zeros(1, 2, 3), 1, 200, chance)[:, 0, 0].mean(dim=1)
     assert 0.35 < (drawn > 0).float().mean() < 0.65
     assert drawn.abs().mean() > 0.7
+
+
+class NewestStep(Network):
+    """A user's network, all of it: what it needs of the past is in the newest step."""
+
+    def __init__(self, inputs, config):
+        super().__init__()
+        self.layer = nn.Linear(inputs, config.width)
+
+    def forward(self, steps, outputs, state=None):
+        return self.layer(steps.features[:, -outputs:]).relu(), None
+
+
+class TwoAtOnce(Network):
+    """A user's network with a head of its own: velocities for two steps, the second of which waits in the state."""
+
+    gives_velocities = True
+    steps_at_once = 2
+
+    def __init__(self, inputs, config):
+        super().__init__()
+        self.heads = nn.Linear(inputs, 2 * (inputs // 2 - 1))
+
+    def forward(self, steps, outputs, state=None):
+        if state is not None:
+            return state, None
+        first, second = self.heads(steps.features[:, -outputs:]).chunk(2, dim=-1)
+        return first, second[:, -1:]
+
+
+@pytest.mark.parametrize("network", [NewestStep, TwoAtOnce])
+def test_a_network_of_ones_own_is_one_class(train, monkeypatch, network):
+    monkeypatch.setitem(NETWORKS, "mine", network)
+    torch.manual_seed(0)
+    loaded = load_predictor(train({"kind": "mine"}))
+    assert isinstance(loaded.members[0].network, network)
+    assert isinstance(loaded.members[0].head, nn.Identity) == (network is TwoAtOnce)
+    past = torch.randn(2, 6, 5)
+    with torch.no_grad():
+        assert not torch.equal(rollout(loaded, past, 5), past[:, -1:].expand(-1, 5, -1))
+        assert rollout(loaded, past, times_s=torch.tensor([0.1, 0.5, 0.9])).isfinite().all()
+
+
+def test_a_network_of_ones_own_is_refused_what_it_cannot_do(train, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "mine", TwoAtOnce)
+    with pytest.raises(UserError, match=r"--rollout-steps is 1, but the predictor forecasts 2 steps at once"):
+        train({"kind": "mine"}, rollout_steps=1)
+    with pytest.raises(ConfigurationError, match=r"3 with --predictor\.kind mine: it has a head of its own"):
+        train({"kind": "mine", "latent_dimension": 3})
+    monkeypatch.setitem(NETWORKS, "mine", NewestStep)
+    train({"kind": "mine", "latent_dimension": 3}, rollout_steps=1)
