@@ -162,6 +162,27 @@ def test_samples_are_trained_to_be_as_far_apart_as_from_what_came():
     assert drawn.abs().mean() > 0.7
 
 
+def test_the_past_is_noisy_and_what_is_to_be_foretold_is_not(train, tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(Losses):
+        def forward(self, past, window, times_s, generator):
+            if past.shape[1] == 8:  # a batch, not the example that memory is measured with
+                seen.append((past.cpu(), window.cpu()))
+            return super().forward(past, window, times_s, generator)
+
+    monkeypatch.setattr(train_predictor, "Losses", Watched)
+    predictor = load_predictor(train(input_noise=0.5, steps=20))
+    assert len(seen) == 20
+    added = torch.cat([past - window[:, :, :3] for past, window in seen], dim=1) / predictor.change_std
+    assert torch.allclose(added.std(dim=(0, 1, 2)), torch.tensor(0.5), rtol=0.15)  # 480 numbers for each feature
+    assert added.mean(dim=(0, 1, 2)).abs().max() < 0.1
+    cache = EmbeddingCache(tmp_path / "train")
+    clean = predictor.standardise(torch.from_numpy(cache.take(np.concatenate(cache.unbroken_runs()))))
+    for _, window in seen:
+        assert torch.cdist(window.flatten(0, 2), clean).amin(dim=1).max() < 0.01
+
+
 class NewestStep(Network):
     """A user's network, all of it: what it needs of the past is in the newest step."""
 
