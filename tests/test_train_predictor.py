@@ -1,5 +1,6 @@
 """What a predictor learns from: windows at the times that were drawn, over a horizon that grows. Any network does."""
 
+import json
 import signal
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from jepa.networks import NETWORKS, Network
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
 from jepa.sampling import sample
-from pipelines import train_predictor
+from pipelines import evaluate_rollout, train_predictor
 from pipelines.artefacts import load_predictor
 from pipelines.optimizer import OptimizerConfig
 from pipelines.stage import UserError
@@ -181,6 +182,23 @@ def test_the_past_is_noisy_and_what_is_to_be_foretold_is_not(train, tmp_path, mo
     clean = predictor.standardise(torch.from_numpy(cache.take(np.concatenate(cache.unbroken_runs()))))
     for _, window in seen:
         assert torch.cdist(window.flatten(0, 2), clean).amin(dim=1).max() < 0.01
+
+
+@pytest.mark.parametrize("kind", list(NETWORKS))
+def test_every_network_goes_through_the_stages(train, tmp_path, kind):
+    folder = train({"kind": kind})
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["best_step"] > 0  # it has learned something
+    assert np.isfinite([value for value in metrics.values() if isinstance(value, float)]).all()
+    evaluate_rollout.main(
+        evaluate_rollout.Options(tmp_path / "test", folder, tmp_path / "out", horizon=4, resamples=20)
+    )
+    records = json.loads((tmp_path / "out" / "rollout.json").read_text())["predictors"]
+    assert {"model", "ridge", "copy_last"} < set(records)
+    for of_one in records.values():
+        assert [record["horizon"] for record in of_one] == [1, 2, 3, 4]
+        assert np.isfinite([record["mse"] for record in of_one]).all()
+    assert records["model"] != records["copy_last"]
 
 
 class NewestStep(Network):
