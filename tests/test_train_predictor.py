@@ -17,11 +17,13 @@ from jepa.networks import NETWORKS, Network
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.rollout import rollout
 from jepa.sampling import sample
+from jepa.skill import imagine
 from pipelines import evaluate_rollout, train_predictor
 from pipelines.artefacts import load_predictor
 from pipelines.optimizer import OptimizerConfig
 from pipelines.stage import UserError
 from pipelines.train_predictor import (
+    HeldOut,
     Losses,
     Options,
     Split,
@@ -29,6 +31,7 @@ from pipelines.train_predictor import (
     draw_gaps,
     error_unit,
     growing_horizon,
+    validate,
 )
 
 OPTIONS = Options(
@@ -250,3 +253,24 @@ def test_a_network_of_ones_own_is_refused_what_it_cannot_do(train, monkeypatch):
         train({"kind": "mine", "latent_dimension": 3})
     monkeypatch.setitem(NETWORKS, "mine", NewestStep)
     train({"kind": "mine", "latent_dimension": 3}, rollout_steps=1)
+
+
+def test_no_horizon_is_worse_than_copying_on_validation_clips():
+    """Slow walks that come back: what is near is best copied, what is far is near the mean; the model knows nothing."""
+    generator = torch.Generator().manual_seed(0)
+    walk = [torch.randn(200, 5, generator=generator)]
+    for _ in range(22):
+        walk.append(0.9 * walk[-1] + 0.19**0.5 * torch.randn(200, 5, generator=generator))
+    predictor = Predictor(PredictorConfig(context=3, width=16, depth=1), 5, 4.0, "abc")
+    torch.manual_seed(0)
+    nn.init.normal_(predictor.members[0].head.weight, std=0.1)
+    held_out = [HeldOut(torch.stack(walk, dim=1), torch.zeros(5))]
+    metrics, _ = validate(predictor, held_out, members=1)
+    shares = [metrics[f"validation_relative_to_copy_last_{horizon}"] for horizon in (1, 5, 20)]
+    past, future = held_out[0].windows[:, :3], held_out[0].windows[:, 3:]
+    error, copied = (
+        (guess - future).square().mean(dim=(0, 2)) for guess in (imagine(predictor.eval(), past, 20), past[:, -1:])
+    )
+    assert (error <= copied * (1 + 1e-5)).all()
+    assert torch.allclose((error / copied)[[0, 4, 19]], torch.tensor(shares), rtol=1e-4)
+    assert error[19] < 0.7 * copied[19]  # not by copying
