@@ -28,6 +28,11 @@ from data.embedding_cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_clip
 from data.video import read_frames
 from data.windows import Windows
+from jepa.energy import energy
+from jepa.predictor import Predictor
+from jepa.sampling import EXPECTED_OF, draw
+from jepa.shrinkage import shrink
+from pipelines.artefacts import load_predictor
 from pipelines.presets import parse_options
 from pipelines.stage import UserError, run_python
 
@@ -95,6 +100,21 @@ def world(tmp_path_factory) -> Path:
         launcher="accelerate",
     )
     return folder
+
+
+def on_test_windows(folder: Path, world: Path, horizon: int) -> tuple[Predictor, torch.Tensor]:
+    """A predictor, and all windows of a context of 3 and a horizon of the test cache, standardised."""
+    predictor = load_predictor(folder)
+    windows = Windows(EmbeddingCache(world / "cache" / "test"), 3 + horizon)
+    return predictor, predictor.standardise(windows.take(np.arange(len(windows))))
+
+
+def assert_reported(folder: Path, imagined: torch.Tensor, windows: torch.Tensor) -> None:
+    """The evaluation in this folder is of these futures of the windows."""
+    records = json.loads((folder / "rollout.json").read_text())["predictors"]["model"]
+    assert [record["horizon"] for record in records] == list(range(1, 1 + imagined.shape[1]))
+    errors = (imagined - windows[:, 3:]).square().mean(dim=(0, 2))
+    assert np.allclose([record["mse"] for record in records], errors, rtol=1e-3)
 
 
 def test_the_journey_leaves_what_it_promises(world):
@@ -171,7 +191,15 @@ def test_without_videos_to_spare_an_ensemble_is_validated_in_turn(world, tmp_pat
     metrics = json.loads((tmp_path / "predictor" / "metrics.json").read_text())
     assert metrics["validation_relative_to_copy_last"] <= 1
     evaluate = f"--cache {world}/cache/test --predictor {tmp_path}/predictor/predictor --horizon 6"
-    assert "model" in succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    # At each step, the mean of what the members say next.
+    predictor, windows = on_test_windows(tmp_path / "predictor" / "predictor", world, 6)
+    sequence = windows[:, :3]
+    with torch.no_grad():
+        for _ in range(6):
+            following = torch.stack([predictor.only([member])(sequence) for member in range(8)]).mean(dim=0)
+            sequence = torch.cat([sequence, following], dim=1)
+    assert_reported(tmp_path / "evaluation", shrink(sequence[:, 3:], windows[:, 2], predictor.shrinkage), windows)
     assert "holds 12 videos" in fail("train_predictor", f"{options} --folds 13 --output-dir {tmp_path}/other")
 
 
@@ -495,11 +523,20 @@ def test_sampled_futures_are_measured_against_a_gaussian(world, tmp_path):
     assert (tmp_path / "samples" / "samples.png").stat().st_size > 5000
     # It is a predictor like any other: rollouts are the mean of samples, and surprise is marginalised over them.
     evaluate = f"--cache {world}/cache/test --predictor {tmp_path}/latent/predictor --horizon 4"
-    assert "model" in succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    predictor, windows = on_test_windows(tmp_path / "latent" / "predictor", world, 4)
+    samples = draw(predictor, windows[:, :3], 4, EXPECTED_OF, torch.Generator().manual_seed(0))
+    expected = shrink(samples.mean(dim=0), windows[:, 2], predictor.shrinkage)
+    assert_reported(tmp_path / "evaluation", expected, windows)
     surprise = (
         f"--videos {world}/test/clip_00000.mp4 --encoder {world}/encoder/encoder --output-dir {tmp_path}/surprise"
     )
-    assert "energy" in succeed("score_surprise", f"{surprise} --predictor {tmp_path}/latent/predictor")
+    succeed("score_surprise", f"{surprise} --predictor {tmp_path}/latent/predictor")
+    with (tmp_path / "surprise" / "surprise.csv").open() as file:
+        found = [float(row["energy"]) for row in csv.DictReader(file)]
+    predictor, windows = on_test_windows(tmp_path / "latent" / "predictor", world, 1)
+    energies = energy(predictor, windows[: len(found), :3], windows[: len(found), 3:])[:, 0]
+    assert np.allclose(found, energies, rtol=0.02)  # those of the video, the first in the cache
 
     plain = f"--predictor {world}/predictor/predictor --output-dir {tmp_path}/plain"
     assert "knows one future only: train one with" in fail("evaluate_samples", f"{judge} {plain}")
