@@ -23,7 +23,7 @@ from jepa.bootstrap import Bootstrap
 from jepa.infilling import Infiller, middle_gap
 from jepa.probe import Probe, fit_probe, measure_agreement
 from pipelines.stage import run_python, run_stage, write_json
-from pipelines.train_infiller import MEASURED_WINDOWS, fill_all, spread
+from pipelines.train_infiller import MEASURED_WINDOWS, VALIDATION_WINDOWS, fill_all, spread
 
 GAPS = (1, 3, 5, 7, 9)
 
@@ -42,11 +42,11 @@ class Options:
 
 def main(options: Options) -> None:
     """The story: train each seed, read positions off the gaps, gather, print."""
-    train, test = (EmbeddingCache(options.run / "cache" / split) for split in ("train", "test"))
+    train, validation, test = (EmbeddingCache(options.run / "cache" / split) for split in ("train", "val", "test"))
     rows = np.concatenate(train.unbroken_runs())
     states = torch.from_numpy(read_states(train, STATE_COLUMNS)[rows])
     probe = fit_probe("ridge", torch.from_numpy(train.take(rows)), states, group_rows(train)[rows])
-    runs = [measure_seed(seed, options, train, test, probe) for seed in options.seeds]
+    runs = [measure_seed(seed, options, train, validation, test, probe) for seed in options.seeds]
     write_json(options.output_dir / "results.json", runs)
     print("| measure | mean | range |\n| --- | --- | --- |")
     for name in runs[0]:
@@ -55,7 +55,12 @@ def main(options: Options) -> None:
 
 
 def measure_seed(
-    seed: int, options: Options, train: EmbeddingCache, test: EmbeddingCache, probe: Probe
+    seed: int,
+    options: Options,
+    train: EmbeddingCache,
+    validation: EmbeddingCache,
+    test: EmbeddingCache,
+    probe: Probe,
 ) -> dict[str, float]:
     """All figures of one seed, flat; positions are the mean over coordinates."""
     folder = (options.output_dir / f"seed_{seed}").absolute()
@@ -71,7 +76,10 @@ def measure_seed(
             results[f"gap {gap}, middle: error of {name}, of linear interpolation's"] = error
 
     infiller = Infiller.from_pretrained(folder / "infiller").eval()
-    measured = spread(Windows(train, infiller.config.window), MEASURED_WINDOWS)
+    measured, held_out = (
+        infiller.standardise(spread(Windows(cache, infiller.config.window), most))
+        for cache, most in ((train, MEASURED_WINDOWS), (validation, VALIDATION_WINDOWS))
+    )
     windows = Windows(test, infiller.config.window)
     raw = windows.take(np.arange(len(windows)))
     states = read_states(test, STATE_COLUMNS)
@@ -80,7 +88,7 @@ def measure_seed(
         hidden = middle_gap(gap, infiller.config)
         middle = int(hidden.nonzero()[(gap - 1) // 2])
         true = torch.from_numpy(states[windows.starts + middle])
-        filled = fill_all(infiller, infiller.standardise(measured), infiller.standardise(raw), hidden)
+        filled = fill_all(infiller, measured, held_out, infiller.standardise(raw), hidden)
         read = {name: value[:, (gap - 1) // 2] * infiller.std + infiller.mean for name, value in filled.items()}
         for name, embeddings in {**read, "true embeddings": raw[:, middle]}.items():
             r2 = measure_agreement(probe(embeddings), true, bootstrap).r2

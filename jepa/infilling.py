@@ -246,8 +246,13 @@ def fit_trust(infiller: Infiller, windows: Tensor) -> Tensor:
         hidden = gap.expand(len(windows), -1)
         line = linear_interpolation(windows, hidden)[:, gap].double()
         added, missing = infiller(windows, hidden)[:, gap].double() - line, windows[:, gap].double() - line
-        trust = ((added * missing).sum() / added.square().sum().clamp_min(1e-12)).clamp(0, 1)
+        trust = least_squares_trust(added, missing)
         infiller.trust[length - 1] = trust
         error = (trust * added - missing).square().mean()
         relative[length - 1] = error / missing.square().mean().clamp_min(1e-12)
     return relative
+
+
+def least_squares_trust(added: Tensor, missing: Tensor) -> Tensor:
+    """The share, from 0 to 1, of what is added to a line that comes nearest to what is missing from it; a scalar."""
+    return ((added * missing).sum() / added.square().sum().clamp_min(1e-12)).clamp(0, 1)

@@ -2,13 +2,14 @@
 
 A network is causal: it maps the steps of a sequence to hidden states, one for each of the last `outputs` steps, and
 remembers what it needs to go on from there, so that a rollout costs one step for each imagined frame, and no more. A
-head maps hidden states to velocities, unless the network has one itself and says so (`gives_velocities`).
+head maps hidden states to velocities, unless the network has one itself and says so (`Network.gives_velocities`).
 Steps that are given together with a state were imagined. To most networks that makes no difference: step by step they
 find the same hidden states as in the whole sequence; `DirectMLP` does not look at what was imagined.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as functional
@@ -47,7 +48,22 @@ class Steps(NamedTuple):
     """float (B, T): ticks from each step to the next; None on the clock, where all are 1."""
 
 
-class ResidualMLP(nn.Module):
+class Network(nn.Module):
+    """What all networks are, and what a network that differs says of itself.
+
+    Built from the number of features F and a `NetworkConfig`; called with `Steps`, the number of outputs and a state,
+    None at the beginning, it returns hidden states (B, outputs, width) and its state for the next step.
+    """
+
+    gives_velocities = False
+    """It has a head of its own: instead of hidden states it gives velocities (B, outputs, D), where D = F / 2 - 1."""
+    steps_at_once = 1
+    """How many steps it forecasts from the same past; the training has to reach the last of them."""
+    leaps_anywhere = False
+    """Its futures are ways through time, of which a leap of any length takes its part; others have to learn to leap."""
+
+
+class ResidualMLP(Network):
     """Residual blocks on the last `context` steps, flattened. Its state is the steps before the newest."""
 
     def __init__(self, inputs: int, config: NetworkConfig) -> None:
@@ -80,14 +96,14 @@ class DirectState(NamedTuple):
     recent: Tensor
     """(B, up to context - 1, F), the newest steps."""
     forecast: tuple[Tensor, ...]
-    """`horizon` times (B, 1, D): the velocity within each tick."""
+    """`steps_at_once` times (B, 1, D): the velocity within each tick."""
     begun: Tensor
     """(B, 1), the time of the step that it was made from."""
     taken: int
     """How many of its steps have been taken."""
 
 
-class DirectMLP(nn.Module):
+class DirectMLP(Network):
     """Forecasts `horizon` steps at once from the last `context` ones, not each from the one imagined before it.
 
     Direct instead of iterated forecasts (Ben Taieb et al. 2012, arXiv:1108.3259): errors are not fed back. Within a
@@ -100,12 +116,13 @@ class DirectMLP(nn.Module):
     """
 
     gives_velocities = True
+    leaps_anywhere = True
 
     def __init__(self, inputs: int, config: NetworkConfig) -> None:
         super().__init__()
         if config.horizon < 1:
             raise ConfigurationError(f"--predictor.horizon is {config.horizon}: it must be positive")
-        self.context, self.horizon = config.context, config.horizon
+        self.context, self.steps_at_once = config.context, config.horizon
         dimension = inputs // 2 - 1
         widths = [(inputs - 1) * config.context] + [config.width] * config.depth
         self.layers = nn.Sequential(
@@ -121,9 +138,10 @@ class DirectMLP(nn.Module):
         features = steps.features[..., :-1]  # the last is the gap that is asked for: the forecast is the same for all
         recent = features if state is None else torch.cat([state.recent, features], dim=1)
         now = steps.ticks[:, -outputs:]
-        if state is None or state.taken == self.horizon:
+        if state is None or state.taken == self.steps_at_once:
             velocities = self.heads(self.layers(last_steps(recent, self.context, outputs)))
-            forecast, begun, taken = rearrange(velocities, "b o (h d) -> h b o d", h=self.horizon).unbind(), now, 0
+            velocities = rearrange(velocities, "b o (h d) -> h b o d", h=self.steps_at_once)
+            forecast, begun, taken = velocities.unbind(), now, 0
         else:
             forecast, begun, taken = state.forecast, state.begun, state.taken
         kept = recent[:, max(0, recent.shape[1] - self.context + 1) :]
@@ -134,14 +152,14 @@ class DirectMLP(nn.Module):
 
     def between(self, forecast: tuple[Tensor, ...], start: Tensor, gap: Tensor) -> Tensor:
         """The mean velocity from `start` on, over a gap; (B, outputs) in ticks -> (B, outputs, D)."""
-        ticks = torch.arange(self.horizon, device=start.device)
+        ticks = torch.arange(self.steps_at_once, device=start.device)
         ends = torch.cat([ticks[1:], ticks.new_tensor([2**31])])  # beyond the horizon it goes straight on
         start, end = start[..., None], (start + gap)[..., None]
         share = (end.minimum(ends) - start.maximum(ticks)).clamp_min(0) / gap[..., None]  # (B, outputs, horizon)
         return torch.einsum("b o h, h b o d -> b o d", share.to(forecast[0].dtype), torch.stack(forecast))
 
 
-class CausalTransformer(nn.Module):
+class CausalTransformer(Network):
     """Pre-norm transformer; each layer attends to the last `context` steps, by rotary positions in time.
 
     Rotary positions (Su et al. 2021, arXiv:2104.09864) turn queries and keys by angles that grow with *time*, not with
@@ -207,7 +225,7 @@ class CausalBlock(AttentionBlock):
         return torch.cat([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
 
 
-class GRU(nn.Module):
+class GRU(Network):
     """Gated recurrent unit. Its state is the hidden state."""
 
     def __init__(self, inputs: int, config: NetworkConfig) -> None:
@@ -220,7 +238,12 @@ class GRU(nn.Module):
         return hidden[:, -outputs:], state
 
 
-NETWORKS: dict[str, Any] = {"mlp": ResidualMLP, "direct": DirectMLP, "transformer": CausalTransformer, "gru": GRU}
+NETWORKS: dict[str, Callable[[int, NetworkConfig], Network]] = {
+    "mlp": ResidualMLP,
+    "direct": DirectMLP,
+    "transformer": CausalTransformer,
+    "gru": GRU,
+}
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

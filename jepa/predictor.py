@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from jepa.baselines import Baseline, CopyLast, LinearExtrapolation, Mean, Ridge, Shrunk
 from jepa.encoder import ConfigurationError
-from jepa.networks import NETWORKS, Steps, zero_linear
+from jepa.networks import NETWORKS, Network, Steps, zero_linear
 from jepa.shrinkage import LONGEST, no_shrinkage
 
 
@@ -69,8 +69,12 @@ class Member(nn.Module):
         super().__init__()
         self.network = NETWORKS[config.kind](2 * dimension + 2, config)
         self.latent_block = LatentBlock(config) if config.latent_dimension else None
-        has_head = getattr(self.network, "gives_velocities", False)
-        self.head = nn.Identity() if has_head else zero_linear(config.width, dimension)
+        if self.network.gives_velocities and config.latent_dimension:
+            raise ConfigurationError(
+                f"--predictor.latent-dimension {config.latent_dimension} with --predictor.kind {config.kind}: it has a "
+                "head of its own, and no hidden states for what is drawn to act on; take another kind"
+            )
+        self.head = nn.Identity() if self.network.gives_velocities else zero_linear(config.width, dimension)
 
     def forward(self, steps: Steps, outputs: int, state: Any, latent: Tensor | None) -> tuple[Tensor, Any]:
         hidden, state = self.network(steps, outputs, state)
@@ -150,11 +154,6 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
                 f"--predictor.latent-dimension {config.latent_dimension} with {members} members: the mean of several "
                 "samples is no sample; train one member, without --folds"
             )
-        if config.latent_dimension and config.kind == "direct":
-            raise ConfigurationError(
-                f"--predictor.latent-dimension {config.latent_dimension} with --predictor.kind direct: steps that are "
-                "forecast at once cannot follow what was drawn for the one before; take another kind"
-            )
         self.config, self.fps, self.encoder_fingerprint = config, fps, encoder_fingerprint
         self.energy_horizon, self.longest_gap = energy_horizon, longest_gap
         dimension = embedding_dimension
@@ -225,14 +224,22 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
 
     @property
     def leaps(self) -> tuple[float, float]:
-        """The shortest and the longest leap of a rollout that it knows, in ticks; direct forecasts know all ticks."""
-        return (0, torch.inf) if self.config.kind == "direct" else (1, self.longest_gap)
+        """The shortest and the longest leap of a rollout that it knows, in ticks."""
+        network: Network = self.members[0].network  # type: ignore[assignment, union-attr]
+        return (0, torch.inf) if network.leaps_anywhere else (1, self.longest_gap)
 
     def only(self, members: Sequence[int]) -> "Predictor":
         """Some members as a predictor, sharing their weights and all statistics with this one."""
         part = copy.copy(self)
         part._modules = self._modules | {"members": nn.ModuleList([self.members[member] for member in members])}
         return part
+
+    @property
+    def steps_at_once(self) -> int:
+        """How many steps its networks forecast from the same past, see `jepa.networks.Network`."""
+        member = self.members[0]
+        assert isinstance(member, Member)
+        return member.network.steps_at_once
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Raw embeddings (..., D) to the space that predictors live in."""

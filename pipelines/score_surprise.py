@@ -247,8 +247,8 @@ def score(
 ) -> Surprise:
     """Find the most surprising moments in one pass over the video, in memory that does not depend on its length.
 
-    A moment is a frame of more energy than all within `context` frames of it: so long an event is part of the past that
-    predictions are made from, and may echo.
+    A moment is a frame of more energy than all within `context + horizon - 1` frames of it: so long after an event a
+    frame may be predicted from a past that it is part of, and echo it.
 
     Args:
         encoder: of the predictor's embeddings.
@@ -264,7 +264,7 @@ def score(
             context and the horizon.
     """
     context, beside = predictor.config.context, SHOWN_FRAMES // 2
-    reach = max(context, beside)
+    reach = max(context + horizon - 1, beside)
     curve, frames, total_energy, end_s = Curve(), 0, 0.0, 0.0
     found: list[Moment] = []
     window: deque[Scored | None] = deque([None] * (2 * reach + 1), maxlen=2 * reach + 1)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType, set_seed
 from matplotlib.figure import Figure
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,6 +35,7 @@ from jepa.infilling import (
     copy_last,
     draw_gaps,
     fit_trust,
+    least_squares_trust,
     linear_interpolation,
     measure_windows,
     middle_gap,
@@ -52,7 +53,7 @@ MEASURED_WINDOWS = 8192
 """Most training windows that statistics and ridge regression are taken from, spread evenly."""
 VALIDATION_WINDOWS = 512
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Per sample; chosen by leaving out one at a time."""
+"""Per sample; chosen on validation windows."""
 RESAMPLES = 1000
 
 
@@ -196,7 +197,8 @@ def main(options: Options) -> None:
     if is_main:
         judged.load_state_dict(best.weights)
         save_artefact(judged, options.output_dir / "infiller")
-        results = evaluate(judged.cpu().eval(), measured, test_windows, options.seed)
+        judged.cpu().eval()
+        results = evaluate(judged, judged.standardise(measured), held_out.cpu(), test_windows, options.seed)
         write_json(options.output_dir / "infilling.json", results)
         draw(results, options.output_dir / "infilling.png")
         output.finish(
@@ -277,14 +279,15 @@ def validate(infiller: Infiller, held_out: Tensor) -> dict[str, float]:
     return {JUDGED_BY: float(relative.mean()), **by_length}
 
 
-def evaluate(infiller: Infiller, train: Tensor, windows: Windows, seed: int) -> dict[str, Any]:
+def evaluate(infiller: Infiller, train: Tensor, held_out: Tensor, windows: Windows, seed: int) -> dict[str, Any]:
     """What is written to `infilling.json`: a record for each guess, length of a gap and place in it.
 
     All lengths are judged on the same windows, with the gap in the middle.
 
     Args:
         infiller: in evaluation mode, on the CPU.
-        train: raw embeddings of training clips, (N, window, D), for ridge regression.
+        train: standardised training windows, (M, window, D), for ridge regression.
+        held_out: likewise of validation clips.
         windows: of test clips.
         seed: of the bootstrap.
     """
@@ -294,7 +297,7 @@ def evaluate(infiller: Infiller, train: Tensor, windows: Windows, seed: int) -> 
     guesses: dict[str, list[dict[str, Any]]] = {}
     for length in tqdm(range(1, infiller.config.longest_gap + 1), desc="judging", unit="length", leave=False):
         gap = middle_gap(length, infiller.config)
-        filled = fill_all(infiller, infiller.standardise(train), test, gap)
+        filled = fill_all(infiller, train, held_out, test, gap)
         errors = {name: (value - test[:, gap]).square().mean(dim=2).double().numpy() for name, value in filled.items()}
         for name, error in errors.items():  # (N, length)
             guesses.setdefault(name, []).append(
@@ -314,33 +317,66 @@ def evaluate(infiller: Infiller, train: Tensor, windows: Windows, seed: int) -> 
 
 
 @torch.no_grad()
-def fill_all(infiller: Infiller, train: Tensor, test: Tensor, gap: Tensor) -> dict[str, Tensor]:
+def fill_all(infiller: Infiller, train: Tensor, held_out: Tensor, test: Tensor, gap: Tensor) -> dict[str, Tensor]:
     """What the infiller, named `model`, and the simple guesses put into a gap; standardised (N, gap, D) each.
-
-    Ridge regression sees what each place is shown by itself: the nearest embeddings on both sides.
 
     Args:
         infiller: in evaluation mode.
         train: standardised training windows, (M, window, D), to fit ridge regression on.
+        held_out: likewise of validation clips, to choose how.
         test: standardised, (N, window, D).
         gap: bool (window,).
     """
-    fills: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "model": infiller,
-        "linear_interpolation": linear_interpolation,
-        "copy_last": copy_last,
+
+    def fill(windows: Tensor, guess: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return guess(windows, gap.expand(len(windows), -1))[:, gap]
+
+    return {
+        "model": torch.cat([fill(part, infiller) for part in test.split(1024)]),
+        "linear_interpolation": fill(test, linear_interpolation),
+        "copy_last": fill(test, copy_last),
+        "ridge": fit_ridge(train, held_out, gap)(test),
     }
-    filled = {
-        name: torch.cat([fill(part, gap.expand(len(part), -1))[:, gap] for part in test.split(1024)])
-        for name, fill in fills.items()
-    }
+
+
+def fit_ridge(train: Tensor, held_out: Tensor, gap: Tensor) -> Callable[[Tensor], Tensor]:
+    """Ridge regression from what each place in a gap is shown: the nearest embeddings on both sides.
+
+    It gets what the infiller gets: it is chosen, here by its penalty, and trusted beyond the line across, as far as
+    validation clips advise.
+
+    Args:
+        train: standardised training windows, (M, window, D).
+        held_out: likewise of validation clips.
+        gap: bool (window,).
+
+    Returns:
+        Fills the gap: standardised windows (N, window, D) -> (N, gap, D).
+    """
     places = torch.arange(len(gap))
     first, last = places[gap][0], places[gap][-1]
     seen = ~gap & (places >= first - NEAREST) & (places <= last + NEAREST)
-    ridge = RidgeCV([penalty * len(train) for penalty in RIDGE_PENALTIES])
-    ridge.fit(train[:, seen].flatten(1).numpy(), train[:, gap].flatten(1).numpy())
-    predicted = torch.from_numpy(ridge.predict(test[:, seen].flatten(1).numpy()))
-    return filled | {"ridge": predicted.reshape(filled["model"].shape)}
+
+    def across(windows: Tensor) -> Tensor:
+        return linear_interpolation(windows, gap.expand(len(windows), -1))[:, gap]
+
+    def fitted(penalty: float) -> Callable[[Tensor], Tensor]:
+        ridge = Ridge(penalty * len(train))
+        ridge.fit(train[:, seen].flatten(1).double().numpy(), train[:, gap].flatten(1).double().numpy())
+
+        def fill(windows: Tensor) -> Tensor:
+            predicted = torch.from_numpy(ridge.predict(windows[:, seen].flatten(1).double().numpy()))
+            return predicted.float().unflatten(1, (-1, windows.shape[2]))
+
+        return fill
+
+    def error(fill: Callable[[Tensor], Tensor]) -> float:
+        return float((fill(held_out) - held_out[:, gap]).square().mean())
+
+    chosen = min(map(fitted, RIDGE_PENALTIES), key=error)
+    line = across(held_out)
+    trust = least_squares_trust(chosen(held_out) - line, held_out[:, gap] - line)
+    return lambda windows: across(windows).lerp(chosen(windows), trust)
 
 
 def judge(error: np.ndarray, of_linear: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:

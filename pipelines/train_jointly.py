@@ -162,7 +162,7 @@ def main(options: Options) -> None:
     set_seed(options.seed)
 
     world = build(options)
-    require_all_steps_trained(world.predictor.config, options.rollout_steps)
+    require_all_steps_trained(world.predictor, options.rollout_steps)
     require(
         not (latent := world.predictor.config.latent_dimension),
         f"the predictor's latent dimension is {latent}: joint training knows one future; leave it at 0, or train the "

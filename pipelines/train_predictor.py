@@ -150,13 +150,13 @@ def main(options: Options) -> None:
     initial = None if options.initial_predictor is None else load_initial_predictor(options, train_cache, members)
     if initial is not None:
         options = replace(options, predictor=initial.config)
-    if options.steps:
-        require_all_steps_trained(options.predictor, options.rollout_steps)
     context, horizon = options.predictor.context, options.validation_horizon
     predictor = Predictor(
         options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, members,
         min(ENERGY_HORIZON, horizon), max(options.longest_gap, initial.longest_gap if initial else 1),
     )  # fmt: skip
+    if options.steps:
+        require_all_steps_trained(predictor, options.rollout_steps)
     if initial is not None:
         predictor.members.load_state_dict(initial.members.state_dict())
     measure_embeddings(predictor, train_cache)

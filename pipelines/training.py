@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from data.manifest import VideoList, check_videos
-from jepa.predictor import PredictorConfig
+from jepa.predictor import Predictor
 from pipelines.compute import memory_in_use
 from pipelines.stage import require, said_by_all
 
@@ -64,12 +64,12 @@ def find_usable_videos(
     return main_first(accelerator, check)
 
 
-def require_all_steps_trained(config: PredictorConfig, rollout_steps: int) -> None:
-    """A direct forecast has weights for each of its steps. Raises `UserError`."""
+def require_all_steps_trained(predictor: Predictor, rollout_steps: int) -> None:
+    """Who forecasts several steps at once has weights for each of them. Raises `UserError`."""
     require(
-        config.kind != "direct" or rollout_steps >= config.horizon,
-        f"--rollout-steps is {rollout_steps}, but the predictor forecasts {config.horizon} steps at once, the last of "
-        "which would not be trained: raise it, or lower --predictor.horizon",
+        rollout_steps >= predictor.steps_at_once,
+        f"--rollout-steps is {rollout_steps}, but the predictor forecasts {predictor.steps_at_once} steps at once, the "
+        "last of which would not be trained: raise it, or lower --predictor.horizon",
     )
 
 

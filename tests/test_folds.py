@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.embedding_cache import EmbeddingCache
+from data.embedding_cache import ClipKey, EmbeddedClip, EmbeddingCache
 from data.windows import Windows
 from jepa.predictor import Predictor, PredictorConfig
 from pipelines.stage import UserError
 from pipelines.train_predictor import (
     Options,
+    Split,
     Trial,
     draw_batches,
     fit_ridge_on,
@@ -98,7 +99,7 @@ def test_one_member_shares_its_weights():
     assert gradients[1].abs().max() > 0
 
 
-def test_trials_and_ridge_use_only_what_was_held_out(cache):
+def test_trials_use_only_what_was_held_out(cache):
     predictor = ensemble(5)
     measure_embeddings(predictor, cache)
     splits = hold_out_in_turn(cache, 5)
@@ -112,7 +113,23 @@ def test_trials_and_ridge_use_only_what_was_held_out(cache):
     # The mean that a member knows is that of the others' embeddings: with the held-out part it adds up to 0.
     own = predictor.standardise(torch.from_numpy(cache.take(np.concatenate(splits[0].validation.unbroken_runs()))))
     assert torch.allclose(0.8 * held_out[0].mean + 0.2 * own.mean(dim=0), torch.zeros(5), atol=1e-5)
-    # White noise: the best forecast is the mean, and the ridge regression, fitted without these clips, finds nothing.
+
+
+def test_ridge_is_chosen_and_trusted_by_what_was_held_out(tmp_path, write_cache):
+    """Each video has a walk of its own, round and round: who has seen it knows what comes, and nobody else can."""
+    generator, clips = np.random.default_rng(0), []
+    for name in "abcde":
+        walk = generator.normal(size=(CONTEXT + 2, 16))[np.arange(40) % (CONTEXT + 2)]
+        noisy = (walk + 0.1 * generator.normal(size=walk.shape)).astype(np.float32)
+        clips.append(EmbeddedClip(ClipKey(f"/{name}.mp4", 100, 1, 0.0), noisy, np.arange(40) / 4, np.arange(40)))
+    cache = EmbeddingCache(write_cache(tmp_path, clips, embedding_dimension=16))
+    predictor = Predictor(PredictorConfig(context=CONTEXT, width=16, depth=1), 16, 4.0, "abc")
+    measure_embeddings(predictor, cache)
+    splits = hold_out_in_turn(cache, 5)
+    held_out = [hold_out(split, predictor, CONTEXT + 4, 10_000) for split in splits]
     fit_ridge_on(splits, held_out, predictor)
-    assert predictor.ridge.weight.abs().max() < 0.2
-    assert predictor.ridge_shrinkage.sum(dim=1).min() > 0.9
+    trust, size = float(predictor.ridge_shrinkage[0, 0]), predictor.ridge.weight.norm()
+    fit_ridge_on([Split(cache, split.validation) for split in splits], held_out, predictor)  # as if it had leaked
+    assert predictor.ridge_shrinkage[0, 0] > 0.9
+    assert trust < 0.1
+    assert size < 0.7 * predictor.ridge.weight.norm()

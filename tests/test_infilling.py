@@ -26,8 +26,9 @@ from jepa.infilling import (
     middle_gap,
     nearest_visible,
 )
+from pipelines import train_infiller
 from pipelines.stage import UserError
-from pipelines.train_infiller import Options, evaluate, main, spread, table
+from pipelines.train_infiller import RIDGE_PENALTIES, Options, evaluate, fit_ridge, main, spread, table
 
 ROOT = Path(__file__).parent.parent
 SMALL = InfillerConfig(longest_gap=3, context=4, width=16, depth=2, heads=2)
@@ -205,10 +206,13 @@ def caches(tmp_path, write_cache):
 
 def test_every_guess_is_judged_in_every_place(caches):
     infiller = Infiller(SMALL, 5, 4.0, "0123abcd").eval()
-    train, test = (Windows(EmbeddingCache(caches / split), SMALL.window) for split in ("train", "test"))
+    train, validation, test = (
+        Windows(EmbeddingCache(caches / split), SMALL.window) for split in ("train", "val", "test")
+    )
     measured = train.take(np.arange(len(train)))
     measure_windows(infiller, measured)
-    results = evaluate(infiller, measured, test, seed=0)
+    held_out = infiller.standardise(validation.take(np.arange(len(validation))))
+    results = evaluate(infiller, infiller.standardise(measured), held_out, test, seed=0)
     assert results["interval"] == "too few stretches of 5.5 s (3) for an interval"
     assert set(results["guesses"]) == {"model", "linear_interpolation", "copy_last", "ridge"}
     for name, records in results["guesses"].items():
@@ -232,7 +236,8 @@ def test_intervals_are_over_stretches_as_long_as_two_windows(tmp_path, write_cac
     clip = EmbeddedClip(ClipKey("long.mp4", 1, 1, 0.0), values, np.arange(200) / 4, np.arange(200))
     test = Windows(EmbeddingCache(write_cache(tmp_path, [clip])), SMALL.window)
     infiller = Infiller(SMALL, 5, 4.0, "0123abcd").eval()
-    results = evaluate(infiller, torch.from_numpy(values).unfold(0, SMALL.window, 1).mT.contiguous(), test, seed=0)
+    measured = torch.from_numpy(values).unfold(0, SMALL.window, 1).mT.contiguous()
+    results = evaluate(infiller, measured, measured, test, seed=0)
     assert results["interval"] == "95 %, bootstrap over 9 stretches of 5.5 s"
     for record in results["guesses"]["copy_last"]:
         for judged in (record, {name: value[0] for name, value in record["places"].items()}):
@@ -268,6 +273,34 @@ def test_nothing_is_learned_from_one_window(caches):
     windows = Windows(EmbeddingCache(caches / "train").only({"train_0.mp4"}), 20)
     with pytest.raises(UserError, match="train holds one window of 20 embeddings, and at least 2 are needed: bring lo"):
         spread(windows, 100)
+
+
+def test_the_penalty_of_ridge_is_chosen_on_validation_windows(monkeypatch):
+    gap = middle_gap(3, SMALL)
+    noisy = waves(240, SMALL.window) + 0.5 * torch.randn(
+        240, SMALL.window, 5, generator=torch.Generator().manual_seed(0)
+    )
+    train, held_out = noisy[:40].repeat(5, 1, 1), noisy[40:]  # as windows that overlap, each is nearly there again
+
+    def error():
+        return float((fit_ridge(train, held_out, gap)(held_out) - held_out[:, gap]).square().mean())
+
+    chosen, errors = error(), []
+    for penalty in RIDGE_PENALTIES:
+        monkeypatch.setattr(train_infiller, "RIDGE_PENALTIES", (penalty,))
+        errors.append(error())
+    assert chosen == min(errors)
+    assert chosen < 0.8 * errors[0]  # which is best for windows of which others are nearly the same
+
+
+def test_ridge_is_trusted_as_far_as_validation_windows_advise():
+    gap = middle_gap(3, SMALL)
+    generator = torch.Generator().manual_seed(0)
+    start, slope = torch.randn(2, 50, 1, 5, generator=generator)
+    lines = start + slope * torch.arange(SMALL.window)[:, None]
+    bent = waves(200, SMALL.window)
+    assert torch.allclose(fit_ridge(bent, lines, gap)(lines), lines[:, gap], atol=1e-5)  # not at all
+    assert torch.allclose(fit_ridge(bent, bent, gap)(bent), bent[:, gap], atol=0.02)  # as far as it goes
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

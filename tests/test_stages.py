@@ -1,6 +1,9 @@
 """The stages as a person runs them: real processes, real videos, real signals."""
 
+import ast
 import csv
+import importlib
+import inspect
 import json
 import os
 import re
@@ -9,8 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -22,12 +28,19 @@ from data.embedding_cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_clip
 from data.video import read_frames
 from data.windows import Windows
+from jepa.energy import energy
+from jepa.predictor import Predictor
+from jepa.sampling import EXPECTED_OF, draw
+from jepa.shrinkage import shrink
+from pipelines.artefacts import load_predictor
+from pipelines.presets import parse_options
 from pipelines.stage import UserError, run_python
 
 ROOT = Path(__file__).parent.parent
 WORLD = BallWorld(size=32, radius=3, frames=24, fps=8)
 SMALL_ENCODER = "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.width 16 --batch-size 16"
 SMALL_PREDICTOR = "--predictor.width 16 --predictor.context 3 --batch-size 8 --validation-horizon 5"
+STAGES = sorted(path.stem for path in (ROOT / "pipelines").glob("*.py") if "run_stage(main, " in path.read_text())
 LAUNCHERS = {
     "python": [sys.executable],
     "accelerate": [
@@ -87,6 +100,21 @@ def world(tmp_path_factory) -> Path:
         launcher="accelerate",
     )
     return folder
+
+
+def on_test_windows(folder: Path, world: Path, horizon: int) -> tuple[Predictor, torch.Tensor]:
+    """A predictor, and all windows of a context of 3 and a horizon of the test cache, standardised."""
+    predictor = load_predictor(folder)
+    windows = Windows(EmbeddingCache(world / "cache" / "test"), 3 + horizon)
+    return predictor, predictor.standardise(windows.take(np.arange(len(windows))))
+
+
+def assert_reported(folder: Path, imagined: torch.Tensor, windows: torch.Tensor) -> None:
+    """The evaluation in this folder is of these futures of the windows."""
+    records = json.loads((folder / "rollout.json").read_text())["predictors"]["model"]
+    assert [record["horizon"] for record in records] == list(range(1, 1 + imagined.shape[1]))
+    errors = (imagined - windows[:, 3:]).square().mean(dim=(0, 2))
+    assert np.allclose([record["mse"] for record in records], errors, rtol=1e-3)
 
 
 def test_the_journey_leaves_what_it_promises(world):
@@ -168,7 +196,15 @@ def test_without_videos_to_spare_an_ensemble_is_validated_in_turn(world, tmp_pat
     metrics = json.loads((tmp_path / "predictor" / "metrics.json").read_text())
     assert metrics["validation_relative_to_copy_last"] <= 1
     evaluate = f"--cache {world}/cache/test --predictor {tmp_path}/predictor/predictor --horizon 6"
-    assert "model" in succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    # At each step, the mean of what the members say next.
+    predictor, windows = on_test_windows(tmp_path / "predictor" / "predictor", world, 6)
+    sequence = windows[:, :3]
+    with torch.no_grad():
+        for _ in range(6):
+            following = torch.stack([predictor.only([member])(sequence) for member in range(8)]).mean(dim=0)
+            sequence = torch.cat([sequence, following], dim=1)
+    assert_reported(tmp_path / "evaluation", shrink(sequence[:, 3:], windows[:, 2], predictor.shrinkage), windows)
     assert "holds 12 videos" in fail("train_predictor", f"{options} --folds 13 --output-dir {tmp_path}/other")
 
 
@@ -358,22 +394,37 @@ def test_a_video_shorter_than_the_context_is_named(world, tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["videos.jsonl"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "option"),
-    [
-        ("pretrain_encoder", "--seed"),
-        ("cache_embeddings", "--seed"),
-        ("train_predictor", "--seed"),
-        ("evaluate_rollout", "--seed"),
-        ("score_surprise", "--seed"),
-        ("demo", "--seed"),
-        ("inspect_cache", "--verify"),
-    ],
-)
-def test_help_explains_every_option(stage, option):
-    shown = succeed(stage, "--help")
-    assert option in shown
-    assert "pipelines/" in shown
+def explained(options: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each option of a stage and what stands below it in the code, nested options too."""
+    statements = ast.parse(inspect.getsource(options)).body[0].body
+    below = {
+        one.target.id: ast.literal_eval(following.value)
+        for one, following in pairwise(statements)
+        if isinstance(one, ast.AnnAssign) and isinstance(following, ast.Expr)
+    }
+    for name, kind in get_type_hints(options).items():
+        if is_dataclass(kind):
+            yield from explained(kind, f"{prefix}{name}.")
+        else:
+            yield f"--{prefix}{name}".replace("_", "-"), below.get(name, "")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_explains_every_option(stage, monkeypatch, capsys):
+    module = importlib.import_module(f"pipelines.{stage}")
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", "--help"])
+    with pytest.raises(SystemExit):
+        parse_options(module.Options, module.__doc__)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"pipelines/{stage}.py" in shown
+    for option, explanation in explained(module.Options):
+        assert explanation, f"{option} has no docstring"
+        assert f" {option} " in shown.replace(",", " ")
+        assert " ".join(explanation.split()[:3]) in shown, f"{option} is not explained"
+
+
+def test_the_command_line_answers_help():
+    assert "--verify" in succeed("inspect_cache", "--help")
 
 
 def test_a_typing_error_is_answered_with_the_right_name():
@@ -476,11 +527,20 @@ def test_sampled_futures_are_measured_against_a_gaussian(world, tmp_path):
     assert (tmp_path / "samples" / "samples.png").stat().st_size > 5000
     # It is a predictor like any other: rollouts are the mean of samples, and surprise is marginalised over them.
     evaluate = f"--cache {world}/cache/test --predictor {tmp_path}/latent/predictor --horizon 4"
-    assert "model" in succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    succeed("evaluate_rollout", f"{evaluate} --output-dir {tmp_path}/evaluation")
+    predictor, windows = on_test_windows(tmp_path / "latent" / "predictor", world, 4)
+    samples = draw(predictor, windows[:, :3], 4, EXPECTED_OF, torch.Generator().manual_seed(0))
+    expected = shrink(samples.mean(dim=0), windows[:, 2], predictor.shrinkage)
+    assert_reported(tmp_path / "evaluation", expected, windows)
     surprise = (
         f"--videos {world}/test/clip_00000.mp4 --encoder {world}/encoder/encoder --output-dir {tmp_path}/surprise"
     )
-    assert "energy" in succeed("score_surprise", f"{surprise} --predictor {tmp_path}/latent/predictor")
+    succeed("score_surprise", f"{surprise} --predictor {tmp_path}/latent/predictor")
+    with (tmp_path / "surprise" / "surprise.csv").open() as file:
+        found = [float(row["energy"]) for row in csv.DictReader(file)]
+    predictor, windows = on_test_windows(tmp_path / "latent" / "predictor", world, 1)
+    energies = energy(predictor, windows[: len(found), :3], windows[: len(found), 3:])[:, 0]
+    assert np.allclose(found, energies, rtol=0.02)  # those of the video, the first in the cache
 
     plain = f"--predictor {world}/predictor/predictor --output-dir {tmp_path}/plain"
     assert "knows one future only: train one with" in fail("evaluate_samples", f"{judge} {plain}")

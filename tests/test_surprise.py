@@ -67,6 +67,30 @@ def test_moments_are_where_something_happens_with_the_frames_around_them(models,
     assert len(score(*models, video, moments=1).moments) == 1
 
 
+class Stale(Predictor):
+    """It expects the oldest embedding that it is shown to come again, however far ahead: the longest of all echoes."""
+
+    def advance(self, embeddings, gaps, state, latent=None):
+        oldest = embeddings[:, :1] if state is None else state
+        return oldest, oldest
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 4])
+def test_an_event_and_its_echo_are_one_moment(models, tmp_path, horizon):
+    encoder, _ = models
+    predictor = Stale(PredictorConfig(context=CONTEXT, width=8, depth=1), 4, float(FPS), "", energy_horizon=4).eval()
+    walks = torch.randn(400, CONTEXT + 4, 4).cumsum(dim=1) * 0.01
+    calibrate_energy(predictor, prediction_errors(predictor, walks[:, :CONTEXT], walks[:, CONTEXT:]))
+    write_video(tmp_path / "flash.mp4", make_frames(60, jumps=(20, 21)), FPS)
+    (flash,) = check_videos([tmp_path / "flash.mp4"], FPS, progress=False).videos
+    energies = np.array([frame.energy for frame in score_frames(encoder, predictor, flash, None, horizon)])
+    echo = 20 + horizon + CONTEXT - 1
+    assert set(np.argsort(energies)[-2:]) == {20, echo}  # both tower above all others
+    assert energies[[20, echo]].min() > 10 * np.delete(energies, [20, echo]).max()
+    first, second = score(encoder, predictor, flash, horizon=horizon, moments=2).moments
+    assert first.peak.energy > 10 * second.peak.energy
+
+
 @pytest.mark.parametrize("horizon", [1, 2])
 def test_a_stream_gives_the_energies_of_the_whole_sequence(models, video, monkeypatch, horizon):
     encoder, predictor = models
