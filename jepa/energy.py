@@ -8,11 +8,16 @@ which it is always right count much. Its mean on validation clips is 1 by constr
 With a latent there are several predictions, and the latent is marginalised: the energy is the free energy of a mixture
 of Gaussians around them, -2 / D log mean exp(-D E / 2) (LeCun et al. 2006, "A tutorial on energy-based learning"),
 which is little where *one* of the predictions is near. For a single prediction it is E itself.
+
+How far off a prediction is depends, on real video, above all on how much there was to foresee at that place.
+`agreement` asks only whether things went the way they were expected to go: a film that runs backwards may have ordinary
+energies, but it goes against what was expected.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from jepa.baselines import Baseline
@@ -25,24 +30,21 @@ LATENTS = 16
 
 
 @torch.no_grad()
-def prediction_errors(predictor: Predictor | Baseline, past: Tensor, future: Tensor) -> Tensor:
-    """Errors of rollouts, step by step.
+def predictions(predictor: Predictor | Baseline, past: Tensor, horizon: int) -> Tensor:
+    """What moments are judged by: rollouts (n, B, horizon, D) of any predictor, baselines too; past (B, T, D).
 
-    Args:
-        predictor: any predictor, baselines too.
-        past: (B, T, D), standardised.
-        future: (B, horizon, D), what came.
-
-    Returns:
-        (n, B, horizon, D); n is 1, or `LATENTS` with a latent, which are the same for every moment and at every call.
+    n is 1, or `LATENTS` with a latent, which are the same for every moment and at every call.
     """
-    horizon = future.shape[1]
     if not isinstance(predictor, Predictor) or not predictor.config.latent_dimension:
-        return future - rollout(predictor, past, horizon)[None]
+        return rollout(predictor, past, horizon)[None]
     generator = torch.Generator().manual_seed(0)
     drawn = draw_latents((LATENTS, horizon, predictor.config.latent_dimension), generator).to(past)
-    predicted = [rollout(predictor, past, horizon, latents=one.expand(len(past), -1, -1)) for one in drawn]
-    return future - torch.stack(predicted)
+    return torch.stack([rollout(predictor, past, horizon, latents=one.expand(len(past), -1, -1)) for one in drawn])
+
+
+def prediction_errors(predictor: Predictor | Baseline, past: Tensor, future: Tensor) -> Tensor:
+    """What came (B, horizon, D), less what was predicted: (n, B, horizon, D), see `predictions`."""
+    return future - predictions(predictor, past, future.shape[1])
 
 
 class UsualErrors(NamedTuple):
@@ -101,6 +103,21 @@ def energy(predictor: Predictor, past: Tensor, future: Tensor) -> Tensor:
         )
     usual = UsualErrors(predictor.error_mean, predictor.error_whitening)
     return usual.energy(prediction_errors(predictor, past, future))
+
+
+def agreement(predictor: Predictor | Baseline, past: Tensor, future: Tensor) -> Tensor:
+    """Does a future go where it was expected to? The cosine of the change that was imagined and of the one that came.
+
+    Args:
+        predictor: any predictor, baselines too; of several predictions the mean counts.
+        past: (B, T, D), standardised.
+        future: (B, horizon, D).
+
+    Returns:
+        (B, horizon): 1 as imagined, 0 unrelated, or nothing changes, below 0 against it.
+    """
+    imagined = predictions(predictor, past, future.shape[1]).mean(dim=0)
+    return functional.cosine_similarity(imagined - past[:, -1:], future - past[:, -1:], dim=2)
 
 
 def percentile(predictor: Predictor, energies: Tensor, horizon: int = 1) -> Tensor:

@@ -3,12 +3,14 @@ r"""Stage 5: when does a video do what the world model did not expect?
   python pipelines/score_surprise.py --videos VIDEO... --encoder runs/encoder/encoder \
       --predictor runs/predictor/predictor --output-dir runs/surprise
 
-Leaves `surprise.csv` (`video,time_s,energy,percentile`, one row for each frame on the predictor's clock that has
-enough past), `moments.csv` (the same columns and a `rank`, the most surprising moments of each video), and for each
-video two pictures: `pictures/NAME.png`, its energy over time, and `moments/NAME.png`, its most surprising moments with
-the frames around them. Energy is the prediction error in units of what is usual on validation clips (mean 1); the
-percentile says how much of ordinary video is less surprising. Videos are read as a stream: their length does not
-matter. What an interrupted run has made is thrown away.
+Leaves `surprise.csv` (`video,time_s,energy,percentile,agreement`, one row for each frame on the predictor's clock that
+has enough past), `moments.csv` (the same columns and a `rank`, the most surprising moments of each video), and for each
+video two pictures: `pictures/NAME.png`, its energy and agreement over time, and `moments/NAME.png`, its most surprising
+moments with the frames around them. Energy is the prediction error in units of what is usual on validation clips
+(mean 1); the percentile says how much of ordinary video is less surprising. Agreement says whether things went the way
+that was expected, however much of that there was: from 1 by 0, when one has nothing to do with the other, to -1. Its
+mean over some seconds notices what goes wrong for longer, such as a film that runs backwards. Videos are read as a
+stream: their length does not matter. What an interrupted run has made is thrown away.
 """
 
 import csv
@@ -32,7 +34,7 @@ from data.decoder import Damage, VideoError
 from data.manifest import Account, check_videos
 from data.video import IMAGE_FPS, TimedFrame, VideoInfo, read_on_clock
 from jepa.encoder import FrameEncoder
-from jepa.energy import energy, percentile
+from jepa.energy import agreement, energy, percentile
 from jepa.predictor import Predictor
 from pipelines.artefacts import load_encoder, load_predictor, require_calibrated
 from pipelines.stage import RunFolder, UserError, leave_account, require, run_stage
@@ -42,6 +44,8 @@ SHOWN_FRAMES = 5
 """Of a moment: itself, and as many before it as after it."""
 CURVE_POINTS = 4000
 """A curve in a picture has at most so many points."""
+SPANS = 60
+"""A picture shows the mean agreement of at most so many spans of a video, each as long as the others."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,7 @@ class Options:
     output_dir: Path = Path("runs/surprise")
     """Where the results are left."""
     horizon: int = 1
-    """How many steps before a moment it is predicted from. 1 notices best what is sudden; more, what goes wrong for
-    longer, as in a film that runs backwards."""
+    """How many steps before a moment it is predicted from. 1 notices best what is sudden."""
     moments: int = 5
     """How many of the most surprising moments of each video are shown."""
     image_fps: float = IMAGE_FPS
@@ -77,6 +80,7 @@ class Scored(NamedTuple):
     energy: float
     """Minus infinity where there is not enough past."""
     percentile: float
+    agreement: float
     time_s: float
     frame: np.ndarray
     """Planar RGB, uint8, (3, H, W)."""
@@ -98,6 +102,8 @@ class Surprise:
     energies: np.ndarray
     percentiles: np.ndarray
     """(N,) each; of a video of more than `CURVE_POINTS` frames only the most surprising of neighbours."""
+    spans: np.ndarray
+    """(at most `SPANS`, 2): mean time in seconds and mean agreement of equal parts of the video."""
     frames: int
     """How many have an energy."""
     mean_energy: float
@@ -197,8 +203,9 @@ def score_videos(
         (folder / "moments.csv").open("w", newline="") as top,
     ):
         rows, top_rows = csv.writer(table), csv.writer(top)
-        rows.writerow(["video", "time_s", "energy", "percentile"])
-        top_rows.writerow(["video", "rank", "time_s", "energy", "percentile"])
+        columns = ["time_s", "energy", "percentile", "agreement"]
+        rows.writerow(["video", *columns])
+        top_rows.writerow(["video", "rank", *columns])
         names = picture_names([video.path for video in videos])
         for video, name in zip(tqdm(videos, unit="video", desc="scoring"), names, strict=True):
             damage = Damage()
@@ -231,9 +238,9 @@ def score_videos(
     return scored
 
 
-def as_text(frame: Scored) -> tuple[str, str, str]:
-    """Time in seconds, energy and percentile as the tables have them."""
-    return f"{frame.time_s:.3f}", f"{frame.energy:.4f}", f"{frame.percentile:.1f}"
+def as_text(frame: Scored) -> tuple[str, str, str, str]:
+    """Time in seconds, energy, percentile and agreement as the tables have them."""
+    return f"{frame.time_s:.3f}", f"{frame.energy:.4f}", f"{frame.percentile:.1f}", f"{frame.agreement:.3f}"
 
 
 def score(
@@ -265,13 +272,15 @@ def score(
     """
     context, beside = predictor.config.context, SHOWN_FRAMES // 2
     reach = max(context + horizon - 1, beside)
-    curve, frames, total_energy, end_s = Curve(), 0, 0.0, 0.0
+    curve, course = Curve(max), Curve(add_up)
+    frames, total_energy, end_s = 0, 0.0, 0.0
     found: list[Moment] = []
     window: deque[Scored | None] = deque([None] * (2 * reach + 1), maxlen=2 * reach + 1)
     for frame in chain(score_frames(encoder, predictor, video, damage, horizon), [None] * reach):
         if frame is not None and frame.energy > -np.inf:
             write(frame)
             curve.add((frame.energy, frame.percentile, frame.time_s))
+            course.add((frame.time_s, frame.agreement, 1.0))
             frames, total_energy, end_s = frames + 1, total_energy + frame.energy, frame.time_s
         window.append(frame)
         if (peak := window[reach]) is not None and is_peak(window, reach):
@@ -284,14 +293,16 @@ def score(
             f"({(context + horizon) / predictor.fps:.1f} s), which the predictor's context and the horizon take"
         )
     energies, percentiles, times_s = np.array(curve.points).T
-    return Surprise(times_s, energies, percentiles, frames, total_energy / frames, end_s, found)
+    parts = np.array_split(np.array(course.points), min(SPANS, len(course.points)))
+    spans = np.stack([part[:, :2].sum(axis=0) / part[:, 2].sum() for part in parts])
+    return Surprise(times_s, energies, percentiles, spans, frames, total_energy / frames, end_s, found)
 
 
 @torch.no_grad()
 def score_frames(
     encoder: FrameEncoder, predictor: Predictor, video: VideoInfo, damage: Damage | None, horizon: int
 ) -> Iterator[Scored]:
-    """Every frame of a video on the predictor's clock, with its energy.
+    """Every frame of a video on the predictor's clock, with its energy and agreement.
 
     Raises:
         VideoError: without `damage`, the video is damaged.
@@ -304,7 +315,7 @@ def score_frames(
     while chunk := list(islice(stream, FRAMES_PER_CHUNK)):
         frames = torch.from_numpy(np.stack([timed.frame for timed in chunk]))
         embeddings = predictor.standardise(encoder(frames))
-        energies = torch.full((len(chunk),), -torch.inf)
+        energies, agreements = torch.full((len(chunk),), -torch.inf), torch.zeros(len(chunk))
         ticks = np.array([timed.tick for timed in chunk])
         # Cut where time jumps: what was before a gap is no past of what comes after it.
         runs = np.split(np.arange(len(chunk)), np.flatnonzero(np.diff(ticks, prepend=ticks[0] - 1) != 1))
@@ -314,11 +325,13 @@ def score_frames(
             sequence = torch.cat([past, embeddings[run]])
             if len(sequence) >= needed:
                 windows = rearrange(sequence.unfold(0, needed, 1), "n d t -> n t d")
-                energies[run[-len(windows) :]] = energy(predictor, windows[:, :context], windows[:, context:])[:, -1]
+                judged = run[-len(windows) :]
+                energies[judged] = energy(predictor, windows[:, :context], windows[:, context:])[:, -1]
+                agreements[judged] = agreement(predictor, windows[:, :context], windows[:, context:])[:, -1]
             past, past_tick = sequence[1 - needed :], int(ticks[run[-1]])
         shares = percentile(predictor, energies, horizon).tolist()
-        for timed, value, share in zip(chunk, energies.tolist(), shares, strict=True):
-            yield Scored(value, share, timed.time_s, timed.frame)
+        for timed, value, share, agreed in zip(chunk, energies.tolist(), shares, agreements.tolist(), strict=True):
+            yield Scored(value, share, agreed, timed.time_s, timed.frame)
 
 
 def is_peak(window: Sequence[Scored | None], at: int) -> bool:
@@ -327,22 +340,29 @@ def is_peak(window: Sequence[Scored | None], at: int) -> bool:
     return energies[at] > -np.inf and energies.index(max(energies)) == at
 
 
+Point = tuple[float, float, float]
+
+
+def add_up(one: Point, other: Point) -> Point:
+    """Two points as one, number by number."""
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+
+
 class Curve:
-    """Points in the order of time, at most `CURVE_POINTS`; where there are more, the greatest of neighbours is kept."""
+    """Points in the order of time, at most `CURVE_POINTS`; where there are more, neighbours are merged."""
 
-    def __init__(self) -> None:
-        self.points: list[tuple[float, float, float]] = []
-        """(energy, percentile, time in seconds)."""
-        self.pool, self.added = 1, 0
+    def __init__(self, merge: Callable[[Point, Point], Point]) -> None:
+        self.points: list[Point] = []
+        self.merge, self.pool, self.added = merge, 1, 0
 
-    def add(self, point: tuple[float, float, float]) -> None:
+    def add(self, point: Point) -> None:
         if self.added % self.pool == 0:
             self.points.append(point)
         else:
-            self.points[-1] = max(self.points[-1], point)
+            self.points[-1] = self.merge(self.points[-1], point)
         self.added += 1
         if self.added == CURVE_POINTS * self.pool:
-            self.points = [max(pair) for pair in zip(self.points[::2], self.points[1::2], strict=True)]
+            self.points = [self.merge(*pair) for pair in zip(self.points[::2], self.points[1::2], strict=True)]
             self.pool *= 2
 
 
@@ -361,14 +381,15 @@ def picture_names(paths: list[Path]) -> list[str]:
 
 
 def draw(video: Path, found: Surprise, path: Path) -> None:
-    """Energy over time, and the most surprising frames in the order of time."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    """Energy and agreement over time, and the most surprising frames in the order of time."""
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
     columns = len(found.moments)
-    grid = figure.add_gridspec(2, columns, height_ratios=[2, 1])
+    grid = figure.add_gridspec(3, columns, height_ratios=[2, 1, 1])
     axes = figure.add_subplot(grid[0, :])
     draw_energy(found, axes)
     axes.set_title(str(video), fontsize=9)
-    show_most_surprising(found, [figure.add_subplot(grid[1, column]) for column in range(columns)])
+    draw_agreement(found, figure.add_subplot(grid[1, :], sharex=axes))
+    show_most_surprising(found, [figure.add_subplot(grid[2, column]) for column in range(columns)])
     figure.savefig(path, dpi=120)
 
 
@@ -376,12 +397,21 @@ def draw_energy(found: Surprise, axes: Axes) -> None:
     """Energy over time, the most surprising moments marked."""
     axes.plot(found.times_s, found.energies, linewidth=1)
     axes.axhline(1, color="0.6", linewidth=1, linestyle="--", label="mean of ordinary video")
-    axes.set_xlabel("time in seconds")
     axes.set_ylabel("energy")
     axes.set_ylim(0, 1.25 * max(1.0, *found.energies))  # room for the legend
     axes.legend(frameon=False, loc="upper right")
     for moment in found.moments:
         axes.plot(moment.peak.time_s, moment.peak.energy, "o", color="C3", markersize=4)
+
+
+def draw_agreement(found: Surprise, axes: Axes) -> None:
+    """Mean agreement of each span of the video: below 0, it goes against what was expected."""
+    times_s, agreements = found.spans.T
+    axes.axhline(0, color="0.6", linewidth=1, linestyle="--")
+    axes.plot(times_s, agreements, ".-", linewidth=1)
+    axes.set_ylim(-1, 1)
+    axes.set_ylabel("agreement")
+    axes.set_xlabel("time in seconds")
 
 
 def show_most_surprising(found: Surprise, row: Sequence[Axes]) -> None:

@@ -10,11 +10,13 @@ from jepa.diagnostics import effective_rank, encoder_alarms, floor_std, predicti
 from jepa.energy import (
     LATENTS,
     UsualErrors,
+    agreement,
     calibrate_energy,
     energy,
     measure_usual_errors,
     percentile,
     prediction_errors,
+    predictions,
 )
 from jepa.predictor import Predictor, PredictorConfig
 from jepa.skill import imagine, imagine_unshrunk, measure_skill, retrieval_at_1, spread_by_horizon
@@ -193,6 +195,22 @@ def test_energy_notices_a_small_jump_where_nothing_ever_moves():
     energies = energy(predictor, *split_walks(walk))
     assert energies[:, 0].argmax() == 40 - CONTEXT
     assert percentile(predictor, energies[:, 0].max()[None])[0] > 99
+
+
+@pytest.mark.parametrize("latent_dimension", [0, 2])
+def test_agreement_is_of_the_directions_of_the_changes(latent_dimension):
+    torch.manual_seed(0)
+    config = PredictorConfig(context=CONTEXT, width=16, latent_dimension=latent_dimension)
+    predictor = Predictor(config, 6, 4.0, "abc").eval()
+    past = torch.randn(50, CONTEXT, 6)
+    assert torch.equal(agreement(CopyLast(), past, torch.randn(50, HORIZON, 6)), torch.zeros(50, HORIZON))
+    torch.nn.init.normal_(predictor.members[0].head.weight)
+    change = predictions(predictor, past, HORIZON).mean(dim=0) - past[:, -1:]
+    for future, expected in ((0.1 * change, 1), (3 * change, 1), (-2 * change, -1)):
+        found = agreement(predictor, past, past[:, -1:] + future)
+        assert torch.allclose(found, torch.full_like(found, expected), atol=1e-4)
+    unrelated = agreement(predictor, past, past[:, -1:] + torch.randn(50, HORIZON, 6))
+    assert float(unrelated.mean()) == pytest.approx(0, abs=0.15)
 
 
 def test_energy_is_little_where_one_of_several_predictions_is_near():

@@ -216,12 +216,14 @@ def test_surprise_is_a_row_for_each_frame_with_enough_past(world, tmp_path):
     )
     with (tmp_path / "surprise.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["video", "time_s", "energy", "percentile"]
+    assert list(rows[0]) == ["video", "time_s", "energy", "percentile", "agreement"]
     assert len({row["video"] for row in rows}) == 5
     first = [row for row in rows if row["video"] == rows[0]["video"]]
     assert len(first) == WORLD.frames - 3  # the context
     assert float(first[0]["time_s"]) == pytest.approx(3 / 8)
     assert all(0 <= float(row["percentile"]) <= 100 for row in rows)
+    agreements = [float(row["agreement"]) for row in rows]
+    assert -1 <= min(agreements) < max(agreements) <= 1
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 5
 
 

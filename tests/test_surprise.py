@@ -1,5 +1,6 @@
 """Scoring a stream: which moments are found, that length costs no memory, that nothing half is left behind."""
 
+import copy
 import csv
 import json
 import tracemalloc
@@ -119,7 +120,7 @@ def test_energy_begins_anew_after_a_gap(models, video, monkeypatch):
 
 
 def test_neighbours_of_a_greater_energy_are_no_moments():
-    window = [Scored(value, 0, 0, np.empty(0)) for value in (1.0, 3.0, 2.0, 3.0, 1.0)]
+    window = [Scored(value, 0, 0, 0, np.empty(0)) for value in (1.0, 3.0, 2.0, 3.0, 1.0)]
     assert [is_peak(window, at) for at in range(5)] == [False, True, False, False, False]
     assert is_peak([None, window[0], None], 1)
     assert not is_peak([window[0]._replace(energy=-np.inf)] * 3, 1)
@@ -129,7 +130,7 @@ def test_neighbours_of_a_greater_energy_are_no_moments():
 def test_a_curve_stays_short_and_keeps_its_peaks(monkeypatch, number):
     monkeypatch.setattr(score_surprise, "CURVE_POINTS", 16)
     values = np.random.default_rng(0).exponential(size=number)
-    curve = Curve()
+    curve = Curve(max)
     for time_s, value in enumerate(values):
         curve.add((value, 50.0, float(time_s)))
     assert len(curve.points) <= 16
@@ -140,6 +141,22 @@ def test_a_curve_stays_short_and_keeps_its_peaks(monkeypatch, number):
     assert all(values[int(time_s)] == value for value, _, time_s in curve.points)
     if number < 16:
         assert len(curve.points) == number
+
+
+def test_agreement_is_averaged_over_equal_parts_of_a_video(models, video, monkeypatch):
+    """However long it is: here points were merged twice."""
+    encoder, predictor = models[0], copy.deepcopy(models[1])
+    torch.nn.init.normal_(predictor.members[0].head.weight)
+    monkeypatch.setattr(score_surprise, "CURVE_POINTS", 16)
+    monkeypatch.setattr(score_surprise, "SPANS", 7)
+    written = []
+    found = score(encoder, predictor, video, write=written.append)
+    agreements, times_s = (np.array([getattr(one, name) for one in written]) for name in ("agreement", "time_s"))
+    assert len(written) == 60 - CONTEXT
+    assert np.ptp(agreements) > 0.1
+    parts = np.array_split(np.arange(len(written)), np.cumsum([8] * 6))  # 14 points of 4 frames, 2 points to a part
+    np.testing.assert_allclose(found.spans[:, 0], [times_s[part].mean() for part in parts], rtol=1e-6)
+    np.testing.assert_allclose(found.spans[:, 1], [agreements[part].mean() for part in parts], rtol=1e-5)
 
 
 def test_memory_does_not_depend_on_the_length(models, video, monkeypatch):
