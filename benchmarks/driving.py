@@ -23,8 +23,12 @@ from typing import Any, Literal
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from data.embedding_cache import EmbeddingCache
 from data.synthetic import write_video
 from data.video import read_on_clock
+from jepa.energy import agreement
+from pipelines.artefacts import load_predictor
+from pipelines.evaluate_rollout import lay_out_trials
 from pipelines.stage import require, run_python, run_stage, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -60,8 +64,6 @@ RIDGE_CONTEXT = 8
 """The ridge regression to beat looks so far back, further than our predictor."""
 HORIZONS = (1, 5, 10, 15, 20)
 COLUMNS = ("speed", "steering")
-SURPRISE_HORIZON = 5
-"""Found on a_00, b_00 and b_01, each held out from its members: a film that runs backwards shows over several steps."""
 
 
 @dataclass(frozen=True)
@@ -160,17 +162,20 @@ def measure_seed(
     )  # fmt: skip
     evaluations = [evaluate(folder, name) for name in ("predictor", "ridge")]
     models = ["--encoder", folder / "encoder" / "encoder", "--predictor", folder / "predictor" / "predictor"]
-    for name, videos, horizon in (("reversed", list(reversals), SURPRISE_HORIZON), ("spliced", [splice[0]], 1)):
+    for name, videos in (("reversed", list(reversals)), ("spliced", [splice[0]])):
         run_python(
-            "pipelines/score_surprise.py", "--videos", *videos, *models, "--output-dir", folder / name, "--horizon",
-            horizon, "--overwrite",
-        )  # fmt: skip
+            "pipelines/score_surprise.py", "--videos", *videos, *models, "--output-dir", folder / name, "--overwrite"
+        )
     measures = {
         "training: seconds": trained_s,
         "useful horizon: seconds": evaluations[0]["useful_horizon"]["model"]["time_s"],
-        **notice_reversals(read_energies(folder / "reversed" / "surprise.csv"), reversals),
-        **notice_splice(read_energies(folder / "spliced" / "surprise.csv"), splice),
+        "reversed stretches": float(len(reversals)),
     }
+    for name, scores in score_reversals(folder, list(reversals)).items():
+        noticed = notice_reversals(scores, reversals)
+        measures |= {f"reversed, AUROC of {of}, by {name}": value for of, value in noticed.items()}
+    energies = read_scores(folder / "spliced" / "surprise.csv", "energy")
+    measures["splice: rank among all moments, by energy"] = notice_splice(energies, splice)
     return {"forecasts": compare_forecasts(*evaluations), "measures": measures}
 
 
@@ -224,51 +229,71 @@ def words(options: dict[str, Any]) -> list[object]:
     return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
-Energies = dict[str, np.ndarray]
-"""By video: float64 (moments, 2), the second and the energy."""
+Scores = dict[str, np.ndarray]
+"""By video: float64 (moments, 2), the second and how surprising it is."""
 
 
-def read_energies(table: Path) -> Energies:
-    """What score_surprise has written."""
+def read_scores(table: Path, column: str) -> Scores:
+    """A column of what score_surprise has written."""
     rows: dict[str, list[tuple[float, float]]] = {}
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
-            rows.setdefault(row["video"], []).append((float(row["time_s"]), float(row["energy"])))
+            rows.setdefault(row["video"], []).append((float(row["time_s"]), float(row[column])))
     return {video: np.array(moments) for video, moments in rows.items()}
 
 
-def notice_reversals(energies: Energies, reversals: dict[Path, float]) -> dict[str, float]:
-    """AUROC of reversed moments among all, and of mean energies over stretches, of the reversed one and of all others.
+def score_reversals(folder: Path, reversals: list[Path]) -> dict[str, Scores]:
+    """The reversed videos scored by energy and by disagreement, and by the disagreement of simple guesses."""
+    table = folder / "reversed" / "surprise.csv"
+    against = {video: moments * [1, -1] for video, moments in read_scores(table, "agreement").items()}
+    scores = {"energy": read_scores(table, "energy"), "disagreement": against}
+    run_python(
+        "pipelines/cache_embeddings.py", "--videos", *reversals, "--encoder", folder / "encoder" / "encoder", "--fps",
+        FPS, "--output-dir", folder / "cache" / "reversed",
+    )  # fmt: skip
+    predictor = load_predictor(folder / "predictor" / "predictor")
+    trials = lay_out_trials(EmbeddingCache(folder / "cache" / "reversed"), predictor, 1)
+    cache, last = trials.windows.cache, trials.future_rows[:, 0]
+    for name in ("ridge", "linear_extrapolation"):
+        found = -agreement(predictor.baselines()[name], trials.past, trials.future)[:, 0].numpy()
+        scores[f"disagreement of {name}"] = {
+            cache.clips[trials.windows.clips[part.start]].key.source: np.stack(
+                [cache.times_s[last[part]], found[part]], axis=1
+            )
+            for part in trials.windows.by_clip()
+        }
+    return scores
+
+
+def notice_reversals(scores: Scores, reversals: dict[Path, float]) -> dict[str, float]:
+    """AUROC of reversed moments among all, and of mean scores over stretches, of the reversed one and of all others.
 
     Of each stretch of 10 s the beginning does not count: forecasts that see its seam notice a cut, not which way time
     goes. Neither does what follows a reversed stretch, for as long.
     """
-    length_s = STRETCH_FRAMES / FPS
-    seam_s = (PREDICTOR["predictor.context"] + SURPRISE_HORIZON - 1) / FPS
+    length_s, seam_s = STRETCH_FRAMES / FPS, PREDICTOR["predictor.context"] / FPS
     moments, stretches = [], []
     for path, start_s in reversals.items():
-        times_s, values = energies[str(path)].T
+        times_s, values = scores[str(path)].T
         for begin_s in np.arange(start_s % length_s, times_s[-1] - length_s, length_s):
-            counted = values[(times_s >= begin_s + seam_s) & (times_s < begin_s + length_s)]
+            # Times in files are rounded.
+            counted = values[(times_s > begin_s + seam_s - 0.5 / FPS) & (times_s < begin_s + length_s - 0.5 / FPS)]
             moments += [(begin_s == start_s, value) for value in counted]
             stretches.append((begin_s == start_s, counted.mean()))
     return {
-        "reversed stretches": float(len(reversals)),
-        **{
-            f"reversed stretch: AUROC of {name}": float(roc_auc_score(*zip(*labelled, strict=True)))
-            for name, labelled in (("moments", moments), ("10 s", stretches))
-        },
+        name: float(roc_auc_score(*zip(*labelled, strict=True)))
+        for name, labelled in (("moments", moments), ("10 s", stretches))
     }
 
 
-def notice_splice(energies: Energies, splice: tuple[Path, float]) -> dict[str, float]:
+def notice_splice(energies: Scores, splice: tuple[Path, float]) -> float:
     """The rank of the splice among all moments, by energy."""
     path, start_s = splice
     times_s, values = energies[str(path)].T
     edges_s = np.array([start_s, start_s + STRETCH_FRAMES / FPS])
     # The frame after an edge is the first that does not follow from its past.
     at_edge = (np.abs(times_s[:, None] - edges_s) < 0.5 / FPS).any(axis=1)
-    return {"splice: rank among all moments": float(1 + (values > values[at_edge].max()).sum())}
+    return float(1 + (values > values[at_edge].max()).sum())
 
 
 if __name__ == "__main__":
