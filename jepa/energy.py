@@ -3,7 +3,9 @@
 The energy of a moment is the squared error of its prediction, some steps ahead, measured in units of the errors that
 the predictor makes that far ahead on ordinary video: whitened by their covariance on validation clips (a squared
 Mahalanobis distance per dimension). Directions in which the predictor is always wrong count little, directions in
-which it is always right count much. Its mean on validation clips is 1 by construction (with a latent, about 1).
+which it is always right count much. Its mean on validation clips is 1 by construction (with a latent, about 1). Not so
+where the members of an ensemble were measured each alone, on clips that were held out from it: the mean of all members
+is scored, which errs less than they do, and ordinary video has less than 1 on average.
 
 With a latent there are several predictions, and the latent is marginalised: the energy is the free energy of a mixture
 of Gaussians around them, -2 / D log mean exp(-D E / 2) (LeCun et al. 2006, "A tutorial on energy-based learning"),

@@ -546,7 +546,10 @@ def error_unit(splits: list[Split], predictor: Predictor, options: Options) -> T
 
 
 def validation_errors(splits: list[Split], predictor: Predictor, members: int) -> Tensor:
-    """Errors (n, N, energy horizon, D) of members on what was held out from them."""
+    """Errors (n, N, energy horizon, D) of members on what was held out from them.
+
+    With folds they are those of single members: nothing was held out from all, whose mean is scored and errs less.
+    """
     context, most = predictor.config.context, ENERGY_WINDOWS // len(splits)
     if predictor.config.latent_dimension:
         most //= 4  # there are `LATENTS` errors of each

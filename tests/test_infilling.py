@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import jepa.infilling
 from data.embedding_cache import ClipKey, EmbeddedClip, EmbeddingCache
 from data.windows import Windows
 from jepa.encoder import ConfigurationError
@@ -164,6 +167,23 @@ def test_save_and_load(tmp_path):
         assert torch.equal(loaded(embeddings, hidden), infiller(embeddings, hidden))
     assert (loaded.config, loaded.fps, loaded.encoder_fingerprint) == (SMALL, 4.0, "abc")
     assert torch.equal(loaded.standardise(embeddings), embeddings - 0.5)
+
+
+def test_the_guide_fills_a_gap(tmp_path, monkeypatch):
+    """What docs/guide.md says is run as it stands there."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL)
+    infiller = make()
+    measure_windows(infiller, 3 + 2 * waves(50, SMALL.window))
+    infiller.save_pretrained(tmp_path / "runs" / "infiller" / "infiller")
+    monkeypatch.chdir(tmp_path)
+    whole, hidden = 3 + 2 * waves(2, 20, seed=1), mask("....XX......X.......", ".....XXX............")
+    embeddings = torch.where(hidden[..., None], torch.nan, whole)
+    names = {"jepa": jepa, "torch": torch, "embeddings": embeddings, "hidden": hidden}
+    exec(textwrap.dedent(code), names)
+    assert torch.allclose(names["filled"][~hidden], whole[~hidden], atol=1e-5)
+    with torch.no_grad():
+        expected = infiller(infiller.standardise(whole), hidden)
+    assert torch.allclose(infiller.standardise(names["filled"]), expected, atol=1e-4)
 
 
 def test_half_precision_is_finite():

@@ -11,20 +11,33 @@ from jepa.rollout import rollout
 from jepa.sampling import EXPECTED_OF, GaussianFutures, calibrate_samples, draw, expected_future, sample
 
 
-def make(kind: str, context: int = 4, latent_dimension: int = 0) -> Predictor:
-    """A predictor whose head is no longer zero, so that it says something."""
+def make(kind: str, context: int = 4, latent_dimension: int = 0, members: int = 1) -> Predictor:
+    """A predictor whose heads are no longer zero, so that it says something."""
     torch.manual_seed(0)
     config = PredictorConfig(kind, context, width=16, depth=2, heads=2, latent_dimension=latent_dimension)
-    predictor = Predictor(config, 5, 4.0, "abc", longest_gap=3).eval()
-    head = predictor.members[0].network.heads if kind == "direct" else predictor.members[0].head
-    torch.nn.init.normal_(head.weight)
+    predictor = Predictor(config, 5, 4.0, "abc", members, longest_gap=3).eval()
+    for member in predictor.members:
+        head = member.network.heads if member.network.gives_velocities else member.head
+        torch.nn.init.normal_(head.weight)
     torch.nn.init.normal_(predictor.ridge.weight)
     return predictor
 
 
+def models() -> dict[str, Predictor]:
+    """Every network by itself and twice, and with a latent where it can have one."""
+    found = {kind: make(kind) for kind in NETWORKS}
+    found |= {f"two_of_{kind}": make(kind, members=2) for kind in NETWORKS}
+    return found | {f"latent_{kind}": make(kind, latent_dimension=3) for kind in NETWORKS if kind != "direct"}
+
+
 def everyone() -> dict[str, torch.nn.Module]:
-    predictors: dict[str, torch.nn.Module] = {kind: make(kind) for kind in NETWORKS}
-    return predictors | {"latent": make("mlp", latent_dimension=3)} | make("mlp").baselines()
+    return {**models(), **make("mlp").baselines()}
+
+
+def latents(predictor: Predictor, steps: int) -> torch.Tensor | None:
+    """Drawn ones for two sequences, where the predictor has a latent."""
+    size = predictor.config.latent_dimension
+    return torch.randn(2, steps, size) if size else None
 
 
 @pytest.mark.parametrize("name", list(everyone()))
@@ -39,6 +52,28 @@ def test_changing_the_future_leaves_the_past_bit_equal(name):
     assert torch.equal(before[:, :7], after[:, :7])
     if name != "mean":
         assert not torch.equal(before[:, 7:], after[:, 7:])
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (name, what)
+        for name in models()
+        for what in ("embeddings", "gaps", "latents")
+        if what != "latents" or name.startswith("latent")
+    ],
+)
+def test_off_the_clock_too_what_is_later_leaves_the_past_bit_equal(name, what):
+    """A prediction knows the gap up to itself, not the ones beyond; and what was drawn for it, not for others."""
+    predictor = models()[name]
+    given = {"embeddings": torch.randn(2, 12, 5), "gaps": torch.rand(2, 12) + 0.5, "latents": latents(predictor, 12)}
+    changed = given[what].clone()
+    changed[:, 7:] += 1
+    with torch.no_grad():
+        before, after = (predictor(one["embeddings"], 12, one["gaps"], one["latents"])
+                         for one in (given, {**given, what: changed}))  # fmt: skip
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert (before[:, 7:] != after[:, 7:]).any(dim=-1).all()
 
 
 @pytest.mark.parametrize("name", list(everyone()))
@@ -108,7 +143,12 @@ def test_changes():
     assert changes(torch.tensor([[[1.0], [4.0], [9.0]]]))[0, :, 0].tolist() == [0, 3, 5]
 
 
-@pytest.mark.parametrize("name", [name for name in everyone() if name != "direct"])
+def rereads(name: str) -> bool:
+    """Whether it looks at what was imagined at each step: a direct forecast does not."""
+    return not name.endswith("direct")
+
+
+@pytest.mark.parametrize("name", [*filter(rereads, everyone())])
 def test_a_rollout_that_remembers_is_one_that_reads_everything_again(name):
     predictor = everyone()[name]
     past = torch.randn(2, 6, 5)
@@ -122,7 +162,25 @@ def test_a_rollout_that_remembers_is_one_that_reads_everything_again(name):
     assert (future[:, 1:] != future[:, :-1]).any() or name in ("copy_last", "mean")
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "latent"])
+@pytest.mark.parametrize("name", [*filter(rereads, models())])
+def test_so_it_is_at_irregular_times_and_with_what_is_drawn(name):
+    predictor = models()[name]  # at 4 fps
+    past, times_s = torch.randn(2, 6, 5), torch.tensor([[0.3, 0.6, 1.0, 1.5, 2.0, 2.25], [0.25, 0.5, 1.2, 1.6, 2, 2.7]])
+    drawn = latents(predictor, 6)
+    gaps = torch.cat([torch.ones(2, 5), 4 * torch.diff(times_s, dim=1, prepend=torch.zeros(2, 1))], dim=1)  # in ticks
+    with torch.no_grad():
+        future = rollout(predictor, past, times_s=times_s, latents=drawn)
+        sequence = past
+        for step in range(6):
+            latent = None if drawn is None else drawn[:, step : step + 1]
+            following = predictor(sequence, 1, gaps[:, : 6 + step], latent)
+            sequence = torch.cat([sequence, following], dim=1)
+        if drawn is not None:
+            assert not torch.allclose(future, rollout(predictor, past, times_s=times_s), atol=1e-3)
+    assert torch.allclose(future, sequence[:, 6:], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(models()))
 def test_at_the_ticks_of_the_clock_times_say_the_same_as_a_horizon(name):
     predictor = everyone()[name]  # at 4 fps
     past = torch.randn(2, 6, 5)
