@@ -64,6 +64,8 @@ MORE_OPTIONS = {
 TIMES = ("seconds", "samples_per_second", "frames_per_second", "windows_per_second", "data_wait_fraction",
          "memory_gigabytes")  # fmt: skip
 """What is measured with a clock, and differs between any two runs."""
+FORKING = threading.Lock()
+"""Starting a process asks after all others, in whatever thread: two that ask after one at once may lose its exit code."""
 LONGEST_END_S = 60.0
 """Within which all processes of a run must be gone after one of them was struck."""
 
@@ -167,8 +169,9 @@ class Life:
                 context.Process(target=run_forked, args=(script, arguments, environment, output))
                 for environment in environments(processes)
             ]
-            for process in self.forked:
-                process.start()
+            with FORKING:
+                for process in self.forked:
+                    process.start()
             self.seen = {process.pid for process in self.forked if process.pid}
             return
         command = [sys.executable]
@@ -221,9 +224,10 @@ class Life:
         """Of the launcher; without one, the first that is not 0."""
         if self.launcher is not None:
             return self.launcher.wait()
-        for process in self.forked:
-            process.join()
-        return next((process.exitcode for process in self.forked if process.exitcode), 0)
+        with FORKING:
+            for process in self.forked:
+                process.join()
+            return next((process.exitcode for process in self.forked if process.exitcode), 0)
 
     def strike(self, number: signal.Signals, pid: int | None = None) -> None:
         """Send a signal to a process; by default SIGKILL to all, any other one to the launcher."""

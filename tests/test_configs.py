@@ -206,7 +206,7 @@ def test_a_slurm_job_saves_queues_again_and_finishes(slurm, videos, tmp_path):
         time.sleep(0.02)
     assert job.poll() is None, job.communicate()[0]
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
-    said = job.communicate(timeout=30)[0]
+    said = job.communicate(timeout=120)[0]
     assert job.returncode == 0, said  # of scontrol
     assert "add --resume" in said
     assert " on 2 x cpu" in said
@@ -216,7 +216,7 @@ def test_a_slurm_job_saves_queues_again_and_finishes(slurm, videos, tmp_path):
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
 
     job = slurm(*command)
-    said = job.communicate(timeout=60)[0]
+    said = job.communicate(timeout=120)[0]
     assert job.returncode == 0, said
     assert (run / "metrics.json").exists()
     assert len((tmp_path / "requeued").read_text().splitlines()) == 1
@@ -229,7 +229,7 @@ def test_a_slurm_job_that_fails_or_is_cancelled_stays_ended(code, state, requeue
     (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\nexit {code}\n")
     (tmp_path / "state").write_text(state)
     job = slurm("pipelines/pretrain_encoder.py")
-    job.communicate(timeout=10)
+    job.communicate(timeout=60)
     assert job.returncode == (0 if requeued else code)
     assert (tmp_path / "requeued").exists() == requeued
 
