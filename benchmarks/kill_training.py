@@ -65,7 +65,7 @@ TIMES = ("seconds", "samples_per_second", "frames_per_second", "windows_per_seco
          "memory_gigabytes")  # fmt: skip
 """What is measured with a clock, and differs between any two runs."""
 FORKING = threading.Lock()
-"""Starting a process asks after all others, in whatever thread: two that ask after one at once may lose its exit code."""
+"""Starting a process asks after all others, in whatever thread: of two that ask after one at once, one gets 255."""
 LONGEST_END_S = 60.0
 """Within which all processes of a run must be gone after one of them was struck."""
 
