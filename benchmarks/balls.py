@@ -74,8 +74,8 @@ def measure_seed(seed: int, folder: Path, options: Options) -> dict[str, Any]:
         results["all, from drawing the videos to scoring one: seconds"] = time.monotonic() - started
         made, trained = (folder / "videos" / "test", folder / "predictor" / "metrics.json")
         results["training, from videos to predictor: seconds"] = trained.stat().st_mtime - made.stat().st_mtime
-        largest_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        results["memory of the largest process: GB"] = largest_kb / 1e6
+        largest_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of any seed so far
+        results["memory of the largest process: GB"] = 1024 * largest_kib / 1e9
     train, test = (EmbeddingCache(folder / "cache" / split) for split in ("train", "test"))
 
     r2 = probe_positions(train, test)

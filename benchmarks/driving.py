@@ -94,8 +94,9 @@ def main(options: Options) -> None:
         cells = [spread_of([run["forecasts"][name][at] for run in runs]) for at in range(len(HORIZONS))]
         print(f"| {name} | " + " | ".join(cells) + " |")
     print("\n| measure | |\n| --- | --- |")
-    for name in runs[0]["measures"]:
-        print(f"| {name} | {spread_of([run['measures'][name] for run in runs])} |")
+    for name in dict.fromkeys(name for run in runs for name in run["measures"]):
+        # What ran from the beginning is timed.
+        print(f"| {name} | {spread_of([run['measures'][name] for run in runs if name in run['measures']])} |")
 
 
 def spread_of(values: list[float]) -> str:
@@ -134,7 +135,7 @@ def measure_seed(
     seed: int, folder: Path, train: list[Path], test: Path, reversals: dict[Path, float], splice: tuple[Path, float]
 ) -> dict[str, Any]:
     """All figures of one seed: of forecasts at each of `HORIZONS`, and the others."""
-    started = time.monotonic()
+    started, fresh = time.monotonic(), not folder.exists()
     if not (folder / "encoder" / "metrics.json").exists():
         run_python(
             "pipelines/pretrain_encoder.py", "--videos", *train, "--output-dir", folder / "encoder", "--fps", FPS,
@@ -153,7 +154,7 @@ def measure_seed(
             "pipelines/train_predictor.py", "--train-cache", folder / "cache" / "train", "--folds", len(train),
             "--members", 2, "--output-dir", folder / "predictor", "--seed", seed, "--resume", *words(PREDICTOR),
         )  # fmt: skip
-    trained_s = time.monotonic() - started
+    measures = {"training: seconds": time.monotonic() - started} if fresh else {}
     # One step of a predictor that looks further back, for the ridge regression that comes with it.
     run_python(
         "pipelines/train_predictor.py", "--train-cache", folder / "cache" / "train", "--folds", len(train),
@@ -166,8 +167,7 @@ def measure_seed(
         run_python(
             "pipelines/score_surprise.py", "--videos", *videos, *models, "--output-dir", folder / name, "--overwrite"
         )
-    measures = {
-        "training: seconds": trained_s,
+    measures |= {
         "useful horizon: seconds": evaluations[0]["useful_horizon"]["model"]["time_s"],
         "reversed stretches": float(len(reversals)),
     }
@@ -254,8 +254,8 @@ def score_reversals(folder: Path, reversals: list[Path]) -> dict[str, Scores]:
     predictor = load_predictor(folder / "predictor" / "predictor")
     trials = lay_out_trials(EmbeddingCache(folder / "cache" / "reversed"), predictor, 1)
     cache, last = trials.windows.cache, trials.future_rows[:, 0]
-    for name in ("ridge", "linear_extrapolation"):
-        found = -agreement(predictor.baselines()[name], trials.past, trials.future)[:, 0].numpy()
+    for name, baseline in {"near_ridge": "ridge", "linear_extrapolation": "linear_extrapolation"}.items():
+        found = -agreement(predictor.baselines()[baseline], trials.past, trials.future)[:, 0].numpy()
         scores[f"disagreement of {name}"] = {
             cache.clips[trials.windows.clips[part.start]].key.source: np.stack(
                 [cache.times_s[last[part]], found[part]], axis=1

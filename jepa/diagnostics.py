@@ -39,7 +39,7 @@ def floor_std(std: Tensor) -> Tensor:
     and swamp the errors of all the others.
     """
     varying = std[std > 1e-6 * std.max()]  # not by rounding alone
-    return std.clamp_min(LEAST_STD * float(varying.median()) if len(varying) else 1e-6)
+    return std.clamp_min(max(1e-6, LEAST_STD * float(varying.median()) if len(varying) else 0.0))
 
 
 def effective_rank(embeddings: Tensor) -> float:

@@ -62,9 +62,10 @@ def _gaps(predictor: Predictor | Baseline, past: Tensor, times_s: Tensor) -> Ten
     if bool((gaps <= 0).any()):
         raise ValueError("times_s must increase, from the first moment after the past (0 s)")
     shortest, longest = predictor.leaps
+    # Times in float32 are no whole ticks to the last bit, the later the less.
+    inexact = 1e-3 + 4 * torch.finfo(torch.float32).eps * float(times_s.max()) * predictor.fps
     for leap in (float(gaps.min()), float(gaps.max())):
-        # Times in float32 are no whole ticks to the last bit.
-        if not shortest - 1e-3 <= leap <= longest + 1e-3:
+        if not shortest - inexact <= leap <= longest + inexact:
             raise ValueError(
                 f"times_s leaps by {leap:.3g} ticks of {1 / predictor.fps:.3g} s: this predictor has learned leaps of "
                 f"{shortest:g} to {longest:g}; ask for moments on the way too, or train with a larger --longest-gap"

@@ -153,7 +153,7 @@ def load_point_predictor(folder: Path, predictor: Predictor) -> Predictor:
 def score(drawn: Tensor, future: Tensor, live: Tensor) -> dict[str, Tensor]:
     """Samples (n, B, horizon, D) against what came (B, horizon, D): measures by window and horizon, (B, horizon).
 
-    Coverage is of the features that move, bool (D,), as it was when the samples were spread.
+    Coverage is of the features that move, bool (D,).
     """
     return {
         "energy_score": energy_score(drawn, future),

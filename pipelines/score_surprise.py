@@ -156,7 +156,7 @@ def main(options: Options) -> None:
         when = f"most surprising at {summary.time_s:.2f} s (energy {summary.energy:.1f}; ordinary is 1)"
         print(f"  {summary.path}: {when}")
     print(f"wrote {options.output_dir}/surprise.csv and moments.csv, and pictures of each video in its folders "
-          "pictures (energy over time) and moments (frames)")  # fmt: skip
+          "pictures (energy and agreement over time) and moments (frames)")  # fmt: skip
 
 
 def load_pair(encoder_folder: Path, predictor_folder: Path) -> tuple[FrameEncoder, Predictor]:
@@ -271,7 +271,7 @@ def score(
             context and the horizon.
     """
     context, beside = predictor.config.context, SHOWN_FRAMES // 2
-    reach = max(context + horizon - 1, beside)
+    reach = context + horizon - 1
     curve, course = Curve(max), Curve(add_up)
     frames, total_energy, end_s = 0, 0.0, 0.0
     found: list[Moment] = []
@@ -396,7 +396,7 @@ def draw(video: Path, found: Surprise, path: Path) -> None:
 def draw_energy(found: Surprise, axes: Axes) -> None:
     """Energy over time, the most surprising moments marked."""
     axes.plot(found.times_s, found.energies, linewidth=1)
-    axes.axhline(1, color="0.6", linewidth=1, linestyle="--", label="mean of ordinary video")
+    axes.axhline(1, color="0.6", linewidth=1, linestyle="--", label="mean on validation clips")
     axes.set_ylabel("energy")
     axes.set_ylim(0, 1.25 * max(1.0, *found.energies))  # room for the legend
     axes.legend(frameon=False, loc="upper right")

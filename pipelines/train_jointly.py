@@ -374,7 +374,9 @@ def take_apart(world: World) -> tuple[FrameEncoder, Predictor]:
     """The artefacts; the predictor knows whose embeddings it predicts."""
     encoder, old = FrameEncoder(world.encoder.config), world.predictor
     encoder.load_state_dict(world.encoder.state_dict())
-    predictor = Predictor(old.config, len(old.mean), old.fps, encoder.fingerprint(), len(old.members))
+    predictor = Predictor(
+        old.config, len(old.mean), old.fps, encoder.fingerprint(), len(old.members), longest_gap=old.longest_gap
+    )
     predictor.members.load_state_dict(old.members.state_dict())
     # Ridge and calibration belong to the embeddings of another encoder: they are left to train_predictor.
     for name in ("mean", "std", "change_std"):

@@ -153,7 +153,8 @@ def main(options: Options) -> None:
     context, horizon = options.predictor.context, options.validation_horizon
     predictor = Predictor(
         options.predictor, provenance.embedding_dimension, provenance.fps, provenance.encoder_fingerprint, members,
-        min(ENERGY_HORIZON, horizon), max(options.longest_gap, initial.longest_gap if initial else 1),
+        min(ENERGY_HORIZON, horizon),
+        max(options.longest_gap if options.steps else 1, initial.longest_gap if initial is not None else 1),
     )  # fmt: skip
     if options.steps:
         require_all_steps_trained(predictor, options.rollout_steps)

@@ -323,6 +323,10 @@ def test_rollout_refuses_what_it_cannot_do():
         with pytest.raises(ValueError, match=leap):
             rollout(make("mlp"), past, times_s=torch.tensor(times_s))
         assert rollout(make("direct"), past, times_s=torch.tensor(times_s)).shape == (2, 2, 5)
+    late = Predictor(PredictorConfig(context=2, width=8, depth=1), 5, 30.0, "abc", longest_gap=20_000)
+    ticks = torch.arange(17_970, 17_990) / 30  # after ten minutes, off whole ticks by more than a thousandth
+    assert (torch.diff(ticks) * 30 - 1).abs().max() > 1e-3
+    assert rollout(late, past, times_s=ticks).shape == (2, 20, 5)
     with pytest.raises(ValueError, match="CopyLast has no clock"):
         rollout(CopyLast(), past, times_s=torch.tensor([0.5]))
     with pytest.raises(ValueError, match="Ridge knows the clock only"):

@@ -298,7 +298,9 @@ def test_the_encoder_has_a_learning_rate_of_its_own():
 def test_taken_apart_they_are_what_was_trained():
     world = new_world().eval()
     follow(world.predictor, torch.randn(4, 5, 6))
+    world.predictor.longest_gap = 3
     encoder, predictor = take_apart(world)
+    assert predictor.leaps == (1, 3)
     assert predictor.encoder_fingerprint == encoder.fingerprint() == world.encoder.fingerprint()
     assert all(torch.equal(value, world.predictor.state_dict()[name]) for name, value in predictor.state_dict().items())
 
