@@ -575,14 +575,16 @@ def test_a_stage_within_another_runs_from_the_root_and_its_failure_is_one_line(t
 
 def test_a_stage_within_another_saves_on_ctrl_c_before_the_outer_ends(tmp_path):
     inner, outer = tmp_path / "inner.py", tmp_path / "outer.py"
+    # What a shell runs in the background does not hear Ctrl-C, nor do the tests in it: these two do.
+    hear = "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     inner.write_text(
-        "import sys, time\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n"
+        f"{hear}from pathlib import Path\nfolder = Path(sys.argv[1])\n"
         # In short naps: a signal that comes just before a long one would not wake it.
         "try:\n    (folder / 'started').touch()\n    for nap in range(1200):\n        time.sleep(0.05)\n"
         "except KeyboardInterrupt:\n    time.sleep(1)\n    (folder / 'saved').touch()\n    sys.exit(130)\n"
     )
     outer.write_text(
-        "import sys\nfrom pathlib import Path\nfrom pipelines.stage import run_python\n"
+        f"{hear}from pathlib import Path\nfrom pipelines.stage import run_python\n"
         "run_python(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
