@@ -23,6 +23,7 @@ from data.synthetic import STATE_COLUMNS, BallWorld, write_ball_videos
 from jepa.bootstrap import Bootstrap
 from jepa.probe import fit_probe, measure_agreement
 from pipelines.probe_embeddings import label_windows
+from pipelines.seed_tables import print_by_horizon
 from pipelines.stage import run_python, run_stage, write_json
 
 LONGER = [
@@ -49,19 +50,7 @@ def main(options: Options) -> None:
     """The story: run each seed, gather, print."""
     runs = [measure_seed(seed, (options.output_dir / f"seed_{seed}").absolute(), options) for seed in options.seeds]
     write_json(options.output_dir / "results.json", runs)
-    print("| steps ahead | " + " | ".join(map(str, HORIZONS)) + " |\n| --- |" + " --- |" * len(HORIZONS))
-    for name in runs[0]["forecasts"]:
-        cells = [spread_of([run["forecasts"][name][at] for run in runs]) for at in range(len(HORIZONS))]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n| measure | |\n| --- | --- |")
-    for name in dict.fromkeys(name for run in runs for name in run["measures"]):
-        # What ran from the beginning is timed.
-        print(f"| {name} | {spread_of([run['measures'][name] for run in runs if name in run['measures']])} |")
-
-
-def spread_of(values: list[float]) -> str:
-    """Mean over seeds, and their range."""
-    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    print_by_horizon(runs, HORIZONS)
 
 
 def measure_seed(seed: int, folder: Path, options: Options) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from data.video import read_on_clock
 from jepa.energy import agreement
 from pipelines.artefacts import load_predictor
 from pipelines.evaluate_rollout import lay_out_trials
+from pipelines.seed_tables import print_by_horizon
 from pipelines.stage import require, run_python, run_stage, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -89,19 +90,7 @@ def main(options: Options) -> None:
     reversals, splice = write_manipulated(test, train[0], folder)
     runs = [measure_seed(seed, folder / f"seed_{seed}", train, test, reversals, splice) for seed in options.seeds]
     write_json(folder / "results.json", runs)
-    print("| steps ahead | " + " | ".join(map(str, HORIZONS)) + " |\n| --- |" + " --- |" * len(HORIZONS))
-    for name in runs[0]["forecasts"]:
-        cells = [spread_of([run["forecasts"][name][at] for run in runs]) for at in range(len(HORIZONS))]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n| measure | |\n| --- | --- |")
-    for name in dict.fromkeys(name for run in runs for name in run["measures"]):
-        # What ran from the beginning is timed.
-        print(f"| {name} | {spread_of([run['measures'][name] for run in runs if name in run['measures']])} |")
-
-
-def spread_of(values: list[float]) -> str:
-    """Mean over seeds, and their range."""
-    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    print_by_horizon(runs, HORIZONS)
 
 
 def write_manipulated(test: Path, other: Path, folder: Path) -> tuple[dict[Path, float], tuple[Path, float]]:

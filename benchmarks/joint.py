@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data.synthetic import STATE_COLUMNS, BallWorld
+from pipelines.seed_tables import print_by_contestant
 from pipelines.stage import require, run_python, run_stage, write_json
 
 HORIZONS = (1, 5, 10, 20)
@@ -63,11 +64,7 @@ def main(options: Options) -> None:
         results["joint"].append(measure(two_stages / "videos", folder / "joint", seed, ["--steps", options.steps]))
         results["fine-tuned"].append(measure(two_stages / "videos", folder / "tuned", seed, tuning))
     write_json(options.output_dir / "results.json", results)
-    print(f"| measure | {' | '.join(results)} |\n| --- |{' --- |' * len(results)}")
-    for name in results["two stages"][0]:
-        values = [[run[name] for run in runs] for runs in results.values()]
-        cells = [f"{np.mean(seeds):.3f} ({min(seeds):.3f} to {max(seeds):.3f})" for seeds in values]
-        print(f"| {name} | {' | '.join(cells)} |")
+    print_by_contestant(results, list(results["two stages"][0]))
 
 
 def measure(videos: Path, folder: Path, seed: int, training: list[object]) -> Figures:

@@ -38,6 +38,7 @@ from jepa.detection import DetectionHead, average_precision, fit_detection_head,
 from jepa.predictor import Predictor
 from pipelines.artefacts import load_predictor
 from pipelines.evaluate_rollout import imagine_all, lay_out_trials
+from pipelines.seed_tables import over_seeds
 from pipelines.stage import require, run_python, run_stage, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -185,7 +186,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
         cells = [f"{precision[horizon - 1]:.3f}" for horizon in SHOWN_HORIZONS]
         for summary in summaries:
             values = [record[summary] for record in records]
-            cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+            cells.append(over_seeds(values))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for run in runs:
         record = run["predictors"]["model"]

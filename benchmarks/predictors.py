@@ -22,6 +22,7 @@ from jepa.networks import NETWORKS
 from jepa.skill import imagine
 from pipelines.artefacts import load_predictor
 from pipelines.evaluate_rollout import lay_out_trials
+from pipelines.seed_tables import print_by_contestant
 from pipelines.stage import run_python, run_stage, write_json
 
 HORIZONS = (1, 5, 10, 20)
@@ -54,19 +55,11 @@ def main(options: Options) -> None:
     runs = {
         name: [measure(options, name, seed) for seed in options.seeds] for name in CONTESTANTS
     }  # [contestant][seed]
+    leaping = {"mlp that leaps": runs["mlp that leaps"]}
     write_json(options.output_dir / "results.json", runs)
-    print_table(runs, [name for name in runs["mlp"][0] if "leap" not in name])
-    leaps = [name for name in runs["mlp that leaps"][0] if "leap" in name]
-    print_table({"mlp that leaps": runs["mlp that leaps"]}, leaps)
-
-
-def print_table(runs: dict[str, list[Figures]], names: list[str]) -> None:
-    """Figures by contestant: mean over the seeds, and their range."""
-    print(f"\n| | {' | '.join(runs)} |\n| --- |{' --- |' * len(runs)}")
-    for name in names:
-        values = [[run[name] for run in found] for found in runs.values()]
-        cells = [f"{np.mean(of_seeds):.3f} ({min(of_seeds):.3f} to {max(of_seeds):.3f})" for of_seeds in values]
-        print(f"| {name} | {' | '.join(cells)} |")
+    print_by_contestant(runs, list(runs["mlp"][0]))
+    print()
+    print_by_contestant(leaping, [name for name in leaping["mlp that leaps"][0] if "leaps of" in name])
 
 
 def measure(options: Options, name: str, seed: int) -> Figures:

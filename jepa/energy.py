@@ -85,13 +85,14 @@ def measure_usual_errors(errors: Tensor, shrinkage: float = 0.05) -> UsualErrors
     return UsualErrors(errors.mean(dim=0).float(), (whitening / energy.sqrt()[:, None, None]).float())
 
 
-def energy(predictor: Predictor, past: Tensor, future: Tensor) -> Tensor:
+def energy(predictor: Predictor, past: Tensor, future: Tensor, predicted: Tensor | None = None) -> Tensor:
     """How badly each embedding of a future fits the past, predicted from the past alone.
 
     Args:
         predictor: with its usual errors measured (`calibrate_energy`).
         past: (B, T, D), standardised.
         future: (B, horizon, D).
+        predicted: `predictions` of it, where they have been made already.
 
     Returns:
         (B, horizon).
@@ -104,22 +105,24 @@ def energy(predictor: Predictor, past: Tensor, future: Tensor) -> Tensor:
             f"a future of {future.shape[1]} steps: energies are known for horizons up to {predictor.energy_horizon}"
         )
     usual = UsualErrors(predictor.error_mean, predictor.error_whitening)
-    return usual.energy(prediction_errors(predictor, past, future))
+    predicted = predictions(predictor, past, future.shape[1]) if predicted is None else predicted
+    return usual.energy(future - predicted)
 
 
-def agreement(predictor: Predictor | Baseline, past: Tensor, future: Tensor) -> Tensor:
+def agreement(predictor: Predictor | Baseline, past: Tensor, future: Tensor, predicted: Tensor | None = None) -> Tensor:
     """Does a future go where it was expected to? The cosine of the change that was imagined and of the one that came.
 
     Args:
         predictor: any predictor, baselines too; of several predictions the mean counts.
         past: (B, T, D), standardised.
         future: (B, horizon, D).
+        predicted: `predictions` of it, where they have been made already.
 
     Returns:
         (B, horizon): 1 as imagined, 0 unrelated, or nothing changes, below 0 against it.
     """
-    imagined = predictions(predictor, past, future.shape[1]).mean(dim=0)
-    return functional.cosine_similarity(imagined - past[:, -1:], future - past[:, -1:], dim=2)
+    predicted = predictions(predictor, past, future.shape[1]) if predicted is None else predicted
+    return functional.cosine_similarity(predicted.mean(dim=0) - past[:, -1:], future - past[:, -1:], dim=2)
 
 
 def percentile(predictor: Predictor, energies: Tensor, horizon: int = 1) -> Tensor:

@@ -225,8 +225,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     @property
     def leaps(self) -> tuple[float, float]:
         """The shortest and the longest leap of a rollout that it knows, in ticks."""
-        network: Network = self.members[0].network  # type: ignore[assignment, union-attr]
-        return (0, torch.inf) if network.leaps_anywhere else (1, self.longest_gap)
+        return (0, torch.inf) if self._network.leaps_anywhere else (1, self.longest_gap)
 
     def only(self, members: Sequence[int]) -> "Predictor":
         """Some members as a predictor, sharing their weights and all statistics with this one."""
@@ -237,9 +236,14 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     @property
     def steps_at_once(self) -> int:
         """How many steps its networks forecast from the same past, see `jepa.networks.Network`."""
+        return self._network.steps_at_once
+
+    @property
+    def _network(self) -> Network:
+        """One of its networks, which are alike."""
         member = self.members[0]
         assert isinstance(member, Member)
-        return member.network.steps_at_once
+        return member.network
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Raw embeddings (..., D) to the space that predictors live in."""

@@ -34,7 +34,7 @@ from data.decoder import Damage, VideoError
 from data.manifest import Account, check_videos
 from data.video import IMAGE_FPS, TimedFrame, VideoInfo, read_on_clock
 from jepa.encoder import FrameEncoder
-from jepa.energy import agreement, energy, percentile
+from jepa.energy import agreement, energy, percentile, predictions
 from jepa.predictor import Predictor
 from pipelines.artefacts import load_encoder, load_predictor, require_calibrated
 from pipelines.stage import RunFolder, UserError, leave_account, require, run_stage
@@ -325,9 +325,10 @@ def score_frames(
             sequence = torch.cat([past, embeddings[run]])
             if len(sequence) >= needed:
                 windows = rearrange(sequence.unfold(0, needed, 1), "n d t -> n t d")
-                judged = run[-len(windows) :]
-                energies[judged] = energy(predictor, windows[:, :context], windows[:, context:])[:, -1]
-                agreements[judged] = agreement(predictor, windows[:, :context], windows[:, context:])[:, -1]
+                known, came, judged = windows[:, :context], windows[:, context:], run[-len(windows) :]
+                predicted = predictions(predictor, known, horizon)
+                energies[judged] = energy(predictor, known, came, predicted)[:, -1]
+                agreements[judged] = agreement(predictor, known, came, predicted)[:, -1]
             past, past_tick = sequence[1 - needed :], int(ticks[run[-1]])
         shares = percentile(predictor, energies, horizon).tolist()
         for timed, value, share, agreed in zip(chunk, energies.tolist(), shares, agreements.tolist(), strict=True):
