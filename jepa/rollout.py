@@ -1,73 +1,80 @@
-"""Imagine the future: a predictor fed with its own predictions."""
+"""The way to a future: a predictor fed with its own predictions."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jepa.baselines import Baseline
-from jepa.predictor import Predictor
+from jepa.predictor import Forecaster
+from jepa.sequence import CLOCK_TOLERANCE, Future, Sequence
 
 
 def rollout(
-    predictor: Predictor | Baseline,
-    past: Tensor,
-    horizon: int | None = None,
-    times_s: Tensor | None = None,
-    latents: Tensor | None = None,
+    predictor: Forecaster,
+    past: Sequence,
+    future: Future,
+    samples: int = 1,
+    *,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Predict the embeddings after `past`, each from the past and the predictions before it.
+    """Predict the embeddings after the past, each from the past and the predictions before it.
 
     Each step costs one step of the network, however long the rollout: networks carry their own state (keys and values,
-    hidden states) along.
+    hidden states) along. Between two ticks of the clock, and before the first, the way is straight.
 
     Args:
         predictor: a predictor or a baseline.
-        past: (B, T, D), standardised, on the predictor's clock.
-        horizon: number of steps on the clock; or else
-        times_s: increasing seconds after the last embedding of the past, (horizon,) or (B, horizon): a future asked
-            for at given times, no leap shorter than a tick of the clock or longer than the predictor has learned.
-        latents: (B, horizon, Z), standard normal, for predictors that have a latent; None for the latent's mean.
+        past: consecutive ticks of the predictor's clock.
+        future: when, and what is done until then.
+        samples: how many futures to draw, from a predictor with a latent.
+        generator: draws the latents; without one, the future is that of the latent's mean.
 
     Returns:
-        (B, horizon, D). Differentiable where the predictor is.
+        (B, H, *tokens, D); with several samples (samples, B, H, *tokens, D). Differentiable where the predictor is.
 
     Raises:
-        ValueError: `past` is not (B, T, D) with T at least 1, or the horizon or the times are not as above.
+        ValueError: the past is not on the clock, actions are missing, or samples are asked of a predictor without a
+            latent.
     """
-    if past.ndim != 3 or past.shape[1] == 0:
-        raise ValueError(f"past has shape {tuple(past.shape)}: it must be (B, T, D) with at least one embedding")
-    if (horizon is None) == (times_s is None):
-        raise ValueError("a rollout is asked for by its horizon or by times_s: give one of them")
-    gaps, steps = (None, horizon or 0) if times_s is None else (_gaps(predictor, past, times_s), times_s.shape[-1])
-    if steps < 1:
-        raise ValueError(f"horizon is {steps}: it must be at least 1")
-    newest, imagined = past, list[Tensor]()
+    past.require_clock(predictor.fps)
+    ticks = future.times.to(past.embeddings.device) * predictor.fps  # (H,)
+    last = math.ceil(float(ticks[-1]) - CLOCK_TOLERANCE)
+    if future.actions is not None and future.actions.shape[1] < last:
+        raise ValueError(f"the future has actions for {future.actions.shape[1]} ticks, and {last} are asked for")
+    if samples == 1 and generator is None:
+        return _at(ticks, past, _roll(predictor, past, future, steps=max(1, last), latents=None))
+    if not predictor.latent_dimension or generator is None:
+        raise ValueError("several samples take a predictor with a latent, and a generator that draws it")
+    drawn = []
+    for _ in range(samples):
+        shape = (len(past.embeddings), max(1, last), predictor.latent_dimension)
+        latents = torch.randn(shape, generator=generator, device=generator.device).to(past.embeddings)
+        drawn.append(_at(ticks, past, _roll(predictor, past, future, steps=max(1, last), latents=latents)))
+    return torch.stack(drawn) if samples > 1 else drawn[0]
+
+
+def _roll(predictor: Forecaster, past: Sequence, future: Future, *, steps: int, latents: Tensor | None) -> Tensor:
+    """The next `steps` ticks, (B, steps, *tokens, D)."""
     state: Any = None
+    newest, predictions = past, []
     for step in range(steps):
-        reached = past.shape[1] + step
-        asked = None if gaps is None else gaps[:, reached - newest.shape[1] : reached]
+        newest = newest.followed_by(None if future.actions is None else future.actions[:, step : step + 1])
         latent = None if latents is None else latents[:, step : step + 1]
-        newest, state = predictor.advance(newest, asked, state, latent)
-        imagined.append(newest)
-    return torch.cat(imagined, dim=1)
+        predicted, state = predictor.step(newest, state, latent)
+        predictions.append(predicted)
+        newest = Sequence(predicted, past.times[:, -1:] + (step + 1) / predictor.fps)
+    return torch.cat(predictions, dim=1)
 
 
-def _gaps(predictor: Predictor | Baseline, past: Tensor, times_s: Tensor) -> Tensor:
-    """Ticks from each embedding to the next, (B, T + horizon - 1) or (1, ...): 1 in the past, then as asked for."""
-    if not isinstance(predictor, Predictor):
-        raise ValueError(f"{type(predictor).__name__} has no clock: it can be asked for a horizon, not for times_s")
-    times_s = torch.atleast_2d(times_s)  # (B or 1, horizon)
-    gaps = torch.diff(times_s, dim=1, prepend=torch.zeros_like(times_s[:, :1])) * predictor.fps
-    if bool((gaps <= 0).any()):
-        raise ValueError("times_s must increase, from the first moment after the past (0 s)")
-    shortest, longest = predictor.leaps
-    # Times in float32 are no whole ticks to the last bit, the later the less.
-    inexact = 1e-3 + 4 * torch.finfo(torch.float32).eps * float(times_s.max()) * predictor.fps
-    for leap in (float(gaps.min()), float(gaps.max())):
-        if not shortest - inexact <= leap <= longest + inexact:
-            raise ValueError(
-                f"times_s leaps by {leap:.3g} ticks of {1 / predictor.fps:.3g} s: this predictor has learned leaps of "
-                f"{shortest:g} to {longest:g}; ask for moments on the way too, or train with a larger --longest-gap"
-            )
-    return torch.cat([gaps.new_ones(len(gaps), past.shape[1] - 1), gaps], dim=1).to(past)
+def _at(ticks: Tensor, past: Sequence, predictions: Tensor) -> Tensor:
+    """The predictions (B, steps, *tokens, D) of consecutive ticks at given ones (H,), between them interpolated."""
+    nearest = ticks.round()
+    if float((ticks - nearest).abs().max()) <= CLOCK_TOLERANCE and float(nearest[0]) >= 1:
+        chosen = nearest.long() - 1
+        on_clock = len(chosen) == predictions.shape[1]  # increasing, so these are all of them
+        return predictions if on_clock else predictions[:, chosen]
+    way = torch.cat([past.embeddings[:, -1:], predictions], dim=1)
+    before = ticks.floor().long().clamp(0, way.shape[1] - 2)
+    share = (ticks - before).to(way.dtype).view(1, -1, *[1] * (way.ndim - 2))
+    return torch.lerp(way[:, before], way[:, before + 1], share.clamp(0, 1))

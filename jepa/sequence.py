@@ -1,0 +1,93 @@
+"""What flows through the house: embeddings with their times and actions, and the future that is asked for."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+CLOCK_TOLERANCE = 0.1
+"""Ticks by which a time may be off its tick: recordings jitter, and times are rounded."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Embeddings on a clock.
+
+    A frame's vector is the case without tokens, a video that nobody acts in the case without actions.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+
+    embeddings: Tensor
+    """float (B, T, *tokens, D), as the encoder gives them."""
+    times: Tensor
+    """float64 (B, T) or (1, T), seconds."""
+    actions: Tensor | None = None
+    """float (B, T, A): taken after each embedding, on the way to the next."""
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.embeddings.shape)
+        if len(shape) < 3 or shape[1] == 0:
+            raise ValueError(f"embeddings have shape {shape}: it must be (B, T, *tokens, D) with at least one step")
+        if self.times.ndim != 2 or self.times.shape[1] != shape[1] or self.times.shape[0] not in (1, shape[0]):
+            raise ValueError(f"times have shape {tuple(self.times.shape)}: it must be {shape[:2]} or {(1, shape[1])}")
+        if self.actions is not None and (self.actions.ndim != 3 or self.actions.shape[:2] != shape[:2]):
+            raise ValueError(f"actions have shape {tuple(self.actions.shape)}: it must be {shape[:2]} and their number")
+
+    @classmethod
+    def on_clock(cls, embeddings: Tensor, fps: float, actions: Tensor | None = None) -> "Sequence":
+        """A sequence of consecutive ticks, the first at 0 s."""
+        ticks = torch.arange(embeddings.shape[1], dtype=torch.float64, device=embeddings.device)
+        return cls(embeddings, ticks[None] / fps, actions)
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.embeddings.shape[1]
+
+    def __getitem__(self, steps: slice) -> "Sequence":
+        """Some consecutive steps."""
+        actions = None if self.actions is None else self.actions[:, steps]
+        return Sequence(self.embeddings[:, steps], self.times[:, steps], actions)
+
+    def followed_by(self, actions: Tensor | None) -> "Sequence":
+        """The same with other actions (B, 1, A) after the last embedding."""
+        if actions is None:
+            return self
+        before = actions[:, :0] if self.actions is None else self.actions[:, :-1]
+        return replace(self, actions=torch.cat([before, actions], dim=1))
+
+    def require_clock(self, fps: float) -> None:
+        """Raises `ValueError` where the steps are not consecutive ticks of a clock."""
+        ticks = self.times.diff(dim=1) * fps
+        if ticks.numel() and float((ticks - 1).abs().max()) > 2 * CLOCK_TOLERANCE:
+            worst = float(ticks.flatten()[(ticks - 1).abs().argmax()])
+            raise ValueError(f"the past jumps by {worst:.2f} ticks of {1 / fps:g} s: it must be consecutive ticks")
+
+
+@dataclass(frozen=True)
+class Future:
+    """What is asked of a rollout: when, and what is done until then.
+
+    Raises:
+        ValueError: times do not increase from above 0, or the shapes do not fit together.
+    """
+
+    times: Tensor
+    """float64 (H,), seconds after the last embedding of the past, increasing."""
+    actions: Tensor | None = None
+    """float (B, ticks, A): taken on the way to each tick of the clock up to the last time, the first of them now."""
+
+    def __post_init__(self) -> None:
+        if self.times.ndim != 1 or len(self.times) == 0:
+            raise ValueError(f"times have shape {tuple(self.times.shape)}: it must be (H,) with at least one time")
+        if float(self.times[0]) <= 0 or bool((self.times.diff() <= 0).any()):
+            raise ValueError("times must increase, from above 0 s")
+
+    @classmethod
+    def ticks(cls, horizon: int, fps: float, actions: Tensor | None = None) -> "Future":
+        """The next `horizon` ticks of a clock."""
+        if horizon < 1:
+            raise ValueError(f"horizon is {horizon}: it must be at least 1")
+        return cls(torch.arange(1, horizon + 1, dtype=torch.float64) / fps, actions)
