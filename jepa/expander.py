@@ -5,43 +5,35 @@ VICReg decorrelates features in the expander's output space; the embedding befor
 
 from dataclasses import dataclass
 
-from huggingface_hub import PyTorchModelHubMixin
-from torch import nn
+from torch import Tensor, nn
 
-from jepa.encoder import ConfigurationError
+from jepa.config import Bounded, PositiveInt
 
 
 @dataclass(frozen=True)
-class ExpanderConfig:
+class ExpanderConfig(Bounded):
     """The expander."""
 
-    width: int = 512
-    """Width of the hidden layers."""
-    hidden_layers: int = 1
-    """Hidden layers, each with batch normalisation and ReLU. The paper uses 2 of width 8192 on ImageNet."""
-    output_dimension: int = 0
-    """Width of the output, which the objective sees. 0: that of the hidden layers, as in the paper."""
+    widths: tuple[PositiveInt, ...] = (512, 512)
+    """Widths of hidden layers and of the output. Empty: the objective sees the embeddings themselves."""
 
 
-class Expander(nn.Sequential, PyTorchModelHubMixin):
-    """Embeddings (B, D) to expander outputs (B, E). Bardes et al. 2022 (VICReg), section 4.2.
+class Expander(nn.Sequential):
+    """Embeddings (..., D) to expander outputs (..., E). Bardes et al. 2022 (VICReg), section 4.2.
 
-    Raises:
-        ConfigurationError: there is no such network.
+    Each hidden layer has batch normalisation and ReLU. The paper's are 8192 wide, two hidden ones and the output.
     """
 
-    output_dimension: int
-    """E."""
-
-    def __init__(self, embedding_dimension: int, expander: ExpanderConfig) -> None:
-        for name, least in (("width", 1), ("hidden_layers", 0), ("output_dimension", 0)):
-            if (value := getattr(expander, name)) < least:
-                raise ConfigurationError(f"--expander.{name.replace('_', '-')} is {value}: it must be at least {least}")
+    def __init__(self, embedding_dimension: int, config: ExpanderConfig) -> None:
         layers: list[nn.Module] = []
         inputs = embedding_dimension
-        for _ in range(expander.hidden_layers):
-            layers += [nn.Linear(inputs, expander.width, bias=False), nn.BatchNorm1d(expander.width), nn.ReLU()]
-            inputs = expander.width
-        outputs = expander.output_dimension or expander.width
-        super().__init__(*layers, nn.Linear(inputs, outputs, bias=False))
-        self.output_dimension = outputs
+        for width in config.widths[:-1]:
+            layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+            inputs = width
+        if config.widths:
+            layers.append(nn.Linear(inputs, config.widths[-1], bias=False))
+        super().__init__(*layers)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(..., D) to (..., E); all leading axes are samples of the batch normalisation."""
+        return super().forward(embeddings.flatten(0, -2)).unflatten(0, embeddings.shape[:-1])

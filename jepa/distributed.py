@@ -1,0 +1,76 @@
+"""Sums and rows over all ranks, differentiable; in one process they do nothing.
+
+Convention: every rank computes the same loss of the whole batch, and the *sum* of the ranks' losses is differentiated.
+The backward pass of a sum over ranks is therefore a sum over ranks again, and the average over ranks that
+DistributedDataParallel takes is the gradient of one process with the whole batch. Nothing here is a mean over ranks, so
+ranks may bring unequally many rows, or none.
+
+`torch.distributed`'s own operations, and `accelerator.gather`, drop gradients. `torch.distributed.nn` keeps them in the
+same way as here, but is deprecated, and gathers equally many rows only.
+
+All functions are collective where several processes run: all ranks call them in the same order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks; 1 where `torch.distributed` has not been started."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process among the ranks; 0 where there is only one."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum of the ranks' tensors, of one shape, on all of them."""
+    return tensor if world_size() == 1 else _Sum.apply(tensor)
+
+
+def rows_of_ranks(count: int, device: torch.device) -> list[int]:
+    """The `count` of each rank, in rank order. With several ranks the host waits for the device."""
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    counts[rank()] = count
+    return sum_over_ranks(counts).tolist()
+
+
+def gather_rows(local: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of all ranks below each other, in rank order, on all ranks.
+
+    Args:
+        local: (N_r, D), where N_r may differ between ranks and may be 0.
+        rows: N_r of each rank, as from `rows_of_ranks`.
+
+    Returns:
+        (sum of N_r, D).
+    """
+    if world_size() == 1:
+        return local
+    before, after = sum(rows[: rank()]), sum(rows[rank() + 1 :])
+    empty = local.new_zeros
+    # Where one rank has a row the others have zeros: the sum is exact, and is its own backward pass.
+    return sum_over_ranks(torch.cat([empty(before, *local.shape[1:]), local, empty(after, *local.shape[1:])]))
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, local: Tensor) -> Tensor:
+        return _all_reduced(local)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return _all_reduced(gradients[0])
+
+
+def _all_reduced(tensor: Tensor) -> Tensor:
+    # A copy: gradients that autograd hands over may be shared, or expanded views of a single number.
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total)
+    return total
