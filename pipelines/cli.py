@@ -1,0 +1,60 @@
+"""The command `video-jepa`: one word for each pipeline.
+
+  video-jepa demo
+  video-jepa pretrain --videos DIR --output-dir runs/encoder
+
+Starts one process; many are started by `accelerate launch pipelines/pretrain_encoder.py` from a clone, or by
+`accelerate launch --no_python video-jepa pretrain` from anywhere.
+"""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+from pipelines.run.installed import ForeignPackageError, check_packages
+
+COMMANDS = {
+    "demo": "demo",
+    "inspect": "inspect_folder",
+    "pretrain": "pretrain_encoder",
+    "embed": "cache_embeddings",
+    "train": "train_predictor",
+    "calibrate": "calibrate",
+    "evaluate": "evaluate_rollout",
+    "surprise": "score_surprise",
+}
+"""Words and their modules, in the order in which a person needs them."""
+
+
+def usage() -> str:
+    """The commands, each with the first line of its module, which need not be imported for that."""
+    modules = {word: Path(__file__).with_name(f"{name}.py").read_text() for word, name in COMMANDS.items()}
+    first = {word: (ast.get_docstring(ast.parse(code)) or "").split("\n")[0] for word, code in modules.items()}
+    lines = [f"  {word:10} {line}" for word, line in first.items()]
+    return "\n".join(
+        ["usage: video-jepa COMMAND [OPTIONS]", "", *lines, "", "video-jepa COMMAND --help explains each."]
+    )
+
+
+def main() -> None:
+    """Look whether our packages are ours, then run the command that the first word names."""
+    word = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if word in ("-h", "--help"):
+        print(usage())
+        return
+    if word not in COMMANDS:
+        sys.exit(f"error: there is no command {word}\n{usage()}")
+    try:
+        warning = check_packages()
+    except ForeignPackageError as error:
+        sys.exit(f"error: {error}")
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    command = importlib.import_module(f"pipelines.{COMMANDS[word]}")
+    sys.argv[:2] = [f"video-jepa {word}"]
+    importlib.import_module("pipelines.run.command").run_command(command.main, command.Options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The command `video-jepa`, and what happens to it beside other distributions that own packages of our names."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines import cli
+from pipelines.run import installed
+
+ROOT = Path(__file__).resolve().parents[1]
+OTHER = """
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "other-data"
+version = "1.0"
+[tool.setuptools]
+packages = ["data"]
+"""
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    """Ours and another that owns `data/__init__.py` and `data/loading.py`, built from copies."""
+    folder = tmp_path_factory.mktemp("wheels")
+    for name in ("jepa", "data", "pipelines"):
+        shutil.copytree(ROOT / name, folder / "ours" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "ours")
+    (folder / "other" / "data").mkdir(parents=True)
+    (folder / "other" / "pyproject.toml").write_text(OTHER)
+    for name in ("__init__", "loading"):
+        (folder / "other" / "data" / f"{name}.py").write_text('OWNER = "other"\n')
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "ours", folder / "other")
+    return {"ours": next(folder.glob("video_jepa*.whl")), "other": next(folder.glob("other_data*.whl"))}
+
+
+def pip(*arguments):
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """An environment with nothing in it; libraries are borrowed from this one, behind its own."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    own = tmp_path / "venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    (own / "borrowed.pth").write_text(str(Path(np.__file__).parents[1]) + "\n")
+    return tmp_path / "venv"
+
+
+def change(environment, *arguments):
+    pip("--python", environment / "bin" / "python", *arguments)
+
+
+def run(environment, *arguments, python_path=""):
+    """The command in an empty folder."""
+    empty = environment.parent / "empty"
+    empty.mkdir(exist_ok=True)
+    return subprocess.run(
+        [environment / "bin" / "video-jepa", *arguments], cwd=empty, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(python_path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_an_installed_command_runs_from_an_empty_folder(wheels, environment):
+    change(environment, "install", "--no-deps", wheels["ours"])
+    result = run(environment, "inspect", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "usage: video-jepa inspect" in result.stdout
+
+
+def test_installed_after_another_with_our_name_it_works_and_says_whom_it_broke(wheels, environment):
+    for name in ("other", "ours"):
+        change(environment, "install", "--no-deps", wheels[name])
+    result = run(environment, "inspect", "--help")
+    assert result.returncode == 0, result.stderr
+    warning = "has overwritten files of other-data 1.0 (data/__init__.py): that may not work any more"
+    assert result.stderr == f"warning: video-jepa {warning}\n"
+
+    change(environment, "uninstall", "--yes", "other-data")  # takes our data/__init__.py away
+    result = run(environment, "inspect", "--help")
+    assert result.returncode == 1
+    assert "data/__init__.py is not the file that video-jepa installed (nor are 0 more)" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    change(environment, "install", "--no-deps", "--force-reinstall", wheels["ours"])
+    assert run(environment, "inspect", "--help").stderr == ""
+
+
+def test_overwritten_by_another_with_our_name_it_refuses_and_names_it(wheels, environment):
+    for name in ("ours", "other"):
+        change(environment, "install", "--no-deps", wheels[name])
+    result = run(environment, "inspect", "--help")
+    assert result.returncode == 1
+    assert "data/__init__.py is not the file that video-jepa installed" in result.stderr
+    assert "overwritten it or taken it away: other-data 1.0 (data/__init__.py); give video-jepa" in result.stderr
+
+
+@pytest.mark.parametrize("package", ["jepa", "data"])
+def test_a_package_that_python_finds_first_is_named(wheels, environment, package, tmp_path):
+    change(environment, "install", "--no-deps", wheels["ours"])
+    (tmp_path / "path" / package).mkdir(parents=True)
+    (tmp_path / "path" / package / "__init__.py").touch()
+    result = run(environment, "inspect", "--help", python_path=tmp_path / "path")
+    assert result.returncode == 1
+    assert f"import {package} finds {tmp_path}/path/{package}/__init__.py, not video-jepa's" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_of_data_where_one_stands_is_not_taken_for_our_package(wheels, environment):
+    change(environment, "install", "--no-deps", wheels["ours"])
+    (environment.parent / "empty" / "data").mkdir(parents=True)
+    assert run(environment, "inspect", "--help").returncode == 0
+
+
+def test_a_clone_is_its_own():
+    assert installed.check_packages() is None
+
+
+def test_all_commands_are_told_with_one_line_each(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["video-jepa"])
+    cli.main()
+    output = capsys.readouterr().out
+    for word, module in cli.COMMANDS.items():
+        assert (ROOT / "pipelines" / f"{module}.py").exists()
+        assert any(line.split()[:1] == [word] and len(line.split()) > 2 for line in output.splitlines()), word
+
+
+def test_an_unknown_command_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["video-jepa", "tran"])
+    with pytest.raises(SystemExit, match="error: there is no command tran\nusage: video-jepa COMMAND"):
+        cli.main()
+
+
+def test_every_file_that_is_a_command_has_a_word():
+    files = [path for path in (ROOT / "pipelines").glob("*.py") if "\nif __name__ ==" in path.read_text()]
+    assert {path.stem for path in files} - {"cli"} == set(cli.COMMANDS.values())
