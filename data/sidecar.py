@@ -1,43 +1,46 @@
-"""True state beside a video: `clip.csv` next to `clip.mp4`, a row for each frame or for each of some moments.
+"""State and actions beside a video: `clip.csv` next to `clip.mp4`, a row for each frame or for each of some moments.
 
 The column `time_s` says when, in seconds since the first displayed frame; without it, `frame` says which decoded frame
-of the video, counted from 0 in presentation order. All other columns are state.
+of the video, counted from 0 in presentation order. All other columns are values.
+
+A table may begin late, end early or pause, as a recording may: where it says nothing, a tick gets NaN, and whoever uses
+the values leaves such ticks out and says how many. A table that says nothing about any tick of a clip is an error: its
+times are in another unit, or of another video.
 """
 
 import csv
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from data.decoder import Damage
-from data.embedding_cache import EmbeddingCache
+from data.errors import DataError
 from data.video import IMAGE_FPS, open_video
 
 
-class SidecarError(Exception):
+class SidecarError(DataError):
     """A CSV that cannot be used; the message names it and the reason."""
 
 
 def read_sidecar(
-    video: Path, times_s: np.ndarray, columns: Sequence[str], tolerance_s: float, image_fps: float = IMAGE_FPS
+    video: Path, times_s: np.ndarray, *, columns: Sequence[str], tolerance_s: float, image_fps: float = IMAGE_FPS
 ) -> np.ndarray:
-    """The rows nearest in time to the given frames.
+    """Values of the rows nearest in time to the given frames.
 
     Args:
         video: the CSV lies beside it, under the same name.
         times_s: (T,), seconds since the first displayed frame.
         columns: which columns.
-        tolerance_s: a row must be at least this near.
+        tolerance_s: how near in time a row must be, in seconds; half a tick leaves no frame between two rows out.
         image_fps: rate of a folder of images.
 
     Returns:
-        float64 (T, columns).
+        float64 (T, columns), NaN where no row is near enough.
 
     Raises:
-        SidecarError: the CSV or a column is missing, a value is not a number, the video has no such frame, or no row is
-            near enough to a frame.
+        SidecarError: the CSV or a column is missing, a value is not a number, the video has no such frame, or no row
+            is near enough to any frame.
         VideoError: frames are counted, and the video cannot be opened.
     """
     path = video.with_suffix(".csv")
@@ -49,35 +52,19 @@ def read_sidecar(
     before = np.maximum(after - 1, 0)
     nearer_before = np.abs(rows[before, 0] - times_s) <= np.abs(rows[after, 0] - times_s)
     nearest = np.where(nearer_before, before, after)
-    distance_s = np.abs(rows[nearest, 0] - times_s)
-    if distance_s.max() > tolerance_s:
-        worst = int(distance_s.argmax())
-        raise SidecarError(f"{path}: no row within {tolerance_s:.3f} s of the frame at {times_s[worst]:.3f} s")
-    return rows[nearest, 1:]
-
-
-def read_states(cache: EmbeddingCache, columns: Sequence[str]) -> np.ndarray:
-    """State of each embedding in a cache, from the CSVs beside its videos.
-
-    Returns:
-        float64 (rows, columns); not a number for rows that belong to no clip.
-
-    Raises:
-        SidecarError: see `read_sidecar`; the nearest row may be half a tick away.
-        VideoError: see `read_sidecar`.
-    """
-    states = np.full((len(cache.times_s), len(columns)), np.nan)
-    tolerance_s, image_fps = 0.5 / cache.provenance.fps, cache.provenance.image_fps
-    for source, clips in groupby(cache.clips, key=lambda clip: clip.key.source):
-        rows = np.concatenate([np.arange(clip.start, clip.start + clip.frames) for clip in clips])
-        states[rows] = read_sidecar(Path(source), cache.times_s[rows], columns, tolerance_s, image_fps)
-    return states
+    is_near = np.abs(rows[nearest, 0] - times_s) <= tolerance_s
+    if not is_near.any():
+        raise SidecarError(
+            f"{path}: no row within {tolerance_s:.3f} s of any frame: its rows are from {rows[0, 0]:.3f} to "
+            f"{rows[-1, 0]:.3f} s, the frames from {times_s.min():.3f} to {times_s.max():.3f} s"
+        )
+    return np.where(is_near[:, None], rows[nearest, 1:], np.nan)
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:
     """Which column says when, and the rows: that column first, then `columns`; float64 (rows, 1 + columns)."""
     if not path.exists():
-        raise SidecarError(f"{path}: there is no such file, and no state to probe for without it")
+        raise SidecarError(f"{path}: there is no such file; it would hold the columns {', '.join(columns)}")
     try:
         # "-sig": spreadsheets put an invisible mark before the name of the first column.
         with path.open(newline="", encoding="utf-8-sig") as file:

@@ -1,19 +1,23 @@
-"""Windows of cached embeddings: what a predictor is trained and judged on.
+"""Windows of a cache: what a predictor is trained and judged on.
 
-A window is a run of embeddings on consecutive ticks of one clip: it never crosses a clip or a gap in time.
+A window is a run of rows on consecutive ticks of one clip: it never crosses a clip or a gap in time. Memory is kept by
+the unbroken run, not by the window.
 """
 
-from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.embedding_cache import CachedClip, CacheError, EmbeddingCache
+from data.cache import CacheError, EmbeddingCache
+
+ENOUGH_VIDEOS = 20
+"""Number of videos from which on the bootstrap resamples videos instead of segments of them."""
 
 
 class Windows:
-    """All windows of one length in a cache.
+    """All windows of one length in a cache, numbered through; within a clip they are in the order of time.
 
     Args:
         cache: the embeddings.
@@ -24,46 +28,86 @@ class Windows:
         CacheError: no clip is long enough for a single window.
     """
 
-    def __init__(self, cache: EmbeddingCache, length: int, stride: int = 1) -> None:
-        self.cache, self.length = cache, length
-        starts, clips = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        longest = 0
-        for index, clip in enumerate(cache.clips):
-            for run in cache.unbroken_runs(clip):
-                longest = max(longest, len(run))
-                found = run[: max(0, len(run) - length + 1) : stride]
-                starts.append(found)
-                clips.append(np.full(len(found), index))
-        self.starts = np.concatenate(starts)
-        """int64 (windows,): row of each window's first embedding."""
-        self.clips = np.concatenate(clips)
-        """int64 (windows,): index into `cache.clips`."""
-        if len(self.starts) == 0:
-            fps = cache.provenance.fps
+    def __init__(self, cache: EmbeddingCache, length: int, *, stride: int = 1) -> None:
+        self.cache, self.length, self.stride = cache, length, stride
+        runs = [
+            (run[0], len(run), index) for index, clip in enumerate(cache.clips) for run in cache.unbroken_runs(clip)
+        ]
+        starts, lengths, clips = np.array(runs, np.int64).reshape(-1, 3).T
+        fit = lengths >= length
+        if not fit.any():
+            fps, longest = cache.provenance.fps, lengths.max(initial=0)
             raise CacheError(
                 f"no clip in {cache.folder} is long enough: a window takes {length} embeddings "
                 f"({length / fps:.1f} s at {fps:g} fps), the longest unbroken clip has {longest}; "
                 "bring longer videos, or lower the context or the horizon"
             )
+        self._run_starts, self._run_clips = starts[fit], clips[fit]  # (runs,): first row; index into `cache.clips`
+        counts = (lengths[fit] - length) // stride + 1
+        self._ends = np.cumsum(counts)  # (runs,): number after the run's last window
+        self._firsts = self._ends - counts
 
     def __len__(self) -> int:
-        return len(self.starts)
-
-    def by_clip(self) -> list[slice]:
-        """The windows of each clip that has any, as slices of all; within a clip they are in the order of time."""
-        edges = np.flatnonzero(np.diff(self.clips, prepend=-1, append=-1))
-        return [slice(*ends) for ends in pairwise(edges.tolist())]
+        return int(self._ends[-1])
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Rows in the cache of the given windows, (N,) -> (N, length)."""
-        return self.starts[indices][:, None] + np.arange(self.length)
+        """Rows in the cache of the given windows, (N,) -> int64 (N, length). Raises `IndexError`."""
+        runs = self._runs(indices)
+        starts = self._run_starts[runs] + (indices - self._firsts[runs]) * self.stride
+        return starts[:, None] + np.arange(self.length)
 
     def take(self, indices: np.ndarray) -> Tensor:
-        """The given windows, (N,) -> float32 (N, length, D), gathered at once."""
-        # Gathered as stored and converted by torch: half the bytes to gather, and NumPy is slow with float16.
-        return torch.from_numpy(self.cache.windows(self.starts[indices], self.length)).float()
+        """Embeddings of the given windows, (N,) -> float32 (N, length, *tokens, D)."""
+        return torch.from_numpy(self.column(indices, "embeddings"))
 
-    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[CachedClip]]:
-        """`count` windows drawn uniformly with replacement, float32 (count, length, D), and the clips they are from."""
-        drawn = torch.randint(len(self), (count,), generator=generator).numpy()
-        return self.take(drawn), [self.cache.clips[clip] for clip in np.unique(self.clips[drawn])]
+    def times_s(self, indices: np.ndarray) -> np.ndarray:
+        """Times of the given windows in seconds, (N,) -> float64 (N, length)."""
+        return self.column(indices, "times_s")
+
+    def column(self, indices: np.ndarray, name: str) -> np.ndarray:
+        """A column of the cache on the given windows, (N,) -> (N, length, *shape)."""
+        return self.cache.take(self.rows(indices), name)
+
+    def clip_of(self, indices: np.ndarray) -> np.ndarray:
+        """Clips of the given windows, (N,) -> int64 (N,), indices into `cache.clips`."""
+        return self._run_clips[self._runs(indices)]
+
+    def videos(self, indices: np.ndarray) -> tuple[Path, ...]:
+        """The videos that the given windows are from, each once."""
+        clips = (self.cache.clips[clip] for clip in np.unique(self.clip_of(indices)))
+        return tuple(dict.fromkeys(Path(clip.key.source) for clip in clips))
+
+    def sample(self, count: int, generator: torch.Generator) -> np.ndarray:
+        """Numbers of windows drawn uniformly with replacement, int64 (count,)."""
+        return torch.randint(len(self), (count,), generator=generator).numpy()
+
+    def evenly(self, most: int) -> np.ndarray:
+        """Numbers of at most so many windows, evenly spaced from the first to the last, int64 (N,)."""
+        count = min(most, len(self))
+        return np.arange(count) * (len(self) - 1) // max(count - 1, 1)
+
+    def _runs(self, indices: np.ndarray) -> np.ndarray:
+        if ((indices < 0) | (indices >= len(self))).any():
+            raise IndexError(f"there are {len(self)} windows, numbered from 0")
+        return np.searchsorted(self._ends, indices, side="right")
+
+
+def group_windows(windows: Windows, indices: np.ndarray) -> tuple[np.ndarray, str]:
+    """Groups of windows to be resampled together, and what they have in common, in the plural.
+
+    Neighbouring frames are nearly equal; to count them one by one would flatter every result. So windows of a video
+    are together or, where there are fewer than `ENOUGH_VIDEOS`, of a segment that is twice as long as a window, so
+    that windows reach into the next segment, but not beyond.
+
+    Returns:
+        int64 (N,), groups of the given windows numbered from 0, and such as "videos" or "segments of 6 s".
+    """
+    numbers: dict[str, int] = {}
+    sources = (windows.cache.clips[clip].key.source for clip in windows.clip_of(indices))
+    videos = np.array([numbers.setdefault(source, len(numbers)) for source in sources])
+    if len(numbers) >= ENOUGH_VIDEOS:
+        return videos, "videos"
+    segment_s = 2 * windows.length / windows.cache.provenance.fps
+    segments = windows.cache.take(windows.rows(indices)[:, 0], "times_s") // segment_s
+    _, groups = np.unique(np.stack([videos, segments]), axis=1, return_inverse=True)
+    return groups.ravel(), f"segments of {segment_s:.3g} s"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.embedding_cache import CacheWriter, ClipKey, EmbeddedClip, Provenance
+from data.cache import CacheWriter, ClipKey, Column, EmbeddedClip, Provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (16, 40)
@@ -98,17 +98,19 @@ def damage_video():
 
 @pytest.fixture(scope="session")
 def make_provenance():
-    """What a small cache holds: embeddings of 5 numbers at 4 fps."""
+    """What a small cache holds: embeddings of 5 numbers at 4 fps, and `columns` beside them."""
 
-    def make(**changes):
+    def make(shape=(5,), dtype="float32", columns=None, **changes):
         fields = {
+            "encoder": "runs/encoder",
             "encoder_fingerprint": "0123abcd",
-            "embedding_dimension": 5,
             "fps": 4.0,
             "image_fps": 25.0,
-            "transform": "stretched",
             "image_size": (16, 40),
-            "dtype": "float32",
+            "window": 1,
+            "transform": "stretched",
+            "precision": "fp32",
+            "columns": {"embeddings": Column(dtype, tuple(shape)), **(columns or {})},
             "versions": {"av": "18.1.0"},
         }
         return Provenance(**fields | changes)
@@ -120,12 +122,13 @@ def make_provenance():
 def make_clip():
     """A clip of random embeddings; `gaps` are positions before which ticks are missing."""
 
-    def make(source, frames, gaps=(), seed=0, modified_ns=1, phase_s=0.0, dimension=5):
-        embeddings = np.random.default_rng([seed, frames]).normal(size=(frames, dimension)).astype(np.float32)
+    def make(source, frames, gaps=(), seed=0, modified_ns=1, offset_s=0.0, shape=(5,), **columns):
+        embeddings = np.random.default_rng([seed, frames]).normal(size=(frames, *shape)).astype(np.float32)
         steps = np.ones(frames, dtype=np.int64)
         steps[list(gaps)] = 3
         ticks = np.cumsum(steps) - 1
-        return EmbeddedClip(ClipKey(source, 100, modified_ns, phase_s), embeddings, ticks / 4 + phase_s, ticks)
+        key = ClipKey(str(source), 100, modified_ns, offset_s)
+        return EmbeddedClip(key, {"embeddings": embeddings, **columns}, ticks / 4 + offset_s, ticks)
 
     return make
 
@@ -135,7 +138,7 @@ def write_cache(make_provenance):
     """Write clips to a cache and return its folder."""
 
     def write(folder, clips, clips_per_shard=2, **changes):
-        with CacheWriter(folder, make_provenance(**changes), clips_per_shard) as writer:
+        with CacheWriter(folder, make_provenance(**changes), clips_per_shard=clips_per_shard) as writer:
             for clip in clips:
                 writer.add(clip)
         return folder
