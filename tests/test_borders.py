@@ -1,76 +1,193 @@
+"""The rooms keep their borders, and nothing grows past what a person can read."""
+
 import ast
+import dataclasses
+import importlib
 import json
+import re
+import sys
+import types
+import typing
 from pathlib import Path
 
 import pytest
 
 import data
 import jepa
+from pipelines.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("jepa", "data", "pipelines")
+ARROWS = {  # what else of jepa/ a module may import; errors, config and the union of configurations are ground floor
+    "networks": set(),
+    "sequence": set(),
+    "metrics": set(),
+    "diagnostics": set(),
+    "baselines": {"sequence"},
+    "rollout": {"sequence"},
+    "predictor": {"networks", "sequence"},
+    "calibration": {"sequence", "metrics", "baselines"},
+}
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for room in ROOMS
+    for path in sorted((ROOT / room).rglob("*.py"))
+}
+TREES = {module: ast.parse(path.read_text(), str(path)) for module, path in SOURCES.items()}
 
 
-def imported_packages(path):
-    """Top-level names of everything that a file imports, inside functions too."""
+def imported(tree, package=""):
+    """Everything that a file imports, inside functions too: modules, and names that may be modules."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0] if node.level == 0 else path.parent.name)
+            origin = ".".join(filter(None, [package if node.level else "", node.module]))
+            names |= {origin} | {f"{origin}.{alias.name}" for alias in node.names}
     return names
+
+
+IMPORTS = {module: imported(tree, module.rpartition(".")[0]) for module, tree in TREES.items()}
+
+
+def to_read(module):
+    """The modules of the house that one must open to follow a module: itself and all that it imports."""
+    seen, todo = set(), [module]
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo += IMPORTS[module] & SOURCES.keys()
+    return seen
+
+
+def functions(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def is_command(module):
+    return module.count(".") == 1 and module.startswith("pipelines.")
 
 
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [
-        ("jepa", {"data", "pipelines", "av", "h5py"}),  # no files, no video, no HDF5 in the science
-        ("data", {"jepa", "pipelines", "timm", "accelerate"}),  # nothing of models in the data
+        ("jepa", {"data", "pipelines", "examples", "benchmarks", "av", "h5py", "tqdm"}),  # no files, no video
+        ("data", {"jepa", "pipelines", "examples", "benchmarks", "timm", "accelerate"}),  # no models
+        ("pipelines", {"examples", "benchmarks"}),
     ],
 )
 def test_rooms_keep_their_borders(room, forbidden):
-    files = sorted((ROOT / room).rglob("*.py"))
-    assert len(files) > 5
-    crossings = {str(file.relative_to(ROOT)): imported_packages(file) & forbidden for file in files}
-    assert {file: names for file, names in crossings.items() if names} == {}
+    mine = [module for module in SOURCES if module.split(".")[0] == room]
+    assert len(mine) > 5
+    crossings = {module: {name.split(".")[0] for name in IMPORTS[module]} & forbidden for module in mine}
+    assert {module: names for module, names in crossings.items() if names} == {}
 
 
-def test_only_pipelines_import_both_rooms():
-    both = {
-        file.relative_to(ROOT).parts[0]
-        for folder in ("jepa", "data", "pipelines")
-        for file in (ROOT / folder).rglob("*.py")
-        if {"jepa", "data"} <= imported_packages(file)
-    }
-    assert both == {"pipelines"}
+@pytest.mark.parametrize("module", ARROWS)
+def test_arrows_inside_the_science_point_down(module):
+    ground = {"jepa", "jepa.errors", "jepa.config"}
+    others = to_read(f"jepa.{module}") - {f"jepa.{module}"} - ground
+    assert {name.removeprefix("jepa.") for name in others} <= ARROWS[module]
 
 
-def test_imports_inside_functions_are_seen(tmp_path):
-    file = tmp_path / "module.py"
-    file.write_text("import os.path\n\ndef late():\n    from jepa.encoder import FrameEncoder\n")
-    assert imported_packages(file) == {"os", "jepa"}
+def test_what_commands_share_knows_no_command():
+    for module in SOURCES:
+        commands = {name for name in IMPORTS[module] if is_command(name) and name in SOURCES} - {"pipelines.run"}
+        assert commands == set() or module in ("pipelines.demo", "pipelines.cli"), module
+
+
+def test_imports_go_in_no_circle():
+    for module in SOURCES:
+        behind = set().union(*(to_read(name) for name in IMPORTS[module] & SOURCES.keys()))
+        assert module not in behind
+
+
+def test_imports_inside_functions_are_seen():
+    tree = ast.parse("import os.path\n\ndef late():\n    from jepa.encoder import FrameEncoder\n")
+    assert imported(tree) == {"os.path", "jepa.encoder", "jepa.encoder.FrameEncoder"}
+
+
+def test_commands_hide_no_module_of_python():
+    # The folder of a script is the first place where Python looks: pipelines/inspect.py would be torch's inspect.
+    assert {path.stem for path in (ROOT / "pipelines").iterdir()} & sys.stdlib_module_names == set()
+
+
+def test_the_science_and_the_data_name_no_option_of_a_command():
+    named = [
+        f"{module}: {line}"
+        for module, path in SOURCES.items()
+        if not module.startswith("pipelines")
+        for line in path.read_text().splitlines()
+        if re.search(r"--[a-z]", line)
+    ]
+    assert named == []
+
+
+def test_the_house_is_small_enough_to_read():
+    lines = {module: len(path.read_text().splitlines()) for module, path in SOURCES.items()}
+    assert sum(lines.values()) <= 6_500
+    beside = [path for room in ("examples", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+    assert sum(lines.values()) + sum(len(path.read_text().splitlines()) for path in beside) <= 10_500
+    for name in set(COMMANDS.values()) - {"demo"}:
+        assert sum(lines[module] for module in to_read(f"pipelines.{name}")) <= 3_000, name
+
+
+def test_functions_are_short_and_called_by_keyword():
+    for module, tree in TREES.items():
+        for function in functions(tree):
+            longest = 80 if function.name == "main" and is_command(module) else 60
+            assert function.end_lineno - function.lineno < longest, f"{module}.{function.name}"
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            assert len(call.args) <= 5, f"{module}:{call.lineno}"
+
+
+def count_options(kind):
+    """Options of a command line: the fields of a dataclass and of those inside it, of a union its largest kind."""
+    inner = (
+        typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType, typing.Annotated) else ()
+    )
+    if inner:
+        return max(count_options(one) for one in inner)
+    if not dataclasses.is_dataclass(kind):
+        return 1
+    hints = typing.get_type_hints(kind)
+    return sum(count_options(hints[field.name]) for field in dataclasses.fields(kind))
+
+
+@pytest.mark.parametrize("name", COMMANDS.values())
+def test_no_command_has_more_options_than_a_person_reads(name):
+    assert count_options(importlib.import_module(f"pipelines.{name}").Options) <= 35
+
+
+def test_explanations_of_options_begin_with_what_they_are():
+    odd = re.compile(r"(Of|That|Those|Which|So|To|By|In|On|At|From|As|For|With|Whose|Beside)\b")
+    found = [
+        f"{module}:{node.lineno}"
+        for module, tree in TREES.items()
+        for owner in ast.walk(tree)
+        if isinstance(owner, ast.ClassDef)
+        for node in owner.body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and odd.match(str(node.value.value))
+    ]
+    assert found == []
 
 
 def test_notebooks_import_and_never_define():
     notebooks = [path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]
-    if not notebooks:
-        pytest.skip("there are no notebooks yet")
+    assert notebooks
     for notebook in notebooks:
-        cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-        for cell in cells:
-            lines = "".join(cell["source"]).splitlines()
+        for cell in json.loads(notebook.read_text())["cells"]:
+            lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
             code = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in lines)
-            defined = [
-                node.name
-                for node in ast.walk(ast.parse(code, str(notebook)))
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-            ]
+            defined = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
             assert defined == [], notebook
 
 
 @pytest.mark.parametrize("package", [data, jepa])
 def test_packages_come_from_this_repository(package):
-    # Another `data` in site-packages would silently win over an editable install.
+    # Another `data` in site-packages would win over an editable install.
     assert Path(package.__file__).resolve() == ROOT / package.__name__ / "__init__.py"
 
 
