@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Videos, weights and pictures beside the project; tests that need them are skipped where they are absent.
+export JEPA_SHARED ?= $(abspath ../shared)
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-slow lint install clean
 
 demo: install
-	$(BIN)/python pipelines/demo.py
+	$(BIN)/video-jepa demo
 
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(TEST)
+
+test-slow: install
+	$(TEST) -m slow
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -18,7 +24,7 @@ lint: install
 
 install: $(VENV)/installed
 
-# Exactly the versions that CI ran; `pip install -e .` alone takes what the lower bounds admit.
+# Exactly the versions that CI ran; `pip install .` alone takes what the lower bounds admit.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "video-jepa needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

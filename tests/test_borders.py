@@ -18,15 +18,16 @@ from pipelines.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("jepa", "data", "pipelines")
-ARROWS = {  # what else of jepa/ a module may import; errors, config and the union of configurations are ground floor
+ARROWS = {  # what of jepa/ a module may rest on, all the way down; errors and config are the ground floor
     "networks": set(),
     "sequence": set(),
     "metrics": set(),
+    "probe": set(),
     "diagnostics": set(),
-    "baselines": {"sequence"},
-    "rollout": {"sequence"},
+    "baselines": {"networks", "sequence"},
     "predictor": {"networks", "sequence"},
-    "calibration": {"sequence", "metrics", "baselines"},
+    "rollout": {"predictor", "networks", "sequence"},
+    "calibration": {"baselines", "networks", "sequence", "metrics"},  # never rolls out by itself
 }
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
