@@ -1,172 +1,130 @@
-"""What do frozen embeddings know? Probes read true state off them, and are judged on groups they never saw.
+"""What do frozen embeddings know? Ridge regression reads true state off them, fitted in one pass.
 
-Everything is standardised. How much a probe is held back (the penalty of ridge regression and of the MLP, the number of
-nearest neighbours) is chosen for each column by cross-validation over *groups*, such as videos: of a frame left out
-alone, the frames before and after it would tell everything.
+How much a probe is held back is chosen for each column by cross-validation over *groups*, such as videos: of a frame
+left out alone, the frames before and after it would tell everything. Nothing but second moments is kept.
 """
 
-import math
-import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
 
-import numpy as np
 import torch
-from einops import pack, unpack
-from sklearn.exceptions import ConvergenceWarning, DataConversionWarning
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsRegressor
-from sklearn.neural_network import MLPRegressor
 from torch import Tensor
-from tqdm import tqdm
 
-from jepa.bootstrap import Bootstrap, interval
-
-ProbeKind = Literal["ridge", "mlp", "knn"]
-
-RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""On the squared weights, per sample."""
-MLP_PENALTIES = (0.01, 0.1, 1.0)
-MLP_WIDTH, MLP_BATCH, MLP_STEPS = 128, 256, 800
-NEIGHBOURS = (3, 10, 30, 100)
-INNER_FOLDS = 3
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""On the squared weights of standardised features, per sample."""
+FOLDS = 3
+MOST_FEATURES = 4096
+"""Tokens are flattened into so many features at most; larger grids are averaged over their tokens."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Fitted probes, and for each column which of them reads it."""
+    """A fitted linear probe for each column."""
 
+    shape: tuple[int, ...]
+    """Of an embedding, (*tokens, D)."""
     mean: Tensor
-    """(D,), of the embeddings."""
+    """float64 (F,), of the features."""
     std: Tensor
-    """(D,)"""
+    """float64 (F,)"""
     target_mean: Tensor
-    """float64 (columns,)"""
+    """float64 (C,)"""
     target_std: Tensor
-    """float64 (columns,)"""
-    estimators: dict[float, Any]
-    """By penalty or number of neighbours: from standardised embeddings to all standardised columns."""
-    chosen: list[float]
-    """Penalty per sample, or number of neighbours, for each column."""
+    """float64 (C,); 1 for a column that does not vary."""
+    weights: Tensor
+    """float64 (F, C), of standardised features and columns."""
+    penalties: tuple[float, ...]
+    """The penalty chosen for each column."""
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (..., D) -> columns (..., columns), float64."""
-        inputs, shape = pack([(embeddings - self.mean) / self.std], "* d")
-        read = {
-            choice: estimator.predict(inputs.numpy()).reshape(len(inputs), -1)
-            for choice, estimator in self.estimators.items()
-        }
-        columns = np.stack([read[choice][:, column] for column, choice in enumerate(self.chosen)], axis=1)
-        return unpack(torch.from_numpy(columns).double() * self.target_std + self.target_mean, shape, "* c")[0]
+        """Embeddings (..., *tokens, D) -> columns float64 (..., C), on the probe's device."""
+        features = probe_features(embeddings.to(self.mean.device), self.shape).double()
+        return ((features - self.mean) / self.std) @ self.weights * self.target_std + self.target_mean
 
 
-def fit_probe(kind: ProbeKind, embeddings: Tensor, targets: Tensor, groups: np.ndarray, seed: int = 0) -> Probe:
-    """Fit a probe on some groups.
-
-    Args:
-        kind: `ridge` regression, `mlp` (one hidden layer, which all columns share) or `knn`, the mean of the nearest
-            neighbours.
-        embeddings: float (N, D).
-        targets: float (N, columns).
-        groups: int (N,), at least two different ones; samples of one group are held out together.
-        seed: of the MLP's weights and batches.
-    """
-    mean, std = embeddings.mean(dim=0), embeddings.std(dim=0).clamp_min(1e-6)
-    target_mean, target_std = targets.double().mean(dim=0), targets.double().std(dim=0).clamp_min(1e-12)
-    inputs = ((embeddings - mean) / std).numpy()
-    columns = ((targets - target_mean) / target_std).numpy()
-    splits = list(GroupKFold(min(INNER_FOLDS, len(np.unique(groups)))).split(inputs, groups=groups))
-    choices = _choices(kind, min(len(train) for train, _ in splits), seed)
-    with warnings.catch_warnings():
-        # The MLP is stopped after so many steps on purpose, and minds a single column.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.simplefilter("ignore", DataConversionWarning)
-        errors = [
-            np.square(cross_val_predict(estimator, inputs, columns, cv=splits).reshape(columns.shape) - columns).mean(0)
-            for estimator in choices.values()
-        ]  # (choices, columns)
-        chosen = [list(choices)[choice] for choice in np.argmin(errors, axis=0)]
-        estimators = {choice: choices[choice].fit(inputs, columns) for choice in set(chosen)}
-    return Probe(mean, std, target_mean, target_std, estimators, chosen)
+def probe_features(embeddings: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What a probe is shown of embeddings (..., *tokens, D): all tokens, or their mean where these are too many."""
+    if len(shape) == 1:
+        return embeddings
+    tokens = embeddings.flatten(-len(shape), -2)  # (..., N, D)
+    few = tokens.shape[-2] * tokens.shape[-1] <= MOST_FEATURES
+    return tokens.flatten(-2) if few else tokens.mean(dim=-2)
 
 
-def _choices(kind: ProbeKind, samples: int, seed: int) -> dict[float, Any]:
-    """The estimators to choose among, by penalty per sample or number of neighbours; `samples` are fitted at least."""
-    match kind:
-        case "ridge":
-            return {penalty: Ridge(penalty * samples) for penalty in RIDGE_PENALTIES}
-        case "mlp":
-            batch = min(MLP_BATCH, samples)
-            return {
-                penalty: MLPRegressor(
-                    hidden_layer_sizes=(MLP_WIDTH,),
-                    alpha=penalty * batch,
-                    batch_size=batch,
-                    max_iter=math.ceil(MLP_STEPS * batch / samples),
-                    random_state=seed,
-                )
-                for penalty in MLP_PENALTIES
-            }
-        case "knn":
-            enough = [k for k in NEIGHBOURS if k <= samples]
-            return {k: KNeighborsRegressor(k) for k in enough or [samples]}
-
-
-def read_out_of_fold(
-    kind: ProbeKind, embeddings: Tensor, targets: Tensor, groups: np.ndarray, folds: int, seed: int = 0
-) -> tuple[Tensor, list[Probe]]:
-    """Read each group with a probe that was fitted, and whose penalty was chosen, on the groups of the other folds.
+def fit_probe(batches: Iterable[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, ...]) -> Probe:
+    """Fit a probe on some groups, in one pass.
 
     Args:
-        kind: see `fit_probe`; so are the next three.
-        embeddings: float (N, D).
-        targets: float (N, columns).
-        groups: int (N,), at least `folds` different ones.
-        folds: at least 3, so that two groups remain to choose a penalty by.
-        seed: see `fit_probe`.
+        batches: embeddings float (B, *tokens, D), columns float (B, C) and groups int (B,). Samples of one group are
+            held out together; groups that are numbered one after the other spread evenly over the folds.
+        shape: of an embedding, (*tokens, D).
 
-    Returns:
-        float64 (N, columns), and the probe of each fold.
+    Raises:
+        ValueError: there are fewer than two groups.
     """
-    read, probes = torch.empty(targets.shape, dtype=torch.float64), []
-    splits = GroupKFold(folds).split(embeddings, groups=groups)
-    for train, test in tqdm(splits, total=folds, desc=f"{kind} on {embeddings.shape[1]} features", leave=False):
-        probes.append(fit_probe(kind, embeddings[train], targets[train], groups[train], seed))
-        read[test] = probes[-1](embeddings[test])
-    return read, probes
+    origin = torch.empty(0, dtype=torch.float64)
+    moments: dict[int, Tensor] = {}
+    for embeddings, columns, groups in batches:
+        features = probe_features(embeddings, shape).double()
+        rows = torch.cat([torch.ones_like(features[:, :1]), features, columns.to(features)], dim=1)  # (B, 1 + F + C)
+        if not len(origin):  # moments about 0 would cancel where a column is far from it
+            origin = rows.mean(dim=0)
+            origin[0] = 0
+        rows = rows - origin
+        folds = groups.to(rows.device) % FOLDS
+        for fold in folds.unique().tolist():
+            own = rows[folds == fold]
+            moments[fold] = moments.get(fold, 0) + own.mT @ own
+    if len(moments) < 2:
+        raise ValueError("a probe takes at least two groups: of one alone, no penalty can be chosen")
+    total = torch.stack(list(moments.values())).sum(dim=0)
+    inputs = len(origin) - 1 - columns.shape[1]
+    errors = sum(_held_out_errors(total - fold, fold, inputs) for fold in moments.values())
+    chosen = torch.as_tensor(errors).argmin(dim=0)  # (C,)
+    mean, std = _mean_and_std(total)
+    weights = _solve(_standardised(total, mean, std) / total[0, 0], inputs)  # (penalties, F, C)
+    column = torch.arange(len(chosen), device=chosen.device)
+    centre = mean + origin
+    return Probe(
+        shape=tuple(shape),
+        mean=centre[1 : inputs + 1],
+        std=std[1 : inputs + 1],
+        target_mean=centre[inputs + 1 :],
+        target_std=std[inputs + 1 :],
+        weights=weights[chosen, :, column].mT,
+        penalties=tuple(PENALTIES[index] for index in chosen.tolist()),
+    )
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How well what was read off agrees with the truth."""
-
-    r2: np.ndarray
-    """(...): coefficient of determination, 1 - residual / variance; below 0 the mean would have been nearer."""
-    r2_interval: np.ndarray
-    """(..., 2): 95 % confidence interval."""
-    r: np.ndarray
-    """(...): Pearson's correlation, blind to scale and offset; 0 where nothing varies."""
-    r_interval: np.ndarray
-    """(..., 2)"""
+def _mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the ones, features and columns whose products are summed in (1 + F + C, 1 + F + C); std 1 where it is 0."""
+    samples = moments[0, 0]
+    mean = moments[0] / samples
+    squares = moments.diagonal() / samples
+    variance = squares - mean.square()
+    std = torch.where(variance > 1e-12 * squares, variance, 1).sqrt()
+    return torch.cat([torch.zeros_like(mean[:1]), mean[1:]]), torch.cat([torch.ones_like(std[:1]), std[1:]])
 
 
-def measure_agreement(read: Tensor, true: Tensor, bootstrap: Bootstrap) -> Agreement:
-    """R² and Pearson's r over the first dimension, (N, ...) twice; the bootstrap is over the same N."""
-    # Moments alone say both; around the mean of the truth, so that they do not cancel.
-    y, p = (value.double().numpy() - true.double().mean(dim=0).numpy() for value in (true, read))
-    moments = np.stack([np.ones_like(y), y, p, y * y, p * p, y * p], axis=-1)  # (N, ..., 6)
-    r2, r = _r2_and_r(moments.sum(axis=0))
-    resampled_r2, resampled_r = _r2_and_r(bootstrap.sums(moments))
-    return Agreement(r2, interval(resampled_r2), r, interval(resampled_r))
+def _standardised(moments: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The same sums of products, of (rows - mean) / std."""
+    shift = moments[0][:, None] * mean
+    return (moments - shift - shift.mT + moments[0, 0] * mean[:, None] * mean) / (std[:, None] * std)
 
 
-def _r2_and_r(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both from sums over samples of 1, y, p, y², p² and yp, (..., 6) -> (...) twice."""
-    n, y, p, yy, pp, yp = np.moveaxis(sums, -1, 0)
-    variance, predicted_variance, covariance = yy - y * y / n, pp - p * p / n, yp - y * p / n
-    # What differs by rounding alone does not vary.
-    varies = (variance > 1e-12 * yy) & (predicted_variance > 1e-12 * pp)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r = np.where(varies, covariance / np.sqrt(variance * predicted_variance), 0.0)
-        return 1 - (yy - 2 * yp + pp) / variance, r
+def _solve(standardised: Tensor, inputs: int) -> Tensor:
+    """Weights (penalties, F, C) from mean products of standardised features and columns."""
+    features, columns = slice(1, inputs + 1), slice(inputs + 1, None)
+    values, vectors = torch.linalg.eigh(standardised[features, features])
+    rotated = vectors.mT @ standardised[features, columns]
+    return torch.stack([vectors @ (rotated / (values.clamp_min(0)[:, None] + penalty)) for penalty in PENALTIES])
+
+
+def _held_out_errors(train: Tensor, held_out: Tensor, inputs: int) -> Tensor:
+    """Sums of squared errors (penalties, C) on one fold's moments of what is fitted on the others'."""
+    mean, std = _mean_and_std(train)
+    weights = _solve(_standardised(train, mean, std) / train[0, 0], inputs)
+    test = _standardised(held_out, mean, std)
+    features, columns = slice(1, inputs + 1), slice(inputs + 1, None)
+    cross = (weights * test[features, columns]).sum(dim=1)
+    return test.diagonal()[columns] - 2 * cross + (weights * (test[features, features] @ weights)).sum(dim=1)

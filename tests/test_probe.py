@@ -1,154 +1,99 @@
-"""Probes and their agreement with the truth, against cases known beforehand."""
+"""Probes against cases known beforehand, and against scikit-learn."""
 
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
-from jepa.bootstrap import Bootstrap, interval
-from jepa.probe import fit_probe, measure_agreement, read_out_of_fold
+from jepa.probe import FOLDS, MOST_FEATURES, PENALTIES, fit_probe, probe_features
 
-GROUPS = np.repeat(np.arange(10), 40)
+GROUPS = torch.arange(10).repeat_interleave(40)
 
 
 def linear_world(noise=0.0):
-    """400 embeddings whose columns are linear in them, on scales that differ by a thousand."""
+    """400 embeddings whose columns are linear in them, on scales that differ by a thousand, far from 0."""
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(400, 6, generator=generator) * 5 + 2
-    targets = embeddings.double() @ torch.randn(6, 2, generator=generator).double() * torch.tensor([1.0, 1000.0]) + 3
+    targets = embeddings.double() @ torch.randn(6, 2, generator=generator).double() * torch.tensor([1.0, 1000.0]) + 1e7
     return embeddings, targets + noise * torch.randn(400, 2, generator=generator) * targets.std(dim=0)
 
 
+def fit(embeddings, targets, groups=GROUPS, batch=64):
+    parts = (value.split(batch) for value in (embeddings, targets, groups))
+    return fit_probe(zip(*parts, strict=True), tuple(embeddings.shape[1:]))
+
+
 def r2(read, true):
-    return measure_agreement(read, true, Bootstrap(np.arange(len(true)), resamples=2)).r2
+    return 1 - (read - true).square().sum(dim=0) / (true - true.mean(dim=0)).square().sum(dim=0)
 
 
-def test_ridge_reads_what_is_linear_and_keeps_shapes():
+def test_what_is_linear_is_read_and_shapes_are_kept():
     embeddings, targets = linear_world()
-    probe = fit_probe("ridge", embeddings[:300], targets[:300], GROUPS[:300])
-    assert r2(probe(embeddings[300:]), targets[300:]).min() > 0.9999
-    assert torch.equal(probe(embeddings[:12].reshape(3, 4, 6)).flatten(0, 1), probe(embeddings[:12]))
+    probe = fit(embeddings[:320], targets[:320], GROUPS[:320])
+    assert r2(probe(embeddings[320:]), targets[320:]).min() > 0.9999
+    assert torch.allclose(probe(embeddings[:12].reshape(3, 4, 6)).flatten(0, 1), probe(embeddings[:12]), rtol=1e-12)
     assert probe(embeddings[:12]).dtype == torch.float64
-    nonsense = fit_probe("ridge", embeddings[torch.randperm(300)], targets[:300], GROUPS[:300])
-    assert r2(nonsense(embeddings[300:]), targets[300:]).max() < 0.3
+    nonsense = fit(embeddings[torch.randperm(320)], targets[:320], GROUPS[:320])
+    assert r2(nonsense(embeddings[320:]), targets[320:]).max() < 0.3
 
 
-@pytest.mark.parametrize("kind", ["mlp", "knn"])
-def test_mlp_and_neighbours_read_what_is_not_linear(kind):
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.rand(1000, 2, generator=generator) * 4 - 2
-    targets = (embeddings**2).sum(dim=1, keepdim=True)
-    groups = np.arange(1000) // 100
-    read = {
-        name: fit_probe(name, embeddings[:700], targets[:700], groups[:700])(embeddings[700:])
-        for name in ("ridge", kind)
-    }
-    assert r2(read["ridge"], targets[700:]).max() < 0.1
-    assert r2(read[kind], targets[700:]).min() > 0.9
-
-
-def test_the_same_seed_reads_the_same(monkeypatch):
-    monkeypatch.setattr("jepa.probe.MLP_STEPS", 50)
+@pytest.mark.parametrize("batch", [64, 400])
+def test_a_probe_is_the_ridge_of_scikit_learn_at_the_penalty_that_cross_validation_chooses(batch):
     embeddings, targets = linear_world(noise=1.0)
-    embeddings, targets, groups = embeddings[:60], targets[:60], np.arange(60) % 2
-    first, again, other = (fit_probe("mlp", embeddings, targets, groups, seed)(embeddings) for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    targets[:, 1] = torch.randn(400, generator=torch.Generator().manual_seed(1))
+    probe = fit(embeddings, targets, batch=batch)
+    x = ((embeddings - embeddings.mean(0)) / embeddings.std(0, correction=0)).double().numpy()
+    for column, penalty in enumerate(probe.penalties):
+        y = targets[:, column].numpy()
+        errors = {}
+        for candidate in PENALTIES:
+            samples = 400 * (1 - 1 / FOLDS)
+            held_out = cross_val_predict(Ridge(candidate * samples), x, y, cv=PredefinedSplit(GROUPS.numpy() % FOLDS))
+            errors[candidate] = np.square(held_out - y).mean()
+        assert penalty == min(errors, key=errors.get)
+        expected = Ridge(penalty * 400).fit(x, y).predict(x)
+        np.testing.assert_allclose(probe(embeddings)[:, column].numpy(), expected, rtol=1e-5, atol=1e-5 * y.std())
+    assert probe.penalties[1] > probe.penalties[0]  # what cannot be known is held back more
 
 
-@pytest.mark.parametrize("kind", ["ridge", "knn"])
-def test_what_is_asked_beside_a_column_does_not_matter(kind):
+def test_what_is_asked_beside_a_column_does_not_matter():
     embeddings, targets = linear_world(noise=1.0)
-    targets[:, 0] = torch.randn(400, generator=torch.Generator().manual_seed(1))
-    both = fit_probe(kind, embeddings, targets, GROUPS)
-    alone = fit_probe(kind, embeddings, targets[:, 1:], GROUPS)
-    assert both.chosen[0] > both.chosen[1] == alone.chosen[0]  # what cannot be known is held back more
-    assert torch.allclose(both(embeddings)[:, 1:], alone(embeddings), rtol=1e-3)
+    both, alone = fit(embeddings, targets), fit(embeddings, targets[:, 1:])
+    assert both.penalties[1:] == alone.penalties
+    assert torch.allclose(both(embeddings)[:, 1:], alone(embeddings), rtol=1e-9)
 
 
-def recognisable_groups():
+def test_penalties_are_chosen_by_group():
     """Embeddings that say which group they are from, and a target that is nothing but its group's: not to be known."""
     generator = torch.Generator().manual_seed(0)
-    own = torch.randn(10, 8, generator=generator)[GROUPS]
+    own = torch.randn(10, 8, generator=generator)[GROUPS] + 0.1 * torch.randn(400, 8, generator=generator)
     target = torch.randn(10, 1, generator=generator)[GROUPS]
-    return own + 0.1 * torch.randn(400, 8, generator=generator), target
+    mixed = GROUPS[torch.randperm(400, generator=generator)]
+    assert fit(own, target, mixed).penalties[0] < 0.1 < fit(own, target, GROUPS).penalties[0]
 
 
-@pytest.mark.parametrize("kind", ["ridge", "knn"])
-def test_a_group_is_read_only_by_probes_that_never_saw_it(kind):
-    embeddings, target = recognisable_groups()
-    shuffled = np.random.default_rng(0).permutation(GROUPS)
-    assert r2(read_out_of_fold(kind, embeddings, target, shuffled, 5)[0], target)[0] > 0.8  # frames alone leak
-    assert r2(read_out_of_fold(kind, embeddings, target, GROUPS, 5)[0], target)[0] < 0.1
+def test_columns_and_features_that_do_not_vary_do_no_harm():
+    embeddings, targets = linear_world()
+    embeddings[:, 2], targets[:, 1] = 3.7, 0.1
+    probe = fit(embeddings, targets)
+    read = probe(embeddings)
+    assert read.isfinite().all()
+    assert torch.allclose(read[:, 1], torch.full((400,), 0.1, dtype=torch.float64))
 
 
-def test_penalties_are_chosen_by_group_too():
-    embeddings, target = recognisable_groups()
-    of_frames = fit_probe("knn", embeddings, target, np.random.default_rng(0).permutation(GROUPS)).chosen
-    of_groups = fit_probe("knn", embeddings, target, GROUPS).chosen
-    assert of_frames[0] <= 10
-    assert of_groups[0] >= 30
+def test_small_grids_are_read_place_by_place_and_large_ones_on_average():
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(400, 2, 3, 4, generator=generator)
+    probe = fit(embeddings, embeddings[:, 1, 2, :1] - embeddings[:, 0, 0, :1])
+    assert len(probe.mean) == 24
+    assert probe.penalties == PENALTIES[:1]
+    assert r2(probe(embeddings), embeddings[:, 1, 2, :1] - embeddings[:, 0, 0, :1]) > 0.999
+    large = torch.randn(5, 7, MOST_FEATURES // 16, 17, generator=generator)
+    assert torch.equal(probe_features(large, large.shape[2:]), large.mean(dim=2))
 
 
-def test_few_samples_are_enough_for_every_kind(monkeypatch):
-    monkeypatch.setattr("jepa.probe.MLP_STEPS", 20)
-    embeddings, targets = torch.randn(6, 3), torch.randn(6, 1)
-    for kind in ("ridge", "mlp", "knn"):
-        assert fit_probe(kind, embeddings, targets, np.repeat([0, 1], 3))(embeddings).isfinite().all()
-
-
-def test_nearest_neighbours_of_two_samples_are_both():
-    embeddings, targets = torch.randn(4, 3), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-    probe = fit_probe("knn", embeddings, targets, np.repeat([0, 1], 2))
-    assert probe.chosen == [2]
-
-
-def test_agreement_is_that_of_the_textbook():
-    generator = np.random.default_rng(0)
-    true = generator.normal(size=(200, 3, 2)) + 1000
-    read = 0.5 * (true - 1000) + generator.normal(size=true.shape) + 999.5
-    agreement = measure_agreement(torch.from_numpy(read), torch.from_numpy(true), Bootstrap(np.arange(200)))
-    assert agreement.r2.shape == agreement.r.shape == (3, 2)
-    assert agreement.r2_interval.shape == agreement.r_interval.shape == (3, 2, 2)
-    for place in np.ndindex(3, 2):
-        y, p = (value[(slice(None), *place)] for value in (true, read))
-        assert agreement.r2[place] == pytest.approx(1 - ((y - p) ** 2).sum() / ((y - y.mean()) ** 2).sum())
-        assert agreement.r[place] == pytest.approx(np.corrcoef(y, p)[0, 1])
-        for score in ("r2", "r"):
-            low, high = getattr(agreement, f"{score}_interval")[place]
-            assert low < getattr(agreement, score)[place] < high
-
-
-def test_what_does_not_vary_does_not_agree():
-    true = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
-    agreement = measure_agreement(torch.full((50, 1), 0.1), true, Bootstrap(np.arange(50), 100))
-    assert agreement.r == 0
-    assert agreement.r_interval.tolist() == [[0, 0]]
-    assert agreement.r2 < 0
-
-
-def test_resamples_draw_whole_groups():
-    """A group of two ones, and four groups of three twos."""
-    groups = np.array([7, 7, *np.repeat([1, 4, 3, 0], 3)])
-    bootstrap = Bootstrap(groups, resamples=50)
-    values = np.where(groups == 7, 1.0, 2.0)[:, None] * np.array([1, 10])
-    expected = {(2 * ones + 6 * (5 - ones), 2 * ones + 3 * (5 - ones)) for ones in range(6)}
-    found = set(zip(bootstrap.sums(values)[:, 0], bootstrap.sums(np.ones(len(groups))), strict=True))
-    assert len(found) > 2
-    assert found <= expected
-    assert np.allclose(bootstrap.means(values)[:, 1], 10 * bootstrap.means(values)[:, 0])
-    assert {tuple(row) for row in bootstrap.means(values)} <= {(total / n, 10 * total / n) for total, n in expected}
-
-
-def test_of_few_groups_no_interval_is_claimed():
-    values = np.random.default_rng(0).normal(size=40)
-    few, enough = (Bootstrap(np.arange(40) * count // 40, resamples=50) for count in (4, 5))
-    assert interval(few.means(values)).tolist() == pytest.approx([values.mean()] * 2)
-    assert few.describe("videos") == "too few videos (4) for an interval"
-    records = {"a": [{"mse": 1.0, "mse_interval": [0.5, 2.0], "places": {"mse_interval": [[1, 2]]}}], "b": "text"}
-    assert few.claim(records) == {
-        "a": [{"mse": 1.0, "mse_interval": None, "places": {"mse_interval": None}}],
-        "b": "text",
-    }
-    assert np.ptp(interval(enough.means(values))) > 0
-    assert enough.describe("videos") == "95 %, bootstrap over 5 videos"
-    assert enough.claim(records) == records
+def test_one_group_is_too_few():
+    with pytest.raises(ValueError, match="at least two groups"):
+        fit(torch.randn(6, 3), torch.randn(6, 1), torch.zeros(6, dtype=torch.long))
+    assert fit(torch.randn(6, 3), torch.randn(6, 1), torch.arange(6) // 3)(torch.randn(2, 3)).isfinite().all()

@@ -1,0 +1,236 @@
+"""The numbers that judge a forecast, each against a case known beforehand."""
+
+import numpy as np
+import pytest
+import torch
+
+from jepa.metrics import (
+    Bootstrap,
+    GroupSums,
+    Spread,
+    best_of,
+    change_cosine,
+    coverage,
+    divide,
+    energy_score,
+    nearest_rows,
+    r2_and_r,
+    reading_moments,
+    retrieved,
+    squared_error,
+    useful_steps,
+)
+
+
+def sums_of(values, groups):
+    """`GroupSums` of values (N, ...), added in two parts."""
+    sums = GroupSums(int(groups.max()) + 1, values.shape[1:])
+    for part in (slice(None, 7), slice(7, None)):
+        sums.add(torch.as_tensor(values)[part], groups[part])
+    return sums
+
+
+def test_resamples_draw_whole_groups():
+    """A group of two ones, and four groups of three twos."""
+    groups = np.array([0, 0, *np.repeat([1, 2, 3, 4], 3)])
+    values = np.where(groups == 0, 1.0, 2.0)[:, None] * np.array([1, 10])
+    sums, bootstrap = sums_of(values, groups), Bootstrap(5, resamples=100)
+    expected = {((2 * n + 6 * (5 - n)) / (2 * n + 3 * (5 - n))) for n in range(6)}
+    means = bootstrap.means(sums)
+    assert len(set(means[:, 0])) > 2
+    assert {round(mean, 9) for mean in means[:, 0]} <= {round(mean, 9) for mean in expected}
+    np.testing.assert_allclose(means[:, 1], 10 * means[:, 0])
+    np.testing.assert_allclose(sums.mean, values.mean(axis=0))
+    assert not np.array_equal(means, Bootstrap(5, resamples=100, seed=1).means(sums))
+
+
+def test_intervals_are_as_wide_as_the_groups_differ():
+    generator = np.random.default_rng(0)
+    level = generator.normal(size=400)
+    values, groups = level[:, None].repeat(10, axis=1).reshape(-1, 1), np.arange(400).repeat(10)
+    bootstrap = Bootstrap(400)
+    low, high = bootstrap.interval(bootstrap.means(sums_of(values, groups)))[0]
+    assert (high - low) / 2 == pytest.approx(1.96 * level.std() / 20, rel=0.1)  # not of 4,000 independent windows
+    assert (high + low) / 2 == pytest.approx(level.mean(), abs=0.01)
+
+
+def test_of_few_groups_no_interval_is_claimed():
+    values = np.random.default_rng(0).normal(size=(40, 2))
+    few, enough = Bootstrap(4, resamples=50), Bootstrap(5, resamples=50)
+    assert np.isnan(few.interval(few.means(sums_of(values, np.arange(40) % 4)))).all()
+    assert few.describe("videos") == "too few videos (4) for an interval"
+    assert (np.diff(enough.interval(enough.means(sums_of(values, np.arange(40) % 5)))) > 0).all()
+    assert enough.describe("videos") == "95 %, bootstrap over 5 videos"
+
+
+def test_a_resample_without_a_window_and_a_quotient_without_a_denominator_are_left_out():
+    sums, bootstrap = GroupSums(5, (1,)), Bootstrap(5)
+    sums.add(torch.ones(3, 1), np.array([0, 0, 0]))  # in a third of the resamples, there is nothing
+    assert np.isnan(bootstrap.means(sums)).any()
+    assert bootstrap.interval(bootstrap.means(sums)).tolist() == [[1, 1]]
+    assert np.isnan(GroupSums(5, (1,)).mean).all()
+    assert np.isnan(bootstrap.interval(np.full((9, 2), np.nan))).all()
+    assert divide(np.array([1.0, 0.0, 3.0]), np.array([0.0, 0.0, 2.0])).tolist() == pytest.approx(
+        [np.nan, np.nan, 1.5], nan_ok=True
+    )
+
+
+def read_off(read, true, groups):
+    """R2, r and the intervals of both, of (N, ...) twice."""
+    sums, bootstrap = sums_of(reading_moments(read, true), groups), Bootstrap(int(groups.max()) + 1)
+    point, resampled = r2_and_r(sums.sums.sum(axis=0)), r2_and_r(bootstrap.sums(sums.sums))
+    return [*point, *map(bootstrap.interval, resampled)]
+
+
+def test_r2_and_r_are_those_of_the_textbook():
+    generator = np.random.default_rng(0)
+    true = generator.normal(size=(200, 3, 2)) + 10
+    read = 0.5 * (true - 10) + generator.normal(size=true.shape) + 9.5
+    r2, r, r2_interval, r_interval = read_off(torch.from_numpy(read), torch.from_numpy(true), np.arange(200))
+    assert r2_interval.shape == r_interval.shape == (3, 2, 2)
+    for place in np.ndindex(3, 2):
+        y, p = (value[(slice(None), *place)] for value in (true, read))
+        assert r2[place] == pytest.approx(1 - ((y - p) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+        assert r[place] == pytest.approx(np.corrcoef(y, p)[0, 1])
+        assert r2_interval[place][0] < r2[place] < r2_interval[place][1]
+        assert r_interval[place][0] < r[place] < r_interval[place][1]
+
+
+def test_six_videos_and_a_pedal_that_is_used_in_one():
+    """Resamples without that video hold a constant: its variance is rounding, and R2 would be -1e14."""
+    generator = torch.Generator().manual_seed(0)
+    groups = np.arange(6).repeat(100)
+    pedal = torch.where(torch.from_numpy(groups == 2), torch.rand(600, generator=generator), 0.1)[:, None]
+    read = pedal + 0.05 * torch.randn(600, 1, generator=generator)
+    r2, _, (interval,), _ = read_off(read - 0.234, pedal - 0.234, groups)
+    assert 0.5 < interval[0] < r2 < interval[1] < 1
+
+
+def test_what_does_not_vary_has_no_r2():
+    varied = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    still, groups = torch.full((50, 1), 0.1), np.arange(50)
+    r2, r, _, r_interval = read_off(still, varied, groups)
+    assert r2 < 0
+    assert np.isnan(r)
+    assert np.isnan(r_interval).all()
+    r2, r, r2_interval, _ = read_off(varied, still, groups)
+    assert np.isnan(np.concatenate([r2, r, *r2_interval])).all()
+
+
+def test_errors_are_means_over_tokens_and_features():
+    forecast, came = torch.randn(4, 3, 5, 2), torch.randn(4, 3, 5, 2)
+    expected = (forecast - came).square().reshape(4, 3, 10).mean(-1)
+    assert torch.allclose(squared_error(forecast, came), expected)
+    assert torch.allclose(squared_error(forecast[:, :, 0], came[:, :, 0]), (forecast - came)[:, :, 0].square().mean(-1))
+
+
+@pytest.mark.parametrize("tokens", [(), (3,)])
+def test_the_cosine_is_of_the_directions_of_the_changes(tokens):
+    torch.manual_seed(0)
+    last, change = torch.randn(50, *tokens, 6), torch.randn(50, 4, *tokens, 6)
+    came = last[:, None] + change
+    for forecast, expected in ((0.1 * change, 1.0), (3 * change, 1.0), (-2 * change, -1.0), (0 * change, 0.0)):
+        found = change_cosine(last[:, None] + forecast, came, last)
+        assert torch.allclose(found, torch.full((50, 4), expected), atol=1e-4)
+    unrelated = change_cosine(last[:, None] + torch.randn_like(change), came, last)
+    assert float(unrelated.mean()) == pytest.approx(0, abs=0.1)
+
+
+def test_the_useful_horizon_ends_where_the_mean_is_as_good():
+    def steps(*relative, half_width=0.01):
+        relative = np.array(relative)
+        return useful_steps(relative, np.stack([relative - half_width, relative + half_width], axis=1))
+
+    assert steps(0.1, 0.5, 0.9, 1.1, 1.2) == 3
+    assert steps(0.1, 1.1, 0.1) == 1  # counted without interruption
+    assert steps(0.1, 0.2) == 2
+    assert steps(1.0, 0.1) == 0
+    assert steps(0.1, 0.9, 1.1, half_width=0.2) == 1  # of what is certain
+    assert steps(0.1, 0.9, 1.1, half_width=np.nan) == 2  # no interval: the numbers themselves
+    assert steps(0.1, np.nan, 0.1) == 1
+
+
+def test_retrieval_finds_the_frame_that_came():
+    bank = torch.eye(5)
+    assert nearest_rows(bank[:3] * 0.6, bank).tolist() == [0, 1, 2]
+    assert retrieved(bank[:3] * 0.6, bank[[0, 1, 4]], bank).tolist() == [True, True, False]
+
+
+def test_an_identical_frame_on_another_clock_is_a_hit():
+    generator = torch.Generator().manual_seed(0)
+    frames = 5 + torch.randn(300, 64, generator=generator)
+    twice = torch.cat([frames, frames.flip(0)])
+    forecast = frames + 0.3 * torch.randn(300, 64, generator=generator)
+    assert retrieved(forecast, frames, twice).all()
+    assert retrieved(frames, frames, twice).all()
+    assert not retrieved(forecast, frames.roll(1, dims=0), twice).any()
+
+
+def test_timid_predictions_lose_spread():
+    generator = torch.Generator().manual_seed(0)
+    future = torch.randn(300, 2, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 3
+    timid = future * torch.tensor([1.0, 0.1])[:, None]
+    found = {}
+    for name, value in {"true": future, "timid": timid, "line": future[:, :, :1].expand(-1, -1, 6)}.items():
+        spread = Spread()
+        for part in value.split(128):
+            spread.add(part)
+        found[name] = spread.measure()
+    for step in range(2):
+        values = future[:, step]
+        singular = np.linalg.svd((values - values.mean(0)).double().numpy(), compute_uv=False)
+        share = singular / singular.sum()
+        assert found["true"][0][step] == pytest.approx(float(values.var(dim=0).mean().sqrt()))
+        assert found["true"][1][step] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+    assert found["timid"][0] == pytest.approx(found["true"][0] * [1, 0.1])
+    assert found["timid"][1] == pytest.approx(found["true"][1])
+    assert found["line"][1] == pytest.approx([1, 1], abs=1e-3)
+    for values in (torch.full((9, 1, 4), 0.1), torch.randn(1, 1, 4)):  # nothing varies, or it is one alone
+        spread = Spread()
+        spread.add(values)
+        assert [value.tolist() for value in spread.measure()] == [[0], [1]]
+
+
+def test_the_energy_score_is_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    for n in (2, 3, 6, 7):
+        samples, future = torch.randn(n, 4, 5, generator=generator), torch.randn(4, 5, generator=generator)
+        for window in range(4):
+            points, came = samples[:, window].double().numpy(), future[window].double().numpy()
+            near = np.mean([np.sqrt(np.mean((x - came) ** 2)) for x in points])
+            pairs = [
+                np.sqrt(np.mean((x - y) ** 2)) for i, x in enumerate(points) for j, y in enumerate(points) if i != j
+            ]
+            assert energy_score(samples, future)[window].item() == pytest.approx(near - np.mean(pairs) / 2, abs=1e-5)
+    with pytest.raises(ValueError, match="at least 2"):
+        energy_score(samples[:1], future)
+
+
+def test_honest_samples_have_the_best_energy_score():
+    generator = torch.Generator().manual_seed(0)
+    future = torch.randn(2000, 3, generator=generator)
+    samples = torch.randn(8, 2000, 3, generator=generator)
+    scores = {spread: energy_score(spread * samples, future).mean().item() for spread in (0.3, 0.7, 1.0, 1.4, 2.0)}
+    assert min(scores, key=lambda spread: scores[spread]) == 1.0
+    assert energy_score(samples + 0.5, future).mean() > scores[1.0]
+
+
+def test_the_energy_score_has_a_gradient_where_all_samples_are_one():
+    samples = torch.zeros(2, 4, 3, requires_grad=True)
+    energy_score(samples, torch.ones(4, 3)).sum().backward()
+    assert samples.grad.isfinite().all()
+    assert (samples.grad < 0).all()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_honest_samples_cover_as_often_as_they_say(share):
+    generator = torch.Generator().manual_seed(0)
+    future, samples = torch.randn(20000, 3, generator=generator), torch.randn(25, 20000, 3, generator=generator)
+    assert coverage(samples, future, share).mean().item() == pytest.approx(share, abs=0.01)
+    assert coverage(0.5 * samples, future, share).mean() < share - 0.1
+    assert coverage(2 * samples, future, share).mean() > share + 0.05
+
+
+def test_best_of_is_the_nearest():
+    samples = torch.tensor([[[3.0, 3.0]], [[1.0, 2.0]]])
+    assert best_of(samples, torch.tensor([[1.0, 1.0]])).tolist() == [0.5]
