@@ -1,1 +1,1 @@
-"""The world in: videos, frames, views and the embedding cache. Arrays and tensors out; knows nothing of models."""
+"""The world in: videos, clips, views and the cache of embeddings. Arrays and tensors out; knows nothing of models."""

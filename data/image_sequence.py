@@ -8,7 +8,6 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -23,16 +22,21 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".
 FEWEST_IMAGES = 2
 
 
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image."""
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
+
+
 def is_image_sequence(path: Path) -> bool:
     """Whether a path is a folder or a zip (or a folder inside a zip), and so not a video file."""
     return path.is_dir() or split_zip(path) is not None
 
 
-def split_zip(path: Path) -> tuple[Path, str] | None:
+def split_zip(path: Path) -> tuple[Path, PurePosixPath] | None:
     """(zip file, folder inside) of a path such as `frames.zip/clip_1`; None if there is no zip file in it."""
     for parent in (path, *path.parents):
         if parent.suffix.lower() == ".zip" and parent.is_file():
-            return parent, path.relative_to(parent).as_posix()
+            return parent, PurePosixPath(path.relative_to(parent))
     return None
 
 
@@ -42,7 +46,8 @@ def find_zipped_sequences(path: Path) -> list[Path]:
     Raises:
         VideoError: it is no zip file.
     """
-    counts = Counter(PurePosixPath(name).parent for name in zipped_images(path))
+    with _open_zip(path) as archive:
+        counts = Counter(PurePosixPath(name).parent for name in archive.namelist() if is_image(name))
     return sorted(path / folder for folder, images in counts.items() if images >= FEWEST_IMAGES)
 
 
@@ -56,10 +61,10 @@ def sequence_status(path: Path) -> tuple[int, int]:
     if split is not None:
         status = split[0].stat()
         return status.st_size, status.st_mtime_ns
-    statuses = [path.stat()]
     with os.scandir(path) as entries:
-        statuses += [entry.stat() for entry in entries if is_image(entry.name)]
-    return sum(status.st_size for status in statuses[1:]), max(status.st_mtime_ns for status in statuses)
+        statuses = [entry.stat() for entry in entries if is_image(entry.name)]
+    modified_ns = max(status.st_mtime_ns for status in (path.stat(), *statuses))
+    return sum(status.st_size for status in statuses), modified_ns
 
 
 class ImageSequenceDecoder(Decoder):
@@ -72,13 +77,12 @@ class ImageSequenceDecoder(Decoder):
     def __init__(self, path: Path, fps: float, damage: Damage | None) -> None:
         super().__init__(path, damage)
         split = split_zip(path)
-        self.archive = None
-        if split is None:
+        self.archive = None if split is None else _open_zip(split[0])
+        if self.archive is None or split is None:
             names = [name for name in os.listdir(path) if is_image(name)]
         else:
-            folder = PurePosixPath(split[1])
-            names = [name for name in zipped_images(split[0]) if PurePosixPath(name).parent == folder]
-            self.archive = zipfile.ZipFile(split[0])
+            images = [name for name in self.archive.namelist() if is_image(name)]
+            names = [name for name in images if PurePosixPath(name).parent == split[1]]
         if len(names) < FEWEST_IMAGES:
             raise VideoError(f"{path}: not a readable video, but a folder with {len(names)} images in it")
         self.names, self.times_s = _in_order(names, fps)
@@ -90,11 +94,9 @@ class ImageSequenceDecoder(Decoder):
 
     @cached_property
     def keyframes_s(self) -> tuple[float, ...]:
-        """Every image's time."""
         return tuple(self.times_s.tolist())
 
     def close(self) -> None:
-        """Let go of the zip file."""
         if self.archive is not None:
             self.archive.close()
 
@@ -105,7 +107,7 @@ class ImageSequenceDecoder(Decoder):
             try:
                 content = BytesIO(self.archive.read(name)) if self.archive else self.path / name
                 with Image.open(content) as image:
-                    pixels = to_rgb(ImageOps.exif_transpose(image))
+                    pixels = _to_rgb(ImageOps.exif_transpose(image))
             except Exception as error:  # damaged bytes make Pillow, zlib and zipfile raise errors of many kinds
                 self.note(f"image {name} cannot be decoded ({error})")
                 continue
@@ -113,15 +115,13 @@ class ImageSequenceDecoder(Decoder):
         raise StopIteration
 
     def skip_to(self, time_s: float) -> bool:
-        """Go on with the last image at or before a time."""
         target = int(np.searchsorted(self.times_s, time_s, side="right")) - 1
-        if target <= self.position:
-            return False
-        self.position = target
-        return True
+        is_ahead = target > self.position
+        self.position = max(target, self.position)
+        return is_ahead
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image) -> np.ndarray:
     """Pixels (height, width, 3), uint8."""
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of kind {image.mode}, whose range is not known")
@@ -130,26 +130,18 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
-
-
-def zipped_images(path: Path) -> Iterator[str]:
-    """Names of all images inside a zip file. Raises VideoError if it is none."""
+def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield from (name for name in archive.namelist() if is_image(name))
+        return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise VideoError(f"{path}: not a readable zip file ({error})") from error
 
 
 def _in_order(names: list[str], fps: float) -> tuple[list[str], np.ndarray]:
     """Names in the order of their numbers, and their times, float64 (T,), in seconds from the first."""
-    numbers = [re.search(r"(\d+)$", PurePosixPath(name).stem) for name in names]
-    if not all(numbers) or len({int(number[1]) for number in numbers if number}) < len(names):
+    numbers = {int(match[1]): name for name in names if (match := re.search(r"(\d+)$", PurePosixPath(name).stem))}
+    if len(numbers) < len(names):  # some have none, or two the same
         return sorted(names), np.arange(len(names)) / fps
-    numbered = sorted((int(number[1]), name) for number, name in zip(numbers, names, strict=True) if number)
-    order = np.array([number for number, _ in numbered])
+    order = np.array(sorted(numbers))
     step = Counter(np.diff(order).tolist()).most_common(1)[0][0]
-    return [name for _, name in numbered], (order - order[0]) / step / fps
+    return [numbers[number] for number in sorted(numbers)], (order - order[0]) / step / fps

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
-from data.image_sequence import FEWEST_IMAGES, IMAGE_SUFFIXES, find_zipped_sequences, is_image_sequence, sequence_status
-from data.map_ahead import map_ahead
-from data.video import IMAGE_FPS, VIDEO_SUFFIXES, VideoInfo, count_frames, probe_video
+from data.image_sequence import FEWEST_IMAGES, find_zipped_sequences, is_image, is_image_sequence, sequence_status
+from data.parallel import map_ahead
+from data.video import IMAGE_FPS, VideoInfo, probe_video
 
+VIDEO_NAMES = "mp4 mov m4v 3gp mkv webm avi wmv flv ogv gif mjpeg mpg mpeg ts mts m2ts h264 hevc"
+VIDEO_SUFFIXES = frozenset(f".{name}" for name in VIDEO_NAMES.split())
 MANIFEST_SUFFIX = ".jsonl"
 FORMAT = {"format": "video-jepa manifest", "version": 1}
 EXAMPLES = 10
@@ -31,7 +33,7 @@ class FileState(NamedTuple):
     """Which bytes: if any of this has changed, the file is another one."""
 
     path: str
-    """Absolute."""
+    """Absolute path."""
     size_bytes: int
     modified_ns: int
 
@@ -47,19 +49,6 @@ class Record:
     """Why."""
 
 
-@dataclass(frozen=True)
-class VideoList:
-    """The videos of a run, and those that cannot be used."""
-
-    videos: list[VideoInfo]
-    refused: dict[Path, str] = field(default_factory=dict)
-    """Why each of the other files was refused, by path."""
-
-    def account(self) -> "Account":
-        """An account of a run that has read none of them yet."""
-        return Account(refused={str(path): reason for path, reason in self.refused.items()})
-
-
 @dataclass
 class Account:
     """What a run read and what it could not, by path: said at its end, and left in its folder."""
@@ -72,11 +61,11 @@ class Account:
     """What was wrong inside a file that was read."""
 
     def add(self, path: Path, seconds: float, damage: Damage) -> None:
-        """A video, or a part of one, was read."""
+        """Add a video that was read, or a part of one."""
         self.merge([Account({str(path): seconds}, damaged={str(path): damage} if damage else {})])
 
     def refuse(self, path: Path, reason: str) -> None:
-        """A file could not be read."""
+        """Add a file that could not be read."""
         self.refused[str(path)] = reason
 
     def merge(self, others: "Iterable[Account]") -> None:
@@ -103,6 +92,19 @@ class Account:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class VideoList:
+    """The videos of a run, and those that cannot be used."""
+
+    videos: list[VideoInfo]
+    refused: dict[Path, str] = field(default_factory=dict)
+    """Why each of the other files was refused, by path."""
+
+    def account(self) -> Account:
+        """An account of a run that has read none of them yet."""
+        return Account(refused={str(path): reason for path, reason in self.refused.items()})
+
+
 def find_videos(paths: Sequence[Path]) -> list[Path]:
     """All videos under `paths`: files as they are named, folders searched recursively; sorted, without doubles.
 
@@ -111,18 +113,18 @@ def find_videos(paths: Sequence[Path]) -> list[Path]:
     Raises:
         VideoError: a path does not exist, cannot be read, or is a folder without videos.
     """
-    found: dict[Path, Path] = {}
+    by_target: dict[Path, Path] = {}
     for path in paths:
         if not is_there(path):
             raise VideoError(f"{path}: no such file or folder")
         files = _videos_inside(path) if path.is_dir() else [path]
-        inside = [one for file in files for one in _sequences_in(file)]
-        if not inside and path.is_dir():
-            looked_for = ", ".join(sorted(VIDEO_SUFFIXES))
-            raise VideoError(f"{path}: no videos in this folder (looked for {looked_for}, and folders of images)")
-        for one in inside or [path]:
-            found.setdefault(one.resolve(), one)
-    return sorted(found.values())
+        videos = [video for file in files for video in _sequences_in(file)]
+        if not videos and path.is_dir():
+            suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
+            raise VideoError(f"{path}: no videos in this folder (looked for {suffixes}, and folders of images)")
+        for video in videos or [path]:
+            by_target.setdefault(video.resolve(), video)
+    return sorted(by_target.values())
 
 
 def _sequences_in(file: Path) -> list[Path]:
@@ -136,17 +138,16 @@ def _sequences_in(file: Path) -> list[Path]:
 
 
 def _videos_inside(folder: Path) -> Iterator[Path]:
-    seen: set[str] = set()
+    visited: set[str] = set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(where) in seen:  # links may lead in circles
+        if os.path.realpath(where) in visited:  # links may lead in circles
             folders.clear()
             continue
-        seen.add(os.path.realpath(where))
+        visited.add(os.path.realpath(where))
         folders.sort()
-        suffixes = [os.path.splitext(name)[1].lower() for name in names]
-        videos = [name for name, suffix in zip(names, suffixes, strict=True) if suffix in VIDEO_SUFFIXES | {".zip"}]
+        videos = [name for name in names if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES | {".zip"}]
         yield from (Path(where, name) for name in sorted(videos) if Path(where, name).is_file())
-        if not videos and sum(suffix in IMAGE_SUFFIXES for suffix in suffixes) >= FEWEST_IMAGES:
+        if not videos and sum(map(is_image, names)) >= FEWEST_IMAGES:
             yield Path(where)
 
 
@@ -179,7 +180,7 @@ def read_manifest(path: Path) -> list[Record]:
     except (OSError, ValueError) as error:
         raise VideoError(f"{path}: not a readable manifest ({error})") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT["format"]:
-        raise VideoError(f"{path}: not a manifest of videos: make one with pipelines/index_videos.py")
+        raise VideoError(f"{path}: not a manifest of videos")
     version = header.get("version")
     if version != FORMAT["version"]:
         raise VideoError(f"{path}: a manifest of version {version}, not {FORMAT['version']}: delete it and index again")
@@ -196,14 +197,19 @@ def read_manifest(path: Path) -> list[Record]:
 
 
 def index_videos(
-    paths: Sequence[Path], manifest: Path | None, count: bool, image_fps: float = IMAGE_FPS, progress: bool = True
+    paths: Sequence[Path],
+    manifest: Path | None,
+    *,
+    look: Callable[[Path, float], VideoInfo] = probe_video,
+    image_fps: float = IMAGE_FPS,
+    progress: bool = True,
 ) -> tuple[list[Record], list[str]]:
     """Look at all videos under `paths` that the manifest does not know as they are, and bring it up to date.
 
     Args:
         paths: files, folders, and other manifests.
         manifest: made if missing; what it knows of unchanged files is kept. None: nothing is known or written.
-        count: decode all of each video; otherwise its header and one frame.
+        look: `probe_video`, or `count_frames` to decode all of each video.
         image_fps: rate of image sequences.
         progress: show a progress bar.
 
@@ -214,57 +220,49 @@ def index_videos(
         VideoError: a path is missing or holds no video, or the manifest cannot be read, or is being written.
     """
     given = [record for path in paths if path.suffix == MANIFEST_SUFFIX for record in read_manifest(path)]
-    searched = [path for path in paths if path.suffix != MANIFEST_SUFFIX]
-    files = find_videos(searched) if searched else []
-    records = {record.state.path: record if _is_unchanged(record) else _changed(record) for record in given}
+    folders = [path for path in paths if path.suffix != MANIFEST_SUFFIX]
+    files = find_videos(folders) if folders else []
+    records = {record.state.path: _as_it_lies(record) for record in given}
     known = {record.state: record for record in given}
 
-    def look(path: Path) -> Record:
+    def record_of(path: Path) -> Record:
         try:
             state = file_state(path)
         except OSError as error:
             return Record(FileState(str(path.resolve()), 0, 0), None, f"{path}: {error.strerror}")
-        path = Path(state.path)
-        if state in known and _knows_enough(known[state], count, image_fps):
-            return known[state]
+        record = known.get(state)
+        if record is not None and _knows_enough(record, look is not probe_video, image_fps):
+            return record
         try:
-            return Record(state, count_frames(path, image_fps) if count else probe_video(path, image_fps))
+            return Record(state, look(Path(state.path), image_fps))
         except (VideoError, OSError) as error:
             return Record(state, None, str(error))
 
-    def look_at_all(write: Callable[[str], object]) -> None:
-        doing = "indexing videos" if count else "checking videos"
-        bar = tqdm(total=len(files), unit="video", desc=doing, leave=False, disable=not progress)
-        for record in map_ahead(look, files):
+    with _open_manifest(manifest) as (recorded, append):
+        known |= {record.state: record for record in recorded}
+        bar = tqdm(total=len(files), unit="video", desc="looking at videos", leave=False, disable=not progress)
+        for record in map_ahead(record_of, files):
             if known.get(record.state) is not record:
-                write(_line(record))
+                append(_line(record))
             records[record.state.path] = record
             bar.update()
         bar.close()
-
-    if manifest is None:
-        look_at_all(lambda line: None)
-    else:
-        manifest.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(manifest):
-            known |= {record.state: record for record in read_manifest(manifest)} if manifest.exists() else {}
-            _replace(manifest, known.values())  # without a line that was cut off
-            with manifest.open("a", buffering=1) as file:
-                look_at_all(file.write)
+        if manifest is not None:
             _replace(manifest, records.values())
-    ordered = [records[path] for path in sorted(records)]
-    return ordered, sorted({record.state.path for record in known.values()} - records.keys())
+    vanished = {record.state.path for record in known.values()} - records.keys()
+    return [records[path] for path in sorted(records)], sorted(vanished)
 
 
 def check_videos(
     paths: Sequence[Path],
+    *,
     fps: float,
     manifest: Path | None = None,
     image_fps: float = IMAGE_FPS,
     strict: bool = False,
     progress: bool = True,
 ) -> VideoList:
-    """The videos under `paths` that a stage can use: those that decode and are not slower than the clock.
+    """The videos under `paths` that can be used: those that decode and are not slower than the clock.
 
     Args:
         paths: files, folders and manifests.
@@ -277,18 +275,17 @@ def check_videos(
     Raises:
         VideoError: nothing is there, or nothing of it can be used; with `strict`, any file cannot be used.
     """
-    records, _ = index_videos(paths, manifest, count=False, image_fps=image_fps, progress=progress)
+    records, _ = index_videos(paths, manifest, image_fps=image_fps, progress=progress)
     videos, refused = [], {}
     for record in records:
-        path, reason = Path(record.state.path), record.refused
+        if record.video is None:
+            refused[Path(record.state.path)] = record.refused
         # Average rates are rounded in headers, hence the margin.
-        if record.video is not None and 0 < record.video.average_fps < 0.95 * fps:
-            rate = record.video.average_fps
-            reason = f"{path}: its {rate:.4g} fps are fewer than the clock's {fps:g}: lower --fps"
-        if record.video is not None and not reason:
-            videos.append(record.video)
+        elif 0 < record.video.average_fps < 0.95 * fps:
+            path, rate = record.video.path, record.video.average_fps
+            refused[path] = f"{path}: its {rate:.4g} fps are fewer than the clock's {fps:g}: lower the clock's rate"
         else:
-            refused[path] = reason
+            videos.append(record.video)
     if refused and (strict or not videos):
         more = f" (and {len(refused) - 1} more files cannot be used)" if len(refused) > 1 else ""
         raise VideoError(next(iter(refused.values())) + more)
@@ -296,35 +293,40 @@ def check_videos(
 
 
 @contextmanager
-def _locked(manifest: Path) -> Iterator[None]:
-    """Hold the manifest until done, or until the process dies, however it dies."""
-    with manifest.with_name(f".{manifest.name}.lock").open("w") as lock:
+def _open_manifest(manifest: Path | None) -> Iterator[tuple[list[Record], Callable[[str], object]]]:
+    """Its records and how to append a line, held until done, or until the process dies, however it dies."""
+    if manifest is None:
+        yield [], str
+        return
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    with manifest.with_name(f".{manifest.name}.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise VideoError(f"{manifest} is being written by another process: wait for it, or stop it") from error
-        yield
+        records = read_manifest(manifest) if manifest.exists() else []
+        _replace(manifest, records)  # without a line that was cut off
+        with manifest.open("a", buffering=1) as file:
+            yield records, file.write
 
 
-def _knows_enough(record: Record, count: bool, image_fps: float) -> bool:
+def _knows_enough(record: Record, must_be_counted: bool, image_fps: float) -> bool:
     if record.video is None:
         return True
     if record.video.codec == "images" and record.video.average_fps != image_fps:
         return False
-    return record.video.frames is not None or not count
+    return record.video.frames is not None or not must_be_counted
 
 
-def _is_unchanged(record: Record) -> bool:
+def _as_it_lies(record: Record) -> Record:
+    """A record of another manifest, refused if the file is not what it was."""
+    path = Path(record.state.path)
     try:
-        return file_state(Path(record.state.path)) == record.state
+        if file_state(path) == record.state:
+            return record
     except OSError:
-        return False
-
-
-def _changed(record: Record) -> Record:
-    path = record.state.path
-    there = is_there(Path(path))
-    reason = "has changed since it was indexed: run index_videos again" if there else "is gone since it was indexed"
+        pass
+    reason = "has changed since it was indexed: index it again" if is_there(path) else "is gone since it was indexed"
     return Record(record.state, None, f"{path}: {reason}")
 
 
@@ -337,8 +339,8 @@ def _replace(manifest: Path, records: Iterable[Record]) -> None:
 
 
 def _line(record: Record) -> str:
-    known = asdict(record.video) if record.video else {"refused": record.refused}
-    return json.dumps({**known, **record.state._asdict()}) + "\n"
+    facts = asdict(record.video) if record.video else {"refused": record.refused}
+    return json.dumps({**facts, **record.state._asdict()}) + "\n"
 
 
 def _from_json(fields: dict[str, Any]) -> Record:

@@ -1,4 +1,7 @@
-"""Work in threads, a little ahead of whoever uses the results."""
+"""Work in threads, a little ahead of whoever uses the results.
+
+Decoding releases Python's lock, so threads run side by side.
+"""
 
 import queue
 import threading
@@ -7,22 +10,23 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import joblib
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_NONE_LEFT: Any = object()
 
 
 def map_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None
 ) -> Iterator[Result]:
     """`map` in threads, in order, two items a thread ahead: items may be many and results large.
 
     Args:
-        function: decoding releases Python's lock, so threads run side by side.
-        items: what it is called with.
+        function: what is done with an item.
+        items: taken as they are needed.
         workers: threads, one a usable core by default.
     """
     workers = workers or joblib.cpu_count()
@@ -39,52 +43,58 @@ def map_ahead(
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for a video of hours
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """The last message of a thread, with the error that ended it."""
+
+    error: BaseException | None = None
+
+
 def stream_ahead(
-    function: Callable[[Item], Iterable[Result]], items: Iterable[Item], workers: int | None = None, ahead: int = 8
+    function: Callable[[Item], Iterable[Result]], items: Iterable[Item], *, workers: int | None = None, ahead: int = 8
 ) -> Iterator[Result]:
-    """What a function yields for each item, from several items side by side: as it comes, an item's own in order.
+    """Results of a generator called with several items side by side: as they come, an item's own in order.
 
     Args:
-        function: a generator; decoding releases Python's lock, so threads run side by side.
-        items: what it is called with.
+        function: the generator.
+        items: taken as they are needed.
         workers: threads, one a usable core by default.
         ahead: results that wait at most.
     """
-    workers = workers or joblib.cpu_count()
-    results: queue.Queue[Result | _Done] = queue.Queue(ahead)
+    waiting, lock = iter(items), threading.Lock()
+    results: queue.Queue[Result | _Ended] = queue.Queue(ahead)
     stop = threading.Event()
-    waiting, taking = iter(items), threading.Lock()
 
-    def put(result: Result | _Done) -> None:
+    def put(result: Result | _Ended) -> None:
         while not stop.is_set():
             with suppress(queue.Full):
                 results.put(result, timeout=0.1)
-                break
+                return
 
     def work() -> None:
         try:
-            while not stop.is_set():
-                with taking:
-                    item = next(waiting, _NOTHING)
-                if isinstance(item, _Nothing):
+            while True:
+                with lock:
+                    item = next(waiting, _NONE_LEFT)
+                if item is _NONE_LEFT:
                     break
                 for result in function(item):
                     put(result)
                     if stop.is_set():
-                        break
+                        return
+            put(_Ended())
         except BaseException as error:
-            put(_Done(error))
-        else:
-            put(_Done(None))
+            put(_Ended(error))
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    # Daemons: if a stream is left half used, the process can still end.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers or joblib.cpu_count())]
     for thread in threads:
         thread.start()
     try:
-        running = workers
+        running = len(threads)
         while running:
             result = results.get()
-            if not isinstance(result, _Done):
+            if not isinstance(result, _Ended):
                 yield result
             elif result.error is not None:
                 raise result.error
@@ -94,17 +104,3 @@ def stream_ahead(
         stop.set()
         for thread in threads:
             thread.join()
-
-
-class _Nothing:
-    """There is no further item."""
-
-
-_NOTHING = _Nothing()
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A thread has ended."""
-
-    error: BaseException | None

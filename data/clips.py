@@ -1,0 +1,266 @@
+"""Clips of neighbouring frames for training on videos, shuffled without random seeks; a pair is a clip of two.
+
+Random seeks decode a whole group of pictures for each frame. Here videos are decoded forward in segments of about a
+minute that begin at keyframes; as many segments, drawn at random, as fit in memory make a block; the clips of a block
+are shuffled. While one block is trained on, the next is decoded. A data set that fits in memory is decoded once.
+
+The order is a pure function of (seed, epoch, rank), and the `place` that comes with a batch is all that a resumed run
+needs.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice, pairwise
+from pathlib import Path
+from threading import Event, Lock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.decoder import Damage, VideoError
+from data.manifest import Account
+from data.parallel import map_ahead
+from data.video import FrameSize, VideoInfo, clock_offsets_s, read_on_clock
+
+SEGMENT_S = 60.0
+
+
+class Clips(NamedTuple):
+    """A batch."""
+
+    frames: Tensor
+    """uint8 (B, T, 3, H, W), each one tick after the one before."""
+    videos: tuple[Path, ...]
+    """Videos that the frames are from, each once."""
+    place: dict[str, int]
+    """Where the next batch begins: what a run that has used this one has to resume from."""
+
+
+class Segment(NamedTuple):
+    """A part of a video that is decoded in one go."""
+
+    video: VideoInfo
+    start_s: float
+    end_s: float
+    expected_frames: int
+
+
+class Decoded(NamedTuple):
+    """Frames and clips of a segment."""
+
+    frames: np.ndarray
+    """uint8 (N, 3, H, W), each frame once."""
+    clips: np.ndarray
+    """int64 (C, T), rows of frames that follow each other tick by tick, on any of the clocks."""
+    video: Path
+
+
+class FrameClips:
+    """Endless batches of clips of neighbouring frames; clips overlap, one begins at each frame.
+
+    Args:
+        videos: the checked videos.
+        size: (height, width).
+        fps: the clock; neighbours are one tick apart.
+        batch_size: clips in a batch, on this rank.
+        length: frames in a clip.
+        clocks: each video is sampled on this many clocks, shifted against each other.
+        seed: of the order.
+        rank: this process; each rank reads its own share of the segments (all of them, if there are too few).
+        ranks: number of processes.
+        memory_bytes: bound on the decoded frames held at any time, as far as durations are known.
+        strict: damage inside a video is an error.
+        workers: threads that decode, one a core by default.
+        progress: show a progress bar while the first block is decoded.
+
+    Raises:
+        VideoError: from iteration, if the videos hold fewer clips than one batch, or, with `strict`, are damaged.
+    """
+
+    def __init__(
+        self,
+        videos: list[VideoInfo],
+        size: FrameSize,
+        *,
+        fps: float,
+        batch_size: int,
+        length: int = 2,
+        clocks: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        memory_bytes: float = 2e9,
+        strict: bool = False,
+        workers: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.size, self.fps, self.batch_size, self.length = size, fps, batch_size, length
+        self.seed, self.rank, self.ranks = seed, rank, ranks
+        self.strict, self.workers, self.progress = strict, workers, progress
+        self.offsets_s = clock_offsets_s(fps, clocks)
+        self.memory_frames = memory_bytes / (3 * size[0] * size[1])
+        self.segments = [segment for video in videos for segment in self._segments(video)]
+        self.account = Account()
+        """What has been read so far, each segment counted once."""
+        self._accounted: set[Segment] = set()
+        self._closed, self._closing = Event(), Lock()
+
+    def close(self) -> None:
+        """Let threads that are decoding come to an end: no further batch is wanted, and the account is complete."""
+        with self._closing:
+            self._closed.set()
+
+    def batches(self, place: dict[str, int]) -> Iterator[Clips]:
+        """Batches from the place on that came with an earlier one, or `{}` for the beginning."""
+        first_batch = place.get("batch", 0)
+        idle_blocks = idle_clips = 0
+        for epoch, block, blocks, decoded in self._decoded_blocks(place.get("epoch", 0), place.get("block", 0)):
+            rows = [np.insert(part.clips, 0, index, axis=1) for index, part in enumerate(decoded)]
+            clips = np.concatenate([np.empty((0, 1 + self.length), np.int64), *rows])  # (C, 1 + T): segment, frames
+            clips = clips[np.random.default_rng([self.seed, epoch, block, self.rank]).permutation(len(clips))]
+            for batch in range(first_batch, len(clips) // self.batch_size):
+                chosen = clips[batch * self.batch_size :][: self.batch_size]
+                frames = np.stack([decoded[segment].frames[clip] for segment, *clip in chosen])  # (B, T, 3, H, W)
+                videos = tuple(sorted({decoded[segment].video for segment in chosen[:, 0]}))
+                yield Clips(torch.from_numpy(frames), videos, {"epoch": epoch, "block": block, "batch": batch + 1})
+            first_batch = 0
+            is_idle = len(clips) < self.batch_size
+            idle_blocks, idle_clips = (idle_blocks + 1, idle_clips + len(clips)) if is_idle else (0, 0)
+            if idle_blocks >= blocks:
+                raise VideoError(
+                    f"the videos hold {idle_clips} clips of {self.length} neighbouring frames at {self.fps:g} fps, "
+                    f"fewer than a batch of {self.batch_size}: make batches smaller, or bring more videos"
+                )
+
+    def _decoded_blocks(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Decoded]]]:
+        """(epoch, block, how many blocks, frames and clips); while one is in use, the next is decoded."""
+        blocks = self._blocks(epoch)
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            decoded = self._decode(blocks[block], show=self.progress)
+            while True:
+                is_last = block + 1 == len(blocks)
+                next_epoch, next_block = (epoch + 1, 0) if is_last else (epoch, block + 1)
+                next_blocks = self._blocks(next_epoch) if is_last else blocks
+                # What fits in memory is decoded once: the next block holds the same frames.
+                is_same = next_blocks[next_block] == blocks[block]
+                upcoming = None if is_same else ahead.submit(self._decode, next_blocks[next_block], show=False)
+                yield epoch, block, len(blocks), decoded
+                epoch, block, blocks = next_epoch, next_block, next_blocks
+                if upcoming is not None:
+                    del decoded
+                    decoded = upcoming.result()
+
+    def _blocks(self, epoch: int) -> list[list[Segment]]:
+        """This rank's segments of an epoch, in random order, cut to what fits in memory."""
+        share = self.segments[self.rank :: self.ranks] if len(self.segments) >= self.ranks else self.segments
+        if sum(segment.expected_frames for segment in share) <= self.memory_frames:
+            return [share]
+        blocks: list[list[Segment]] = [[]]
+        held = 0
+        for index in np.random.default_rng([self.seed, epoch, self.rank]).permutation(len(share)):
+            # Half of the memory: the next block is decoded while this one is in use.
+            if blocks[-1] and held + share[index].expected_frames > self.memory_frames / 2:
+                blocks.append([])
+                held = 0
+            blocks[-1].append(share[index])
+            held += share[index].expected_frames
+        return blocks
+
+    def _decode(self, block: list[Segment], *, show: bool) -> list[Decoded]:
+        """Frames and clips of each segment."""
+        bar = tqdm(total=len(block), unit="segment", desc="decoding videos", leave=False, disable=not show)
+        decoded = []
+        parts = map_ahead(self._read, block, workers=self.workers)
+        for segment, (part, seconds, damage) in zip(block, parts, strict=True):
+            with self._closing:  # after which nobody touches the account
+                if self._closed.is_set():
+                    break
+                decoded.append(part)
+                if segment not in self._accounted:
+                    self._accounted.add(segment)
+                    self.account.add(segment.video.path, seconds, damage)
+            bar.update()
+        bar.close()
+        return decoded
+
+    def _read(self, segment: Segment) -> tuple[Decoded, float, Damage]:
+        """A segment, how many seconds of video it has, and what was wrong."""
+        video, damage = segment.video, Damage()
+        timed_frames = read_on_clock(
+            video.path,
+            self.size,
+            fps=self.fps,
+            offsets_s=self.offsets_s,
+            start_s=segment.start_s,
+            # Some ticks more than the segment, so that no clip is lost between two segments.
+            end_s=segment.end_s + (self.length - 1) / self.fps,
+            damage=None if self.strict else damage,
+            image_fps=video.average_fps,
+        )
+        frames = np.empty((segment.expected_frames, 3, *self.size), np.uint8)
+        row_of: dict[tuple[int, int], int] = {}  # by clock and tick
+        clips = []
+        rows, last_time_s = 0, -math.inf
+        for timed in timed_frames:
+            if self._closed.is_set():
+                break
+            if timed.time_s > last_time_s:
+                if rows == len(frames):
+                    frames = np.concatenate([frames, np.empty_like(frames[: 1 + rows // 4])])
+                frames[rows] = timed.frame
+                rows, last_time_s = rows + 1, timed.time_s
+            row_of[timed.clock, timed.tick] = rows - 1
+            clip = [row_of.get((timed.clock, timed.tick - ago)) for ago in reversed(range(self.length))]
+            if None not in clip:
+                clips.append(clip)
+        seconds = max(0.0, min(last_time_s, segment.end_s) - segment.start_s)
+        part = Decoded(frames[:rows], np.array(clips, dtype=np.int64).reshape(-1, self.length), video.path)
+        return part, seconds, damage
+
+    def _segments(self, video: VideoInfo) -> Iterator[Segment]:
+        """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""
+        ticks_per_second = self.fps * len(self.offsets_s)
+        # An eighth: several segments share a block, and the block shares the memory with the next one.
+        longest_s = self.memory_frames / 8 / ticks_per_second
+        # What cannot be sought in is decoded from its beginning for each part: as few of them as memory allows.
+        wanted_s = min(SEGMENT_S if video.seekable else math.inf, longest_s)
+        latest_s = 2 * min(SEGMENT_S, longest_s)  # rather a little long than decoded from the keyframe before
+        edges_s = [0.0]
+        while edges_s[-1] < video.duration_s:
+            middle_s = edges_s[-1] + wanted_s
+            first = bisect_left(video.keyframes_s, edges_s[-1] + wanted_s / 2)
+            last = bisect_right(video.keyframes_s, edges_s[-1] + latest_s)
+            distances_s = [(abs(keyframe_s - middle_s), keyframe_s) for keyframe_s in video.keyframes_s[first:last]]
+            edges_s.append(min(distances_s, default=(0.0, middle_s))[1])
+        # The last part goes on to the end, wherever that is: headers understate durations.
+        edges_s = [*edges_s[: max(1, len(edges_s) - 1)], math.inf]
+        duration_s = video.duration_s or SEGMENT_S  # unknown: in one piece, taken for a minute when memory is planned
+        rate = min(ticks_per_second, video.average_fps or ticks_per_second)  # clocks share frames, each held once
+        for start_s, end_s in pairwise(edges_s):
+            frames = math.ceil((min(end_s, duration_s) - start_s) * rate) + self.length
+            yield Segment(video, start_s, end_s, frames)
+
+
+def read_sequences(videos: list[VideoInfo], size: FrameSize, *, fps: float, clips: int, length: int) -> Tensor:
+    """Frames that follow each other, from as many videos as there are, for diagnostics over time.
+
+    Returns:
+        uint8 (C, length, 3, H, W) with C at most `clips`; videos that are too short give nothing.
+    """
+    sequences: list[np.ndarray] = []
+    for video in videos[:: max(1, len(videos) // clips)]:
+        # From the middle: the first seconds of a recording are often black, or still.
+        start_s = max(0.0, (video.duration_s - length / fps) / 2)
+        timed_frames = read_on_clock(video.path, size, fps=fps, start_s=start_s, image_fps=video.average_fps)
+        with suppress(VideoError):
+            frames = [timed.frame for timed in islice(timed_frames, length)]
+            sequences += [np.stack(frames)] if len(frames) == length else []
+        if len(sequences) == clips:
+            break
+    return torch.from_numpy(np.stack(sequences)) if sequences else torch.empty(0, length, 3, *size, dtype=torch.uint8)
