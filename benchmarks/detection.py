@@ -13,15 +13,8 @@ import torch.nn.functional as functional
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-VALIDATE_EVERY = 250
-"""Steps."""
-
-
-class DetectionHead(nn.Sequential):
-    """Embeddings (..., D) to logits of each cell of a `cells` x `cells` map, row by row, (..., cells^2)."""
-
-    def __init__(self, embedding_dimension: int, cells: int = 8, width: int = 512) -> None:
-        super().__init__(nn.Linear(embedding_dimension, width), nn.ReLU(), nn.Linear(width, cells**2))
+VALIDATE_EVERY, STEPS, BATCH = 250, 1500, 256
+WIDTH = 512
 
 
 def occupied_cells(positions: Tensor, size: float, cells: int = 8) -> Tensor:
@@ -36,7 +29,7 @@ def occupied_cells(positions: Tensor, size: float, cells: int = 8) -> Tensor:
         float32 (..., cells^2), row by row, 1 where there is an object and 0 elsewhere.
     """
     at = (positions / size * cells).long().clamp(0, cells - 1)
-    occupied = torch.zeros(*positions.shape[:-2], cells**2, device=positions.device)
+    occupied = torch.zeros(*positions.shape[:-2], cells**2)
     return occupied.scatter_(-1, at[..., 1] * cells + at[..., 0], 1.0)
 
 
@@ -53,34 +46,26 @@ def average_precision(logits: Tensor, occupied: Tensor, weights: np.ndarray | No
 
 
 def fit_detection_head(
-    embeddings: Tensor,
-    occupied: Tensor,
-    validation_embeddings: Tensor,
-    validation_occupied: Tensor,
-    seed: int = 0,
-    steps: int = 1500,
-    batch_size: int = 256,
-) -> DetectionHead:
-    """Train a head by cross-entropy; the best on validation embeddings is kept.
+    train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], *, seed: int = 0, steps: int = STEPS
+) -> nn.Module:
+    """A head from embeddings (..., D) to logits of cells (..., cells^2), by cross-entropy; the best one is kept.
 
     Args:
-        embeddings: float32 (N, D), standardised.
-        occupied: float32 (N, cells^2), as from `occupied_cells`.
-        validation_embeddings: (M, D).
-        validation_occupied: (M, cells^2).
+        train: standardised embeddings (N, D) and their cells (N, cells^2), as from `occupied_cells`.
+        validation: likewise, to choose the best by.
         seed: of the weights and the batches.
-        steps: optimiser steps, AdamW with a cosine to 0.
-        batch_size: embeddings in a batch.
+        steps: of AdamW with a cosine to 0.
     """
+    embeddings, occupied = train
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = DetectionHead(embeddings.shape[1], round(occupied.shape[1] ** 0.5))
+        head = nn.Sequential(nn.Linear(embeddings.shape[1], WIDTH), nn.ReLU(), nn.Linear(WIDTH, occupied.shape[1]))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best, best_precision = head, -1.0
     for step in range(1, steps + 1):
-        drawn = torch.randint(len(embeddings), (batch_size,), generator=generator)
+        drawn = torch.randint(len(embeddings), (BATCH,), generator=generator)
         loss = functional.binary_cross_entropy_with_logits(head(embeddings[drawn]), occupied[drawn])
         optimizer.zero_grad()
         loss.backward()
@@ -88,7 +73,7 @@ def fit_detection_head(
         schedule.step()
         if step % VALIDATE_EVERY == 0 or step == steps:
             with torch.no_grad():
-                precision = average_precision(head(validation_embeddings), validation_occupied)
+                precision = average_precision(head(validation[0]), validation[1])
             if precision > best_precision:
                 best, best_precision = copy.deepcopy(head), precision
     return best

@@ -1,9 +1,9 @@
 r"""Flip bytes of videos and cut them off: nothing may hang, crash, or be lost without a word.
 
-  python benchmarks/fuzz_videos.py --mutations 200
+  python -m benchmarks.fuzz_videos --mutations 200
 
-Copies of the clips in `$JEPA_SHARED/clips` (default `../shared/clips`) are mutated at random, with a fixed seed, and
-read in every way that the stages read: all frames counted, on two clocks, in random clips. Each is read in a child
+Copies of the clips in a folder are mutated at random, with a fixed seed, and
+read in every way that the commands read: all frames counted, on two clocks, in random clips. Each is read in a child
 process under a time limit, so that a hang or a crash costs one file. Faults, any of which makes the exit status 1:
 
 - hang: the child did not end in time;
@@ -16,24 +16,23 @@ A changed picture among the right number of frames is no fault: most codecs have
 """
 
 import multiprocessing
-import os
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
 from data.video import count_frames, read_clips, read_frames, read_on_clock
-from pipelines.stage import require, run_stage, write_json
+from jepa.config import Bounded, Positive, PositiveInt
+from pipelines.run.command import require, run_command
+from pipelines.run.folder import write_json
 
-ROOT = Path(__file__).parent.parent
 SIZE = (16, 24)
 CLIPS = 4
 CLIP_FRAMES = 16
@@ -43,16 +42,16 @@ FAULTS = ("hang", "crash", "traceback", "silent skip")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Bounded):
     """Read mutated videos, and count what goes wrong."""
 
-    mutations: int = 200
+    mutations: PositiveInt = 200
     """How many files to make and read."""
-    videos: Path = Path(os.environ.get("JEPA_SHARED", ROOT.parent / "shared")) / "clips"
+    videos: Path = Path("../shared/clips")
     """The folder of clips that are mutated."""
-    largest_bytes: int = 10**9
+    largest_bytes: PositiveInt = 10**9
     """Larger clips are left out."""
-    limit_s: float = 60.0
+    limit_s: Positive = 60.0
     """A file that takes longer hangs."""
     seed: int = 0
     """Of the mutations."""
@@ -72,13 +71,13 @@ class Outcome:
 
 def main(options: Options) -> None:
     """The story: mutate a clip, read it in a child, judge what came of it; again and again."""
-    require(options.videos.is_dir(), f"{options.videos}: the clips to mutate are not there; set JEPA_SHARED")
+    require(options.videos.is_dir(), f"{options.videos}: the clips to mutate are not there; name their folder with --videos")
     clips = [path for path in sorted(options.videos.iterdir()) if path.stat().st_size <= options.largest_bytes]
     require(bool(clips), f"{options.videos}: no clip of at most {options.largest_bytes} bytes")
     whole = {clip: count_frames(clip) for clip in clips}
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results = []
-    with tempfile.TemporaryDirectory() as folder, reading_child(options.limit_s) as read:
+    with tempfile.TemporaryDirectory() as folder, Child(options.limit_s) as read:
         for number in tqdm(range(options.mutations), unit="file", desc="fuzzing"):
             generator = np.random.default_rng([options.seed, number])
             clip = clips[generator.integers(len(clips))]
@@ -111,7 +110,7 @@ def mutate(content: bytes, generator: np.random.Generator) -> tuple[bytes, str]:
 
 
 def read_in_every_way(path: Path, frames_before: int) -> Outcome:
-    """What the stages would see of a file that had `frames_before` frames before it was harmed."""
+    """What the commands would see of a file that had `frames_before` frames before it was harmed."""
     try:
         info = count_frames(path)
         damage, clip_damage = Damage(), Damage()
@@ -137,29 +136,33 @@ def read_in_every_way(path: Path, frames_before: int) -> Outcome:
     return Outcome("nothing seen", "", frames)
 
 
-def _serve(connection: Connection) -> None:
+def serve(connection: Connection) -> None:
     """A child: read what is asked for until the other end is closed."""
     while True:
         try:
-            path, frames_before = connection.recv()
+            connection.send(read_in_every_way(*connection.recv()))
         except EOFError:
             return
-        connection.send(read_in_every_way(path, frames_before))
 
 
-class _Child:
-    """Reads files in another process, which is replaced when it hangs or dies."""
+class Child:
+    """A process that reads files, and is replaced when it hangs or dies."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
-        self._start()
 
-    def _start(self) -> None:
+    def __enter__(self) -> Self:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
 
     def __call__(self, path: Path, frames_before: int) -> Outcome:
         try:
@@ -170,25 +173,10 @@ class _Child:
         except (EOFError, ConnectionError):
             self.process.join()
             outcome = Outcome("crash", f"exit status {self.process.exitcode}")
-        self.stop()
-        self._start()
+        self.__exit__()
+        self.__enter__()
         return outcome
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-@contextmanager
-def reading_child(limit_s: float) -> Iterator[_Child]:
-    """A child that reads files; it ends with the context."""
-    child = _Child(limit_s)
-    try:
-        yield child
-    finally:
-        child.stop()
 
 
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)

@@ -1,6 +1,6 @@
 r"""Rehearse a run on two machines, and the loss of one of them, on a single machine (as root, Linux only).
 
-  python benchmarks/two_machines.py
+  python -m benchmarks.two_machines
 
 Two network namespaces, joined by a virtual cable, stand for the machines: each has its own address and its own ports,
 and reaches the other over that cable alone; the output folder is shared, as it must be between real machines. In each
@@ -8,7 +8,7 @@ the encoder is trained by the command of `configs/accelerate/multi_node.yaml`, o
 
 First undisturbed. Then, after the first checkpoint, one side is lost: every process of the second or of the first is
 killed, or the cable is cut, which no socket notices. Whoever is left must end by itself within a minute, with an
-error, and say why in a line rather than in a traceback. With --resume the two then finish, and the weights must be
+error. With --resume the two then finish, and the weights must be
 those of the undisturbed run, bit for bit.
 """
 
@@ -22,16 +22,17 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import load_file
 
 from data.synthetic import BallWorld, write_ball_videos
-from pipelines.stage import require, run_stage, write_json
+from benchmarks.common import ROOT, words
+from jepa.config import Bounded, Positive, PositiveInt
+from pipelines.run.command import require, run_command
+from pipelines.run.folder import write_json
 
-ROOT = Path(__file__).parent.parent
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
@@ -48,16 +49,14 @@ Loss = Literal["kill_second", "kill_first", "cut_cable"]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Bounded):
     """Rehearse a run on two machines."""
 
     losses: tuple[Loss, ...] = ("kill_second", "kill_first", "cut_cable")
     """How a side is lost, each in a run of its own."""
-    steps: int = 200
+    steps: PositiveInt = 200
     """Optimiser steps of a run; there is a checkpoint after each tenth of them."""
-    compare: bool = True
-    """Train undisturbed too, and compare the weights."""
-    limit_s: float = 60
+    limit_s: Positive = 60
     """Seconds that a side may take to notice that the other is gone."""
     output_dir: Path = Path("runs/benchmarks/two_machines")
     """Where results.json is left."""
@@ -70,27 +69,15 @@ class Stop:
     side: int
     seconds: float | None  # None: it never did
     exit_code: int | None
-    said: str
+    said: list[str]
+    """Lines that begin with "error:"."""
 
     @property
-    def complaints(self) -> list[str]:
-        """What is wrong with it."""
-        found = []
+    def complaint(self) -> str:
+        """What is wrong with it; empty if nothing."""
         if self.seconds is None:
-            found.append("it hung")
-        elif self.exit_code == 0:
-            found.append("it ended as if all were well")
-        if self.seconds is not None and not self.lines:
-            found.append("it did not say why")
-        # The launcher's own traceback (ChildFailedError) cannot be avoided; one through the pipelines can.
-        if re.search(r'File ".*/pipelines/\w+\.py", line', self.said) or "terminate called" in self.said:
-            found.append("it showed a traceback")
-        return found
-
-    @property
-    def lines(self) -> list[str]:
-        """What the stage itself said about it."""
-        return re.findall(r"(?:\[rank \d+\] )?error: .*", self.said)
+            return f"side {self.side} hung"
+        return f"side {self.side} ended as if all were well" if self.exit_code == 0 else ""
 
 
 class TwoMachines:
@@ -110,13 +97,11 @@ class TwoMachines:
                 ip("-n", name, "link", "set", "lo", "up")
             self.set_cable("up")
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for side, name in enumerate(self.names):
             if Path("/run/netns", name).exists():
                 self.kill(side)
@@ -155,44 +140,27 @@ class TwoMachines:
 def main(options: Options) -> None:
     """The story: train undisturbed, then lose a side in each way, resume, and compare."""
     require(shutil.which("ip") is not None and os.geteuid() == 0, "network namespaces need root and the `ip` command")
-    results: dict[str, float | int | str] = {}
+    results: dict[str, Any] = {}
     complaints: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, TwoMachines(Path(scratch)) as machines:
         folder = Path(scratch)
         write_ball_videos(folder / "videos", 8, BallWorld(size=32, radius=3, frames=24, fps=8), seed=0)
-        arguments = [
-            *["--videos", str(folder / "videos"), *ENCODER.split(), "--tracker", "none"],
-            *["--steps", str(options.steps), "--checkpoints.every-steps", str(max(1, options.steps // 10))],
-        ]
-        if options.compare:
-            seconds = train(machines, [*arguments, "--output-dir", str(folder / "undisturbed")])
-            results["undisturbed_seconds"] = seconds
-            print(f"undisturbed: 2 ranks, one on each side, {options.steps} steps in {seconds:.0f} s", flush=True)
+        arguments = words("--videos", folder / "videos", ENCODER.split(), "--tracker", "none", "--steps",
+                          options.steps, "--checkpoint-every", max(1, options.steps // 10))  # fmt: skip
+        results["undisturbed: seconds"] = train(machines, [*arguments, *words("--output-dir", folder / "undisturbed")])
+        print(f"undisturbed: 2 ranks, one on each side, {options.steps} steps", flush=True)
         for loss in options.losses:
-            run = [*arguments, "--output-dir", str(folder / loss)]
-            stops = lose(machines, loss, run, folder / loss / "training_state", options.limit_s)
-            for stop in stops:
+            run = [*arguments, *words("--output-dir", folder / loss)]
+            for stop in lose(machines, loss, run, folder / loss / "training_state", options.limit_s):
+                results[f"{loss}: side {stop.side}"] = vars(stop)
                 when = "never ended" if stop.seconds is None else f"ended after {stop.seconds:.1f} s"
-                print(f"{loss}: side {stop.side} {when}, exit code {stop.exit_code}", flush=True)
-                for line in stop.lines:
-                    print(f"  {line}")
-                if stop.complaints:
-                    complaints += [f"{loss}: side {stop.side}: {complaint}" for complaint in stop.complaints]
-                    print(f"  it said last:\n{last_words(stop.said)}")
-                results[f"{loss}_side_{stop.side}_seconds"] = -1 if stop.seconds is None else stop.seconds
-                results[f"{loss}_side_{stop.side}_exit_code"] = -1 if stop.exit_code is None else stop.exit_code
-                results[f"{loss}_side_{stop.side}_said"] = "; ".join(stop.lines)
-            newest = max(
-                (path.name for path in (folder / loss / "training_state").glob("step_*[1-9]*")), default="nothing"
-            )
-            seconds = train(machines, [*run, "--resume"])
-            said = f"{loss}: resumed from {newest}, finished in {seconds:.0f} s"
-            if options.compare:
-                equal = same_weights(folder / "undisturbed", folder / loss)
-                results[f"{loss}_same_weights"] = equal
-                said += ", weights " + ("bit-equal to" if equal else "DIFFERENT from") + " the undisturbed run's"
-                complaints += [] if equal else [f"{loss}: other weights than undisturbed"]
-            print(said, flush=True)
+                print(f"{loss}: side {stop.side} {when}, exit code {stop.exit_code}", *stop.said, sep="\n  ", flush=True)
+                complaints += [f"{loss}: {stop.complaint}"] if stop.complaint else []
+            train(machines, [*run, "--resume"])
+            equal = same_weights(folder / "undisturbed", folder / loss)
+            results[f"{loss}: same weights"] = equal
+            complaints += [] if equal else [f"{loss}: other weights than undisturbed"]
+            print(f"{loss}: resumed and finished, weights {'bit-equal' if equal else 'DIFFERENT'}", flush=True)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(options.output_dir / "results.json", results)
     require(not complaints, "; ".join(complaints))
@@ -235,7 +203,9 @@ def lose(machines: TwoMachines, loss: Loss, arguments: list[str], checkpoints: P
         ended |= {
             side: time.monotonic() - lost_at for side in left if side not in ended and sides[side].poll() is not None
         }
-    stops = [Stop(side, ended.get(side), sides[side].poll(), machines.said(side)) for side in left]
+    stops = [
+        Stop(side, ended.get(side), sides[side].poll(), re.findall(r"error: .*", machines.said(side))) for side in left
+    ]
     for side, process in enumerate(sides):
         machines.kill(side)  # also ranks that have outlived their launcher
         process.wait()
@@ -262,4 +232,4 @@ def ip(*arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)

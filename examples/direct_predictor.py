@@ -1,13 +1,17 @@
 r"""A predictor of one's own, in one file: all steps of a forecast at once, instead of each from the one before.
 
-  python examples/direct_predictor.py --train-cache cache/train --validation-cache cache/val --output-dir runs/direct \
-      --rollout-steps 20
+  python examples/direct_predictor.py train_predictor --predictor.kind direct --rollout-steps 20 \
+      --train-cache cache/train --validation-cache cache/val --output-dir runs/direct
+  python examples/direct_predictor.py evaluate_rollout --predictor runs/direct --cache cache/test
 
 Direct instead of iterated forecasts (Ben Taieb et al. 2012, arXiv:1108.3259): errors are not fed back. A kind of
 predictor is a `Network` and a configuration that builds it; that is all of it, and training, samples, calibration and
-evaluation come with it.
+evaluation come with it. Named in the union `PredictorConfig` of `jepa/networks.py`, every command knows it; here that
+line stands at the end, so that one file is the whole example.
 """
 
+import importlib
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
@@ -16,6 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from jepa import networks
 from jepa.config import PositiveInt
 from jepa.networks import Network, NetworkConfig, last_windows
 
@@ -70,3 +75,11 @@ class DirectConfig(NetworkConfig):
 
     def build(self, features: int) -> Network:
         return DirectMLP(features, self)
+
+
+if __name__ == "__main__":
+    vars(networks)["PredictorConfig"] = networks.PredictorConfig | DirectConfig  # before a command reads it
+    from pipelines.run.command import run_command
+
+    command = importlib.import_module(f"pipelines.{sys.argv.pop(1)}")
+    run_command(command.main, command.Options)
