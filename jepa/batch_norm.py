@@ -29,7 +29,7 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
 
         return convert_sync_batchnorm(module)
     for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, SynchronisedBatchNorm):
             if type(layer).forward is not _BatchNorm.forward and type(layer).__name__ != "BatchNormAct2d":
                 raise TypeError(f"{type(layer).__name__} does more than batch normalisation: it cannot be synchronised")
             layer.__class__ = SynchronisedBatchNorm  # the tensors, and what else there is in it, stay

@@ -1,8 +1,8 @@
 """Is it collapsed? Standard deviation and effective rank, over the batch and over time.
 
 Rank alone is blind to scale (a collapsed embedding can still read full rank), standard deviation alone is blind to
-redundancy, and both over the batch are blind to an embedding that only tells clips apart: so all are watched. Tokens
-count as clips of their own: over the batch they may differ by their places, over time by what happens there.
+redundancy, and both over the batch are blind to an embedding that only tells clips apart: so all are watched. A clip
+of tokens counts as so many clips.
 """
 
 from typing import NamedTuple
@@ -30,19 +30,18 @@ class CollapseStats(NamedTuple):
     std: float
     """Root mean square over features of the standard deviation."""
     effective_rank: float
-    """Effective number of dimensions, between 1 and the number of features."""
+    """Between 1 and the number of features."""
 
 
 class SequenceStats(NamedTuple):
-    """Collapse statistics over everything, and over time within clips."""
+    """Collapse statistics over everything, and over time within clips (0 and rank 1 for clips of one frame)."""
 
     batch: CollapseStats
     time: CollapseStats
-    """0 and rank 1 for clips of one frame."""
 
 
 def floor_std(std: Tensor) -> Tensor:
-    """Standard deviations (D,) that can be divided by, one that is next to nothing beside the others raised.
+    """Standard deviations (D,) to divide by, raised where one is next to nothing beside the others.
 
     A feature that was constant in training and moves a little in a test would be thousands of its own deviations away,
     and swamp the errors of all the others.
@@ -80,19 +79,18 @@ def sequence_stats(embeddings: Tensor) -> SequenceStats:
 
 
 def encoder_alarms(embeddings: Tensor, outputs: Tensor | None) -> list[str]:
-    """Alarms about an encoder, one line each; empty when it is healthy.
+    """Alarms about an encoder, one line each; none when it is healthy.
 
-    Args:
-        embeddings: (B, T, *tokens, D) embeddings of frames that follow each other in time; of still images T is 1.
-        outputs: (B, T, *tokens, E) the expander's outputs for them; None where the objective sees the embeddings.
+    Embeddings (B, T, *tokens, D) are of frames that follow each other in time, `outputs` (B, T, *tokens, E) the
+    expander's for them: None where the objective sees the embeddings.
     """
     alarms = []
     stats = {"embedding": sequence_stats(embeddings)}
     if outputs is not None:
         stats["expander output"] = sequence_stats(outputs)
-    seen, std = list(stats)[-1], list(stats.values())[-1].batch.std
-    if std < SMALLEST_OBJECTIVE_STD:
-        alarms.append(f"the {seen}'s standard deviation is {std:.3f} (healthy: about 1)")
+    name, seen = list(stats.items())[-1]
+    if seen.batch.std < SMALLEST_OBJECTIVE_STD:
+        alarms.append(f"the {name}'s standard deviation is {seen.batch.std:.3f} (healthy: about 1)")
     size = float(embeddings.float().square().mean().sqrt())
     if stats["embedding"].batch.std < SMALLEST_EMBEDDING_STD * size:
         alarms.append(f"the embedding's standard deviation is {stats['embedding'].batch.std / size:.4f} of its size")
@@ -105,12 +103,7 @@ def encoder_alarms(embeddings: Tensor, outputs: Tensor | None) -> list[str]:
 
 
 def prediction_alarms(predicted: Tensor, true: Tensor) -> list[str]:
-    """Alarms about predicted embeddings, one line each; empty when they vary as the true ones do.
-
-    Args:
-        predicted: (B, T, *tokens, D) one-step predictions.
-        true: (B, T, *tokens, D) the embeddings that they predict.
-    """
+    """Alarms about predictions (B, T, *tokens, D), one line each; none when they vary as the true embeddings do."""
     alarms = []
     pairs = zip(("the batch", "time"), sequence_stats(predicted), sequence_stats(true), strict=True)
     for over, (std, rank), (true_std, true_rank) in pairs:

@@ -1,9 +1,8 @@
 """Objectives of the encoder: two views of a frame alike, and not all frames alike.
 
-Each is a frozen dataclass of its weights, called with the two views' outputs. To add one: a dataclass here with a
-`kind` and a method `terms`, and its name in `Objective`. Outputs may be vectors (B, D) or have further axes such as
-time and tokens, (B, *tokens, D): all of them are samples, and statistics are over everything. They are those of the
-*whole* batch, over all ranks, with exact gradients: see `jepa.distributed`.
+Each is a dataclass of its weights, called with the two views' outputs. To add one: a dataclass with a `kind` and a
+method `terms`, and its name in `Objective`. Every vector is a sample, whether of a frame or of a token. Statistics are
+those of the *whole* batch, over all ranks, with exact gradients: see `jepa.distributed`.
 """
 
 from collections.abc import Sequence
@@ -24,6 +23,9 @@ KNOTS, LAST_KNOT = 17, 3.0
 """Points at which SIGReg compares characteristic functions, from 0 on, as published."""
 
 
+Weighted = dict[str, tuple[float, Tensor]]
+
+
 class Terms(NamedTuple):
     """The loss and what it is made of; scalars, float32 (float64 for float64 input), equal on all ranks."""
 
@@ -40,18 +42,13 @@ class _Objective(Bounded):
     def __call__(
         self, first: Tensor, second: Tensor, *, generator: torch.Generator, rows: Sequence[int] | None = None
     ) -> Terms:
-        """The objective on the outputs of two views. Collective when several processes run.
+        """Terms of two views' outputs (B, *tokens, D) on this rank; B may differ between ranks, which all take part.
 
         Args:
-            first: (B, *tokens, D) outputs of the first view on this rank; computed in float32 at least, also under
-                autocast. B may differ between ranks.
-            second: (B, *tokens, D) outputs of the second view.
+            first: outputs of the first view; computed in float32 at least, also under autocast.
+            second: outputs of the second view.
             generator: in the same state on all ranks; only SIGReg draws from it.
-            rows: samples (B times tokens) of each rank, where they are known: otherwise they are exchanged, and the
-                host waits for the device.
-
-        Returns:
-            The terms over the global batch, equal on all ranks.
+            rows: samples (B times tokens) of each rank; unless given, they are exchanged, and the host waits for that.
 
         Raises:
             ValueError: the views differ in shape, or the global batch has fewer than 2 samples.
@@ -63,20 +60,14 @@ class _Objective(Bounded):
             views = views if views.dtype == torch.float64 else views.float()
             rows = rows or rows_of_ranks(views.shape[1], views.device)
             if sum(rows) < 2:
-                raise ValueError(f"a batch of {sum(rows)} has no spread to speak of: use a batch of at least 2")
+                raise ValueError(f"a batch of {sum(rows)} does not vary: use a batch of at least 2")
             terms = self.terms(views, rows, generator)
             weighted = {name: weight * term for name, (weight, term) in terms.items()}
             unweighted = {name: term for name, (_, term) in terms.items()}
             return Terms(torch.stack(list(weighted.values())).sum(), unweighted, weighted)
 
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> dict[str, tuple[float, Tensor]]:
-        """Weight and value of each term.
-
-        Args:
-            views: (2, N, D) outputs on this rank, float32 or float64.
-            rows: N of each rank.
-            generator: in the same state on all ranks.
-        """
+    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
+        """Weight and value of each term, of outputs (2, N, D) on this rank; `rows` is N of each rank."""
         raise NotImplementedError
 
 
@@ -84,10 +75,9 @@ class _Objective(Bounded):
 class VICReg(_Objective):
     """Variance, invariance, covariance (Bardes, Ponce, LeCun 2022, arXiv:2105.04906).
 
-    Convention: the authors' published code, with which the coefficients 25 / 25 / 1 were found. It differs from the
-    paper's equations in two factors: the invariance term averages over features as well as samples (equation 5 sums
-    over features), and the variance terms of the two views are averaged (equation 6 sums them). Other codebases have
-    other conventions, so coefficients do not transfer unchanged.
+    Convention: the authors' published code, with which the coefficients 25 / 25 / 1 were found. The paper differs in
+    two factors: its equation 5 sums over features instead of averaging, and equation 6 sums the two views' variance
+    terms. Other codebases have other conventions, so coefficients do not transfer unchanged.
     """
 
     kind: ClassVar[str] = "vicreg"
@@ -98,13 +88,12 @@ class VICReg(_Objective):
     covariance_weight: NotNegative = 1.0
     """Weight of the features being uncorrelated."""
 
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> dict[str, tuple[float, Tensor]]:
+    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
         """Variance (equation 1), invariance, and covariance (equations 3 and 4).
 
-        The covariance (D, D) is never needed, only the sum of its squares, which is also that of the Gram matrix of the
-        centred samples (N, N). The smaller one is computed: below N = D global samples the Gram matrix, for which the
-        ranks exchange their samples, from there on the covariance, for which they exchange moments. At N = D both
-        arithmetic and traffic are equal; docs/objectives.md has the measured ratio.
+        Only the sum of squares of the covariance (D, D) is needed, which is also that of the Gram matrix of the centred
+        samples (N, N). The smaller one is computed: below N = D global samples the Gram matrix, for which the ranks
+        exchange their samples, from there on the covariance, for which they exchange moments. At N = D both cost alike.
         """
         samples, features = sum(rows), views.shape[-1]
         # Two passes, the mean first: moments about zero would cancel where the mean is large.
@@ -135,8 +124,7 @@ class SIGReg(_Objective):
     slices: PositiveInt = 256
     """Random directions on which normality is tested, new ones each time."""
 
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> dict[str, tuple[float, Tensor]]:
-        """The Epps-Pulley statistic, and the invariance."""
+    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
         samples, features = sum(rows), views.shape[-1]
         directions = torch.randn(features, self.slices, generator=generator, device=generator.device).to(views)
         directions = functional.normalize(directions, dim=0)
@@ -155,14 +143,16 @@ class SIGReg(_Objective):
 
 @dataclass(frozen=True)
 class InfoNCE(_Objective):
-    """NT-Xent of SimCLR (Chen et al. 2020, arXiv:2002.05709): among all outputs of the batch, find the other view."""
+    """NT-Xent of SimCLR (Chen et al. 2020, arXiv:2002.05709).
+
+    The cross-entropy of finding each output's other view among the 2 N - 1 other outputs of all ranks.
+    """
 
     kind: ClassVar[str] = "infonce"
     temperature: Positive = 0.1
     """Divisor of the cosines. The lower, the more the nearest other frames count."""
 
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> dict[str, tuple[float, Tensor]]:
-        """The cross-entropy of finding each output's other view among the 2 N - 1 other outputs of all ranks."""
+    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
         samples, start = sum(rows), sum(rows[: rank()])
         unit = functional.normalize(views, dim=-1)
         everyone = gather_rows(rearrange(unit, "v n d -> n (v d)"), rows)
@@ -181,8 +171,7 @@ class Invariance(_Objective):
 
     kind: ClassVar[str] = "invariance"
 
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> dict[str, tuple[float, Tensor]]:
-        """The mean squared distance of the two views."""
+    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
         return {"invariance": (1.0, mean_square(views[0] - views[1], rows))}
 
 
@@ -202,11 +191,8 @@ def off_diagonal_by_moments(centred: Tensor, samples: int) -> Tensor:
 
 
 def off_diagonal_by_gram(centred: Tensor, variance: Tensor, rows: Sequence[int]) -> Tensor:
-    """The same from inner products of samples; each rank computes those of its own with all. Variance (2, D).
-
-    Less the diagonal, which here cannot be nearly all there is: N samples that are fewer than D features leave
-    correlations.
-    """
+    """The same from inner products of samples, each rank's own with all. Variance (2, D)."""
     everyone = gather_rows(rearrange(centred, "v n d -> n (v d)"), rows)
     gram = centred @ rearrange(everyone, "n (v d) -> v d n", v=2)  # (2, N, N of all ranks)
+    # Less the diagonal, which cannot be nearly all there is: fewer samples than features leave correlations.
     return sum_over_ranks(gram.square().sum()) / (sum(rows) - 1) ** 2 - variance.square().sum()

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from jepa.objectives import ObjectiveConfig, objective
+from jepa.errors import ConfigurationError
+from jepa.objectives import EPSILON, MARGIN, InfoNCE, Invariance, SIGReg, VICReg
 
-CONFIGS = [
-    ObjectiveConfig(),
-    ObjectiveConfig(variance_weight=1.0, invariance_weight=2.0, covariance_weight=3.0, margin=2.0, epsilon=1e-2),
-    ObjectiveConfig("sigreg"),
-    ObjectiveConfig("sigreg", sigreg_share=0.3, slices=7),
-    ObjectiveConfig("infonce"),
-    ObjectiveConfig("infonce", temperature=0.7),
-    ObjectiveConfig("invariance"),
+OBJECTIVES = [
+    VICReg(),
+    VICReg(variance_weight=1.0, invariance_weight=2.0, covariance_weight=3.0),
+    SIGReg(),
+    SIGReg(share=0.3, slices=7),
+    InfoNCE(),
+    InfoNCE(temperature=0.7),
+    Invariance(),
 ]
+KINDS = [VICReg, SIGReg, InfoNCE, Invariance]
 SHAPES = [(2, 1), (2, 9), (12, 5), (5, 12), (8, 8)]
 """Samples and features: below, at and above the crossover of VICReg's covariance."""
 
@@ -32,8 +34,8 @@ def reference_vicreg(first, second, config):
     for view in (first, second):
         centred = view - view.mean(axis=0)
         for j in range(features):
-            std = math.sqrt((centred[:, j] ** 2).sum() / (samples - 1) + config.epsilon)
-            variance += max(0.0, config.margin - std) / features / 2
+            std = math.sqrt((centred[:, j] ** 2).sum() / (samples - 1) + EPSILON)
+            variance += max(0.0, MARGIN - std) / features / 2
             for k in range(features):
                 if j != k:
                     covariance += ((centred[:, j] * centred[:, k]).sum() / (samples - 1)) ** 2 / features
@@ -59,8 +61,8 @@ def reference_sigreg(first, second, config):
     mean = (first + second) / 2
     invariance = (((first - mean) ** 2).mean() + ((second - mean) ** 2).mean()) / 2
     return {
-        "sigreg": (config.sigreg_share, np.mean(statistics)),
-        "invariance": (1 - config.sigreg_share, invariance),
+        "sigreg": (config.share, np.mean(statistics)),
+        "invariance": (1 - config.share, invariance),
     }
 
 
@@ -76,7 +78,7 @@ def reference_infonce(first, second, config):
 
 def reference_invariance(first, second, config):
     """VICReg's term of that name, alone."""
-    return {"invariance": (1.0, reference_vicreg(first, second, config)["invariance"][1])}
+    return {"invariance": (1.0, reference_vicreg(first, second, VICReg())["invariance"][1])}
 
 
 REFERENCES = {
@@ -102,16 +104,16 @@ def make_views(samples, features, seed=0):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("config", CONFIGS)
-def test_equals_the_reference(config, shape):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_equals_the_reference(objective, shape):
     first, second = make_views(*shape)
-    ours = objective(torch.from_numpy(first), torch.from_numpy(second), config, generator())
-    theirs = REFERENCES[config.kind](first, second, config)
+    ours = objective(torch.from_numpy(first), torch.from_numpy(second), generator=generator())
+    theirs = REFERENCES[objective.kind](first, second, objective)
     assert ours.unweighted.keys() == ours.weighted.keys() == theirs.keys()
     for name, (weight, term) in theirs.items():
         assert ours.unweighted[name].item() == pytest.approx(term, rel=1e-10, abs=1e-12)
         assert ours.weighted[name].item() == pytest.approx(weight * term, rel=1e-10, abs=1e-12)
-    assert ours.loss.item() == pytest.approx(reference_loss(first, second, config), rel=1e-10)
+    assert ours.loss.item() == pytest.approx(reference_loss(first, second, objective), rel=1e-10)
     assert ours.loss.dtype == torch.float64
 
 
@@ -160,7 +162,7 @@ def eb_jepa(first, second, variance=1, invariance=1, covariance=80):
 )
 def test_weights_of_other_codebases_translate(theirs, ours):
     leaves = [torch.from_numpy(view).clone().requires_grad_() for view in make_views(12, 8)]
-    loss = objective(*leaves, ObjectiveConfig(**ours), generator()).loss
+    loss = VICReg(**ours)(*leaves, generator=generator()).loss
     loss.backward()
     views = make_views(12, 8)
     assert loss.item() == pytest.approx(theirs(*views), rel=1e-10)
@@ -171,30 +173,30 @@ def test_weights_of_other_codebases_translate(theirs, ours):
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
-@pytest.mark.parametrize("config", CONFIGS)
-def test_gradients_equal_those_of_the_reference(config, shape):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradients_equal_those_of_the_reference(objective, shape):
     views = make_views(*shape, seed=1)
     leaves = [torch.from_numpy(view).clone().requires_grad_() for view in views]
-    objective(*leaves, config, generator()).loss.backward()
+    objective(*leaves, generator=generator()).loss.backward()
     for v, i, j in [(0, 0, 0), (0, 3, 1), (1, 2, 3), (1, 1, 0)]:
         losses = []
         for step in (1e-6, -1e-6):
             moved = [view.copy() for view in views]
             moved[v][i, j] += step
-            losses.append(reference_loss(*moved, config))
+            losses.append(reference_loss(*moved, objective))
         assert leaves[v].grad[i, j].item() == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(64, 8), (8, 64)])
-@pytest.mark.parametrize("config", CONFIGS)
-def test_half_precision_views_are_measured_in_float32(config, shape):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_half_precision_views_are_measured_in_float32(objective, shape):
     first, second = (torch.from_numpy(view).bfloat16() for view in make_views(*shape))
-    terms = objective(first, second, config, generator())
-    exact = objective(first.double(), second.double(), config, generator()).loss.item()
+    terms = objective(first, second, generator=generator())
+    exact = objective(first.double(), second.double(), generator=generator()).loss.item()
     assert terms.loss.dtype == torch.float32
     assert terms.loss.item() == pytest.approx(exact, rel=2e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = objective(first.float(), second.float(), config, generator())
+        under_autocast = objective(first.float(), second.float(), generator=generator())
     assert under_autocast.loss.dtype == torch.float32
     assert under_autocast.loss.item() == pytest.approx(exact, rel=2e-6)
 
@@ -204,31 +206,53 @@ def test_covariance_of_decorrelated_features_far_from_zero_does_not_cancel():
     numbers = np.random.default_rng(0)
     orthogonal = np.linalg.qr(np.c_[np.ones(64), numbers.normal(size=(64, 32))])[0][:, 1:] * 8
     first = (orthogonal + 1e-3 * numbers.normal(size=(64, 32)) + 1000).astype(np.float32)
-    ours = objective(torch.from_numpy(first), torch.from_numpy(first), ObjectiveConfig(), generator())
-    theirs = reference_vicreg(first.astype(float), first.astype(float), ObjectiveConfig())
+    ours = VICReg()(torch.from_numpy(first), torch.from_numpy(first), generator=generator())
+    theirs = reference_vicreg(first.astype(float), first.astype(float), VICReg())
     assert ours.unweighted["covariance"].item() == pytest.approx(theirs["covariance"][1], rel=1e-2)
 
 
 def test_only_sigreg_draws_random_numbers():
     views = [torch.from_numpy(view) for view in make_views(6, 4)]
-    for kind in REFERENCES:
+    for kind in KINDS:
         numbers = generator()
-        objective(*views, ObjectiveConfig(kind), numbers)
-        assert torch.equal(numbers.get_state(), generator().get_state()) == (kind != "sigreg")
+        kind()(*views, generator=numbers)
+        assert torch.equal(numbers.get_state(), generator().get_state()) == (kind is not SIGReg)
 
 
-@pytest.mark.parametrize("kind", REFERENCES)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (3, 2, 5, 64)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_of_every_frame_is_a_sample(kind, shape):
+    views = torch.randn(2, *shape, dtype=torch.float64, generator=generator())
+    tokens, samples = views.clone().requires_grad_(), views.flatten(1, -2).requires_grad_()
+    ours = kind()(*tokens, generator=generator())
+    theirs = kind()(*samples, generator=generator())
+    assert ours.loss == theirs.loss
+    assert ours.loss == kind()(*samples, generator=generator(), rows=[30]).loss
+    ours.loss.backward()
+    theirs.loss.backward()
+    assert torch.equal(tokens.grad.flatten(1, -2), samples.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_bad_shapes_are_refused(kind):
-    config = ObjectiveConfig(kind)
-    for first, second in [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((4,), (4,)), ((4, 3, 1), (4, 3, 1))]:
+    for first, second in [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((4,), (4,)), ((4, 3, 1), (4, 3))]:
         with pytest.raises(ValueError, match="must be"):
-            objective(torch.randn(first), torch.randn(second), config, generator())
+            kind()(torch.randn(first), torch.randn(second), generator=generator())
     for samples in (0, 1):
         with pytest.raises(ValueError, match=f"batch of {samples} "):
-            objective(torch.randn(samples, 3), torch.randn(samples, 3), config, generator())
+            kind()(torch.randn(samples, 3), torch.randn(samples, 3), generator=generator())
 
 
-@pytest.mark.parametrize(("kind", "collapses"), [("invariance", True), ("vicreg", False)])
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [(VICReg, "covariance_weight", -1.0), (SIGReg, "share", 1.0), (SIGReg, "slices", 0), (InfoNCE, "temperature", 0.0)],
+)
+def test_weights_that_make_no_sense_are_refused(kind, field, value):
+    with pytest.raises(ConfigurationError, match=f"{field} is {value:g}: it must be"):
+        kind(**{field: value})
+
+
+@pytest.mark.parametrize(("kind", "collapses"), [(Invariance, True), (VICReg, False)])
 def test_without_variance_the_outputs_collapse(kind, collapses):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -237,7 +261,7 @@ def test_without_variance_the_outputs_collapse(kind, collapses):
     spread = []
     for _ in range(200):
         first, second = network(frames + 0.5 * torch.randn(2, 64, 6))
-        objective(first, second, ObjectiveConfig(kind), generator()).loss.backward()
+        kind()(first, second, generator=generator()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         spread.append(first.std(dim=0).mean().item())
