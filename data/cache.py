@@ -2,19 +2,18 @@
 
 A cache is a folder:
 
-    cache.json               what the embeddings are: encoder, clock, transform, precision, columns, versions
-    shards/NAME.h5           a contiguous dataset for each column, all on the same rows: `embeddings` (N, *tokens, D),
-                             `times_s` (N,), `ticks` (N,), and what a table beside the video said; `shard`, its id
-    shards/NAME.json         the clips in NAME.h5, with the checksum of each; its size and its id; and where in it the
-                             datasets begin, in bytes, as HDF5 says
+    cache.json        what the embeddings are: encoder, clock, transform, precision, columns, versions
+    shards/NAME.h5    a contiguous dataset for each column, all on the same rows: `embeddings` (N, *tokens, D),
+                      `times_s` (N,), `ticks` (N,), and what a table beside the video says; and `shard`, its id
+    shards/NAME.json  which clips are in NAME.h5, with the checksum of each; its size, its id, where its datasets begin
 
 A shard is written under a temporary name, synced and renamed; its small JSON manifest follows in the same way, and
 *the manifest is the commit*: an HDF5 file without one does not exist for the reader, and its clips are embedded
 again. No file is ever changed after it has its name, so many ranks write side by side without locks between them,
 and a resumed run may have another number of ranks.
 
-The reader opens a cache from the manifests alone; a shard is mapped to memory when it is first read from, so nothing
-ever holds a whole cache. What others wrote is not trusted: whatever does not fit is a `CacheError`.
+A cache is opened from the manifests alone, and a shard is mapped to memory when it is first read from: nothing ever
+holds a whole cache. Nor is it trusted: what does not fit is a `CacheError`.
 """
 
 import fcntl
@@ -24,11 +23,11 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Collection, Sequence
-from copy import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self, TypeVar
+from typing import IO, Any, NamedTuple, Self
 
 import h5py
 import numpy as np
@@ -37,7 +36,6 @@ import torch
 from data.errors import DataError
 
 FORMAT_VERSION = 4
-Result = TypeVar("Result")
 
 
 class CacheError(DataError):
@@ -53,13 +51,13 @@ class Column:
     shape: tuple[int, ...] = ()
     """Shape of a row's value: `(*tokens, D)` for embeddings, `()` for a number."""
 
-    def __str__(self) -> str:
-        return f"{self.dtype} {self.shape}"
-
-    @property
-    def row_bytes(self) -> int:
-        """Size of a row's value in bytes."""
-        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+    def is_valid(self, name: str) -> bool:
+        """Whether a cache can hold such a column under such a name."""
+        is_free = name.strip(".") != "" and not {"/", "\0"} & set(name) and name not in (*CLOCK, "shard")
+        dtypes = ("float16", "float32") if name == "embeddings" else ("float32", "float64")
+        return (
+            is_free and self.dtype in dtypes and _are_sizes(*self.shape) and (name != "embeddings" or self.shape != ())
+        )
 
 
 CLOCK = {"times_s": Column("float64"), "ticks": Column("int64")}
@@ -75,9 +73,8 @@ class Provenance:
     """
 
     encoder: str
-    """Name that the encoder was given by; another spelling of it is no other encoder."""
+    """Name that the encoder was given by; recorded, not compared."""
     encoder_fingerprint: str
-    """`fingerprint` of the encoder."""
     fps: float
     """Rate of the clock that frames were sampled on, in ticks per second."""
     image_fps: float
@@ -97,15 +94,12 @@ class Provenance:
 
     def __post_init__(self) -> None:
         valid = {
-            "encoder": isinstance(self.encoder, str),
-            "encoder_fingerprint": isinstance(self.encoder_fingerprint, str),
-            "fps": _is_rate(self.fps),
-            "image_fps": _is_rate(self.image_fps),
-            "image_size": _is_shape(self.image_size) and len(self.image_size) == 2,
-            "window": _is_shape((self.window,)),
-            "transform": isinstance(self.transform, str),
+            "fps": 0 < self.fps < math.inf,
+            "image_fps": 0 < self.image_fps < math.inf,
+            "image_size": len(self.image_size) == 2 and _are_sizes(*self.image_size),
+            "window": _are_sizes(self.window),
             "precision": self.precision in ("fp32", "bf16", "fp16"),
-            "columns": "embeddings" in self.columns and all(map(_is_column, self.columns, self.columns.values())),
+            "columns": "embeddings" in self.columns and all(one.is_valid(name) for name, one in self.columns.items()),
         }
         for name, is_valid in valid.items():
             if not is_valid:
@@ -113,23 +107,7 @@ class Provenance:
 
     def comparable(self) -> dict[str, Any]:
         """The fields that must agree."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("encoder", "versions")}
-        return fields | {"columns": ", ".join(f"{name} {column}" for name, column in sorted(self.columns.items()))}
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf
-
-
-def _is_shape(value: tuple[Any, ...]) -> bool:
-    return all(type(size) is int and size > 0 for size in value)
-
-
-def _is_column(name: str, column: Column) -> bool:
-    """Whether HDF5 and the rest of the house can hold such a column under such a name."""
-    dtypes, least = (("float16", "float32"), 1) if name == "embeddings" else (("float32", "float64"), 0)
-    is_free = name.strip(".") != "" and "/" not in name and "\0" not in name and name not in (*CLOCK, "shard")
-    return is_free and column.dtype in dtypes and len(column.shape) >= least and _is_shape(column.shape)
+        return {name: value for name, value in vars(self).items() if name not in ("encoder", "versions")}
 
 
 class ClipKey(NamedTuple):
@@ -140,7 +118,7 @@ class ClipKey(NamedTuple):
     size_bytes: int
     modified_ns: int
     offset_s: float
-    """Shift of the clock, in seconds: one video on two clocks makes two clips."""
+    """Shift of the clock in seconds: one video on two clocks makes two clips."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +132,23 @@ class EmbeddedClip:
     """float64 (T,), exact presentation times in seconds."""
     ticks: np.ndarray
     """int64 (T,), strictly increasing; a jump by more than 1 is a gap in the recording."""
+
+
+class CachedClip(NamedTuple):
+    """Where a clip lies in a cache."""
+
+    key: ClipKey
+    start: int
+    """Row of its first embedding in the whole cache."""
+    frames: int
+    crc32: int
+    """Checksum of its columns as stored, in the order of the cache's, then of times and ticks."""
+    shard: Path
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of its embeddings in the whole cache, int64 (T,)."""
+        return np.arange(self.start, self.start + self.frames)
 
 
 class CacheWriter:
@@ -172,26 +167,27 @@ class CacheWriter:
     def __init__(
         self, folder: Path, provenance: Provenance, *, clips_per_shard: int = 64, is_main: bool = True
     ) -> None:
-        self.folder, self.provenance, self.clips_per_shard = folder, provenance, clips_per_shard
-        self.buffer: list[EmbeddedClip] = []
-        self.lock: IO[str] | None = None
+        self.folder, self.clips_per_shard = folder, clips_per_shard
+        self.buffer: list[tuple[ClipKey, dict[str, np.ndarray]]] = []
+        self.lock: IO[bytes] | None = None
         try:
             if is_main:
                 (folder / "shards").mkdir(parents=True, exist_ok=True)
                 self.lock = _lock(folder)
-                for abandoned in (*folder.glob(".tmp.*"), *(folder / "shards").glob(".tmp.*")):
+                for abandoned in (*folder.glob(".tmp.*"), *folder.glob("shards/.tmp.*")):
                     abandoned.unlink()
                 if not (folder / "cache.json").exists():
                     _write_json(folder / "cache.json", {"format_version": FORMAT_VERSION, **asdict(provenance)})
-            theirs, ours = read_provenance(folder).comparable(), provenance.comparable()
-            for name in ours:
-                if theirs[name] != ours[name]:
+            stored = read_provenance(folder)
+            for name, ours in provenance.comparable().items():
+                if (theirs := getattr(stored, name)) != ours:
                     raise CacheError(
-                        f"{folder} holds embeddings with {name} {theirs[name]}, not {ours[name]}: "
+                        f"{folder} holds embeddings with {name} {theirs}, not {ours}: "
                         "choose another folder, or delete that one"
                     )
-            # What is written now comes after what is there, even if it was written by a clock that is ahead.
-            self.written_ns = max((shard.written_ns for shard in _read_shards(folder)), default=0)
+            self.columns = stored.columns | CLOCK
+            shards, _ = _read_shards(folder, self.columns)
+            self.written_ns = shards[-1].written_ns if shards else 0
         except BaseException:
             self.close()
             raise
@@ -213,7 +209,7 @@ class CacheWriter:
             ValueError: the clip is empty, or its arrays do not fit together or to the cache's columns.
             CacheError: an embedding is not finite in the cache's type.
         """
-        self.buffer.append(_as_stored(clip, self.provenance.columns))
+        self.buffer.append((clip.key, _as_stored(clip, self.columns)))
         if len(self.buffer) >= self.clips_per_shard:
             self.commit()
 
@@ -221,18 +217,19 @@ class CacheWriter:
         """Write the buffered clips as one shard, durably."""
         if not self.buffer:
             return
-        clips, name = self.buffer, uuid.uuid4().hex
+        name = uuid.uuid4().hex
         shard = self.folder / "shards" / f"{name}.h5"
-        offsets = _write_synced(shard, lambda path: _write_shard(path, name, clips))
+        columns = {column: np.concatenate([arrays[column] for _, arrays in self.buffer]) for column in self.columns}
+        columns["shard"] = np.frombuffer(name.encode(), np.uint8)
+        with _synced(shard) as unfinished, h5py.File(unfinished, "x") as file:
+            offsets = {
+                column: file.create_dataset(column, data=data).id.get_offset() for column, data in columns.items()
+            }
+        clips = [[*key, len(arrays["ticks"]), _checksum(arrays.values())] for key, arrays in self.buffer]
+        # Later than all that is there, even if that was written by a clock that was ahead.
         self.written_ns = max(time.time_ns(), self.written_ns + 1)
-        # A list for each field, not an object for each clip: a reader parses it in half the time.
-        fields: dict[str, list[Any]] = {
-            field: [getattr(clip.key, field) for clip in clips] for field in ClipKey._fields
-        }
-        fields["frames"] = [len(clip.ticks) for clip in clips]
-        fields["crc32"] = [_checksum([*clip.columns.values(), clip.times_s, clip.ticks]) for clip in clips]
-        manifest = {"bytes": shard.stat().st_size, "shard": name, "written_ns": self.written_ns, "offsets": offsets}
-        _write_json(shard.with_suffix(".json"), manifest | {"clips": fields})
+        manifest = {"shard": name, "bytes": shard.stat().st_size, "written_ns": self.written_ns, "offsets": offsets}
+        _write_json(shard.with_suffix(".json"), manifest | {"clips": clips})
         self.buffer = []
 
     def close(self) -> None:
@@ -240,18 +237,6 @@ class CacheWriter:
         if self.lock is not None:
             self.lock.close()
             self.lock = None
-
-
-class CachedClip(NamedTuple):
-    """Where a clip lies in the cache."""
-
-    key: ClipKey
-    start: int
-    """Row of its first embedding in the whole cache."""
-    frames: int
-    crc32: int
-    """Checksum of its columns as stored, in order, then of its times and ticks."""
-    shard: Path
 
 
 class EmbeddingCache:
@@ -269,29 +254,14 @@ class EmbeddingCache:
     def __init__(self, folder: Path) -> None:
         self.folder, self.provenance = folder, read_provenance(folder)
         self._columns = self.provenance.columns | CLOCK
-        self._shards = _read_shards(folder)
-        self._maps: dict[int, np.ndarray] = {}
-        newest: dict[tuple[str, float], CachedClip] = {}
-        row = 0
-        for shard in self._shards:
-            shard.require_whole()
-            shard.require_inside(self._columns)
-            for key, frames, crc32 in zip(shard.keys, shard.frames, shard.checksums, strict=True):
-                newest[key.source, key.offset_s] = CachedClip(key, row, frames, crc32, shard.path)
-                row += frames
-        if not newest:
+        self._shards, self.clips = _read_shards(folder, self._columns)
+        if not self.clips:
             raise CacheError(f"{folder} holds no embeddings: embed videos into it first")
         self._ends = np.cumsum([shard.rows for shard in self._shards])  # row after the last of each shard
-        self.clips = [newest[name] for name in sorted(newest)]
+        self._maps: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_maps": {}}
-
-    def only(self, sources: Collection[str]) -> "EmbeddingCache":
-        """The same cache with the clips of some videos alone; rows keep their numbers."""
-        part = copy(self)
-        part.clips = [clip for clip in self.clips if clip.key.source in sources]
-        return part
 
     @property
     def frames(self) -> int:
@@ -306,38 +276,34 @@ class EmbeddingCache:
     def take(self, rows: np.ndarray, column: str = "embeddings") -> np.ndarray:
         """Values of a column on the given rows, int (...), as (..., *shape): float16 as float32, the rest as stored.
 
-        Args:
-            rows: numbers of rows, in any order and as often as wanted.
-            column: one of `provenance.columns`, "times_s" or "ticks".
-
         Raises:
             IndexError: there is no such row.
-            KeyError: there is no such column.
+            KeyError: there is no such column, neither in the provenance nor "times_s" or "ticks".
         """
-        stored = self._gather(np.asarray(rows), column)
+        stored = self._gather(rows, column)
         if stored.dtype == np.float16:  # NumPy takes 25 times as long to convert it
             return torch.from_numpy(stored).float().numpy()
         return stored
 
     def clip_embeddings(self, clip: CachedClip) -> np.ndarray:
         """All embeddings of a clip, float32 (T, *tokens, D)."""
-        return self.take(_rows(clip))
+        return self.take(clip.rows)
 
     def clip_times_s(self, clip: CachedClip) -> np.ndarray:
         """Times of a clip's embeddings in seconds, float64 (T,)."""
-        return self.take(_rows(clip), "times_s")
+        return self.take(clip.rows, "times_s")
 
     def clip_ticks(self, clip: CachedClip) -> np.ndarray:
         """Ticks of a clip's embeddings, int64 (T,)."""
-        return self.take(_rows(clip), "ticks")
+        return self.take(clip.rows, "ticks")
 
     def unbroken_runs(self, clip: CachedClip) -> list[np.ndarray]:
         """Rows of each run of a clip without a gap in time, int64 (T,) each."""
-        return np.split(_rows(clip), np.flatnonzero(np.diff(self.clip_ticks(clip)) != 1) + 1)
+        return np.split(clip.rows, np.flatnonzero(np.diff(self.clip_ticks(clip)) != 1) + 1)
 
     def is_intact(self, clip: CachedClip) -> bool:
         """Whether a clip still has the checksum that it was written with. A flipped bit is read without an error."""
-        return _checksum([self._gather(_rows(clip), name) for name in self._columns]) == clip.crc32
+        return _checksum(self._gather(clip.rows, name) for name in self._columns) == clip.crc32
 
     def require_same_space(self, fingerprint: str, fps: float, owner: str) -> None:
         """Refuse to be used with a model of other embeddings.
@@ -346,47 +312,39 @@ class EmbeddingCache:
             CacheError: encoder or clock differ.
         """
         made_by, clock = self.provenance.encoder_fingerprint, self.provenance.fps
-        if made_by != fingerprint:
+        if (made_by, clock) != (fingerprint, fps):
             raise CacheError(
-                f"{self.folder} was made by encoder {made_by}, but {owner} belongs to encoder {fingerprint}: "
-                "embed the videos again with that encoder"
-            )
-        if clock != fps:
-            raise CacheError(
-                f"{self.folder} lies on a clock of {clock:g} fps, but {owner} on one of {fps:g} fps: "
-                f"embed the videos again at {fps:g} fps"
+                f"{self.folder} was made by encoder {made_by} at {clock:g} fps, but {owner} belongs to encoder "
+                f"{fingerprint} at {fps:g} fps: embed the videos again with that encoder and clock"
             )
 
-    def _gather(self, rows: np.ndarray, column: str) -> np.ndarray:
+    def _gather(self, rows: np.ndarray, name: str) -> np.ndarray:
         """Values as stored, (...) -> (..., *shape), shard by shard."""
-        shape, dtype = self._columns[column].shape, self._columns[column].dtype
-        if rows.size == 0:
-            return np.empty((*rows.shape, *shape), dtype)
-        lowest, highest = rows.min(), rows.max()
+        column, flat = self._columns[name], rows.ravel()
+        if len(flat) == 0:
+            return np.empty((*rows.shape, *column.shape), column.dtype)
+        lowest, highest = flat.min(), flat.max()
         if lowest < 0 or highest >= self._ends[-1]:
             raise IndexError(f"rows {lowest} to {highest} are out of range: there are {self._ends[-1]}")
-        first, last = np.searchsorted(self._ends, (lowest, highest), side="right")
+        first, last = np.searchsorted(self._ends, (lowest, highest), side="right").tolist()
         if first == last:
-            return self._gather_from(int(first), rows, column)
-        flat = rows.ravel()
+            return self._gather_from(first, rows, name)
         shards = np.searchsorted(self._ends, flat, side="right")
         order = shards.argsort(kind="stable")
-        values = np.empty((len(flat), *shape), dtype)
+        values = np.empty((len(flat), *column.shape), column.dtype)
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-            values[part] = self._gather_from(int(shards[part[0]]), flat[part], column)
-        return values.reshape(*rows.shape, *shape)
+            values[part] = self._gather_from(int(shards[part[0]]), flat[part], name)
+        return values.reshape(*rows.shape, *column.shape)
 
-    def _gather_from(self, shard: int, rows: np.ndarray, column: str) -> np.ndarray:
+    def _gather_from(self, index: int, rows: np.ndarray, name: str) -> np.ndarray:
         """The same, where all rows lie in one shard."""
-        found = self._shards[shard]
-        found.require_whole()
-        # Where two threads map a file at once, `setdefault` lets both use the first mapping.
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            mapped = self._maps.setdefault(shard, found.map())
-        shape, dtype, offset = self._columns[column].shape, self._columns[column].dtype, found.offsets[column]
-        values = np.ndarray((found.rows, *shape), dtype, buffer=mapped.data, offset=offset)
-        return values[rows - (self._ends[shard] - found.rows)]
+        shard, column = self._shards[index], self._columns[name]
+        shard.require_whole()
+        if index not in self._maps:  # where two threads map a file at once, both use the first mapping
+            self._maps.setdefault(index, shard.map())
+        buffer, offset = self._maps[index].data, shard.offsets[name]
+        values = np.ndarray((shard.rows, *column.shape), column.dtype, buffer, offset)
+        return np.take(values, rows - (self._ends[index] - shard.rows), axis=0)
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -397,37 +355,27 @@ def read_provenance(folder: Path) -> Provenance:
     """
     path = folder / "cache.json"
     if not path.is_file():
-        raise CacheError(
-            f"{folder} is not an embedding cache (there is no cache.json in it): embed videos into it first"
-        )
+        raise CacheError(f"{folder} is not an embedding cache (there is no {path.name} in it): embed videos into it")
     try:
         record = json.loads(path.read_bytes())
         version = record.pop("format_version")
-        if version > FORMAT_VERSION:
-            raise CacheError(f"{folder} has cache format {version}, newer than {FORMAT_VERSION}: update video-jepa")
-        if version < FORMAT_VERSION:
-            raise CacheError(
-                f"{folder} has cache format {version}, older than {FORMAT_VERSION}: "
-                "delete it and embed the videos again"
-            )
+        if version != FORMAT_VERSION:
+            mend = "update video-jepa" if version > FORMAT_VERSION else "delete it and embed the videos again"
+            raise CacheError(f"{folder} has cache format {version}, and this is for {FORMAT_VERSION}: {mend}")
         columns = {name: Column(one["dtype"], tuple(one["shape"])) for name, one in record["columns"].items()}
         return Provenance(**record | {"image_size": tuple(record["image_size"]), "columns": columns})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"{path} is damaged ({error}): delete {folder} and embed the videos again") from error
 
 
-def committed_clips(folder: Path) -> set[ClipKey]:
-    """The clips that a cache holds for good, from its manifests alone; of a changed file the one written last.
+def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
+    """Those of `wanted` that a cache does not hold for good, in order.
 
     Raises:
-        CacheError: a manifest is damaged.
+        CacheError: as opening the cache does, but for an empty one.
     """
-    return set({(key.source, key.offset_s): key for shard in _read_shards(folder) for key in shard.keys}.values())
-
-
-def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
-    """Those of `wanted` that are still to be embedded, in order."""
-    done = committed_clips(folder)
+    _, clips = _read_shards(folder, read_provenance(folder).columns | CLOCK)
+    done = {clip.key for clip in clips}
     return [key for key in wanted if key not in done]
 
 
@@ -435,132 +383,108 @@ class _Shard(NamedTuple):
     """An HDF5 file, as its manifest describes it."""
 
     path: Path
-    size_bytes: int
-    id: str
-    written_ns: int
     rows: int
+    size_bytes: int
+    id: bytes
+    written_ns: int
     offsets: dict[str, int]
-    """Where in the file each dataset begins, in bytes."""
-    keys: list[ClipKey]
-    """Keys of the clips in the order of their rows, as are the next two."""
-    frames: list[int]
-    checksums: list[int]
+    """Place in the file where each dataset begins, in bytes."""
+
+    def damaged(self, reason: object) -> CacheError:
+        """The error that names the shard and the mend."""
+        return CacheError(f"{self.path} {reason}: delete it and {self.path.stem}.json, and embed the videos again")
 
     def require_whole(self) -> None:
         """Raises `CacheError` if the file has another size: a truncated one, mapped, ends the process (bus error)."""
-        try:
-            size = os.stat(self.path).st_size
-        except FileNotFoundError:
-            size = 0
+        size = os.stat(self.path).st_size if os.path.exists(self.path) else 0
         if size != self.size_bytes:
-            raise CacheError(
-                f"{self.path} has {size} bytes instead of {self.size_bytes}: delete it and {self.path.stem}.json, "
-                "and embed its videos again"
-            )
-
-    def require_inside(self, columns: dict[str, Column]) -> None:
-        """Raises `CacheError` unless all columns lie inside the file."""
-        for name, row_bytes in [*((name, column.row_bytes) for name, column in columns.items()), ("shard", 0)]:
-            offset = self.offsets.get(name)
-            if type(offset) is not int or not 0 <= offset <= self.size_bytes - self.rows * row_bytes:
-                raise _damaged_manifest(self.path.with_suffix(".json"), f"{name} is not inside the shard")
+            raise self.damaged(f"has {size} bytes instead of {self.size_bytes}")
 
     def map(self) -> np.ndarray:
         """The bytes of the file, uint8 (bytes,). Raises `CacheError` if they belong to another manifest."""
         # Not `numpy.memmap`: it keeps each file open, and a process may have 1024 open files.
         mapped = torch.from_file(str(self.path), size=self.size_bytes, dtype=torch.uint8).numpy()
         start = self.offsets["shard"]
-        if mapped[start : start + len(self.id)].tobytes() != self.id.encode():
-            raise _damaged_manifest(self.path.with_suffix(".json"), "it belongs to another shard")
+        if mapped[start : start + len(self.id)].tobytes() != self.id:
+            raise self.damaged("does not belong to its manifest")
         return mapped
 
 
-def _read_shards(folder: Path) -> list[_Shard]:
-    """All shards in the order in which they were written: a later clip of a video replaces an earlier one."""
-    paths = sorted((folder / "shards").glob("[!.]*.json"))
-    return sorted(map(_read_manifest, paths), key=lambda shard: shard.written_ns)
+def _read_shards(folder: Path, columns: dict[str, Column]) -> tuple[list[_Shard], list[CachedClip]]:
+    """All shards in the order in which they were written, and the clips in the order of their names.
+
+    A later clip of a video replaces an earlier one.
+    """
+    manifests = [
+        _read_manifest(path, columns) for path in sorted((folder / "shards").glob("[!.]*.json")) if path.is_file()
+    ]
+    manifests.sort(key=lambda manifest: manifest[0].written_ns)
+    newest: dict[tuple[str, float], CachedClip] = {}
+    row = 0
+    for shard, clips in manifests:
+        for clip in clips:
+            newest[clip.key.source, clip.key.offset_s] = clip._replace(start=row + clip.start)
+        row += shard.rows
+    return [shard for shard, _ in manifests], [newest[name] for name in sorted(newest)]
 
 
-def _read_manifest(path: Path) -> _Shard:
+def _read_manifest(path: Path, columns: dict[str, Column]) -> tuple[_Shard, list[CachedClip]]:
+    """A shard, and its clips at their rows in it."""
+    shard = _Shard(path.with_suffix(".h5"), 0, 0, b"", 0, {})
     try:
         record = json.loads(path.read_bytes())
-        clips = record["clips"]
-        keys = [ClipKey(*fields) for fields in zip(*(clips[name] for name in ClipKey._fields), strict=True)]
+        clips, rows = [], 0
+        for *key, frames, crc32 in record["clips"]:
+            clips.append(CachedClip(ClipKey(*key), rows, frames, crc32, shard.path))
+            rows += frames
         shard = _Shard(
-            path=path.with_suffix(".h5"),
-            size_bytes=record["bytes"],
-            id=record["shard"],
-            written_ns=record["written_ns"],
-            rows=sum(clips["frames"]),
-            offsets=record["offsets"],
-            keys=keys,
-            frames=clips["frames"],
-            checksums=clips["crc32"],
+            shard.path, rows, record["bytes"], record["shard"].encode(), record["written_ns"], dict(record["offsets"])
         )
-        if not len(keys) == len(shard.frames) == len(shard.checksums):
-            raise ValueError("its columns have different lengths")
-        if not _is_shape((shard.size_bytes, shard.written_ns, *shard.frames)):
+        begins = [shard.offsets[name] for name in (*columns, "shard")]
+        if not _are_sizes(shard.size_bytes, shard.written_ns, *begins, *(clip.frames for clip in clips)):
             raise ValueError("a size is not a positive whole number")
-        if not all(isinstance(source, str) and math.isfinite(offset_s) for source, *_, offset_s in keys):
-            raise ValueError("a clip has no name or no clock")
-        if not isinstance(shard.id, str) or not isinstance(shard.offsets, dict):
-            raise ValueError("it does not say what is where")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged_manifest(path, error) from error
-    return shard
+        for source, size_bytes, modified_ns, offset_s in (clip.key for clip in clips):
+            if [type(source), type(size_bytes), type(modified_ns)] != [str, int, int] or not math.isfinite(offset_s):
+                raise ValueError("a clip has no name, no state or no clock")
+        for name, column in columns.items():
+            row_bytes = np.dtype(column.dtype).itemsize * math.prod(column.shape)
+            if shard.offsets[name] + rows * row_bytes > shard.size_bytes:
+                raise ValueError(f"{name} is not inside the shard")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise shard.damaged(f"has a damaged manifest ({error})") from error
+    shard.require_whole()
+    return shard, clips
 
 
-def _damaged_manifest(path: Path, reason: object) -> CacheError:
-    return CacheError(f"{path} is damaged ({reason}): delete it and {path.stem}.h5, and embed the videos again")
+def _are_sizes(*values: Any) -> bool:
+    return all(type(value) is int and value > 0 for value in values)
 
 
-def _rows(clip: CachedClip) -> np.ndarray:
-    return np.arange(clip.start, clip.start + clip.frames)
-
-
-def _as_stored(clip: EmbeddedClip, columns: dict[str, Column]) -> EmbeddedClip:
-    """The clip as it is written: contiguous, in the types and the order of the cache's columns."""
-    frames, source = len(clip.ticks), clip.key.source
-    given = {name: value.shape for name, value in clip.columns.items()}
-    if (
-        frames == 0
-        or len(clip.times_s) != frames
-        or given != {name: (frames, *column.shape) for name, column in columns.items()}
-    ):
-        expected = ", ".join(f"{name} {column}" for name, column in columns.items())
-        raise ValueError(
-            f"{source}: {given} with {len(clip.times_s)} times and {frames} ticks are no clip of {expected}"
-        )
+def _as_stored(clip: EmbeddedClip, columns: dict[str, Column]) -> dict[str, np.ndarray]:
+    """The arrays of a clip as they are written: contiguous, in the types and the order of the cache's columns."""
+    given = clip.columns | {"times_s": clip.times_s, "ticks": clip.ticks}
+    shapes = {name: values.shape for name, values in given.items()}
+    if len(clip.ticks) == 0 or shapes != {name: (len(clip.ticks), *column.shape) for name, column in columns.items()}:
+        raise ValueError(f"{clip.key.source}: arrays of shapes {shapes} do not fit the columns {columns}")
     with np.errstate(over="ignore"):  # what a type cannot hold is infinite, and refused
-        stored = {name: np.ascontiguousarray(clip.columns[name], column.dtype) for name, column in columns.items()}
+        stored = {name: np.ascontiguousarray(given[name], column.dtype) for name, column in columns.items()}
     if not np.isfinite(stored["embeddings"]).all():
-        dtype = stored["embeddings"].dtype
-        raise CacheError(f"the embeddings of {source} are not finite in {dtype}: check the encoder")
-    times_s, ticks = np.ascontiguousarray(clip.times_s, np.float64), np.ascontiguousarray(clip.ticks, np.int64)
-    return EmbeddedClip(clip.key, stored, times_s, ticks)
+        dtype = columns["embeddings"].dtype
+        raise CacheError(f"the embeddings of {clip.key.source} are not finite in {dtype}: check the encoder")
+    return stored
 
 
-def _write_shard(path: Path, name: str, clips: Sequence[EmbeddedClip]) -> dict[str, int]:
-    """Write clips to an HDF5 file of contiguous datasets; returns where in it each dataset begins, in bytes."""
-    columns = {column: np.concatenate([clip.columns[column] for clip in clips]) for column in clips[0].columns}
-    columns["times_s"] = np.concatenate([clip.times_s for clip in clips])
-    columns["ticks"] = np.concatenate([clip.ticks for clip in clips])
-    columns["shard"] = np.frombuffer(name.encode(), np.uint8)
-    with h5py.File(path, "x") as file:
-        return {column: file.create_dataset(column, data=data).id.get_offset() for column, data in columns.items()}
-
-
-def _checksum(arrays: Sequence[np.ndarray]) -> int:
+def _checksum(arrays: Iterable[np.ndarray]) -> int:
     checksum = 0
     for array in arrays:
         checksum = zlib.crc32(array.data, checksum)
     return checksum
 
 
-def _lock(folder: Path) -> IO[str]:
+def _lock(folder: Path) -> IO[bytes]:
     """Hold the folder until the file is closed or the process dies, however it dies."""
     # Never through a link, which could lead to a file of somebody else's.
-    lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
+    lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "wb")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -570,18 +494,16 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
-    def write(unfinished: Path) -> None:
-        with unfinished.open("x") as file:
-            json.dump(record, file)
-
-    _write_synced(path, write)
+    with _synced(path) as unfinished, unfinished.open("x") as file:
+        json.dump(record, file)
 
 
-def _write_synced(path: Path, write: Callable[[Path], Result]) -> Result:
-    """Let `write` make a file under a temporary name; it gets its own name only once it is safely on disk."""
+@contextmanager
+def _synced(path: Path) -> Iterator[Path]:
+    """A temporary path for a file, which gets its own name only once it is safely on disk."""
     unfinished = path.with_name(f".tmp.{uuid.uuid4().hex}{path.suffix}")
     try:
-        result = write(unfinished)
+        yield unfinished
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -589,8 +511,5 @@ def _write_synced(path: Path, write: Callable[[Path], Result]) -> Result:
         unfinished.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return result
+    os.fsync(directory)
+    os.close(directory)
