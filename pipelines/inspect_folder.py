@@ -1,0 +1,162 @@
+r"""What is in a folder: videos, a cache, or what a command left behind.
+
+  video-jepa inspect VIDEOS --count --manifest videos.jsonl
+  video-jepa inspect cache/train --verify
+  video-jepa inspect runs/encoder runs/encoder/encoder
+
+Of videos it reads headers and a frame each; --count decodes all of them and finds what is really there: frames, gaps,
+damage. Of a cache it says what the embeddings are and which videos have changed since; --verify reads all of it. Of a
+run or a model it says what that says of itself.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from data.cache import CachedClip, ClipKey, EmbeddingCache
+from data.counting import count_frames
+from data.manifest import MANIFEST_SUFFIX, Record, file_state, index_videos
+from data.video import IMAGE_FPS, probe_video
+from jepa.config import Bounded, Positive
+from pipelines.run.command import UserError, counted, require, run_command
+from pipelines.run.folder import MARK, flat, read_json
+
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Options(Bounded):
+    """Say what is in folders."""
+
+    paths: Positional[tuple[Path, ...]]
+    """Videos, folders and manifests of videos; caches; runs; models."""
+    count: bool = False
+    """Decode all of each video and count what comes out."""
+    manifest: Path | None = None
+    """List of the videos to write, or to bring up to date; all commands take it in place of the videos."""
+    verify: bool = False
+    """Check each clip of a cache against its checksum: a bit that has flipped is otherwise read without an error."""
+    image_fps: Positive = IMAGE_FPS
+    """Rate of folders of images, which have no times of their own."""
+
+
+def main(options: Options) -> None:
+    """Say of each cache, run and model what it is, then what videos there are."""
+    require(len(options.paths) > 0, "no PATHS are given: name a folder of videos, a cache, a run or a model")
+    videos = []
+    for path in options.paths:
+        if (path / "cache.json").is_file():
+            inspect_cache(EmbeddingCache(path), options.verify)
+        elif (path / MARK).is_file():
+            record = read_json(path / MARK)
+            models = ", ".join(sorted(file.parent.name for file in path.glob("*/model.safetensors"))) or "no models"
+            state = "finished" if record.get("finished") else "not finished"
+            print(f"{path}: a run of {record.get('command')}, {state}, by code {record.get('code')}; holds {models}")
+            print_facts({"option": record.get("options"), "input": record.get("inputs")})
+        elif (path / "model.safetensors").is_file():
+            record = read_json(path / "config.json")
+            print(f"{path}: a model, {record.get('kind')}, {(path / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
+            print_facts(record.get("config"))
+        else:
+            videos.append(path)
+    if videos:
+        inspect_videos(videos, options)
+
+
+def inspect_videos(paths: list[Path], options: Options) -> None:
+    """Look at what is new, say what was found, and leave a manifest."""
+    require(
+        options.manifest is None or options.manifest.suffix == MANIFEST_SUFFIX,
+        f"--manifest is {options.manifest}: its name must end in {MANIFEST_SUFFIX}",
+    )
+    look = count_frames if options.count else probe_video
+    records, vanished = index_videos(paths, options.manifest, look=look, image_fps=options.image_fps)
+    print_videos(records)
+    print_some("no longer there, or not under these paths", vanished)
+    if options.manifest is not None:
+        print(f"wrote {options.manifest}: all commands take it in place of the videos")
+    require(any(record.video for record in records), f"not one of {counted(len(records), 'file')} can be used")
+
+
+def print_videos(records: list[Record]) -> None:
+    """What there is, and of what is wrong the first few."""
+    videos = [record.video for record in records if record.video]
+    refused = [record.refused for record in records if not record.video]
+    damaged = [f"{video.path}: {video.damage}" for video in videos if video.damage]
+    gaps = [
+        f"{video.path}: {counted(len(video.gaps_s), 'gap')}, the first of {length:.2f} s at {begin:.2f} s"
+        for video in videos
+        for begin, length in video.gaps_s[:1]
+    ]
+    hours, frames = sum(video.duration_s for video in videos) / 3600, sum(video.frames or 0 for video in videos)
+    summary = f"{counted(len(videos), 'video')}, {hours:.2f} h; refused {len(refused):,}"
+    if videos and all(video.frames is not None for video in videos):
+        summary += f"; counted {frames:,} frames; damaged {len(damaged):,}; with gaps in time {len(gaps):,}"
+    print(summary)
+    for title, found in (("refused", refused), ("damaged", damaged), ("gap", gaps)):
+        print_some(title, found)
+
+
+def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
+    """Say what the embeddings are and what has become of their videos; verify them if asked.
+
+    Raises:
+        UserError: a clip is not what was written.
+    """
+    sources = {clip.key.source for clip in cache.clips}
+    print(
+        f"{cache.folder}: a cache, {counted(len(cache.clips), 'clip')} of {counted(len(sources), 'video')}, "
+        f"{counted(cache.frames, 'embedding')}, {cache.frames / cache.provenance.fps / 3600:.2f} h, "
+        f"{counted(sum(len(cache.unbroken_runs(clip)) - 1 for clip in cache.clips), 'gap')} in time"
+    )
+    print_facts({name: value for name, value in vars(cache.provenance).items() if name != "columns"})
+    columns = {name: f"{column.dtype} {column.shape}" for name, column in cache.provenance.columns.items()}
+    print_facts({"column": columns})
+    states: dict[str, list[str]] = defaultdict(list)
+    for clip in cache.clips:
+        states[compare_with_video(clip)].append(clip.key.source)
+    for state, found in states.items():
+        print(f"  {counted(len(found), 'clip')} whose video {state}")
+        print_some(f"video {state}", found if state != "is unchanged" else [])
+    if verify:
+        bar = tqdm(cache.clips, unit="clip", desc="verifying", leave=False)
+        damaged = [one for one in bar if not (cache.is_intact(one) and np.isfinite(cache.clip_embeddings(one)).all())]
+        print_some("damaged", [clip.key.source for clip in damaged])
+        files = [f"{shard} {shard.with_suffix('.json')}" for shard in sorted({clip.shard for clip in damaged})]
+        if damaged:
+            raise UserError(
+                f"{len(damaged)} of {counted(len(cache.clips), 'clip')} in {cache.folder} are not what was written: "
+                f"delete {' '.join(files)} and embed the videos again"
+            )
+        print(f"  verified: {counted(len(cache.clips), 'clip')} as written")
+
+
+def compare_with_video(clip: CachedClip) -> str:
+    """What has become of a clip's video since it was embedded."""
+    try:
+        unchanged = ClipKey(*file_state(Path(clip.key.source)), clip.key.offset_s) == clip.key
+    except OSError:
+        return "is gone"
+    return "is unchanged" if unchanged else "has changed since: embed it again"
+
+
+def print_facts(record: object) -> None:
+    """A record, a line each."""
+    for name, value in flat(record).items():
+        print(f"  {name}: {value}")
+
+
+def print_some(title: str, found: list[str]) -> None:
+    """A line for each of the first, and one for the others."""
+    for one in found[:SHOWN]:
+        print(f"  {title}: {one}")
+    if len(found) > SHOWN:
+        print(f"  {title}: {len(found) - SHOWN:,} more")
+
+
+if __name__ == "__main__":
+    run_command(main, Options)
