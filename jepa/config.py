@@ -8,14 +8,13 @@ from typing import Annotated, Any, get_args, get_type_hints
 from jepa.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
 class Bounds:
     """The range of a number."""
 
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = True
+    def __init__(
+        self, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = True
+    ) -> None:
+        self.low, self.high, self.open_low, self.open_high = low, high, open_low, open_high
 
     def __str__(self) -> str:
         low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
@@ -46,7 +45,9 @@ class Bounded:
         hints = get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            inner = [hint for hint in (hints[field.name], *get_args(hints[field.name])) if hasattr(hint, "__metadata__")]
+            inner = [
+                hint for hint in (hints[field.name], *get_args(hints[field.name])) if hasattr(hint, "__metadata__")
+            ]
             bounds = [bound for hint in inner for bound in hint.__metadata__ if isinstance(bound, Bounds)]
             for bound in bounds:
                 for number in _numbers(value):
