@@ -1,0 +1,135 @@
+"""How every command begins and ends: its options, and errors that a person reads in one line."""
+
+import inspect
+import io
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from data.errors import DataError
+from jepa.errors import ConfigurationError
+from pipelines.run.options import name_option, parse
+
+Options = TypeVar("Options")
+
+LAUNCH = "accelerate launch --quiet --config_file accelerate_config.yaml"
+"""The launcher; `--quiet` keeps its own traceback away from our one-line errors."""
+GO_ON = "what was complete before is kept: start all of them again, trainers with --resume"
+LOST_CONTACT = re.compile(
+    r"connection (closed|reset|refused|was likely closed|abort)|broken pipe|caused pair closure|timed out waiting \d+ms"
+    r"|connectFullMesh failed|failed to recv|ncclRemoteError|communicator was aborted|collective operation timeout",
+    re.IGNORECASE,
+)
+"""The words of gloo, NCCL and the store for another process that has gone."""
+NOT_MET = re.compile(r"waiting for clients|timed out after \d+ms while trying to connect")
+"""The words of torch.distributed for processes that have not come."""
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED|std::bad_alloc")
+"""The words of a GPU, its libraries and the CPU's allocator."""
+
+
+class UserError(Exception):
+    """A mistake in how a command was called; the message says what, with which value, and the mend."""
+
+
+class Finished(Exception):
+    """There is nothing left to do: the command ends with exit code 0."""
+
+
+class Interrupted(Exception):
+    """The command was asked to stop and has saved its work."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `UserError` with `message` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: 1 clip, 2 clips."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def said_by_all(error: Exception) -> Exception:
+    """Mark an error that all ranks raise alike: rank 0 alone says it."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
+def run_command(main: Callable[[Options], None], options_type: type[Options]) -> None:
+    """Parse the command line and run `main`; a user's mistake ends in one clear line and a non-zero exit code.
+
+    The docstring of the command's module is its help, the module's file name its section in a preset.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    try:
+        description = sys.modules[main.__module__].__doc__ or ""
+        main(parse(options_type, Path(inspect.getfile(main)).stem, description=description))
+    except BaseException as error:
+        status, line = explain(error, options_type)
+        if line:
+            print(line, file=sys.stderr)
+        _leave_at_once(status)  # not after the hour-long video that a thread may be decoding
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads may outlive the process group and abort the interpreter while it shuts down, after all work
+        # is done (pytorch/pytorch#179291).
+        _leave_at_once(0)
+
+
+def explain(error: BaseException, options_type: type) -> tuple[int, str]:
+    """The exit code and the one line that an error deserves; an error of our own making keeps its traceback."""
+    rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # A line of its own, also after a progress bar.
+    prefix = ("\n" if getattr(tqdm, "_instances", ()) else "") + (f"[rank {rank}] " if rank else "") + "error: "
+    first_line = (str(error) or repr(error)).splitlines()[0].removesuffix(".")
+    silent = rank and (getattr(error, "on_all_ranks", False) or isinstance(error, Interrupted | KeyboardInterrupt))
+    status, line = 1, ""
+    match error:
+        case SystemExit():
+            raise error
+        case Finished():
+            status, line = 0, str(error)
+        case Interrupted():
+            status, line = error.exit_code, f"\n{error}"
+        case KeyboardInterrupt():
+            again = "interrupted: run the same command again to continue, a trainer with --resume"
+            status, line = 128 + signal.SIGINT, f"\n{again}"
+        case ConfigurationError():
+            line = f"{prefix}{name_option(error.field, options_type)} {error.message}"
+        case UserError() | DataError():
+            line = f"{prefix}{error}"
+        case OSError():
+            # h5py puts the system's reason ("No space left on device") into the text alone.
+            place, reason = error.filename or "writing", error.strerror or first_line
+            line = f"{prefix}{place}: {reason}: what was complete before is kept"
+        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            advice = "lower what says how much is held at a time, such as --batch-size"
+            line = f"{prefix}out of memory ({first_line}): {advice}; what was complete before is kept"
+        case RuntimeError() if several and NOT_MET.search(str(error)):
+            advice = "start as many as each was told, and see whether one has ended or cannot reach the first machine"
+            line = f"{prefix}not all processes have met ({first_line}): {advice}"
+        case RuntimeError() if several and LOST_CONTACT.search(str(error)):
+            line = f"{prefix}another process has ended ({first_line}), its own message says why: {GO_ON}"
+        case _:
+            traceback.print_exception(error)
+    return status, "" if silent else line
+
+
+def _leave_at_once(status: int) -> NoReturn:
+    """End the process without waiting for its threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,153 @@
+"""Processes and devices: one or many, alike on all."""
+
+import datetime
+import difflib
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import joblib
+import torch
+import torch.distributed as distributed
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
+
+from pipelines.run.command import UserError, require, said_by_all
+from pipelines.run.folder import flat, to_json
+
+Result = TypeVar("Result")
+
+LONGEST_START = datetime.timedelta(minutes=10)
+"""Time for all processes to meet."""
+LONGEST_WAIT = datetime.timedelta(hours=2)
+"""Time that ranks wait for one another; one of them may look at 100,000 videos meanwhile."""
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def start_accelerator(
+    precision: str = "launched", execution: str = "eager", *, trackers: Sequence[str] = (), logs: Path | None = None
+) -> Accelerator:
+    """One process or one of many, with its device.
+
+    Args:
+        precision: launched (as accelerate was told), fp32, bf16 or fp16.
+        execution: eager, compiled, or deterministic.
+        trackers: names that accelerate knows; none stands for none.
+        logs: folder for the trackers.
+
+    Raises:
+        UserError: accelerate sees other processes than were started, or there is no such tracker.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if execution == "deterministic":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        cpu=processes > 1 and not torch.cuda.is_available(),  # or else each would take itself for the only one
+        mixed_precision=PRECISIONS.get(precision),
+        log_with=_known_trackers(trackers) or None,
+        project_dir=logs,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=LONGEST_START),
+            # Backbones may have weights that get no gradient. Looking for them also keeps gradients from being
+            # rearranged after the first step: ranks would add them up in another order after each start.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True),
+        ],
+    )
+    require(
+        accelerator.num_processes == processes,
+        f"{processes} processes were started, but accelerate sees {accelerator.num_processes}: "
+        "check the --config_file of accelerate launch",
+    )
+    if distributed.is_initialized():
+        # torch before 2.15 has no other name for it.
+        set_timeout = getattr(distributed, "set_timeout", None) or distributed.distributed_c10d._set_pg_timeout
+        set_timeout(LONGEST_WAIT)
+    on_gpu = accelerator.device.type == "cuda"
+    require(
+        accelerator.mixed_precision != "fp16" or on_gpu, "precision fp16 needs a GPU: take --precision bf16 or fp32"
+    )
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32, and so in convolutions
+    elif processes == 1 and not _threads_are_chosen():
+        torch.set_num_threads(cores_of_this_process())
+    return accelerator
+
+
+def _known_trackers(names: Sequence[str]) -> list[str]:
+    # Accelerate passes silently over a tracker that it does not find.
+    available = list(map(str, get_available_trackers()))
+    for name in names:
+        near = difflib.get_close_matches(name, available, n=1)
+        hint = f"perhaps you meant {near[0]}" if near else f"installed are {', '.join(available)}"
+        require(name in (*available, "none"), f"--tracker {name} is not installed, or does not exist: {hint}")
+    return [name for name in names if name != "none"]
+
+
+def cores_of_this_process() -> int:
+    """How many cores this process may use: those granted to it, shared with the others on its machine."""
+    return max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _threads_are_chosen() -> bool:
+    """Whether somebody said how many threads compute. `accelerate launch` says 1 by itself, of many cores."""
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    return chosen is not None and not (chosen == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ)
+
+
+def describe_devices(accelerator: Accelerator) -> str:
+    """Such as `2 x cpu (2 threads)` or `8 x NVIDIA H100`, and the precision."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    return f"{accelerator.num_processes} x {name}, precision {accelerator.mixed_precision.replace('no', 'fp32')}"
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
+    """Do something on the main process only; what fails there fails on all alike. Collective."""
+    result: Result | None = None
+    failure: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except Exception as error:
+            failure = [error]
+    broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise said_by_all(failure[0])
+    return result
+
+
+def main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Do something on the main process and then on the others; what fails there fails on all alike. Collective."""
+    result = on_main(accelerator, work)
+    return result if accelerator.is_main_process else work()  # type: ignore[return-value]
+
+
+def require_agreement(accelerator: Accelerator, **facts: Any) -> None:
+    """Make sure that all ranks were started with the same options and see the same data. Collective.
+
+    Raises:
+        UserError: on all ranks alike, naming the first rank and fact that differ.
+    """
+    everyone = gather_object([{name: to_json(value) for name, value in facts.items()}])
+    for rank, theirs in enumerate(everyone):
+        mine, other = flat(everyone[0]), flat(theirs)
+        for name in [*mine, *other]:
+            if name not in mine or name not in other or mine[name] != other[name]:
+                raise said_by_all(UserError(
+                    f"rank {rank} has {name} = {other.get(name)}, rank 0 has {mine.get(name)}: "
+                    "start all of them with the same command, code and data"
+                ))  # fmt: skip
+
+
+def summary(names: Sequence[Any]) -> str:
+    """A long list in short: whoever agrees on it agrees on the list."""
+    return f"{len(names):,}, fingerprint {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"

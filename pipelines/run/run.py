@@ -1,0 +1,564 @@
+"""`Run`: the order of a trainer. Folder, ranks, randomness, resuming, steps, log, stopping, and what is left behind.
+
+The loop, the loss and the network stay in the command's own file:
+
+    run = Run(options, "train_thing", ("thing",))
+    run.begin({"data": ...}, "100 clips")
+    network = run.prepare(Network(), options.optimizer)
+    for step, batch in run.steps(batches):
+        loss = network(batch.frames).mean()
+        run.update(loss, {}, batch.videos)
+        if run.due:
+            run.log(diagnose(network))
+    run.finish({}, {"thing": ("thing", config, run.weights)})
+"""
+
+import copy
+import json
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as distributed
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from data.parallel import stream_ahead
+from jepa.batch_norm import synchronise_batch_norm
+from pipelines.run.checkpoints import Checkpoints, State
+from pipelines.run.command import Interrupted, UserError
+from pipelines.run.devices import (
+    LONGEST_WAIT,
+    describe_devices,
+    main_first,
+    on_main,
+    require_agreement,
+    start_accelerator,
+)
+from pipelines.run.folder import RunFolder, flat, save_artefact, to_json, write_text
+from pipelines.run.options import OptimizerOptions, RunOptions
+
+FIRST_ALARM_STEP = 50
+"""Before, nothing has had time to spread out, and every run would alarm."""
+SHARED = 2**32 - 1
+"""A rank that there is not, for the random numbers that all of them share."""
+SAVE_EVERY_S = 600.0
+LONGEST_WARMUP = 500
+SHOWN_VIDEOS = 5
+SMALLEST_SCALE = 1e-3
+"""Scale of the loss in fp16 at which a run has failed; healthy runs have thousands."""
+
+
+class Batch(Protocol):
+    """What a step learns from: a named tuple of tensors and other things."""
+
+    @property
+    def place(self) -> dict[str, int]:
+        """Where in the data the next batch begins."""
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+Result = TypeVar("Result")
+
+
+@dataclass
+class Progress:
+    """What each rank must remember beside weights."""
+
+    place: dict[str, int] = field(default_factory=dict)
+    """Where in the data the next batch begins."""
+    seconds: float = 0.0
+    """Wall-clock seconds so far, summed over restarts."""
+    samples: int = 0
+    """Samples of all ranks so far."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last entry in the log."""
+    alarms: list[str] = field(default_factory=list)
+    """The first ones."""
+    first_alarm_step: int | None = None
+    collapsed: bool = False
+    """Whether the last entry in the log alarmed."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Sums of the loss and its terms since the last entry in the log; tensors while steps are under way."""
+    summed_steps: int = 0
+
+
+class Best:
+    """The weights with the lowest value of a metric so far.
+
+    Args:
+        module: whose weights.
+        metric: that judges them.
+    """
+
+    def __init__(self, module: nn.Module, metric: str) -> None:
+        self.module, self.metric = module, metric
+        self.step, self.metrics, self.weights, self.collapsed = 0, dict[str, float](), dict[str, Tensor](), False
+
+    def consider(self, step: int, metrics: dict[str, float], alarms: Sequence[str] = ()) -> None:
+        """Keep the present weights if they are the best."""
+        if not self.metrics or metrics[self.metric] < self.metrics[self.metric]:
+            self.step, self.metrics, self.collapsed = step, metrics, bool(alarms)
+            self.weights = copy.deepcopy(self.module.state_dict())
+
+    def restore(self) -> None:
+        """Give the module its best weights back."""
+        self.module.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the module."""
+        return {name: getattr(self, name) for name in ("step", "metrics", "weights", "collapsed")}
+
+
+class _Watched(NamedTuple):
+    """Numbers of a step that may still be under way."""
+
+    step: int
+    videos: Sequence[Any]
+    finite: Tensor
+    ready: "torch.cuda.Event | None"
+
+
+class Run:
+    """The run of a trainer, on this rank.
+
+    Args:
+        options: of the command.
+        command: name.
+        artefacts: names of the folders and files that it leaves.
+
+    Raises:
+        UserError: the folder cannot be used, or ranks were started differently.
+        Finished: a finished run is to be resumed.
+    """
+
+    def __init__(self, options: RunOptions, command: str, artefacts: tuple[str, ...]) -> None:
+        self.options, self.command, self.path = options, command, options.output_dir
+        self.accelerator = start_accelerator(
+            options.precision, options.execution, trackers=options.tracker, logs=self.path / "logs"
+        )
+        self.device: torch.device = self.accelerator.device
+        self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        require_agreement(self.accelerator, options=options)
+        self.folder = on_main(self.accelerator, lambda: RunFolder(options, command, artefacts))
+        self.checkpoints = Checkpoints(self.accelerator, self.path / "training_state")
+        set_seed(options.seed)
+        self.step = 0
+        self.progress = Progress()
+        self.best: Best | None = None
+        self.averaged: AveragedModel | None = None
+        self.restored: dict[str, Any] = {}
+        self.saved_step, self.saved_at, self.received = -1, time.monotonic(), 0
+        self.watched: deque[_Watched] = deque()
+        self._count_anew()
+        several_gpus = self.ranks > 1 and self.device.type == "cuda"
+        # Agreed upon through the CPU: nobody has to wait for the GPU's queue of work to run empty.
+        self.group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT) if several_gpus else None
+
+    def main_first(self, work: Callable[[], Result]) -> Result:
+        """Do something on the main process and then on the others; what fails there fails on all alike. Collective."""
+        return main_first(self.accelerator, work)
+
+    def begin(self, inputs: dict[str, Any], *facts: str) -> None:
+        """Make the folder or resume the run in it, and say what is trained on what. Collective.
+
+        Args:
+            inputs: what the run learns from; of a resumed run it must be the same.
+            facts: for the line that says so.
+
+        Raises:
+            UserError: ranks see other inputs, or a resumed run began with others.
+        """
+        require_agreement(self.accelerator, inputs=inputs)
+        on_main(self.accelerator, lambda: self.folder.begin(inputs))  # type: ignore[union-attr]
+        state = self.checkpoints.load_newest() if self.options.resume else None
+        if state is not None:
+            self.step, self.restored, self.progress = state.step, state.shared, Progress(**state.own)
+            self.saved_step = state.step
+        self.lived = time.monotonic()
+        on_main(self.accelerator, self._start_trackers)
+        if self.is_main:
+            print(f"{self.command} on {describe_devices(self.accelerator)}: " + "; ".join(facts))
+
+    def prepare(
+        self, network: nn.Module, optimizer: OptimizerOptions, *, clip_norm: float = math.inf, ema_decay: float = 0.0,
+        optimizer_of: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    ) -> nn.Module:  # fmt: skip
+        """The network on its device and ready for several ranks, with its weights restored; after `begin`.
+
+        Args:
+            network: its batch normalisation is synchronised over ranks.
+            optimizer: learning rate and weight decay.
+            clip_norm: longest gradient.
+            ema_decay: of an exponential moving average of the weights, which `weights` then is; 0 for none.
+            optimizer_of: makes another optimiser than AdamW from groups of parameters.
+        """
+        network = synchronise_batch_norm(network.to(self.device))
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network, self.peak, self.clip_norm = network, optimizer.learning_rate, clip_norm
+        groups = decayed_groups(network, optimizer.weight_decay)
+        make = optimizer_of or (lambda groups: torch.optim.AdamW(groups, lr=self.peak, fused=True))
+        if ema_decay:
+            self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+        if self.options.execution == "compiled":
+            network.compile()
+        self.trained, self.optimizer = self.accelerator.prepare(network, make(groups))
+        if self.restored:
+            try:
+                for name, part in self._parts().items():
+                    part.load_state_dict(self.restored[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{self.path}: its training state is not of this network ({reason})") from error
+        return self.trained
+
+    def _parts(self) -> dict[str, Any]:
+        """What a training state consists of beside the best weights."""
+        parts = {"network": self.network, "optimizer": self.optimizer, "averaged": self.averaged,
+                 "scaler": self.accelerator.scaler}  # fmt: skip
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def weights(self) -> nn.Module:
+        """The network itself, or the moving average of it."""
+        return self.network if self.averaged is None else self.averaged.module
+
+    def keep_best(self, module: nn.Module, metric: str) -> Best:
+        """From now on, keep the weights for which a logged metric is lowest; after `prepare`."""
+        self.best = Best(module, metric)
+        if self.restored:
+            vars(self.best).update(self.restored["best"])
+        return self.best
+
+    def steps(self, batches: Callable[[dict[str, int]], Iterable[AnyBatch]]) -> Iterator[tuple[int, AnyBatch]]:
+        """The number of each step from 0 and its batch; `update` is called once for each. Collective.
+
+        A thread prepares the next ones. States are saved; Ctrl-C and SIGTERM save after the step under way.
+
+        Args:
+            batches: batches without end from a place in the data on; an empty place is the beginning.
+
+        Raises:
+            Interrupted: by a signal, after saving.
+        """
+        self._save()
+        self.restored = {}
+        ahead = stream_ahead(lambda place: self._feed(batches(place)), [self.progress.place], workers=1, ahead=2)
+        bar = tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not self.is_main)
+        self.bar = bar
+        for batch in self._timed(ahead):
+            learning_rate = lr_at(self.step, self.options.steps, self.peak)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            # Dropout and the like: as random as they were, however often the run was interrupted.
+            torch.manual_seed(self.generator(self.step).initial_seed())
+            yield self.step, batch
+            self.progress.place = dict(batch.place)
+            bar.update()
+            self._after_step()
+        bar.close()
+        self._save()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _timed(self, ahead: Iterator[AnyBatch]) -> Iterator[AnyBatch]:
+        """So many batches as steps are missing; counts samples and the time that they are waited for."""
+        self._count_anew()
+        while self.step < self.options.steps:
+            began = time.monotonic()
+            batch = next(ahead)
+            self.waited_s += time.monotonic() - began
+            samples = next(len(value) for value in batch if isinstance(value, Tensor))  # type: ignore[attr-defined]
+            self.samples += samples * self.ranks
+            self.progress.samples += samples * self.ranks
+            if signal.getsignal(signal.SIGTERM) != self._receive:
+                # Not before: decoding the first frames may take long, and there is nothing to save yet.
+                signal.signal(signal.SIGINT, self._receive)
+                signal.signal(signal.SIGTERM, self._receive)
+            yield batch
+        ahead.close()  # type: ignore[attr-defined]
+
+    def generator(self, step: int, *, shared: bool = False) -> torch.Generator:
+        """The randomness of a step on this rank's device, or shared by all ranks, however often a run was resumed."""
+        return step_generator(self.options.seed, step, SHARED if shared else self.rank, self.device)
+
+    def update(self, loss: Tensor, terms: dict[str, Tensor], videos: Sequence[Any] = ()) -> None:
+        """One step of the optimiser.
+
+        Args:
+            loss: scalar.
+            terms: scalars for the log, which shows their means beside that of the loss.
+            videos: what the batch was read from.
+
+        Raises:
+            UserError: the loss or its gradient is NaN or infinite.
+        """
+        self.accelerator.backward(loss)
+        self.gradient_norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.clip_norm)
+        self._watch(loss, videos)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
+        sums: dict[str, Any] = self.progress.sums
+        self.progress.sums = {
+            name: sums.get(name, 0.0) + value.detach() for name, value in {"loss": loss, **terms}.items()
+        }
+        self.progress.summed_steps += 1
+        self.step += 1
+
+    def _watch(self, loss: Tensor, videos: Sequence[Any]) -> None:
+        """Take note of a step's numbers, and look at those that have arrived.
+
+        On a GPU they are looked at one step later, when they have arrived without anybody waiting; a checkpoint is
+        written only after all have been looked at, so none holds what came of a bad number.
+        """
+        # With fp16, infinite gradients are ordinary: the scaler skips the step and lowers its scale.
+        scaler, on_gpu = self.accelerator.scaler, self.device.type == "cuda"
+        values = [loss.detach()] if scaler is not None else [loss.detach(), self.gradient_norm]
+        finite, ready = torch.stack([value.float() for value in values]).isfinite().all(), None
+        if on_gpu:
+            finite, ready = finite.to("cpu", non_blocking=True), torch.cuda.Event()
+            ready.record()
+        self.watched.append(_Watched(self.step, videos, finite, ready))
+        self._settle(but=1 if on_gpu else 0)
+
+    def _settle(self, but: int = 0) -> None:
+        """Look at all steps' numbers but those of the last few. Raises `UserError` if they are not finite."""
+        while len(self.watched) > but:
+            step, videos, finite, ready = self.watched.popleft()
+            if ready is not None:
+                ready.synchronize()
+            if not finite:
+                names = ", ".join(map(str, videos[:SHOWN_VIDEOS]))
+                more = f" and {len(videos) - SHOWN_VIDEOS} more" if len(videos) > SHOWN_VIDEOS else ""
+                raise UserError(
+                    f"the loss or its gradient is not finite in step {step + 1}, with {names}{more}. The newest "
+                    f"checkpoint, of step {self.saved_step}, is from before: look at that data; --resume with a lower "
+                    "learning rate; delete that checkpoint if its weights have grown too large already"
+                )
+        scaler = self.accelerator.scaler
+        if but == 0 and scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
+            raise UserError(
+                f"gradients are never finite in fp16 (step {self.step}, loss scale {scaler.get_scale():g}): "
+                "take --precision bf16 or fp32"
+            )
+
+    @property
+    def due(self) -> bool:
+        """Whether a log entry is due after this step."""
+        return self.step % self.options.log_every == 0 or self.step == self.options.steps
+
+    def log(self, metrics: dict[str, float], alarms: Sequence[str] = (), show: Sequence[str] = ("loss",)) -> None:
+        """Log metrics, the means of the terms since the last entry, and rates. Collective.
+
+        Args:
+            metrics: alike on all ranks.
+            alarms: signs of collapse, in words; the first are said loudly.
+            show: names of what stands beside the progress bar.
+
+        Raises:
+            UserError: a loss or a gradient is NaN or infinite.
+        """
+        self._settle()
+        rates = self._rates()
+        values = {**metrics, **self._means()}
+        progress = self.progress
+        alarms = list(alarms) if self.step >= FIRST_ALARM_STEP else []
+        progress.metrics, progress.collapsed = values, bool(alarms)
+        if self.best is not None:
+            self.best.consider(self.step, values, alarms)
+        if alarms and progress.first_alarm_step is None:
+            progress.first_alarm_step, progress.alarms = self.step, alarms
+            if self.is_main:
+                tqdm.write(f"COLLAPSE at step {self.step}: {'; '.join(alarms)}")
+        if self.is_main:
+            if self.step:
+                self.bar.set_postfix({name: f"{values[name]:.4g}" for name in show if name in values})
+            row = {**values, **rates}
+            with (self.path / "curve.jsonl").open("a") as curve:
+                curve.write(json.dumps(to_json({"step": self.step, **row})) + "\n")
+            self.accelerator.log(row, step=self.step)
+        self._count_anew()
+
+    def _means(self) -> dict[str, float]:
+        """Means of the terms over the steps since the last time and over ranks. Collective."""
+        progress = self.progress
+        if not progress.summed_steps:
+            return {}
+        sums = torch.stack([torch.as_tensor(value, device=self.device).float() for value in progress.sums.values()])
+        means = self.accelerator.reduce(sums / progress.summed_steps, "mean").tolist()
+        names = list(progress.sums)
+        progress.sums, progress.summed_steps = {}, 0
+        return dict(zip(names, means, strict=True))
+
+    def _count_anew(self) -> None:
+        self.samples, self.waited_s, self.since = 0, 0.0, time.monotonic()
+
+    def _rates(self) -> dict[str, float]:
+        """How fast training is and how long it waits for data; validation and logging do not count."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps that are still under way count
+        now = time.monotonic()
+        self.progress.seconds += now - self.lived
+        self.lived = now
+        if not self.samples:
+            return {}
+        return {
+            "samples_per_second": self.samples / (now - self.since),
+            "data_wait_fraction": self.waited_s / (now - self.since),
+            "gradient_norm": self.gradient_norm.item(),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def finish(
+        self, metrics: dict[str, Any], artefacts: dict[str, tuple[str, Any, nn.Module]], *, account: Any = None,
+        next: str = "",
+    ) -> None:  # fmt: skip
+        """Leave account, artefacts and metrics, in this order, and mark the run as finished. Collective.
+
+        Args:
+            metrics: beside those of the last, or of the best, entry in the log.
+            artefacts: kind, configuration and module by the name of their folder; the main process's are written.
+            account: of this rank's reading, merged with those of the others.
+            next: what to do now, for the last line.
+        """
+        if account is not None:
+            account, *others = gather_object([account])
+            account.merge(others)
+        on_main(self.accelerator, lambda: self._leave(metrics, artefacts, account))
+        if self.is_main:
+            print(f"wrote {', '.join(f'{self.path}/{name}' for name in artefacts)} and metrics.json")
+            if next:
+                print(f"Next: {next}")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _leave(self, metrics: dict[str, Any], artefacts: dict[str, tuple[str, Any, nn.Module]], account: Any) -> None:
+        assert self.folder is not None
+        progress, best = self.progress, self.best
+        if account is not None:
+            self.folder.leave_account(account)
+        for name, (kind, config, module) in artefacts.items():
+            save_artefact(self.path / name, kind, config, module)
+        self.folder.finish({
+            **(progress.metrics if best is None else {**best.metrics, "best_step": best.step}),
+            "collapsed": progress.collapsed if best is None else best.collapsed,
+            "collapse_alarms": progress.alarms,
+            "first_collapse_step": progress.first_alarm_step,
+            "steps": self.step,
+            "seconds": progress.seconds,
+            "samples_per_second": progress.samples / max(progress.seconds, 1e-9),
+            **metrics,
+        })  # fmt: skip
+
+    def _save(self) -> None:
+        """Write the state, unless that has been done. Collective."""
+        if self.step == self.saved_step:
+            return
+        self._settle()
+        shared = {name: part.state_dict() for name, part in self._parts().items()}
+        if self.best is not None:
+            shared["best"] = self.best.state_dict()
+        self.checkpoints.save(State(self.step, shared, to_json(self.progress)))
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def _after_step(self) -> None:
+        """Save if it is time to; if any rank was asked to stop, save and raise `Interrupted` on all. Collective."""
+        received, due = self.received, time.monotonic() - self.saved_at >= SAVE_EVERY_S
+        if self.ranks > 1:
+            # Signals reach ranks at different steps, and clocks differ: they must agree, or one waits for ever.
+            wishes = torch.tensor([received, int(due)], device="cpu" if self.group else self.device)
+            distributed.all_reduce(wishes, distributed.ReduceOp.MAX, self.group)  # type: ignore[arg-type]
+            received, due = (int(wish) for wish in wishes)  # type: ignore[assignment]
+        if received or due or self.step % self.options.checkpoint_every == 0:
+            self._save()
+        if received:
+            self.accelerator.end_training()
+            raise Interrupted(f"stopped and saved after step {self.step}: add --resume to go on", received)
+
+    def _receive(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.received and signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal_number
+        if self.is_main:
+            # Not by print: the progress bar may be writing at this moment, and streams refuse to be entered twice.
+            os.write(2, b"\nsaving after this step; Ctrl-C again to stop at once\n")
+
+    def _feed(self, batches: Iterable[AnyBatch]) -> Iterator[AnyBatch]:
+        """Batches with their tensors on the device; for a thread ahead, which waits for the copies."""
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+        def copied(value: Any) -> Any:
+            if stream is None or not isinstance(value, Tensor) or value.device.type == "cuda":
+                return value
+            with torch.cuda.stream(stream):
+                there = value.pin_memory().to(self.device, non_blocking=True)
+            there.record_stream(torch.cuda.default_stream(self.device))  # not reused before that is done with it
+            return there
+
+        # Of this thread and those that it starts. Two pools of threads on the same cores wait for each other in busy
+        # loops: training from a cache ran at .69 of what it does with one.
+        torch.set_num_threads(1)
+        for batch in batches:
+            moved = type(batch)(*map(copied, batch))  # type: ignore[call-overload]
+            if stream is not None:
+                stream.synchronize()
+            yield moved
+
+    def _start_trackers(self) -> None:
+        """Go on with the curves where they were; what was logged after the newest checkpoint is logged again."""
+        curve = self.path / "curve.jsonl"
+        if curve.exists():
+            rows = [row for row in curve.read_text().splitlines(keepends=True) if row.endswith("\n")]
+            write_text(curve, "".join(row for row in rows if json.loads(row)["step"] <= self.step))
+        if not self.accelerator.log_with:
+            return
+        options = {name: value if isinstance(value, int | float) else str(value)
+                   for name, value in flat(to_json(self.options)).items()}  # fmt: skip
+        try:
+            self.accelerator.init_trackers(
+                self.command,
+                config=None if self.step else options,
+                init_kwargs={"tensorboard": {"purge_step": self.step + 1}},
+            )
+        except Exception as error:  # these talk to servers, where much can go wrong that is no fault of the code
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise UserError(f"--tracker {' '.join(self.options.tracker)} could not start: {reason}") from error
+
+
+def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """The randomness of one step on one rank: the same however often a run was interrupted."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)
+
+
+def decayed_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of trained parameters for an optimiser; biases and normalisation layers do not decay."""
+    named = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+    undecayed = [weight for name, weight in named if weight.ndim <= 1 or name.endswith("bias")]
+    decayed = [weight for name, weight in named if not (weight.ndim <= 1 or name.endswith("bias"))]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def lr_at(step: int, steps: int, peak: float) -> float:
+    """Learning rate at a step: linear warm-up over a tenth of the steps, then a cosine to 0.
+
+    A pure function, because a prepared scheduler would step once for each process.
+    """
+    warmup = min(LONGEST_WARMUP, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
