@@ -51,6 +51,9 @@ class Column:
     shape: tuple[int, ...] = ()
     """Shape of a row's value: `(*tokens, D)` for embeddings, `()` for a number."""
 
+    def __repr__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
     def is_valid(self, name: str) -> bool:
         """Whether a cache can hold such a column under such a name."""
         is_free = name.strip(".") != "" and not {"/", "\0"} & set(name) and name not in (*CLOCK, "shard")
@@ -396,7 +399,10 @@ class _Shard(NamedTuple):
 
     def require_whole(self) -> None:
         """Raises `CacheError` if the file has another size: a truncated one, mapped, ends the process (bus error)."""
-        size = os.stat(self.path).st_size if os.path.exists(self.path) else 0
+        try:
+            size = os.stat(self.path).st_size
+        except FileNotFoundError:
+            size = 0
         if size != self.size_bytes:
             raise self.damaged(f"has {size} bytes instead of {self.size_bytes}")
 

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-import data.embedding_cache
-from data.embedding_cache import (
+import data.cache
+from data.cache import (
     FORMAT_VERSION,
     CacheError,
     CacheWriter,
     ClipKey,
+    Column,
     EmbeddedClip,
     EmbeddingCache,
-    committed_clips,
     read_provenance,
     remaining_clips,
 )
@@ -45,17 +46,38 @@ def assert_holds(folder, clips):
     assert [clip.key for clip in cache.clips] == [clip.key for clip in clips]
     assert cache.frames == sum(len(clip.ticks) for clip in clips)
     for cached, clip in zip(cache.clips, clips, strict=True):
-        stored = clip.embeddings.astype(cache.provenance.dtype)
-        got = cache.clip_embeddings(cached)
-        assert got.dtype == np.float32
-        np.testing.assert_array_equal(got, stored.astype(np.float32))
+        for name, column in cache.provenance.columns.items():
+            got, stored = cache.take(cached.rows, name), clip.columns[name].astype(column.dtype)
+            assert got.dtype == (np.float64 if column.dtype == "float64" else np.float32)
+            np.testing.assert_array_equal(got, stored.astype(got.dtype))
+        np.testing.assert_array_equal(cache.clip_embeddings(cached), cache.take(cached.rows))
         np.testing.assert_array_equal(cache.clip_times_s(cached), clip.times_s)
-        np.testing.assert_array_equal(cache.ticks[cached.start : cached.start + cached.frames], clip.ticks)
+        np.testing.assert_array_equal(cache.clip_ticks(cached), clip.ticks)
+        assert cache.is_intact(cached)
 
 
 @pytest.fixture
 def clips(make_clip):
     return [make_clip(f"/{name}.mp4", 4 + at, seed=at, gaps=(2,)) for at, name in enumerate("cabed")]
+
+
+@pytest.fixture
+def columns():
+    """Columns beside the embeddings."""
+    return {"speed": Column("float32"), "höhe über null": Column("float64"), "steering": Column("float64", (2,))}
+
+
+@pytest.fixture
+def clips_of_tokens(make_clip, columns):
+    """Clips of 3 x 2 tokens with other columns, in which some values are missing."""
+
+    def make(name, seed):
+        generator = np.random.default_rng(seed)
+        values = {name: generator.normal(size=(6, *column.shape)) for name, column in columns.items()}
+        values["steering"][2:4] = np.nan
+        return make_clip(f"/{name}.mp4", 6, seed=seed, shape=(3, 2, 5), **values)
+
+    return [make(name, seed) for seed, name in enumerate("bac")]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -65,17 +87,41 @@ def test_round_trip_is_exact(tmp_path, write_cache, clips, dtype, clips_per_shar
     assert_holds(folder, clips)
     assert len(shards(folder)) == len(shards(folder, ".json")) == -(-len(clips) // clips_per_shard)
     assert remaining_clips(folder, [clip.key for clip in clips]) == []
+    assert {path.name for path in folder.iterdir()} == {"cache.json", "shards", ".lock"}
+    assert {path.suffix for path in (folder / "shards").iterdir()} == {".h5", ".json"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("clips_per_shard", [1, 64])
+def test_tokens_and_other_columns_come_back_exactly(
+    tmp_path, write_cache, clips_of_tokens, columns, dtype, clips_per_shard
+):
+    folder = write_cache(tmp_path, clips_of_tokens, clips_per_shard, shape=(3, 2, 5), dtype=dtype, columns=columns)
+    assert_holds(folder, clips_of_tokens)
+    cache = EmbeddingCache(folder)
+    assert cache.shape == (3, 2, 5)
+    rows = np.array([[17, 0], [9, 9]])
+    assert cache.take(rows).shape == (2, 2, 3, 2, 5)
+    assert cache.take(rows, "steering").shape == (2, 2, 2)
+    assert cache.take(rows, "times_s").dtype == np.float64
+    assert cache.take(rows, "ticks").dtype == np.int64
+    with pytest.raises(KeyError, match="brake"):
+        cache.take(rows, "brake")
 
 
 def test_shards_are_plain_hdf5(tmp_path, write_cache, clips):
     folder = write_cache(tmp_path, clips, 64, dtype="float16")
-    with h5py.File(shards(folder)[0]) as file:
-        assert set(file) == {"embeddings", "times_s", "ticks"}
-        for name, dtype in (("embeddings", np.float16), ("times_s", np.float64), ("ticks", np.int64)):
-            expected = np.concatenate([getattr(clip, name) for clip in clips]).astype(dtype)
-            assert file[name].dtype == dtype
+    (manifest,) = shards(folder, ".json")
+    offsets = json.loads(manifest.read_text())["offsets"]
+    with h5py.File(manifest.with_suffix(".h5")) as file:
+        assert set(file) == set(offsets) == {"embeddings", "times_s", "ticks", "shard"}
+        expected = {"embeddings": np.concatenate([clip.columns["embeddings"] for clip in clips]).astype(np.float16)}
+        expected |= {name: np.concatenate([getattr(clip, name) for clip in clips]) for name in ("times_s", "ticks")}
+        for name, values in expected.items():
+            assert file[name].dtype == values.dtype
             assert file[name].chunks is None
-            np.testing.assert_array_equal(file[name][:], expected)
+            assert file[name].id.get_offset() == offsets[name]
+            np.testing.assert_array_equal(file[name][:], values)
 
 
 def test_provenance_is_kept(tmp_path, write_cache, clips, make_provenance):
@@ -84,59 +130,44 @@ def test_provenance_is_kept(tmp_path, write_cache, clips, make_provenance):
     assert EmbeddingCache(folder).provenance == read_provenance(folder)
 
 
-def test_rows_are_taken_across_shards(tmp_path, write_cache, clips):
-    cache = EmbeddingCache(write_cache(tmp_path, clips))
-    everything = cache.take(np.arange(cache.frames))
+@pytest.mark.parametrize("clips_per_shard", [1, 2, 64])
+def test_rows_are_taken_across_shards(tmp_path, write_cache, clips, clips_per_shard):
+    cache = EmbeddingCache(write_cache(tmp_path, clips, clips_per_shard))
+    everything = np.empty((cache.frames, 5), np.float32)
+    for clip in cache.clips:
+        everything[clip.rows] = cache.clip_embeddings(clip)
     rows = np.random.default_rng(0).integers(0, cache.frames, size=(7, 3))
-    got = cache.take(rows)
-    assert got.shape == (7, 3, 5)
-    np.testing.assert_array_equal(got, everything[rows])
+    np.testing.assert_array_equal(cache.take(rows), everything[rows])
+    assert cache.take(np.empty((0, 3), np.int64)).shape == (0, 3, 5)
 
 
 @pytest.mark.parametrize("rows", [[-1], [30], [4, 30, 5], [-1000]])
 def test_rows_that_do_not_exist_are_refused(tmp_path, write_cache, clips, rows):
     cache = EmbeddingCache(write_cache(tmp_path, clips))
     assert cache.frames == 30
-    with pytest.raises(IndexError, match="out of range"):
+    with pytest.raises(IndexError, match="out of range: there are 30"):
         cache.take(np.array(rows))
-    assert cache.take(np.empty((0, 3), np.int64)).shape == (0, 3, 5)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_windows_are_as_stored_and_inside_one_shard(tmp_path, write_cache, clips, dtype):
-    cache = EmbeddingCache(write_cache(tmp_path, clips, 3, dtype=dtype))
-    stored = np.concatenate([clip.embeddings for clip in clips]).astype(dtype)
-    first = sum(len(clip.ticks) for clip in clips[:3])  # rows of the first shard
-    for length in (1, 4, first):
-        inside = np.concatenate([np.arange(first - length + 1), np.arange(first, len(stored) - length + 1)])[::-1]
-        windows = cache.windows(inside, length)
-        assert windows.dtype == dtype
-        np.testing.assert_array_equal(windows, stored[inside[:, None] + np.arange(length)])
-    for start, length in (
-        (first - 1, 2),
-        (-1, 2),
-        (len(stored) - 1, 2),
-        (len(stored), 1),
-        (0, first + 1),
-        (0, 0),
-        (2, -1),
-    ):
-        with pytest.raises(IndexError, match=f"not every run of {length} is inside one shard"):
-            cache.windows(np.array([0, start]), length)
-    assert cache.windows(np.array([], dtype=int), 4).shape == (0, 4, 5)
+def test_what_is_taken_is_a_copy(tmp_path, write_cache, clips):
+    cache = EmbeddingCache(write_cache(tmp_path, clips))
+    for read in (cache.clip_embeddings, cache.clip_times_s, cache.clip_ticks):
+        before = read(cache.clips[0]).copy()
+        read(cache.clips[0])[:] = 0
+        np.testing.assert_array_equal(read(cache.clips[0]), before)
 
 
-def test_runs_end_at_gaps_and_at_clips(tmp_path, write_cache, make_clip):
+def test_runs_end_at_gaps(tmp_path, write_cache, make_clip):
     cache = EmbeddingCache(write_cache(tmp_path, [make_clip("/a.mp4", 7, gaps=(3,)), make_clip("/b.mp4", 2)]))
-    assert [run.tolist() for run in cache.unbroken_runs()] == [[0, 1, 2], [3, 4, 5, 6], [7, 8]]
+    assert [run.tolist() for run in cache.unbroken_runs(cache.clips[0])] == [[0, 1, 2], [3, 4, 5, 6]]
     assert [run.tolist() for run in cache.unbroken_runs(cache.clips[1])] == [[7, 8]]
 
 
 def test_order_of_clips_does_not_depend_on_the_writers(tmp_path, write_cache, make_provenance, clips):
     one = write_cache(tmp_path / "one", clips, 64)
     with (
-        CacheWriter(tmp_path / "two", make_provenance(), 2) as main,
-        CacheWriter(tmp_path / "two", make_provenance(), 1, is_main=False) as other,
+        CacheWriter(tmp_path / "two", make_provenance(), clips_per_shard=2) as main,
+        CacheWriter(tmp_path / "two", make_provenance(), clips_per_shard=1, is_main=False) as other,
     ):
         for at, clip in enumerate(reversed(clips)):
             (main, other)[at % 2].add(clip)
@@ -145,22 +176,24 @@ def test_order_of_clips_does_not_depend_on_the_writers(tmp_path, write_cache, ma
     assert_holds(tmp_path / "two", clips)
 
 
-def test_phases_of_one_video_are_clips_of_their_own(tmp_path, write_cache, make_clip):
-    clips = [make_clip("/a.mp4", 5, phase_s=phase_s, seed=at) for at, phase_s in enumerate((0.125, 0.0))]
+def test_clocks_of_one_video_are_clips_of_their_own(tmp_path, write_cache, make_clip):
+    clips = [make_clip("/a.mp4", 5, offset_s=offset_s, seed=at) for at, offset_s in enumerate((0.125, 0.0))]
     assert_holds(write_cache(tmp_path, clips), clips)
 
 
-def test_a_cache_is_added_to(tmp_path, write_cache, clips):
-    write_cache(tmp_path, clips[:2])
-    wanted = [clip.key for clip in clips]
+def test_a_cache_is_added_to(tmp_path, write_cache, clips_of_tokens, columns):
+    """In whatever order the columns are named."""
+    write_cache(tmp_path, clips_of_tokens[:2], shape=(3, 2, 5), columns=columns)
+    wanted = [clip.key for clip in clips_of_tokens]
     assert remaining_clips(tmp_path, wanted) == wanted[2:]
-    write_cache(tmp_path, clips[2:])
-    assert_holds(tmp_path, clips)
+    reordered = dict(reversed(columns.items()))
+    write_cache(tmp_path, clips_of_tokens[2:], shape=(3, 2, 5), columns=reordered)
+    assert_holds(tmp_path, clips_of_tokens)
 
 
 def test_an_error_while_writing_keeps_what_is_committed(tmp_path, make_provenance, clips):
     def unlucky():
-        with CacheWriter(tmp_path, make_provenance(), 2) as writer:
+        with CacheWriter(tmp_path, make_provenance(), clips_per_shard=2) as writer:
             for clip in clips[:3]:
                 writer.add(clip)
             raise RuntimeError("out of luck")
@@ -168,59 +201,90 @@ def test_an_error_while_writing_keeps_what_is_committed(tmp_path, make_provenanc
     with pytest.raises(RuntimeError, match="out of luck"):
         unlucky()
     assert_holds(tmp_path, clips[:2])
-    with CacheWriter(tmp_path, make_provenance(), 2):
+    with CacheWriter(tmp_path, make_provenance()):
         pass  # the lock is free again
 
 
 def test_a_shard_without_a_manifest_does_not_exist(tmp_path, write_cache, clips):
     write_cache(tmp_path, clips, 1)
     lost = shards(tmp_path, ".json")[2]
-    (key,) = json.loads(lost.read_text())["clips"]["source"]
+    ((source, *_),) = json.loads(lost.read_text())["clips"]
     lost.unlink()
-    left = [clip for clip in clips if clip.key.source != key]
-    assert_holds(tmp_path, left)
+    assert_holds(tmp_path, [clip for clip in clips if clip.key.source != source])
     again = remaining_clips(tmp_path, [clip.key for clip in clips])
-    assert [one.source for one in again] == [key]
+    assert [one.source for one in again] == [source]
     write_cache(tmp_path, [clip for clip in clips if clip.key in again])
     assert_holds(tmp_path, clips)
 
 
-def test_a_truncated_or_missing_shard_is_named(tmp_path, write_cache, clips):
+@pytest.mark.parametrize("change", [-1, 1, None])
+def test_a_truncated_or_missing_shard_is_named(tmp_path, write_cache, make_provenance, clips, change):
     write_cache(tmp_path, clips)
     shard = shards(tmp_path)[0]
-    inside = len(json.loads(shard.with_suffix(".json").read_text())["clips"]["frames"])
+    inside = len(json.loads(shard.with_suffix(".json").read_text())["clips"])
     size = shard.stat().st_size
-    os.truncate(shard, size - 1)
-    with pytest.raises(CacheError, match=rf"{shard.name} has {size - 1} bytes instead of {size}: delete it"):
-        EmbeddingCache(tmp_path)
-    os.truncate(shard, size + 1)
-    with pytest.raises(CacheError, match=rf"{shard.name} has {size + 1} bytes instead of {size}: delete it"):
-        EmbeddingCache(tmp_path)
-    shard.unlink()
-    with pytest.raises(CacheError, match=rf"{shard.name} has 0 bytes"):
-        EmbeddingCache(tmp_path)
+    if change is None:
+        shard.unlink()
+    else:
+        os.truncate(shard, size + change)
+    message = rf"{shard} has {size + change if change else 0} bytes instead of {size}: delete it and {shard.stem}\.json"
+    wanted = [clip.key for clip in clips]
+    for use in (EmbeddingCache, lambda folder: remaining_clips(folder, wanted)):
+        with pytest.raises(CacheError, match=message):
+            use(tmp_path)
     shard.with_suffix(".json").unlink()  # the mend
-    assert len(remaining_clips(tmp_path, [clip.key for clip in clips])) == inside
+    assert len(remaining_clips(tmp_path, wanted)) == inside
 
 
-def test_a_shard_that_is_truncated_after_opening_is_named(tmp_path, write_cache, clips):
-    """Its first reader must not die of a bus error."""
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_a_shard_that_is_truncated_after_opening_is_named(tmp_path, write_cache, clips, is_mapped):
+    """Its reader must not die of a bus error."""
     cache = EmbeddingCache(write_cache(tmp_path, clips, 64))
+    clip = cache.clips[0]
+    if is_mapped:
+        cache.clip_embeddings(clip)
     os.truncate(shards(tmp_path)[0], 100)
-    for read in (lambda: cache.clip_embeddings(cache.clips[0]), lambda: cache.times_s, lambda: cache.unbroken_runs()):
+    for read in (cache.clip_embeddings, cache.clip_times_s, cache.unbroken_runs, cache.is_intact):
         with pytest.raises(CacheError, match="has 100 bytes instead of"):
-            read()
+            read(clip)
+
+
+def test_swapped_shards_are_noticed(tmp_path, write_cache, make_clip):
+    """They have the same size and look like each other, but belong to other videos."""
+    write_cache(tmp_path, [make_clip(f"/{name}.mp4", 6, seed=at) for at, name in enumerate("ab")], 1)
+    one, other = shards(tmp_path)
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    cache = EmbeddingCache(tmp_path)
+    for clip in cache.clips:
+        with pytest.raises(CacheError, match=rf"{clip.shard} does not belong to its manifest: delete it"):
+            cache.clip_embeddings(clip)
 
 
 def changed(**changes):
-    """A manifest with other fields, or with other columns of clips."""
+    """A manifest with other fields."""
+    return lambda manifest: json.dumps(manifest | changes).encode()
+
+
+def changed_clip(**changes):
+    """A manifest with other fields of its first clip."""
 
     def change(manifest):
-        columns = {name: value for name, value in changes.items() if name in manifest["clips"]}
-        rest = {name: value for name, value in changes.items() if name not in columns}
-        return json.dumps(manifest | {"clips": manifest["clips"] | columns} | rest).encode()
+        fields = dict(zip((*ClipKey._fields, "frames", "crc32"), manifest["clips"][0], strict=True)) | changes
+        return json.dumps(manifest | {"clips": [list(fields.values()), *manifest["clips"][1:]]}).encode()
 
     return change
+
+
+def changed_offset(name, change):
+    """A manifest in which a dataset begins elsewhere."""
+
+    def moved(manifest):
+        offset = change(manifest["bytes"]) if callable(change) else change
+        return json.dumps(manifest | {"offsets": manifest["offsets"] | {name: offset}}).encode()
+
+    return moved
 
 
 @pytest.mark.parametrize(
@@ -233,43 +297,50 @@ def changed(**changes):
         lambda manifest: b"{}",
         lambda manifest: b"\0" * 100,
         lambda manifest: b"\xff\xfe{\xe4",
+        lambda manifest: b"[" * 100_000,
         lambda manifest: json.dumps(manifest).encode()[:-1],
-        changed(clips=[]),
+        changed(clips={}, bytes=None),
+        changed(clips=[3]),
+        changed(clips=[["/a.mp4"]]),
         changed(bytes=None),
+        changed(bytes=float("inf")),
+        changed(shard=7),
         changed(written_ns="yesterday"),
+        changed(written_ns=float("nan")),
         changed(offsets={"embeddings": 2048}),
-        changed(source=["/a.mp4"]),
-        changed(frames=[4, 5, 6]),
-        changed(frames=["4", "5"]),
-        changed(crc32=[]),
+        changed(offsets=[2048]),
+        changed_clip(source=None),
+        changed_clip(size_bytes=[1]),
+        changed_clip(offset_s="0"),
+        changed_clip(offset_s=float("nan")),
+        changed_clip(frames="4"),
+        changed_clip(frames=-4),
+        changed_clip(frames=0),
+        changed_clip(frames=4.5),
+        changed_clip(frames=10**9),
+        changed_offset("embeddings", -8),
+        changed_offset("embeddings", 2048.5),
+        changed_offset("ticks", lambda size: size - 8),
+        changed_offset("times_s", 10**30),
+        changed_offset("shard", None),
     ],
 )
-def test_a_damaged_manifest_is_named(tmp_path, write_cache, clips, damage):
+def test_a_damaged_manifest_is_named(tmp_path, write_cache, make_provenance, clips, damage):
     write_cache(tmp_path, clips[:2])
     (manifest,) = shards(tmp_path, ".json")
     shard = manifest.with_suffix(".h5")
     write_cache(tmp_path, clips[2:], 64)
     manifest.write_bytes(damage(json.loads(manifest.read_text())))
-    message = rf"{manifest} is damaged \(.*\): delete it and {shard.name}, and run cache_embeddings again"
-    for use in (EmbeddingCache, committed_clips, lambda folder: remaining_clips(folder, [])):
-        with pytest.raises(CacheError, match=message):
+    message = rf"{shard} has a damaged manifest \(.*\): delete it and {manifest.name}, and embed the videos again"
+    uses = EmbeddingCache, lambda at: remaining_clips(at, []), lambda at: CacheWriter(at, make_provenance())
+    for use in uses:
+        with pytest.raises(CacheError, match=message) as refused:
             use(tmp_path)
+        assert "\n" not in str(refused.value)
     manifest.unlink()
     shard.unlink()
     assert_holds(tmp_path, clips[2:])
     assert remaining_clips(tmp_path, [clip.key for clip in clips]) == [clip.key for clip in clips[:2]]
-
-
-def test_rows_outside_their_shard_are_not_read(tmp_path, write_cache, clips):
-    write_cache(tmp_path, clips, 64)
-    (manifest,) = shards(tmp_path, ".json")
-    record = json.loads(manifest.read_text())
-    offsets = dict.fromkeys(record["offsets"], record["bytes"] - 8)
-    manifest.write_text(json.dumps(record | {"offsets": offsets}))
-    cache = EmbeddingCache(tmp_path)
-    for name, read in {"embeddings": lambda: cache.take(np.array([0])), "ticks": lambda: cache.ticks}.items():
-        with pytest.raises(CacheError, match=rf"{manifest.name} is damaged \({name} are not inside the shard\)"):
-            read()
 
 
 def test_opening_reads_manifests_alone_and_reading_maps_what_it_reads(tmp_path, write_cache, clips, monkeypatch):
@@ -280,52 +351,32 @@ def test_opening_reads_manifests_alone_and_reading_maps_what_it_reads(tmp_path, 
         mapped.append(Path(path))
         return map_file(path, **options)
 
-    monkeypatch.setattr(data.embedding_cache.torch, "from_file", watched)
+    monkeypatch.setattr(data.cache.torch, "from_file", watched)
     cache = EmbeddingCache(folder)
     assert [clip.key for clip in cache.clips] == sorted(clip.key for clip in clips)
-    part = cache.only({cache.clips[1].key.source, cache.clips[3].key.source})
     assert mapped == []
     for _ in range(2):
-        part.clip_embeddings(part.clips[1])
+        cache.clip_embeddings(cache.clips[3])
         assert mapped == [cache.clips[3].shard]
-    cache.clip_embeddings(cache.clips[3])
-    assert mapped == [cache.clips[3].shard]  # a part and the whole share what is mapped
-    assert len(cache.times_s) == len(part.ticks) == cache.frames
-    assert sorted(mapped) == shards(folder)
 
 
 def test_mapped_shards_are_not_kept_open(tmp_path, write_cache, make_clip):
     """A process may have 1024 open files, and a cache more shards."""
     cache = EmbeddingCache(write_cache(tmp_path, [make_clip(f"/{name}.mp4", 3) for name in range(20)], 1))
     before = os.listdir("/proc/self/fd")
-    cache.take(np.arange(cache.frames))
-    assert len(cache.ticks) == 60
+    assert cache.take(np.arange(cache.frames), "ticks").shape == (60,)
     assert os.listdir("/proc/self/fd") == before
-
-
-def test_only_some_videos(tmp_path, write_cache, clips):
-    cache = EmbeddingCache(write_cache(tmp_path, clips))
-    part = cache.only({"/b.mp4", "/e.mp4", "/unknown.mp4"})
-    assert part.clips == [cache.clips[1], cache.clips[4]]
-    assert part.frames == sum(clip.frames for clip in part.clips)
-    assert len(cache.clips) == len(clips)
-    assert all(part.is_intact(clip) for clip in part.clips)
-    for clip in part.clips:
-        np.testing.assert_array_equal(part.clip_embeddings(clip), cache.clip_embeddings(clip))
-        np.testing.assert_array_equal(part.clip_times_s(clip), cache.clip_times_s(clip))
 
 
 def test_a_copy_for_another_process_is_small(tmp_path, write_cache, make_clip):
     cache = EmbeddingCache(write_cache(tmp_path, [make_clip(f"/{name}.mp4", 10_000) for name in "abc"]))
     unread = pickle.dumps(cache)
-    everything, ticks = cache.take(np.arange(cache.frames)), cache.ticks
+    everything = cache.take(np.arange(cache.frames))
     assert everything.nbytes > 500_000
     assert len(pickle.dumps(cache)) == len(unread) < 5_000
-    again = pickle.loads(pickle.dumps(cache.only({"/b.mp4", "/c.mp4"})))
-    assert again.clips == cache.clips[1:]
-    assert again.provenance == cache.provenance
+    again = pickle.loads(pickle.dumps(cache))
+    assert (again.clips, again.provenance) == (cache.clips, cache.provenance)
     np.testing.assert_array_equal(again.take(np.arange(cache.frames)), everything)
-    np.testing.assert_array_equal(again.ticks, ticks)
 
 
 def read_as_nobody(folder):
@@ -338,7 +389,7 @@ def read_as_nobody(folder):
         (Path("shards") / "new").touch()
     except PermissionError:
         cache = EmbeddingCache(Path())
-        return cache.take(np.arange(cache.frames)), cache.ticks
+        return cache.take(np.arange(cache.frames))
     return "may write"
 
 
@@ -351,12 +402,11 @@ def test_reading_needs_no_right_to_write(tmp_path, write_cache, clips):
         for path in paths:
             path.chmod(0o555 if path.is_dir() else 0o444)
         with multiprocessing.get_context("fork").Pool(1) as pool:
-            embeddings, ticks = pool.apply(read_as_nobody, (tmp_path,))
+            embeddings = pool.apply(read_as_nobody, (tmp_path,))
     finally:
         for path, mode in reversed(list(zip(paths, modes, strict=True))):
             path.chmod(mode)
     np.testing.assert_array_equal(embeddings, cache.take(np.arange(cache.frames)))
-    np.testing.assert_array_equal(ticks, cache.ticks)
 
 
 @pytest.mark.parametrize(
@@ -366,28 +416,30 @@ def test_reading_needs_no_right_to_write(tmp_path, write_cache, clips):
         ({"fps": 5.0}, r"fps 4\.0, not 5\.0"),
         ({"image_fps": 30.0}, r"image_fps 25\.0, not 30\.0"),
         ({"transform": "cropped"}, "transform stretched, not cropped"),
-        ({"image_size": (40, 16)}, r"image_size \[16, 40\], not \[40, 16\]"),
-        ({"dtype": "float16"}, "dtype float32, not float16"),
-        ({"embedding_dimension": 6}, "embedding_dimension 5, not 6"),
+        ({"image_size": (40, 16)}, r"image_size \(16, 40\), not \(40, 16\)"),
+        ({"window": 8}, "window 1, not 8"),
+        ({"precision": "bf16"}, "precision fp32, not bf16"),
+        ({"dtype": "float16"}, r"columns .*float32 \(5,\).*, not .*float16 \(5,\)}"),
+        ({"shape": (6,)}, r"columns .*\(5,\).*, not .*\(6,\)}"),
+        ({"columns": {"speed": Column("float64")}}, r"columns .*, not .*'speed': float64 \(\)}"),
     ],
 )
 def test_other_embeddings_are_not_mixed_in(tmp_path, write_cache, make_provenance, clips, change, message):
     write_cache(tmp_path, clips)
-    with pytest.raises(CacheError, match=message):
-        CacheWriter(tmp_path, make_provenance(**change))
-    with pytest.raises(CacheError, match=message):
-        CacheWriter(tmp_path, make_provenance(**change), is_main=False)
+    for is_main in (True, False):
+        with pytest.raises(CacheError, match=f"holds embeddings with {message}: choose another folder"):
+            CacheWriter(tmp_path, make_provenance(**change), is_main=is_main)
     assert_holds(tmp_path, clips)
-    # Other versions of the libraries are no reason, and the refusal has not kept the lock.
-    CacheWriter(tmp_path, make_provenance(versions={"av": "99"})).close()
+    # Other versions, or another spelling of the encoder, are no reason, and the refusal has not kept the lock.
+    CacheWriter(tmp_path, make_provenance(versions={"av": "99"}, encoder="./runs/encoder")).close()
 
 
 def test_a_model_of_another_encoder_or_clock_is_refused(tmp_path, write_cache, clips):
     cache = EmbeddingCache(write_cache(tmp_path, clips))
     cache.require_same_space("0123abcd", 4.0, "the predictor")
-    with pytest.raises(CacheError, match="made by encoder 0123abcd, but the predictor belongs to encoder ffff"):
+    with pytest.raises(CacheError, match=r"made by encoder 0123abcd .*, but the predictor belongs to encoder ffff"):
         cache.require_same_space("ffff", 4.0, "the predictor")
-    with pytest.raises(CacheError, match=r"clock of 4 fps, but the predictor on one of 2\.5 fps"):
+    with pytest.raises(CacheError, match=r"at 4 fps, but the predictor belongs to encoder 0123abcd at 2\.5 fps"):
         cache.require_same_space("0123abcd", 2.5, "the predictor")
 
 
@@ -401,45 +453,74 @@ def test_no_cache_and_an_empty_cache(tmp_path, make_provenance):
         EmbeddingCache(tmp_path)
 
 
-def test_a_newer_format_is_refused(tmp_path, write_cache, make_provenance, clips):
+@pytest.mark.parametrize(("version", "mend"), [(1, "delete it"), (3, "delete it"), (99, "update video-jepa")])
+def test_other_formats_are_refused(tmp_path, write_cache, make_provenance, clips, version, mend):
     write_cache(tmp_path, clips)
     record = json.loads((tmp_path / "cache.json").read_text())
-    (tmp_path / "cache.json").write_text(json.dumps(record | {"format_version": 99, "codebook": 7}))
-    with pytest.raises(CacheError, match="cache format 99, newer than"):
-        EmbeddingCache(tmp_path)
-    with pytest.raises(CacheError, match="cache format 99, newer than"):
-        CacheWriter(tmp_path, make_provenance())
+    (tmp_path / "cache.json").write_text(json.dumps(record | {"format_version": version, "codebook": 7}))
+    message = f"cache format {version}, and this is for {FORMAT_VERSION}: {mend}"
+    for use in (EmbeddingCache, lambda folder: CacheWriter(folder, make_provenance())):
+        with pytest.raises(CacheError, match=message):
+            use(tmp_path)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_an_older_format_is_refused(tmp_path, write_cache, make_provenance, clips, version):
-    write_cache(tmp_path, clips)
-    record = json.loads((tmp_path / "cache.json").read_text())
-    (tmp_path / "cache.json").write_text(json.dumps(record | {"format_version": version}))
-    message = f"cache format {version}, older than {FORMAT_VERSION}: delete it and run cache_embeddings again"
-    with pytest.raises(CacheError, match=message):
-        EmbeddingCache(tmp_path)
-    with pytest.raises(CacheError, match=message):
-        CacheWriter(tmp_path, make_provenance())
+def described(**changes):
+    """A description with other fields."""
+    return lambda record: json.dumps(record | changes).encode()
 
 
 @pytest.mark.parametrize(
-    "content",
+    "damage",
     [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b'{"format_version": %d}' % FORMAT_VERSION,
-        b"\0" * 100,
-        b"\xff\xfe{\xe4",
-        b'{"format_version"',
+        lambda record: b"",
+        lambda record: b"{",
+        lambda record: b"[]",
+        lambda record: b"null",
+        lambda record: b'{"format_version": %d}' % FORMAT_VERSION,
+        lambda record: b"\0" * 100,
+        lambda record: b"\xff\xfe{\xe4",
+        lambda record: b"[" * 100_000,
+        described(format_version="4"),
+        described(fps=0.0),
+        described(fps=float("inf")),
+        described(fps="4"),
+        described(image_fps=float("nan")),
+        described(image_size=[16]),
+        described(image_size=16),
+        described(window=0),
+        described(precision="int8"),
+        described(columns={}),
+        described(columns=[]),
+        described(columns={"embeddings": {"dtype": "int8", "shape": [5]}}),
+        described(columns={"embeddings": {"dtype": "float64", "shape": [5]}}),
+        described(columns={"embeddings": {"dtype": "float32", "shape": []}}),
+        described(columns={"embeddings": {"dtype": "float32", "shape": [-5]}}),
+        described(columns={"embeddings": {"dtype": "float32", "shape": ["5"]}}),
+        described(codebook=7),
     ],
 )
-def test_a_damaged_description_is_named(tmp_path, write_cache, clips, content):
+def test_a_damaged_description_is_named(tmp_path, write_cache, clips, damage):
     write_cache(tmp_path, clips)
-    (tmp_path / "cache.json").write_bytes(content)
-    with pytest.raises(CacheError, match=r"cache\.json is damaged .* run cache_embeddings again"):
+    path = tmp_path / "cache.json"
+    path.write_bytes(damage(json.loads(path.read_text())))
+    with pytest.raises(CacheError, match=r"cache\.json is damaged .* embed the videos again") as refused:
+        EmbeddingCache(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "times_s", "ticks", "shard"])
+def test_names_that_no_column_can_have(make_provenance, name):
+    with pytest.raises(ValueError, match="columns is"):
+        make_provenance(columns={name: Column("float64")})
+
+
+def test_columns_of_a_cache_that_are_wider_than_its_shards(tmp_path, write_cache, clips):
+    """Nothing is allocated that the files do not hold."""
+    write_cache(tmp_path, clips, 64)
+    record = json.loads((tmp_path / "cache.json").read_text())
+    record["columns"]["embeddings"]["shape"] = [10**6, 10**6]
+    (tmp_path / "cache.json").write_text(json.dumps(record))
+    with pytest.raises(CacheError, match="embeddings is not inside the shard"):
         EmbeddingCache(tmp_path)
 
 
@@ -454,43 +535,60 @@ def test_a_refused_writer_lets_go_of_the_folder(tmp_path, write_cache, make_prov
     assert refused.traceback  # kept until here: the lock must not wait for the garbage collector
 
 
+@pytest.mark.parametrize("name", [".lock", ".tmp.cache.json", ".tmp.0123.json", "shards/.tmp.0123.h5"])
+def test_links_in_a_strangers_cache_harm_no_file_of_mine(tmp_path, write_cache, clips, name):
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    folder = write_cache(tmp_path / "cache", clips[:2])
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(mine)
+    if name == ".lock":
+        with pytest.raises(OSError, match=r"\.lock"):
+            write_cache(folder, clips[2:])
+    else:
+        write_cache(folder, clips[2:])
+        assert_holds(folder, clips)
+    assert mine.read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     ("value", "dtype"), [(np.nan, "float32"), (np.inf, "float16"), (-np.inf, "float32"), (1e6, "float16")]
 )
 def test_embeddings_that_are_not_finite_are_refused(tmp_path, write_cache, clips, value, dtype):
-    bad = replace(clips[1], embeddings=clips[1].embeddings.copy())
-    bad.embeddings[2, 3] = value
-    three = [clips[0], bad, clips[2]]
+    embeddings = clips[1].columns["embeddings"].copy()
+    embeddings[2, 3] = value
+    three = [clips[0], replace(clips[1], columns={"embeddings": embeddings}), clips[2]]
     with pytest.raises(CacheError, match=rf"embeddings of {clips[1].key.source} are not finite in {dtype}"):
         write_cache(tmp_path, three, 3, dtype=dtype)
-    assert committed_clips(tmp_path) == set()
     assert list((tmp_path / "shards").iterdir()) == []
 
 
 def test_clips_may_come_in_any_memory_layout(tmp_path, make_provenance, clips):
-    with CacheWriter(tmp_path, make_provenance(), 2) as writer:
+    with CacheWriter(tmp_path, make_provenance(), clips_per_shard=2) as writer:
         for clip, scattered in zip(clips, [False, True] * 3, strict=False):
-            embeddings = np.repeat(clip.embeddings, 2, axis=1)[:, ::2] if scattered else clip.embeddings.copy()
+            given = clip.columns["embeddings"]
+            embeddings = np.repeat(given, 2, axis=1)[:, ::2] if scattered else given.copy()
             embeddings.flags.writeable = scattered
             times_s = np.repeat(clip.times_s, 3)[::3]
-            writer.add(EmbeddedClip(clip.key, embeddings, times_s, clip.ticks.astype(np.int32)))
+            writer.add(EmbeddedClip(clip.key, {"embeddings": embeddings}, times_s, clip.ticks.astype(np.int32)))
     assert_holds(tmp_path, clips)
-    assert all(EmbeddingCache(tmp_path).is_intact(clip) for clip in EmbeddingCache(tmp_path).clips)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"embeddings": np.zeros((6, 4), np.float32)},
-        {"embeddings": np.zeros((5, 5), np.float32)},
-        {"embeddings": np.zeros((5, 6), np.float32)},
+        {"columns": {"embeddings": np.zeros((6, 4), np.float32)}},
+        {"columns": {"embeddings": np.zeros((5, 5), np.float32)}},
+        {"columns": {"embeddings": np.zeros((6, 5, 1), np.float32)}},
+        {"columns": {}},
+        {"columns": {"embeddings": np.zeros((6, 5), np.float32), "speed": np.zeros(6)}},
         {"times_s": np.zeros(5)},
         {"ticks": np.arange(5)},
-        {"embeddings": np.zeros((0, 5), np.float32), "times_s": np.zeros(0), "ticks": np.arange(0)},
+        {"columns": {"embeddings": np.zeros((0, 5))}, "times_s": np.zeros(0), "ticks": np.arange(0)},
     ],
 )
 def test_arrays_that_are_no_clip_are_refused(tmp_path, write_cache, make_clip, clips, change):
-    with pytest.raises(ValueError, match=r"/odd\.mp4: embeddings of shape .* are no clip of dimension 5"):
+    with pytest.raises(ValueError, match=r"/odd\.mp4: arrays of shapes .* do not fit the columns"):
         write_cache(tmp_path, [clips[0], replace(make_clip("/odd.mp4", 6), **change)], 1)
     assert_holds(tmp_path, clips[:1])
 
@@ -501,7 +599,7 @@ def test_a_changed_file_is_wanted_again(tmp_path, write_cache, make_clip):
     before = ClipKey(*file_state(video), 0.0)
     assert file_state(video) == file_state(tmp_path / "." / "a.mp4")
     folder = write_cache(tmp_path / "cache", [replace(make_clip("", 4), key=before)])
-    assert remaining_clips(folder, [before, before._replace(phase_s=0.5)]) == [before._replace(phase_s=0.5)]
+    assert remaining_clips(folder, [before, before._replace(offset_s=0.5)]) == [before._replace(offset_s=0.5)]
 
     def remaining():
         return remaining_clips(folder, [ClipKey(*file_state(video), 0.0)])
@@ -527,12 +625,20 @@ def test_of_a_changed_file_the_clip_written_last_is_read(tmp_path, write_cache, 
     assert remaining_clips(folder, [clip.key for clip in before]) == [clip.key for clip in before]
 
 
-@pytest.mark.parametrize("name", ["embeddings", "times_s", "ticks"])
-def test_a_flipped_bit_is_found(tmp_path, write_cache, clips, name):
-    folder = write_cache(tmp_path, clips, clips_per_shard=10)
-    cache = EmbeddingCache(folder)
-    assert [cache.is_intact(clip) for clip in cache.clips] == [True] * len(clips)
-    victim = cache.clips[1]
+def test_a_clock_that_was_ahead_does_not_keep_a_stale_clip(tmp_path, write_cache, make_clip, monkeypatch):
+    now = time.time_ns()
+    before, after = (make_clip("/a.mp4", 4, seed=seed, modified_ns=seed) for seed in (1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(data.cache.time, "time_ns", lambda: now + 3_600_000_000_000)
+        write_cache(tmp_path, [before])
+    write_cache(tmp_path, [after])
+    assert_holds(tmp_path, [after])
+
+
+@pytest.mark.parametrize("name", ["embeddings", "speed", "times_s", "ticks"])
+def test_a_flipped_bit_is_found(tmp_path, write_cache, clips_of_tokens, columns, name):
+    folder = write_cache(tmp_path, clips_of_tokens, 10, shape=(3, 2, 5), columns=columns)
+    victim = EmbeddingCache(folder).clips[1]
     with h5py.File(victim.shard) as file:
         dataset = file[name]
         row_bytes = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
@@ -551,21 +657,25 @@ def test_what_a_kill_left_half_written_is_passed_over(tmp_path, write_cache, mak
     for content in (b"", manifest[:40], manifest.replace(b".mp4", b".mkv")):
         (tmp_path / "shards" / ".tmp.0123.json").write_bytes(content)
         assert_holds(tmp_path, clips)
-        assert committed_clips(tmp_path) == {clip.key for clip in clips}
+        assert remaining_clips(tmp_path, [clip.key for clip in clips]) == []
+    CacheWriter(tmp_path, make_provenance()).close()
+    assert not list((tmp_path / "shards").glob(".tmp.*"))
 
 
 WRITE = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from data.embedding_cache import CacheError, CacheWriter, ClipKey, EmbeddedClip, Provenance
+from data.cache import CacheError, CacheWriter, ClipKey, Column, EmbeddedClip, Provenance
 
 folder, stop_at = Path(sys.argv[1]), int(sys.argv[2])
-provenance = Provenance("0123abcd", 5, 4.0, 25.0, (16, 40), "stretched", "float32", {"av": "18.1.0"})
+provenance = Provenance(
+    "runs/encoder", "0123abcd", 4.0, 25.0, (16, 40), 1, "stretched", "fp32", {"embeddings": Column("float32", (5,))}, {}
+)
 
 def clip(number):
-    ticks = np.arange(1000)
-    return EmbeddedClip(ClipKey(f"/{number}.mp4", 100, 1, 0.0), np.full((1000, 5), number), ticks / 4, ticks)
+    ticks, embeddings = np.arange(1000), np.full((1000, 5), number)
+    return EmbeddedClip(ClipKey(f"/{number}.mp4", 100, 1, 0.0), {"embeddings": embeddings}, ticks / 4, ticks)
 
 def stop_in_the_middle(file):
     global synced
@@ -576,7 +686,7 @@ def stop_in_the_middle(file):
     sync(file)
 
 try:
-    with CacheWriter(folder, provenance, 2) as writer:
+    with CacheWriter(folder, provenance, clips_per_shard=2) as writer:
         for number in range(4):
             writer.add(clip(number))
         synced, sync, os.fsync = 0, os.fsync, stop_in_the_middle
@@ -606,9 +716,7 @@ def test_a_kill_in_the_middle_of_writing_loses_no_committed_clip(tmp_path, write
     assert [clip.key.source for clip in cache.clips] == [f"/{number}.mp4" for number in range(4)]
     for number, clip in enumerate(cache.clips):
         np.testing.assert_array_equal(cache.clip_embeddings(clip), np.full((1000, 5), number, np.float32))
-    wanted = [
-        clip.key._replace(source=f"/{number}.mp4") for number, clip in enumerate([*cache.clips, *cache.clips[:2]])
-    ]
+    wanted = [cache.clips[0].key._replace(source=f"/{number}.mp4") for number in range(6)]
     assert remaining_clips(tmp_path, wanted) == wanted[4:]
     # The lock died with the process; the next run takes up the rest and clears away what was abandoned.
     write_cache(tmp_path, [replace(make_clip("", 3), key=key) for key in wanted[4:]])
@@ -617,7 +725,7 @@ def test_a_kill_in_the_middle_of_writing_loses_no_committed_clip(tmp_path, write
 
 
 def test_a_second_writing_process_is_refused_and_nothing_is_lost(tmp_path, make_provenance, clips):
-    with CacheWriter(tmp_path, make_provenance(), 2) as writer:
+    with CacheWriter(tmp_path, make_provenance(), clips_per_shard=2) as writer:
         for clip in clips[:3]:
             writer.add(clip)
         unfinished = tmp_path / "shards" / ".tmp.being_written.h5"
@@ -631,10 +739,3 @@ def test_a_second_writing_process_is_refused_and_nothing_is_lost(tmp_path, make_
         for clip in clips[3:]:
             writer.add(clip)
     assert_holds(tmp_path, clips)
-
-
-def test_writing_leaves_nothing_but_the_cache(tmp_path, write_cache, clips):
-    write_cache(tmp_path, clips)
-    assert {path.name for path in tmp_path.iterdir()} == {"cache.json", "shards", ".lock"}
-    assert {path.suffix for path in (tmp_path / "shards").iterdir()} == {".h5", ".json"}
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".tmp")]
