@@ -99,7 +99,7 @@ def measure_seed(seed: int, folder: Path, digits: dict[str, np.ndarray], options
     recipe = Recipe(
         fps=FPS,
         encoder=options.encoder_options.split(),
-        predictor=[{"predictor.context": CONTEXT}, *options.predictor_options.split()],
+        predictor=[{"predictor.context": CONTEXT, "validation-horizon": HORIZON}, *options.predictor_options.split()],
         embedding={"columns": STATE_COLUMNS},
         evaluation={"horizon": HORIZON},
     )
