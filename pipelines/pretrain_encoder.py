@@ -1,391 +1,235 @@
-r"""Stage 1: train the frame encoder on a folder of videos, without labels (VICReg).
+r"""Stage 1: train the frame encoder on a folder of videos, without labels.
 
   accelerate launch --quiet --config_file accelerate_config.yaml pipelines/pretrain_encoder.py \
       --videos DIR --output-dir runs/encoder
 
-Or on still images, in folders that are named after their classes, or in a zip of such folders:
+Two neighbouring frames under different light are to have like embeddings, and all frames different ones (--objective).
+With `--prediction-weight 1` a small predictor is rolled out on the embeddings of longer clips, and its error trains the
+encoder, too, through what is predicted as well as through what it is predicted from. That predictor only serves the
+encoder: train_predictor trains the one to keep, on cached embeddings.
 
-  accelerate launch --quiet --config_file accelerate_config.yaml pipelines/pretrain_encoder.py \
-      --images cifar10.zip --views.kind cifar --encoder.image-size 32 32 --output-dir runs/encoder
-
-Labels are only looked at by probes that tell how good the embeddings are; the encoder learns nothing from them.
-
-Leaves `encoder/{model.safetensors,config.json}`, `expander/` likewise (not with `--optimizer.ema-decay`, which
-averages the encoder alone), `metrics.json`, `config.json` and tracker logs in the output folder. Ctrl-C saves; the same
-command with --resume goes on.
+Leaves `encoder/` (`model.safetensors` and `config.json`), `metrics.json`, `account.json` (what was read, what could not
+be), `curve.jsonl` and tracker logs. Ctrl-C saves; the same command with --resume goes on.
 """
 
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
 from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from data.frames import ClipsState
-from data.map_ahead import stream_ahead
+from data.clips import FrameClips, read_sequences
+from data.manifest import VideoList, check_videos
 from data.video import IMAGE_FPS
-from data.views import ViewsConfig, make_views
-from jepa.batch_norm import synchronise_batch_norm
-from jepa.cached_gradients import backward_in_parts
-from jepa.classification import OnlineProbe, knn_accuracies
-from jepa.collectives import average_gradients, sum_over_ranks, world_size
-from jepa.diagnostics import encoder_alarms, sequence_spread
+from data.views import Neighbours
+from jepa.config import Bounds, NotNegative, Positive, PositiveInt
+from jepa.diagnostics import encoder_alarms, sequence_stats
+from jepa.distributed import sum_over_ranks
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
-from jepa.objectives import ObjectiveConfig, Terms, objective
-from pipelines.checkpoints import CheckpointConfig, Checkpoints
-from pipelines.compute import ComputeConfig, MemoryEstimate, describe_devices, start_accelerator
-from pipelines.guards import FiniteGuard, Heartbeat, memory_advice, require_agreement, summary
-from pipelines.optimizer import OptimizerConfig, clip_length, lr_at, make_optimizer, moving_average, set_learning_rate
-from pipelines.sources import ImageSource, Source, VideoSource
-from pipelines.stage import (
-    LAUNCH,
-    RunFolder,
-    parse_bytes,
-    readable_bytes,
-    require,
-    run_stage,
-    to_json,
-)
-from pipelines.trackers import start_trackers
-from pipelines.training import FIRST_ALARM_STEP, SHARED, Progress, Rates, feed, on_main, save_artefact, step_generator
+from jepa.objectives import Objective, VICReg
+from pipelines.run.command import LAUNCH, counted, require, run_command
+from pipelines.run.devices import cores_of_this_process, summary
+from pipelines.run.folder import load_module
+from pipelines.run.options import OptimizerOptions, RunOptions
+from pipelines.run.run import Run
 
-PROBE_LEARNING_RATE = 1e-3
+CONTEXT, WIDTH = 4, 512
+"""Embeddings that the predictor of joint training starts from, and its width."""
+WATCHED_CLIPS, WATCHED_FRAMES = 32, 16
+"""Clips that collapse is looked for in, and their least length."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
     """Train a frame encoder on videos, without labels."""
 
-    videos: tuple[Path, ...] = ()
+    videos: tuple[Path, ...]
     """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
-    images: Path | None = None
-    """Instead of videos: a folder, or a zip, with still images in a folder for each class. Of a data set in parts,
-    `train` is taken."""
     output_dir: Path = Path("runs/encoder")
-    """Where the encoder, its metrics and its logs are left."""
-    fps: float = 4.0
+    """Folder for the encoder, its metrics and its logs."""
+    steps: PositiveInt = 1000
+    """Optimiser steps. A run may be resumed with more of them."""
+    initial_encoder: Path | None = None
+    """Folder of an encoder to go on from, instead of a new one."""
+    fps: Positive = 4.0
     """Frames per second that videos are sampled at, by time; neighbouring views are one such step apart."""
-    phases: int = 1
-    """Sample each video on this many clocks, shifted against each other: more pairs from the same video."""
-    steps: int = 1000
-    """Optimiser steps."""
-    batch_size: int = 128
-    """Frames in a batch, each with two views, on each process. The statistics are those of all processes."""
-    micro_batch_size: int = 0
-    """Frames that go through the encoder at a time, for batches that do not fit in memory: the objective is still that
-    of the whole batch; only batch normalisation inside the encoder sees so few. 0 for all at once."""
-    channels_last: bool = True
-    """Keep images with their channels last in memory: faster convolutions."""
-    shuffle_memory: str = "2GB"
-    """Most memory for decoded frames on each process; larger data sets are streamed through it. Still images that fit
-    are kept on the GPU, where there is one."""
-    image_fps: float = IMAGE_FPS
+    image_fps: Positive = IMAGE_FPS
     """Rate of folders of images, which have no times of their own."""
+    batch_size: Annotated[int, Bounds(2)] = 128
+    """Clips in a batch on each process, of two frames or, with a prediction weight, more."""
+    shuffle_memory: Positive = 2.0
+    """Gigabytes of decoded frames on each process at most; larger data sets are streamed through them."""
     strict: bool = False
-    """A video that cannot be used or is damaged, or an image, is an error; otherwise it is left out and listed."""
-    log_every: int = 100
-    """Steps between two entries in the log: means of the loss and its terms over them, and a check for collapse."""
-    tracker: tuple[str, ...] = ("tensorboard",)
-    """Where curves go, one or several: tensorboard, csv, wandb, mlflow; or none."""
-    seed: int = 0
-    """Of the weights, the order of the frames and the views."""
-    resume: bool = False
-    """Go on with the unfinished run in the output folder."""
-    overwrite: bool = False
-    """Replace the run in the output folder."""
+    """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
+    prediction_weight: NotNegative = 0.0
+    """Weight of the error of rollouts on the embeddings, in units of their variance, beside the objective."""
+    prediction_steps: PositiveInt = 8
+    """Steps of these rollouts."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     expander: ExpanderConfig = field(default_factory=ExpanderConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    views: ViewsConfig = field(default_factory=ViewsConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    objective: Objective = field(default_factory=VICReg)
+    views: Neighbours = field(default_factory=Neighbours)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
 
 
 def main(options: Options) -> None:
-    """The story: check, build, train, save."""
-    require(
-        bool(options.videos) != bool(options.images),
-        "--videos PATH or --images PATH says what to train on: give one of them",
+    """Check the videos, build the encoder, train it until views agree and frames differ, save it."""
+    run = Run(options, "pretrain_encoder", ("encoder",))
+    videos = usable_videos(run, options)
+    encoder = build_encoder(options)
+    length = CONTEXT + options.prediction_steps if options.prediction_weight else 2
+    inputs = {
+        "videos": summary([(str(video.path), video.duration_s) for video in videos.videos]),
+        "initial_encoder": encoder.fingerprint if options.initial_encoder else None,
+    }
+    weights = sum(weight.numel() for weight in encoder.parameters())
+    run.begin(
+        inputs,
+        f"{encoder.config.backbone} ({weights:,} weights)",
+        f"{options.batch_size} clips of {length} frames on each",
+        f"{counted(len(videos.videos), 'video')}, {len(videos.refused)} refused",
     )
-    require(
-        not options.images or options.views.kind != "neighbours",
-        "--views.kind is neighbours, which still images do not have: take cifar for small images, vicreg for others",
-    )
-    for name in ("fps", "phases", "image_fps"):
-        require(
-            not options.images or getattr(options, name) == getattr(Options, name),
-            f"--{name.replace('_', '-')} says how videos are sampled, which --images are not: leave it out",
-        )
-    require(options.fps > 0, f"--fps is {options.fps:g}: it must be positive")
-    for name in ("steps", "phases", "log_every", "image_fps"):
-        value = getattr(options, name)
-        require(value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
-    require(options.batch_size > 1, f"--batch-size is {options.batch_size}: variance needs at least 2")
-    require(
-        options.micro_batch_size >= 0 and options.micro_batch_size != 1,
-        f"--micro-batch-size is {options.micro_batch_size}: it must be 0, or at least 2",
-    )
-    options.optimizer.check()
-    options.checkpoints.check()
-    shuffle_memory = parse_bytes(options.shuffle_memory, "--shuffle-memory")
-    output = RunFolder(options.output_dir, ("encoder", "expander", "training_state", "logs"))
-    accelerator = start_accelerator(options.compute, options.tracker, options.output_dir / "logs")
-    heartbeat = Heartbeat(accelerator)
-    is_main, device = accelerator.is_main_process, accelerator.device
-    fsdp = accelerator.distributed_type == DistributedType.FSDP
-    require(
-        not fsdp or accelerator.mixed_precision == "no",
-        f"precision {accelerator.mixed_precision} does not go with fsdp.yaml, which would turn weights into it: take "
-        "--compute.precision fp32",
-    )
-    require(
-        not fsdp or not (options.micro_batch_size or options.optimizer.ema_decay),
-        "--micro-batch-size and --optimizer.ema-decay need whole weights: take configs/accelerate/multi_gpu.yaml, not "
-        "fsdp.yaml",
-    )
-    set_seed(options.seed)
-
-    encoder = create_encoder(options.encoder)
-    expander = Expander(encoder.embedding_dimension, options.expander)
-    network: nn.Module = Pretraining(encoder, expander)
-    require_agreement(accelerator, options=options)
-    size = options.encoder.image_size
-    source: Source = (
-        ImageSource(accelerator, options.images, size, options.strict, options.batch_size)
-        if options.images
-        else VideoSource(
-            accelerator, options.videos, options.output_dir, size, options.fps, options.phases, options.image_fps,
-            options.strict,
-        )
+    network = run.prepare(Pretraining(encoder, options), options.optimizer)
+    clips = FrameClips(
+        videos.videos, encoder.image_size, fps=options.fps, batch_size=options.batch_size, length=length,
+        seed=options.seed, rank=run.rank, ranks=run.ranks, memory_bytes=1e9 * options.shuffle_memory,
+        strict=options.strict, workers=cores_of_this_process(), progress=run.is_main,
     )  # fmt: skip
-    require_agreement(accelerator, **{source.noun: summary(source.names)})
-    on_main(accelerator, lambda: output.prepare(options, options.overwrite, options.resume, source.inputs))
-    global_batch = options.batch_size * accelerator.num_processes
-    held = min(options.micro_batch_size or options.batch_size, options.batch_size)  # frames at a time
-    memory = MemoryEstimate.of(network, torch.zeros(4, 3, *options.encoder.image_size), 2, accelerator)
-    peak = options.optimizer.peak_learning_rate(global_batch)
-    if is_main:
-        print(
-            f"training {options.encoder.backbone} ({sum(p.numel() for p in encoder.parameters()):,} weights) on "
-            f"{describe_devices(accelerator)}: global batch {global_batch}"
-            + (f" in parts of {held} on each" if held < options.batch_size else "")
-            + f", learning rate {peak:g}, about {readable_bytes(memory.total(held, options.batch_size))} of tensors "
-            f"and at most {options.shuffle_memory} of decoded frames on each; {source}"
-        )
+    watched = read_sequences(
+        videos.videos, encoder.image_size, fps=options.fps, clips=WATCHED_CLIPS, length=max(length, WATCHED_FRAMES)
+    ).to(run.device)
 
-    network = synchronise_batch_norm(network.to(device))
-    if options.channels_last and not fsdp:  # which refuses them
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if options.compute.compile:
-        encoder.compile()
-    averaged = moving_average(encoder, options.optimizer, buffers=True)
-    network, optimizer = accelerator.prepare(network, make_optimizer(network, options.optimizer))
-    if averaged is not None:
-        accelerator.register_for_checkpointing(averaged)
+    for step, batch in run.steps(clips.batches):
+        frames = relight(batch.frames, options.views, run.generator(step))  # (B, T, 3, H, W)
+        _, outputs, error = network(frames)
+        first, second = outputs[:, :-1], outputs[:, 1:]  # (B, T - 1, *tokens, E)
+        rows = [first[..., 0].numel()] * run.ranks
+        terms = options.objective(first, second, generator=run.generator(step, shared=True), rows=rows)
+        prediction = sum_over_ranks(error.mean()) / run.ranks
+        loss = terms.loss + options.prediction_weight * prediction
+        weighted = {f"weighted_{name}": term for name, term in terms.weighted.items()}
+        run.update(loss, {**terms.unweighted, **weighted, "prediction": prediction}, batch.videos)
+        if run.due:
+            run.log(*diagnose(run.weights, watched), show=("loss", *terms.unweighted))
 
-    probe = None
-    if source.classes:
-        probe = OnlineProbe(encoder.embedding_dimension, expander.output_dimension, source.classes).to(device)
-        probe_optimizer = torch.optim.AdamW(probe.parameters(), PROBE_LEARNING_RATE, weight_decay=0)
-        accelerator.register_for_checkpointing(probe, probe_optimizer)
-    source.open(options.batch_size, options.seed, shuffle_memory)
-    progress, rates = Progress(place=asdict(ClipsState())), Rates(device)
-    states = options.output_dir / "training_state"
-    guard = FiniteGuard(accelerator, states)
-    checkpoints = Checkpoints(accelerator, states, options.checkpoints, progress, guard.settle, heartbeat.stop)
-    step = checkpoints.load_newest() if options.resume else None
-    if step is None:
-        step = 0
-        if not fsdp:  # where saving itself would take an optimiser step
-            checkpoints.save(step)
-    source.pairs.state = ClipsState(**progress.place)
-    start_trackers(accelerator, "pretrain_encoder", to_json(options), step)
-    sequences = source.read_sequences().to(device)
-    require_agreement(accelerator, frames_for_diagnostics=list(sequences.shape))
-
-    mend = (
-        "lower it to {samples}, with --overwrite"
-        if fsdp
-        else "add --micro-batch-size {samples}, which leaves the objective as it is, and --resume"
+    clips.close()
+    account = videos.account()
+    account.merge([clips.account])
+    run.finish(
+        {
+            "encoder_fingerprint": encoder.fingerprint,
+            "videos": len(videos.videos),
+            "refused_videos": len(videos.refused),
+        },
+        {"encoder": ("encoder", asdict(encoder.config), encoder)},
+        account=account,
+        next=f"{LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "
+        f"--encoder {options.output_dir}/encoder --fps {options.fps:g} --output-dir cache/train",
     )
-    advice = ("--micro-batch-size" if options.micro_batch_size else "--batch-size", mend)
-    bar = tqdm(total=options.steps, initial=step, unit="step", desc="encoder", disable=not is_main)
-    batches = stream_ahead(lambda pairs: feed(pairs, device), [source.pairs], workers=1, ahead=2)
-    if step < options.steps:
-        batches = chain([next(batches)], batches)
-        checkpoints.listen()  # not before: decoding the first frames may take long, and there is nothing to save yet
-        rates.start()
-    while step < options.steps:
-        batch = rates.wait_for(batches, global_batch)
-        set_learning_rate(optimizer, lr_at(step, options.steps, options.optimizer.warmup_steps, peak))
-        generator = step_generator(options.seed, step, accelerator.process_index, device)
-        with memory_advice(memory, held, *advice, device):
-            views = make_views(batch.frames, batch.following, options.views, generator)
-            terms, embeddings, outputs = forward_and_backward(accelerator, network, views, held, options, step)
-            gradient_norm = accelerator.clip_grad_norm_(network.parameters(), clip_length(options.optimizer))
-            guard.watch(step, batch.videos, terms.loss, gradient_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if averaged is not None:
-            averaged.update_parameters(encoder)
-        probed: dict[str, Tensor] = {}
-        if probe is not None and batch.labels is not None:
-            probed = train_probe(probe, probe_optimizer, embeddings, outputs, batch.labels)
-        weighted = {f"weighted_{name}": value for name, value in terms.weighted.items()}
-        progress.add({"loss": terms.loss, **terms.unweighted, **weighted, **probed})
-        step += 1
-        progress.place = asdict(batch.state)
-        bar.update()
 
-        if step % options.log_every == 0 or step == options.steps:
-            speed = rates.report(progress)
-            metrics, alarms = diagnose(network, sequences, source.labels, source.classes)
-            values = progress.take_means(accelerator)
-            bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", *terms.unweighted)})
-            progress.report(metrics | values, alarms if step >= FIRST_ALARM_STEP else [], step, bar)
-            guard.check_scale(step)
-            extra = {"gradient_norm": gradient_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
-            accelerator.log({**progress.metrics, **extra, **speed}, step=step)
-            rates.start()
-        checkpoints.after_step(step)
-    bar.close()
-    source.pairs.close()
-    checkpoints.save(step)
 
-    counts = source.leave_account(options.output_dir)
-    weights = accelerator.get_state_dict(network)  # whole on the main process however it was spread; collective
-    if is_main:
-        trained = FrameEncoder(encoder.config)
-        trained.load_state_dict(averaged.module.state_dict() if averaged else part_of(weights, "encoder"))
-        save_artefact(trained, options.output_dir / "encoder")
-        if averaged is None:  # the last step's expander has never seen an averaged encoder
-            trained_expander = Expander(encoder.embedding_dimension, options.expander)
-            trained_expander.load_state_dict(part_of(weights, "expander"))
-            save_artefact(trained_expander, options.output_dir / "expander")
-        output.finish(
-            {
-                **progress.metrics,
-                **progress.verdict(),
-                "steps": step,
-                "frames_per_second": step * global_batch / max(progress.seconds, 1e-9),
-                "encoder_fingerprint": trained.fingerprint(),
-                **counts,
-            }
+def usable_videos(run: Run, options: Options) -> VideoList:
+    """The main process looks at the videos, the others read what it left in the run's folder. Collective."""
+    manifest = options.output_dir / "videos.jsonl"
+    return run.main_first(
+        lambda: check_videos(
+            options.videos if run.is_main else [manifest],
+            fps=options.fps,
+            manifest=manifest if run.is_main else None,
+            image_fps=options.image_fps,
+            strict=options.strict,
+            progress=run.is_main,
         )
-        following = (
-            f"python pipelines/probe_encoder.py --images {options.images} --encoder {options.output_dir}/encoder"
-            if options.images
-            else f"{LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "
-            f"--encoder {options.output_dir}/encoder --fps {options.fps:g} --output-dir cache/train"
+    )
+
+
+def build_encoder(options: Options) -> FrameEncoder:
+    """A new encoder, or the one to go on from.
+
+    Raises:
+        ConfigurationError: it cannot be built, or does not take frames of this size.
+        UserError: there is no encoder to go on from, or it comes with a configuration that was also given.
+    """
+    if options.initial_encoder is None:
+        encoder = create_encoder(options.encoder)
+    else:
+        require(
+            options.encoder == EncoderConfig(),
+            "--initial-encoder brings its own configuration: drop the options --encoder.*",
         )
-        print(f"wrote {options.output_dir}/encoder and metrics.json. Next:\n  {following}")
-    heartbeat.stop()
-    accelerator.end_training()
+        build = lambda config: FrameEncoder(EncoderConfig(**config))  # noqa: E731
+        encoder = load_module(options.initial_encoder, "encoder", build).train()
+    encoder.embed(torch.zeros(1, 1, 3, *encoder.image_size))  # what its backbone refuses is said before anything begins
+    return encoder
 
 
 class Pretraining(nn.Module):
-    """The encoder and the expander as one module: frames (B, 3, H, W) to embeddings (B, D) and outputs (B, E)."""
+    """Encoder, expander and joint training's predictor as one module, so that one call does all that ranks share."""
 
-    def __init__(self, encoder: FrameEncoder, expander: Expander) -> None:
+    def __init__(self, encoder: FrameEncoder, options: Options) -> None:
         super().__init__()
-        self.encoder, self.expander = encoder, expander
+        self.encoder, self.expander = encoder, Expander(encoder.shape[-1], options.expander)
+        self.dynamics = Dynamics(encoder.shape[-1]) if options.prediction_weight else None
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        embeddings = self.encoder(frames)
-        return embeddings, self.expander(embeddings)
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clips (B, T, 3, H, W) to embeddings (B, T, *tokens, D), outputs (B, T, *tokens, E), errors of rollouts."""
+        flat = rearrange(frames, "b t c h w -> (b t) c h w")
+        embeddings = rearrange(self.encoder(flat), "(b t) ... -> b t ...", b=len(frames)).float()
+        error = embeddings.new_zeros(1) if self.dynamics is None else self.dynamics(embeddings)
+        return embeddings, self.expander(embeddings), error
 
 
-def forward_and_backward(
-    accelerator: Accelerator, network: nn.Module, views: tuple[Tensor, Tensor], held: int, options: Options, step: int
-) -> tuple[Terms, Tensor, Tensor]:
-    """Forward and backward pass of the objective of the whole batch on all ranks, `held` frames at a time.
+class Dynamics(nn.Module):
+    """Rollouts of a small predictor from the first embeddings of each clip; only the loss sees it.
 
-    Returns:
-        The terms, and of this rank's batch the embeddings (2 B, D) and the expander's outputs (2 B, E): those of the
-        first views, then those of the second.
+    It starts from copying the last embedding. Embeddings are standardised by the batch, with gradients: an error in
+    their own units could be lowered for ever by shrinking them.
     """
-    shared = step_generator(options.seed, step, SHARED, torch.device("cpu"))
-    rows = [options.batch_size] * accelerator.num_processes
-    if held == options.batch_size:
-        embeddings, outputs = network(torch.cat(views))  # (2 B, D), (2 B, E)
-        first, second = outputs.chunk(2)
-        terms = objective(first, second, options.objective, shared, rows)
-        accelerator.backward(terms.loss)
-        return terms, embeddings.detach(), outputs.detach()
 
-    pretraining = accelerator.unwrap_model(network)
-    seen: list[Tensor] = []
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.standardise = nn.BatchNorm1d(dimension, affine=False)
+        last = nn.Linear(WIDTH, dimension)
+        nn.init.zeros_(last.weight)
+        hidden = [nn.Linear(CONTEXT * dimension, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU()]
+        self.change = nn.Sequential(*hidden, last)
 
-    def embed(part: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return pretraining.encoder(part).float()
-
-    def objective_of(embeddings: list[Tensor]) -> Terms:
-        halves = zip(*(part.chunk(2) for part in embeddings), strict=True)
-        whole = torch.cat([torch.cat(view) for view in halves])
-        with accelerator.autocast():
-            outputs = pretraining.expander(whole).float()
-        seen[:] = whole.detach(), outputs.detach()
-        first, second = outputs.chunk(2)
-        return objective(first, second, options.objective, shared, rows)
-
-    # Both views of the same frames, so that batch normalisation in the encoder sees both.
-    parts = [torch.cat(both) for both in zip(*(view.split(held) for view in views), strict=True)]
-    with accelerator.no_sync(network):
-        terms = backward_in_parts(
-            pretraining.encoder, parts, embed, objective_of, lambda terms: accelerator.backward(terms.loss)
-        )
-    average_gradients(network.parameters())
-    return terms, seen[0], seen[1]
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(B, T, *tokens, D) to squared errors (B x tokens, T - CONTEXT, D)."""
+        clips = rearrange(embeddings, "b t ... d -> (b ...) t d")
+        clips = self.standardise(clips.flatten(0, 1)).view_as(clips)
+        way = list(clips[:, :CONTEXT].unbind(dim=1))
+        while len(way) < clips.shape[1]:
+            way.append(way[-1] + self.change(torch.cat(way[-CONTEXT:], dim=1)))
+        return (torch.stack(way, dim=1) - clips)[:, CONTEXT:].square()
 
 
-def train_probe(
-    probe: OnlineProbe, optimizer: torch.optim.Optimizer, embeddings: Tensor, outputs: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
-    """One step of the online probe, and its accuracies on the batch of all ranks before it. Collective."""
-    loss, accuracies = probe(embeddings, outputs, labels)
-    loss.backward()
-    average_gradients(probe.parameters())
-    optimizer.step()
-    optimizer.zero_grad()
-    return {name: sum_over_ranks(value) / world_size() for name, value in accuracies.items()}
+def relight(clips: Tensor, views: Neighbours, generator: torch.Generator) -> Tensor:
+    """Clips uint8 (B, T, 3, H, W) with each frame under light of its own, float in [0, 1].
+
+    Light that stayed for a clip would be what two frames have in common, and the easiest thing to predict.
+    """
+    early, late = rearrange(clips, "b t c h w -> (t b) c h w").chunk(2)
+    return rearrange(torch.cat(views(early, late, generator)), "(t b) c h w -> b t c h w", b=len(clips))
 
 
 @torch.no_grad()
-def diagnose(
-    network: nn.Module, sequences: Tensor, labels: Tensor | None, classes: int
-) -> tuple[dict[str, float], list[str]]:
-    """Spread of embeddings and outputs over batch and time on fixed frames (C, T, 3, H, W), and alarms. Collective.
-
-    Where there are labels (C,), also how many are classified rightly by the nearest of the others.
-    """
-    if len(sequences) == 0:
+def diagnose(network: nn.Module, clips: Tensor) -> tuple[dict[str, float], list[str]]:
+    """Collapse statistics and alarms on fixed clips (C, T, 3, H, W). Collective."""
+    if len(clips) == 0:
         return {}, []
     network.eval()
-    flat = rearrange(sequences, "c t ... -> (c t) ...")
-    parts = zip(*(network(part) for part in flat.split(128)), strict=True)
-    embeddings, outputs = (rearrange(torch.cat(part), "(c t) d -> c t d", c=len(sequences)) for part in parts)
+    embeddings, outputs, error = (torch.cat(part) for part in zip(*map(network, clips.split(8)), strict=True))
     network.train()
-    metrics: dict[str, float] = {}
+    metrics = {"watched_prediction": float(error.mean())}
     for name, value in (("embedding", embeddings), ("expander", outputs)):
-        for over, numbers in sequence_spread(value)._asdict().items():
-            metrics |= {f"{name}_{over}_std": numbers.std, f"{name}_{over}_rank": numbers.rank}
-    if labels is not None and classes:
-        metrics |= knn_accuracies(embeddings, outputs, labels, classes)
+        for over, stats in sequence_stats(value)._asdict().items():
+            metrics |= {f"{name}_{over}_std": stats.std, f"{name}_{over}_rank": stats.effective_rank}
     return metrics, encoder_alarms(embeddings, outputs)
 
 
-def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    """The weights of one part of a network, by their names inside it."""
-    return {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
-
-
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)
