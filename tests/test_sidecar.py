@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from data.embedding_cache import EmbeddingCache
-from data.sidecar import SidecarError, read_sidecar, read_states
+from data.cache import Column, EmbeddingCache
+from data.errors import DataError
+from data.sidecar import SidecarError, read_sidecar
 
 TABLE = "frame,time_s,speed,steering\n0,0.0,10,-1\n1,0.1,11,-0.5\n2,0.25,12,0\n3,0.7,13,0.5\n"
 
@@ -14,24 +17,28 @@ def video(tmp_path):
 
 
 def test_nearest_row_of_each_frame(video):
-    values = read_sidecar(video, np.array([0.04, 0.06, 0.2, 0.45, 0.5, 0.75, 0.0]), ["speed"], tolerance_s=0.25)
+    values = read_sidecar(video, np.array([0.04, 0.06, 0.2, 0.45, 0.5, 0.75, 0.0]), columns=["speed"], tolerance_s=0.25)
     assert values.shape == (7, 1)
     assert values[:, 0].tolist() == [10, 11, 12, 12, 13, 13, 10]
 
 
 def test_columns_come_in_the_order_asked_for(video):
-    values = read_sidecar(video, np.array([0.25, 0.0]), ["steering", "speed"], tolerance_s=0.01)
+    values = read_sidecar(video, np.array([0.25, 0.0]), columns=["steering", "speed"], tolerance_s=0.01)
     assert values.tolist() == [[0, 12], [-1, 10]]
 
 
 def test_a_single_row_serves_frames_on_both_sides(video):
     video.with_suffix(".csv").write_text("time_s,speed\n0.5,7\n")
-    assert read_sidecar(video, np.array([0.4, 0.5, 0.6]), ["speed"], tolerance_s=0.11).tolist() == [[7], [7], [7]]
+    assert read_sidecar(video, np.array([0.4, 0.5, 0.6]), columns=["speed"], tolerance_s=0.11).tolist() == [
+        [7],
+        [7],
+        [7],
+    ]
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(SidecarError, match=r"lap\.csv: there is no such file"):
-        read_sidecar(tmp_path / "lap.mp4", np.zeros(1), ["speed"], 0.1)
+        read_sidecar(tmp_path / "lap.mp4", np.zeros(1), columns=["speed"], tolerance_s=0.1)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +59,13 @@ def test_missing_file(tmp_path):
 def test_unusable_tables_say_why(video, table, column, message):
     video.with_suffix(".csv").write_text(table)
     with pytest.raises(SidecarError, match=rf"clip\.csv: .*{message}"):
-        read_sidecar(video, np.zeros(1), [column], 0.1)
+        read_sidecar(video, np.zeros(1), columns=[column], tolerance_s=0.1)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
 def test_tables_as_spreadsheets_save_them(video, encoding):
     video.with_suffix(".csv").write_text("time_s,höhe\n0.0,7\n", encoding=encoding)
-    assert read_sidecar(video, np.zeros(1), ["höhe"], 0.1).tolist() == [[7]]
+    assert read_sidecar(video, np.zeros(1), columns=["höhe"], tolerance_s=0.1).tolist() == [[7]]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,7 @@ def test_tables_as_spreadsheets_save_them(video, encoding):
 def test_files_that_are_no_such_tables_say_so(video, content, message):
     video.with_suffix(".csv").write_bytes(content)
     with pytest.raises(SidecarError, match=rf"clip\.csv: .*{message}"):
-        read_sidecar(video, np.zeros(1), ["speed"], 0.1)
+        read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1)
 
 
 @pytest.fixture
@@ -83,51 +90,64 @@ def uneven(tmp_path, encode_video):
 
 
 def test_frames_are_counted_where_there_are_no_times(uneven):
-    values = read_sidecar(uneven, np.array([0.0, 0.05, 0.25, 0.69, 0.8]), ["speed"], tolerance_s=0.11)
+    values = read_sidecar(uneven, np.array([0.0, 0.05, 0.25, 0.69, 0.8]), columns=["speed"], tolerance_s=0.11)
     assert values[:, 0].tolist() == [10, 10, 12, 13, 13]
-    with pytest.raises(SidecarError, match=r"no row within 0\.100 s of the frame at 0\.400 s"):
-        read_sidecar(uneven, np.array([0.4]), ["speed"], tolerance_s=0.1)
+    assert np.isnan(read_sidecar(uneven, np.array([0.0, 0.4]), columns=["speed"], tolerance_s=0.1)[:, 0]).tolist() == [
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(("frame", "shown"), [("5", "5"), ("-1", "-1"), ("1.5", "1.5")])
 def test_frames_that_are_not_in_the_video(uneven, frame, shown):
     uneven.with_suffix(".csv").write_text(f"frame,speed\n0,1\n{frame},2\n")
     with pytest.raises(SidecarError, match=rf"there is no frame {shown} in uneven\.mp4: it has 5, counted from 0"):
-        read_sidecar(uneven, np.zeros(1), ["speed"], 0.1)
+        read_sidecar(uneven, np.zeros(1), columns=["speed"], tolerance_s=0.1)
 
 
 def test_times_are_taken_before_frames(uneven):
     uneven.with_suffix(".csv").write_text("frame,time_s,speed\n900,0.0,1\n901,0.5,2\n")
-    assert read_sidecar(uneven, np.array([0.5, 0.0]), ["speed"], 0.1)[:, 0].tolist() == [2, 1]
+    assert read_sidecar(uneven, np.array([0.5, 0.0]), columns=["speed"], tolerance_s=0.1)[:, 0].tolist() == [2, 1]
 
 
 def test_rows_need_not_be_in_order(video):
     video.with_suffix(".csv").write_text("time_s,speed\n0.5,7\n0.0,5\n0.2,6\n")
-    assert read_sidecar(video, np.array([0.0, 0.21, 0.5]), ["speed"], 0.1)[:, 0].tolist() == [5, 6, 7]
+    assert read_sidecar(video, np.array([0.0, 0.21, 0.5]), columns=["speed"], tolerance_s=0.1)[:, 0].tolist() == [
+        5,
+        6,
+        7,
+    ]
 
 
-def test_states_of_a_cache_are_those_of_its_rows(tmp_path, make_clip, write_cache):
-    """Two clocks on one video and a second video; the first shard holds a clip that was replaced since."""
-    for name, slope in (("a", 1), ("b", 2)):
-        rows = "".join(f"{tick / 20},{slope * tick / 20}\n" for tick in range(200))
-        (tmp_path / f"{name}.csv").write_text("time_s,position\n" + rows)
-    source = str(tmp_path / "a.mp4")
-    write_cache(tmp_path / "cache", [make_clip(source, 8)])
-    clips = [make_clip(source, 8, modified_ns=2), make_clip(source, 8, phase_s=0.1),
-             make_clip(str(tmp_path / "b.mp4"), 6, gaps=(3,))]  # fmt: skip
-    cache = EmbeddingCache(write_cache(tmp_path / "cache", clips))
-    states = read_states(cache, ["position"])
-    assert states.shape == (30, 1)
-    assert np.isnan(states).sum() == 8
-    for clip in cache.clips:
-        rows = slice(clip.start, clip.start + clip.frames)
-        slope = 2 if clip.key.source.endswith("b.mp4") else 1
-        np.testing.assert_allclose(states[rows, 0], slope * cache.times_s[rows], atol=1e-9)
+def test_columns_lie_on_the_rows_of_a_cache(tmp_path, make_clip, write_cache):
+    """Two clocks on one video, a second video with a gap, and a table that ends early."""
+    for name, slope, rows in (("a", 1, 200), ("b", 2, 20)):
+        lines = "".join(f"{tick / 20},{slope * tick / 20}\n" for tick in range(rows))
+        (tmp_path / f"{name}.csv").write_text("time_s,position\n" + lines)
+    clips = []
+    for name, frames, offset_s, gaps in (("a", 8, 0.0, ()), ("a", 8, 0.1, ()), ("b", 6, 0.0, (3,))):
+        clip = make_clip(tmp_path / f"{name}.mp4", frames, offset_s=offset_s, gaps=gaps)
+        table = read_sidecar(tmp_path / f"{name}.mp4", clip.times_s, columns=["position"], tolerance_s=0.125)
+        clips.append(replace(clip, columns=clip.columns | {"position": table[:, 0]}))
+    cache = EmbeddingCache(write_cache(tmp_path / "cache", clips, columns={"position": Column("float64")}))
+    for clip, slope in zip(cache.clips, (1, 1, 2), strict=True):
+        times_s, found = cache.clip_times_s(clip), cache.take(clip.rows, "position")
+        covered = times_s <= (1.075 if slope == 2 else np.inf)
+        np.testing.assert_allclose(found[covered], slope * times_s[covered], atol=1e-9 if slope == 1 else 0.1)
+        assert np.isnan(found[~covered]).all()
 
 
-def test_no_row_near_enough_names_the_worst_frame(video):
-    read_sidecar(video, np.array([0.25, 0.475]), ["speed"], tolerance_s=0.23)
-    with pytest.raises(SidecarError, match=r"no row within 0\.200 s of the frame at 0\.475 s"):
-        read_sidecar(video, np.array([0.25, 0.475]), ["speed"], tolerance_s=0.2)
-    with pytest.raises(SidecarError, match=r"at 1\.500 s"):
-        read_sidecar(video, np.array([0.25, 1.5]), ["speed"], tolerance_s=0.2)
+def test_frames_where_the_table_says_nothing_have_no_value(video):
+    """Before its first row, after its last one, and where it pauses."""
+    video.with_suffix(".csv").write_text("time_s,speed\n1.0,5\n1.1,6\n2.0,7\n")
+    times_s = np.array([0.0, 0.9, 1.06, 1.5, 1.9, 2.3])
+    values = read_sidecar(video, times_s, columns=["speed"], tolerance_s=0.125)[:, 0]
+    np.testing.assert_array_equal(values, [np.nan, 5, 6, np.nan, 7, np.nan])
+
+
+def test_a_table_that_says_nothing_at_all_is_on_another_clock(video):
+    video.with_suffix(".csv").write_text("time_s,speed\n5000,5\n6000,6\n")  # milliseconds
+    message = r"clip\.csv: no row within 0\.125 s of any frame: .* from 5000\.000 to 6000\.000 s, .* 0\.000 to 3\.000 s"
+    with pytest.raises(SidecarError, match=message) as refused:
+        read_sidecar(video, np.arange(4.0), columns=["speed"], tolerance_s=0.125)
+    assert isinstance(refused.value, DataError)

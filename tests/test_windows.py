@@ -1,12 +1,13 @@
 import multiprocessing
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from data.embedding_cache import CacheError, EmbeddingCache
-from data.windows import Windows
+from data.cache import CacheError, Column, EmbeddingCache
+from data.windows import Windows, group_windows
 
 
 @pytest.fixture
@@ -20,47 +21,64 @@ def cache(request, tmp_path, clips, write_cache):
     return EmbeddingCache(write_cache(tmp_path, clips, clips_per_shard=request.param))
 
 
+def read_all(windows):
+    return windows.take(np.arange(len(windows))).numpy()
+
+
 @pytest.mark.parametrize("stride", [1, 3])
 def test_windows_are_all_runs_of_one_clip_without_a_gap(cache, clips, stride):
     windows = Windows(cache, length=4, stride=stride)
-    runs = [clips[0].embeddings, clips[1].embeddings[:5], clips[1].embeddings[6:]]
-    expected = [run[start : start + 4] for run in runs for start in range(0, len(run) - 3, stride)]
+    first, second, _ = (clip.columns["embeddings"] for clip in clips)
+    starts_of_runs = [range(0, 6, stride), range(0, 2, stride), range(0, 3, stride)]
+    runs = zip([first, second[:5], second[6:]], starts_of_runs, strict=True)
+    expected = [run[start : start + 4] for run, starts in runs for start in starts]
     assert len(windows) == len(expected)
-    np.testing.assert_array_equal(windows.take(np.arange(len(windows))).numpy(), np.stack(expected))
-    assert windows.clips.tolist() == [0] * len(range(0, 6, stride)) + [1] * (
-        len(range(0, 2, stride)) + len(range(0, 3, stride))
-    )
+    np.testing.assert_array_equal(read_all(windows), np.stack(expected))
+    of_first = len(starts_of_runs[0])
+    of_clips = windows.clip_of(np.arange(len(windows)))
+    assert of_clips.tolist() == [0] * of_first + [1] * (len(windows) - of_first)
 
 
-def test_windows_of_each_clip_that_has_any(cache):
-    windows = Windows(cache, length=4)  # the third clip is too short
-    assert windows.by_clip() == [slice(0, 6), slice(6, 11)]
-    assert Windows(cache, length=9).by_clip() == [slice(0, 1)]
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 9])
+def test_ticks_of_a_window_are_consecutive_and_of_its_clip(cache, length):
+    windows = Windows(cache, length)
+    everything = np.arange(len(windows))
+    rows = windows.rows(everything)
+    assert rows.shape == (len(windows), length)
+    assert (np.diff(windows.column(everything, "ticks"), axis=1) == 1).all()
+    bounds = np.array([(clip.start, clip.start + clip.frames) for clip in cache.clips])[windows.clip_of(everything)]
+    assert (rows[:, 0] >= bounds[:, 0]).all()
+    assert (rows[:, -1] < bounds[:, 1]).all()
 
 
-def test_ticks_of_a_window_are_consecutive(cache):
-    for length in (1, 2, 5, 6):
-        windows = Windows(cache, length)
-        rows = windows.rows(np.arange(len(windows)))
-        assert rows.shape == (len(windows), length)
-        assert (np.diff(cache.ticks[rows], axis=1) == 1).all()
-        bounds = np.array([(clip.start, clip.start + clip.frames) for clip in cache.clips])[windows.clips]
-        assert (rows[:, 0] >= bounds[:, 0]).all()
-        assert (rows[:, -1] < bounds[:, 1]).all()
-
-
-def test_windows_as_long_as_a_clip(cache, clips):
-    windows = Windows(cache, length=9)
-    assert len(windows) == 1
-    np.testing.assert_array_equal(windows.take(np.array([0]))[0].numpy(), clips[0].embeddings)
+def test_windows_of_tokens_carry_times_and_other_columns(tmp_path, make_clip, write_cache):
+    clips = [
+        make_clip(f"/{name}.mp4", 7, shape=(2, 3, 4), speed=np.arange(7) / at) for at, name in ((1, "a"), (2, "b"))
+    ]
+    folder = write_cache(tmp_path, clips, shape=(2, 3, 4), dtype="float16", columns={"speed": Column("float64")})
+    windows = Windows(EmbeddingCache(folder), 5)
+    assert read_all(windows).shape == (6, 5, 2, 3, 4)
+    indices = np.array([5, 1])
+    assert windows.take(indices).dtype == torch.float32
+    stored = clips[1].columns["embeddings"][2:7].astype(np.float16)
+    np.testing.assert_array_equal(windows.take(indices)[0].numpy(), stored)
+    np.testing.assert_array_equal(windows.column(indices, "speed"), [np.arange(2, 7) / 2, np.arange(1, 6)])
+    np.testing.assert_array_equal(windows.times_s(indices), [np.arange(2, 7) / 4, np.arange(1, 6) / 4])
 
 
 def test_take_follows_the_order_asked_for(cache):
     windows = Windows(cache, length=3)
-    everything = windows.take(np.arange(len(windows)))
-    assert everything.dtype == torch.float32
     order = np.array([7, 0, 7, 2])
-    assert torch.equal(windows.take(order), everything[order])
+    np.testing.assert_array_equal(windows.take(order).numpy(), read_all(windows)[order])
+    assert windows.take(np.empty(0, np.int64)).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("index", [-1, 11, 1000])
+def test_windows_that_do_not_exist_are_refused(cache, index):
+    windows = Windows(cache, length=4)
+    for use in (windows.take, windows.times_s, windows.clip_of, windows.videos):
+        with pytest.raises(IndexError, match="there are 11 windows"):
+            use(np.array([0, index]))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -72,36 +90,31 @@ def test_windows_are_the_same_from_one_shard_and_from_many(tmp_path, make_clip, 
     )
     assert len(list((tmp_path / "100" / "shards").glob("*.h5"))) == 1
     assert len(list((tmp_path / "1" / "shards").glob("*.h5"))) == 100
-    np.testing.assert_array_equal(one.clips, many.clips)
     order = np.random.default_rng(0).permutation(len(one))
+    np.testing.assert_array_equal(one.clip_of(order), many.clip_of(order))
     assert torch.equal(one.take(order), many.take(order))
-    gathered = [windows.cache.windows(windows.starts[order], 3) for windows in (one, many)]
-    assert gathered[0].dtype == gathered[1].dtype == dtype
-    assert gathered[0].tobytes() == gathered[1].tobytes()
-    np.testing.assert_array_equal(one.take(order).numpy(), gathered[0].astype(np.float32))
 
 
-def read_all(windows):
-    return windows.take(np.arange(len(windows))).numpy()
+def test_memory_is_by_the_run_and_not_by_the_window(tmp_path, make_clip, write_cache):
+    """Neither embeddings nor windows are held: what is sent to another process is all there is."""
+    sizes = []
+    for frames in (2_000, 20_000):
+        cache = EmbeddingCache(write_cache(tmp_path / str(frames), [make_clip("/a.mp4", frames, gaps=(50,))]))
+        windows = Windows(cache, length=16)
+        assert len(windows) == frames - 50 - 15 + 50 - 15
+        sizes.append(len(pickle.dumps(windows)))
+        windows.take(np.arange(len(windows)))
+        assert len(pickle.dumps(windows)) == sizes[-1]
+    assert max(sizes) < 5_000
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("read_before", [False, True])
-def test_windows_are_read_in_other_processes(tmp_path, clips, write_cache, method, read_before):
+def test_windows_are_read_in_other_processes(tmp_path, clips, write_cache, method):
     windows = Windows(EmbeddingCache(write_cache(tmp_path, clips)), length=4)
-    if read_before:
-        read_all(windows)
+    here = read_all(windows)
     with multiprocessing.get_context(method).Pool(1) as pool:
-        theirs = pool.apply(read_all, (windows,))
-    np.testing.assert_array_equal(theirs, read_all(windows))
-
-
-def test_windows_for_another_process_carry_no_embeddings(tmp_path, make_clip, write_cache):
-    cache = EmbeddingCache(write_cache(tmp_path, [make_clip("/a.mp4", 2000, dimension=500)], embedding_dimension=500))
-    windows = Windows(cache, length=16)
-    assert read_all(windows).nbytes > 10_000_000
-    assert len(pickle.dumps(windows)) < windows.starts.nbytes + windows.clips.nbytes + 5_000
+        np.testing.assert_array_equal(pool.apply(read_all, (windows,)), here)
 
 
 def test_too_short_clips_say_by_how_much(cache):
@@ -110,16 +123,70 @@ def test_too_short_clips_say_by_how_much(cache):
         Windows(cache, length=10)
 
 
-def test_samples_are_windows_and_a_pure_function_of_the_generator(cache):
+def test_samples_are_uniform_and_a_pure_function_of_the_generator(cache):
     windows = Windows(cache, length=4)
-    everything = windows.take(np.arange(len(windows)))
-    sample, clips = windows.sample(300, torch.Generator().manual_seed(0))
-    assert set(clips) <= set(cache.clips)
-    assert sample.shape == (300, 4, 5)
-    assert torch.equal(sample, windows.sample(300, torch.Generator().manual_seed(0))[0])
-    assert not torch.equal(sample, windows.sample(300, torch.Generator().manual_seed(1))[0])
-    hits = (sample[:, None] == everything[None]).flatten(2).all(dim=2)
-    assert (hits.sum(dim=1) == 1).all()
-    # Uniform: 300 draws from 11 windows reach every one, none of them far too often.
-    assert hits.sum(dim=0).min() > 10
-    assert hits.sum(dim=0).max() < 50
+    sample = windows.sample(300, torch.Generator().manual_seed(0))
+    assert sample.dtype == np.int64
+    np.testing.assert_array_equal(sample, windows.sample(300, torch.Generator().manual_seed(0)))
+    assert not np.array_equal(sample, windows.sample(300, torch.Generator().manual_seed(1)))
+    # 300 draws from 11 windows reach every one, none of them far too often.
+    counts = np.bincount(sample, minlength=len(windows))
+    assert len(counts) == len(windows) == 11
+    assert counts.min() > 10
+    assert counts.max() < 50
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 10, 11, 1000])
+def test_windows_are_spaced_evenly_from_the_first_to_the_last(cache, most):
+    found = Windows(cache, length=4).evenly(most)
+    assert len(found) == min(most, 11)
+    assert found[0] == 0
+    assert most == 1 or found[-1] == 10
+    assert np.ptp(np.diff(found)) <= 1 if most > 1 else True
+    assert len(set(found.tolist())) == len(found)
+
+
+def test_videos_of_windows_are_named_once(tmp_path, make_clip, write_cache):
+    clips = [make_clip(f"/{name}.mp4", 6, offset_s=offset) for name, offset in (("a", 0.0), ("a", 0.1), ("b", 0.0))]
+    windows = Windows(EmbeddingCache(write_cache(tmp_path, clips)), 5)
+    assert windows.videos(np.arange(6)) == (Path("/a.mp4"), Path("/b.mp4"))
+    assert windows.videos(np.array([5, 4])) == (Path("/b.mp4"),)
+
+
+@pytest.fixture
+def few(tmp_path, make_clip, write_cache):
+    """Three videos of 10 s at 4 fps, one of them on two clocks."""
+    names = [("a", 0.0), ("a", 0.1), ("b", 0.0), ("c", 0.0)]
+    clips = [make_clip(f"/{name}.mp4", 40, offset_s=offset_s) for name, offset_s in names]
+    return EmbeddingCache(write_cache(tmp_path, clips))
+
+
+def test_segments_are_of_time_and_never_of_two_videos(few):
+    windows = Windows(few, 5)
+    everything = np.arange(len(windows))
+    groups, together = group_windows(windows, everything)
+    assert together == "segments of 2.5 s"  # twice 5 embeddings at 4 fps
+    assert groups.dtype == np.int64
+    assert sorted(set(groups)) == list(range(12))
+    sources = np.array([few.clips[clip].key.source for clip in windows.clip_of(everything)])
+    segments = windows.times_s(everything)[:, 0] // 2.5
+    for group in range(12):
+        assert len(set(sources[groups == group])) == len(set(segments[groups == group])) == 1
+    # Both clocks of a video are together.
+    first, second = (groups[windows.clip_of(everything) == clip] for clip in (0, 1))
+    assert set(first) == set(second)
+    # The groups of some windows are those that they have among all.
+    some = np.array([130, 3, 4, 77, 100])
+    ours, _ = group_windows(windows, some)
+    np.testing.assert_array_equal(ours[:, None] == ours, groups[some][:, None] == groups[some])
+
+
+def test_windows_are_grouped_by_video_where_enough_videos_have_any(tmp_path, make_clip, write_cache):
+    clips = [make_clip(f"/{number:02}.mp4", 40 if number < 20 else 4) for number in range(25)]
+    windows = Windows(EmbeddingCache(write_cache(tmp_path, clips)), 5)
+    everything = np.arange(len(windows))
+    groups, together = group_windows(windows, everything)
+    assert together == "videos"
+    np.testing.assert_array_equal(groups, windows.clip_of(everything))
+    without_one = everything[windows.clip_of(everything) != 7]
+    assert "segments" in group_windows(windows, without_one)[1]
