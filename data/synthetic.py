@@ -4,12 +4,10 @@ Two balls bounce in a square box without losing energy, off the walls and off ea
 texture drawn anew for each clip (`textured`), which may also flicker like leaves in the wind (`full`): light and
 shade that change in every frame and say nothing about what happens next. The frames are encoded to real H.264
 mp4 files; beside each lies a CSV with the true state of every frame.
-
-To test surprise, a clip may hold one impossible event; it comes with its lawful twin, the same clip without the event.
 """
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,20 +22,17 @@ from av.video.stream import VideoStream
 from tqdm import tqdm
 
 Result = TypeVar("Result")
-Background = Literal["plain", "textured", "full"]
-Walls = Literal["mirror", "random"]
-Event = Literal["none", "reverse", "freeze", "pass_through"]
-"""What cannot happen. `reverse`: a ball turns round in mid-air. `freeze`: both balls hold still for the rest of the
-clip. `pass_through`: the balls go through each other where they should bounce, once."""
+Motion = tuple[np.ndarray, np.ndarray]
+"""Positions (2, 2) in pixels and velocities (2, 2) in pixels per frame, of both balls."""
 
 STATE_COLUMNS = ("ball_1_x", "ball_1_y", "ball_2_x", "ball_2_y")
 VELOCITY_COLUMNS = ("ball_1_vx", "ball_1_vy", "ball_2_vx", "ball_2_vy")
 BALL_COLOURS = np.array([[0.95, 0.35, 0.20], [0.25, 0.55, 0.95]])
 """RGB in [0, 1], shape (balls, 3)."""
 WIDEST_BOUNCE = np.pi / 3
-"""A ball leaves a wall of `walls="random"` within this angle of the wall's normal, in radians."""
-MID_AIR = 2
-"""A ball is in mid-air if nothing bounces within this many frames."""
+"""A ball leaves a random wall within this angle of the wall's normal, in radians."""
+SUBSTEPS = 8
+"""Steps of the simulation in a frame."""
 
 
 @dataclass(frozen=True)
@@ -56,66 +51,65 @@ class BallWorld:
     """Frames in a clip."""
     fps: int = 10
     """Frame rate of the video."""
-    background: Background = "full"
+    background: Literal["plain", "textured", "full"] = "full"
     """`plain`: grey. `textured`: a texture for each clip. `full`: a texture that flickers in every frame."""
-    walls: Walls = "mirror"
+    walls: Literal["mirror", "random"] = "mirror"
     """`mirror`: balls leave walls as light leaves a mirror. `random`: at a random angle, their speed kept."""
 
 
-def simulate_balls(
-    world: BallWorld, generator: np.random.Generator, event: Event = "none", at: int = 0, substeps: int = 8
-) -> np.ndarray:
+def simulate_balls(world: BallWorld, generator: np.random.Generator) -> np.ndarray:
     """Simulate two equal balls in a box, elastic everywhere.
 
     Args:
         world: the box and the balls.
         generator: draws how the balls begin, and how they leave random walls.
-        event: what happens that cannot happen; all else stays lawful, before and after.
-        at: the first frame that shows the event; `pass_through` waits from there on for the next collision.
-        substeps: steps of the simulation in a frame.
 
     Returns:
         float64 (frames, 2, 4): x, y in pixels and vx, vy in pixels per frame, of each ball in each frame.
     """
+    motion = begin_motion(world, generator)
+    states = np.empty((world.frames, 2, 4))
+    for frame in range(world.frames):
+        states[frame] = np.concatenate(motion, axis=1)
+        motion = move_balls(motion, world, generator)
+    return states
+
+
+def begin_motion(world: BallWorld, generator: np.random.Generator) -> Motion:
+    """Balls at random places, apart from each other, with random velocities."""
     low, high = world.radius, world.size - world.radius
     position = generator.uniform(low, high, size=(2, 2))
     while np.linalg.norm(position[0] - position[1]) < 2.5 * world.radius:
         position = generator.uniform(low, high, size=(2, 2))
     angle = generator.uniform(0, 2 * np.pi, size=2)
     speed = generator.uniform(world.slowest, world.fastest, size=(2, 1))
-    velocity = speed * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    states = np.empty((world.frames, 2, 4))
-    may_pass, passing = event == "pass_through", False
-    for frame in range(world.frames):
-        states[frame] = np.concatenate([position, velocity], axis=1)
-        if event == "reverse" and frame + 1 == at:
-            velocity = velocity * [[-1], [1]]
-        if event == "freeze" and frame + 1 == at:
-            velocity = np.zeros_like(velocity)
-        for _ in range(substeps):
-            position = position + velocity / substeps
-            below, above = position < low, position > high
-            position = np.where(below, 2 * low - position, np.where(above, 2 * high - position, position))
-            if world.walls == "random" and (below | above).any():
-                velocity = leave_walls(velocity, below, above, generator)
-            else:
-                velocity = np.where(below | above, -velocity, velocity)
-            offset = position[0] - position[1]
-            distance = np.linalg.norm(offset)
-            approach = (velocity[0] - velocity[1]) @ offset
-            touching = bool(distance < 2 * world.radius)
-            passing = passing and touching
-            if touching and approach < 0 and may_pass and frame + 1 >= at:
-                may_pass, passing = False, True
-            elif touching and approach < 0 and not passing:
-                # Equal masses exchange the velocity components along the line between the centres.
-                exchange = approach / distance**2 * offset
-                velocity = velocity + np.stack([-exchange, exchange])
-    return states
+    return position, speed * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def move_balls(motion: Motion, world: BallWorld, generator: np.random.Generator, *, do_collide: bool = True) -> Motion:
+    """The balls one frame later; without collisions they go through each other."""
+    position, velocity = motion
+    low, high = world.radius, world.size - world.radius
+    for _ in range(SUBSTEPS):
+        position = position + velocity / SUBSTEPS
+        below, above = position < low, position > high
+        position = np.where(below, 2 * low - position, np.where(above, 2 * high - position, position))
+        if world.walls == "random" and (below | above).any():
+            velocity = leave_walls(velocity, below, above, generator=generator)
+        else:
+            velocity = np.where(below | above, -velocity, velocity)
+        offset = position[0] - position[1]
+        distance = np.linalg.norm(offset)
+        approach = (velocity[0] - velocity[1]) @ offset
+        if do_collide and distance < 2 * world.radius and approach < 0:
+            # Equal masses exchange the velocity components along the line between the centres.
+            exchange = approach / distance**2 * offset
+            velocity = velocity + np.stack([-exchange, exchange])
+    return position, velocity
 
 
 def leave_walls(
-    velocity: np.ndarray, below: np.ndarray, above: np.ndarray, generator: np.random.Generator
+    velocity: np.ndarray, below: np.ndarray, above: np.ndarray, *, generator: np.random.Generator
 ) -> np.ndarray:
     """Velocities (2, 2) after random walls: a ball that is `below` or `above` in x or y leaves at a random angle.
 
@@ -130,7 +124,7 @@ def leave_walls(
     return np.where((below | above).any(axis=1, keepdims=True), leaving, velocity)
 
 
-def smooth_noise(generator: np.random.Generator, cells: int, size: int, amplitude: float) -> np.ndarray:
+def smooth_noise(generator: np.random.Generator, *, cells: int, size: int, amplitude: float) -> np.ndarray:
     """Low-frequency noise: a `cells` x `cells` grid of uniform colours, bilinearly enlarged.
 
     Returns:
@@ -149,7 +143,7 @@ def render_balls(states: np.ndarray, world: BallWorld, generator: np.random.Gene
 
     Args:
         states: (frames, 2, 4) as from `simulate_balls`.
-        world: the world that `states` came from.
+        world: their world.
         generator: draws the background.
 
     Returns:
@@ -158,14 +152,15 @@ def render_balls(states: np.ndarray, world: BallWorld, generator: np.random.Gene
     size = world.size
     still = np.full((3, size, size), 0.4)
     if world.background != "plain":
-        still = still + smooth_noise(generator, 5, size, 0.25) + smooth_noise(generator, 16, size, 0.15)
+        for cells, amplitude in ((5, 0.25), (16, 0.15)):
+            still = still + smooth_noise(generator, cells=cells, size=size, amplitude=amplitude)
     vertical, horizontal = np.mgrid[0:size, 0:size] + 0.5
     frames = np.empty((len(states), size, size, 3), dtype=np.uint8)
     for index, balls in enumerate(states):
         image = still
         if world.background == "full":
             brightness = generator.uniform(0.9, 1.1)
-            image = still * brightness + smooth_noise(generator, 4, size, 0.1)
+            image = still * brightness + smooth_noise(generator, cells=4, size=size, amplitude=0.1)
             image = image + generator.normal(0, 0.02, size=image.shape)
         for ball, colour in zip(balls, BALL_COLOURS, strict=True):
             distance = np.hypot(horizontal - ball[0], vertical - ball[1])
@@ -175,7 +170,7 @@ def render_balls(states: np.ndarray, world: BallWorld, generator: np.random.Gene
     return frames
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float, codec: str = "libx264") -> None:
+def write_video(path: Path, frames: np.ndarray, fps: float, *, codec: str = "libx264") -> None:
     """Encode RGB frames, uint8 (frames, height, width, 3), to a video file of constant rate."""
     rate = Fraction(fps).limit_denominator(100_000)
     with av.open(str(path), "w") as container:
@@ -192,7 +187,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, codec: str = "libx26
         container.mux(stream.encode())
 
 
-def write_ball_clip(folder: Path, index: int, world: BallWorld, seed: int) -> Path:
+def write_ball_clip(folder: Path, index: int, world: BallWorld, *, seed: int) -> Path:
     """Simulate, render and encode one clip; write its state beside it.
 
     Leaves `clip_<index>.mp4` and `clip_<index>.csv` (`frame,time_s`, positions in pixels, velocities in pixels
@@ -207,89 +202,30 @@ def write_ball_clip(folder: Path, index: int, world: BallWorld, seed: int) -> Pa
     return path
 
 
-def write_states(path: Path, states: np.ndarray, world: BallWorld, event_at: int | None = None) -> None:
-    """Write what `simulate_balls` returned as a CSV, whole or not at all.
-
-    Args:
-        path: of the CSV.
-        states: (frames, 2, 4).
-        world: the world that `states` came from.
-        event_at: adds a column `event`, 1 in the frame that shows an impossible event first and 0 in all others.
-    """
+def write_states(path: Path, states: np.ndarray, world: BallWorld, **columns: Sequence[object]) -> None:
+    """Write what `simulate_balls` returned as a CSV, whole or not at all; `columns` are added, a value a frame."""
     unfinished = path.with_suffix(".csv.tmp")
     with unfinished.open("w", newline="") as file:
         writer = csv.writer(file)
-        mark = [] if event_at is None else ["event"]
-        writer.writerow(["frame", "time_s", *STATE_COLUMNS, *VELOCITY_COLUMNS, *mark])
+        writer.writerow(["frame", "time_s", *STATE_COLUMNS, *VELOCITY_COLUMNS, *columns])
         for frame, balls in enumerate(states):
-            values = [*balls[:, :2].ravel(), *balls[:, 2:].ravel()]
-            marked = [int(frame == event_at)] if mark else []
-            writer.writerow([frame, f"{frame / world.fps:.6f}", *(f"{value:.4f}" for value in values), *marked])
+            values = [f"{value:.4f}" for value in (*balls[:, :2].ravel(), *balls[:, 2:].ravel())]
+            added = [column[frame] for column in columns.values()]
+            writer.writerow([frame, f"{frame / world.fps:.6f}", *values, *added])
     unfinished.replace(path)
 
 
-def simulate_pair(world: BallWorld, generator: np.random.Generator, event: Event) -> tuple[np.ndarray, np.ndarray, int]:
-    """A lawful clip, its impossible twin, and the first frame in which they differ.
-
-    The event falls into the middle half of the clip. `reverse` and `freeze` happen in mid-air, `pass_through` at the
-    first collision of the balls in that half.
-
-    Returns:
-        Two float64 (frames, 2, 4) as from `simulate_balls`, and the frame.
-    """
-    first, last = world.frames // 4, world.frames * 3 // 4
-    while True:
-        seed, at = generator.integers(2**32), int(generator.integers(first, last))
-        if event == "pass_through":
-            at = first
-        lawful = simulate_balls(world, np.random.default_rng(seed))
-        impossible = simulate_balls(world, np.random.default_rng(seed), event, at)
-        differ = np.flatnonzero((lawful != impossible)[..., :2].any(axis=(1, 2)))  # positions: velocities are not seen
-        if len(differ) and differ[0] < last and (event == "pass_through" or _in_mid_air(lawful, impossible, at)):
-            return lawful, impossible, int(differ[0])
-
-
-def _in_mid_air(lawful: np.ndarray, impossible: np.ndarray, at: int) -> bool:
-    """Whether no ball of either twin bounces within `MID_AIR` frames of the frame that shows the event first."""
-    around = lawful[at - 1 - MID_AIR : at + MID_AIR + 1, :, 2:]
-    after = impossible[at : at + MID_AIR + 1, :, 2:]
-    return np.ptp(around, axis=0).max() == np.ptp(after, axis=0).max() == 0
-
-
-def write_ball_pair(folder: Path, index: int, world: BallWorld, seed: int, event: Event) -> None:
-    """Write an impossible clip and its lawful twin: the same beginning, the same background in every frame.
-
-    Leaves `clip_<index>.mp4` and `.csv` in `folder/lawful` and `folder/impossible`, as `write_ball_clip` does; the
-    column `event` of the impossible clip's CSV is 1 in the frame that shows the event first, and 0 elsewhere. The video
-    encoder looks ahead: before the event the twins are the same but for its noise.
-    """
-    paths = [folder / kind / f"clip_{index:05d}.mp4" for kind in ("lawful", "impossible")]
-    if all(path.with_suffix(".csv").exists() for path in paths):
-        return
-    generator = np.random.default_rng([seed, index])
-    *twins, at = simulate_pair(world, generator, event)
-    background = generator.integers(2**32)
-    for path, states, event_at in zip(paths, twins, (-1, at), strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, render_balls(states, world, np.random.default_rng(background)), world.fps)
-        write_states(path.with_suffix(".csv"), states, world, event_at)
-
-
-def write_ball_videos(folder: Path, clips: int, world: BallWorld, seed: int) -> list[Path]:
+def write_ball_videos(folder: Path, clips: int, world: BallWorld, *, seed: int) -> list[Path]:
     """Write `clips` clips into `folder` on all cores, continuing where an interrupted run stopped.
 
     The clips of one seed are the same on every machine and for every number of cores.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return _on_all_cores(partial(write_ball_clip, folder, world=world, seed=seed), clips, folder.name)
+    return on_all_cores(partial(write_ball_clip, folder, world=world, seed=seed), clips, name=folder.name)
 
 
-def write_ball_pairs(folder: Path, pairs: int, world: BallWorld, seed: int, event: Event) -> None:
-    """Write `pairs` pairs of clips into `folder`, as `write_ball_videos` writes clips."""
-    _on_all_cores(partial(write_ball_pair, folder, world=world, seed=seed, event=event), pairs, folder.name)
-
-
-def _on_all_cores(write: Callable[[int], Result], number: int, name: str) -> list[Result]:
+def on_all_cores(write: Callable[[int], Result], number: int, *, name: str) -> list[Result]:
+    """Call a function with 0, 1, ... in processes side by side."""
     with ProcessPoolExecutor(joblib.cpu_count()) as pool:
         written = pool.map(write, range(number), chunksize=8)
         return list(tqdm(written, total=number, unit="clip", desc=f"rendering {name}", leave=False))

@@ -12,9 +12,10 @@ from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image
 
-from benchmarks import fuzz_videos
+from benchmarks.reading import read_clips, read_frames
+from data.counting import count_frames
 from data.decoder import Damage, VideoDecoder, VideoError
-from data.video import count_frames, probe_video, random_clips, read_clips, read_frames, read_frames_at, read_on_clock
+from data.video import probe_video, read_frames_at, read_on_clock
 
 SIZE = (16, 40)
 CLIP = 16
@@ -66,7 +67,7 @@ def assert_random_is_sequential(path, clips=8, seeds=(0, 1), damage=None):
     assert (np.diff(times_s) > 0).all()
     for seed in seeds:
         starts_s = np.random.default_rng(seed).uniform(0, times_s[-1] * 1.02, clips if seed else 2)
-        found = read_clips(path, SIZE, starts_s, CLIP, damage)
+        found = read_clips(path, SIZE, starts_s, length=CLIP, damage=damage)
         assert len(found) == len(starts_s)
         for start_s, (frames, found_s) in zip(starts_s, found, strict=True):
             first = np.searchsorted(times_s, start_s)
@@ -74,7 +75,7 @@ def assert_random_is_sequential(path, clips=8, seeds=(0, 1), damage=None):
             assert found_s.tolist() == [time_s for _, time_s in expected]
             assert frames.shape == (len(expected), 3, *SIZE)
             assert all(np.array_equal(one, other) for one, (other, _) in zip(frames, expected, strict=True))
-        frames, found_s = read_frames_at(path, SIZE, starts_s, damage)
+        frames, found_s = read_frames_at(path, SIZE, times_s=starts_s, damage=damage)
         for wanted_s, frame, time_s in zip(starts_s, frames, found_s, strict=True):
             index = int(np.flatnonzero(times_s == time_s)[0])
             assert abs(time_s - wanted_s) <= np.abs(times_s - wanted_s).min() + 2e-3
@@ -96,20 +97,6 @@ def test_the_shared_clips_are_all_tested(shared):
 def test_random_clips_of_drives(shared, begun_again, name):
     assert_random_is_sequential(shared / "driving" / f"{name}.mp4", clips=3, seeds=(1,))
     assert begun_again == [0]
-
-
-def test_clips_from_random_places(shared):
-    video = count_frames(shared / "clips" / "bikes.mp4")
-    whole = {time_s: frame for frame, time_s in read_frames(video.path, SIZE)}
-    found = random_clips(video, SIZE, 5, CLIP, seed=3)
-    again = random_clips(video, SIZE, 5, CLIP, seed=3)
-    assert len({times_s[0] for _, times_s in found}) == 5
-    for (frames, times_s), (same, _) in zip(found, again, strict=True):
-        assert len(frames) == CLIP
-        assert np.array_equal(frames, same)
-        assert all(np.array_equal(frame, whole[time_s]) for frame, time_s in zip(frames, times_s, strict=True))
-    with pytest.raises(VideoError, match=r"10\.00 s are shorter than a clip of 251 frames"):
-        random_clips(video, SIZE, 1, 251, seed=0)
 
 
 ENCODINGS = [
@@ -244,13 +231,13 @@ def test_clips_overlap_come_in_any_order_and_end_with_the_video(tmp_path, encode
         tmp_path / f"even{suffix}", np.arange(100) / 25, rate=25, ticks_per_second=25, options=SHORT_GOP
     )
     starts = [90, 3, 0, 8, 3, 99, 50]
-    found = read_clips(video, SIZE, [(start - 0.5) / 25 for start in starts] + [4.0, 100], 20)
+    found = read_clips(video, SIZE, [(start - 0.5) / 25 for start in starts] + [4.0, 100], length=20)
     numbers = [[read_number(frame) for frame in frames] for frames, _ in found]
     assert numbers == [list(range(start, min(100, start + 20))) for start in starts] + [[], []]
     assert found[-1][0].shape == (0, 3, *SIZE)
     assert found[-1][1].shape == (0,)
-    assert read_clips(video, SIZE, [], 20) == []
-    frames, times_s = read_frames_at(video, SIZE, [100, 0.1, -3, 0.1])
+    assert read_clips(video, SIZE, [], length=20) == []
+    frames, times_s = read_frames_at(video, SIZE, times_s=[100, 0.1, -3, 0.1])
     assert [read_number(frame) for frame in frames] == [99, *[read_number(frames[1])], 0, read_number(frames[1])]
     np.testing.assert_allclose(times_s[[0, 2]], [3.96, 0], atol=1e-3)
 
@@ -263,13 +250,13 @@ def test_skipping_saves_decoding(tmp_path, encode_video, decoded, suffix):
     )  # fmt: skip
     for start_s in (20.0, 23.0):
         decoded[0] = 0
-        read_clips(video, SIZE, [start_s], 16)
+        read_clips(video, SIZE, [start_s], length=16)
         assert 16 <= decoded[0] <= 16 + 2 * 30
     decoded[0] = 0
-    read_clips(video, SIZE, [1.0, 20.0], 16)
+    read_clips(video, SIZE, [1.0, 20.0], length=16)
     assert decoded[0] <= 2 * (16 + 2 * 30)
     decoded[0] = 0
-    read_frames_at(video, SIZE, [2.0, 12.0, 22.0])
+    read_frames_at(video, SIZE, times_s=[2.0, 12.0, 22.0])
     assert decoded[0] <= 3 * (2 * 30 + 2)
     decoded[0] = 0
     next(read_frames(video, SIZE, start_s=22.0))
@@ -278,7 +265,7 @@ def test_skipping_saves_decoding(tmp_path, encode_video, decoded, suffix):
 
 def test_neighbouring_clips_are_decoded_once(tmp_path, encode_video, decoded):
     video = encode_video(tmp_path / "a.mp4", np.arange(300) / 25, rate=25, ticks_per_second=25, options={"g": "250"})
-    read_clips(video, SIZE, np.arange(10) / 5, 16)
+    read_clips(video, SIZE, np.arange(10) / 5, length=16)
     assert decoded[0] <= 45 + 16 + 2
 
 
@@ -286,11 +273,11 @@ def test_neighbouring_clips_are_decoded_once(tmp_path, encode_video, decoded):
 def test_several_clocks_in_one_pass_are_those_clocks_one_by_one(tmp_path, encode_video, suffix):
     times_s = uneven_times(100) if suffix == ".mp4" else np.arange(100) / 10
     video = encode_video(tmp_path / f"a{suffix}", times_s, rate=10, options=SHORT_GOP)
-    phases_s = [0.0, 0.05, 0.1, 0.15, 0.033]
-    together = list(read_on_clock(video, SIZE, 5, phases_s, start_s=1.0, end_s=8.0))
+    offsets_s = [0.0, 0.05, 0.1, 0.15, 0.033]
+    together = list(read_on_clock(video, SIZE, fps=5, offsets_s=offsets_s, start_s=1.0, end_s=8.0))
     assert [timed.time_s for timed in together] == sorted(timed.time_s for timed in together)
-    for clock, phase_s in enumerate(phases_s):
-        alone = list(read_on_clock(video, SIZE, 5, phase_s, start_s=1.0, end_s=8.0))
+    for clock, offset_s in enumerate(offsets_s):
+        alone = list(read_on_clock(video, SIZE, fps=5, offsets_s=[offset_s], start_s=1.0, end_s=8.0))
         ours = [timed for timed in together if timed.clock == clock]
         assert len(alone) > 20
         assert [(timed.tick, timed.time_s) for timed in ours] == [(timed.tick, timed.time_s) for timed in alone]
@@ -355,7 +342,7 @@ def test_what_is_decoded_twice_is_told_once(tmp_path, encode_video, monkeypatch)
     video = damage_pictures(even(encode_video, tmp_path / "broken.mp4"), slice(5, 8))
     monkeypatch.setattr(VideoDecoder, "_seek", lambda self, *where: None)  # a file in which no seek leads anywhere
     damage, once = Damage(), Damage()
-    read_clips(video, SIZE, [0.0, 3.5], 12, damage)
+    read_clips(video, SIZE, [0.0, 3.5], length=12, damage=damage)
     list(read_frames(video, SIZE, damage=once))
     assert damage == once
 
@@ -363,7 +350,7 @@ def test_what_is_decoded_twice_is_told_once(tmp_path, encode_video, monkeypatch)
 def test_the_last_frames_before_damage_are_found(tmp_path, encode_video, read_number):
     video = damage_pictures(even(encode_video, tmp_path / "broken.mp4"), slice(80, None))
     damage = Damage()
-    frames, times_s = read_frames_at(video, SIZE, [3.9], damage)
+    frames, times_s = read_frames_at(video, SIZE, times_s=[3.9], damage=damage)
     assert 77 <= read_number(frames[0]) <= 79  # the decoder holds two back for the sake of order
     assert times_s[0] == pytest.approx(read_number(frames[0]) / 25)
     assert damage
@@ -733,30 +720,6 @@ def test_a_file_of_nothing(tmp_path, name, fill):
         probe_video(path)
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_mutated_clips_are_read_or_refused(shared, tmp_path, seed):
-    options = fuzz_videos.Options(
-        mutations=12, videos=shared / "clips", largest_bytes=50_000, seed=seed, output_dir=tmp_path, limit_s=30
-    )
-    fuzz_videos.main(options)
-    assert (tmp_path / "results.json").exists()
-
-
-def test_the_fuzzer_sees_hangs_and_crashes_and_goes_on(tmp_path, encode_video):
-    video = even(encode_video, tmp_path / "a.mp4", 20)
-    os.mkfifo(tmp_path / "pipe")
-    with fuzz_videos.reading_child(limit_s=30) as read:
-        assert read(video, 20).verdict == "nothing seen"
-        assert read(video, 21).verdict == "silent skip"
-        read.process.kill()
-        assert read(video, 20).verdict == "crash"
-        assert read(video, 20).verdict == "nothing seen"
-        read.limit_s = 0
-        assert read(video, 20).verdict == "hang"
-        read.limit_s = 30
-        assert read(tmp_path / "missing.mp4", 20).verdict == "refused"
-
-
 def test_a_gif_that_is_cut_off_is_reported(tmp_path, encode_video):
     video = encode_video(
         tmp_path / "a.gif", np.arange(30) / 25, codec="gif", rate=25, ticks_per_second=100, pixel_format="rgb8"
@@ -775,7 +738,7 @@ def test_a_gap_of_years_takes_no_time(tmp_path, encode_video, read_number):
     video = encode_video(tmp_path / "a.mkv", times_s, options={"bf": "0"})
     with av.open(str(video)) as container:
         assert [packet.pts for packet in container.demux(video=0) if packet.size][-1] > 9e10
-    timed = list(read_on_clock(video, SIZE, 10, [0.0, 0.05], damage=Damage()))
+    timed = list(read_on_clock(video, SIZE, fps=10, offsets_s=[0.0, 0.05], damage=Damage()))
     assert [(one.clock, read_number(one.frame)) for one in timed if one.clock == 0] == [
         (0, index) for index in range(5)
     ]

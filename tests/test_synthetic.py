@@ -4,6 +4,8 @@ import hashlib
 import numpy as np
 import pytest
 
+from benchmarks.reading import read_frames
+from benchmarks.synthetic_events import simulate_pair, write_ball_pairs
 from data.sidecar import read_sidecar
 from data.synthetic import (
     BALL_COLOURS,
@@ -14,14 +16,12 @@ from data.synthetic import (
     leave_walls,
     render_balls,
     simulate_balls,
-    simulate_pair,
     smooth_noise,
     write_ball_clip,
-    write_ball_pairs,
     write_ball_videos,
     write_video,
 )
-from data.video import probe_video, read_frames
+from data.video import probe_video
 
 LONG = BallWorld(frames=300)
 
@@ -105,14 +105,14 @@ def test_balls_leave_random_walls_within_their_angle():
     velocity = np.array([[-3.0, 4.0], [1.0, 2.0]])
     left = np.array([[True, False], [False, False]])
     corner = np.array([[False, False], [True, False]]), np.array([[False, False], [False, True]])
-    leaving = np.stack([leave_walls(velocity, left, np.zeros_like(left), generator) for _ in range(2000)])
+    leaving = np.stack([leave_walls(velocity, left, np.zeros_like(left), generator=generator) for _ in range(2000)])
     angle = np.arctan2(leaving[:, 0, 1], leaving[:, 0, 0])
     assert (leaving[:, 1] == velocity[1]).all()  # it touched no wall
     np.testing.assert_allclose(np.linalg.norm(leaving[:, 0], axis=1), 5)
     assert np.abs(angle).max() <= WIDEST_BOUNCE
     # Uniform: a quarter of them in each quarter of the range.
     assert (np.abs(np.histogram(angle, 4, (-WIDEST_BOUNCE, WIDEST_BOUNCE))[0] / 2000 - 0.25) < 0.05).all()
-    away = np.stack([leave_walls(velocity, *corner, generator) for _ in range(200)])[:, 1]
+    away = np.stack([leave_walls(velocity, *corner, generator=generator) for _ in range(200)])[:, 1]
     assert (away[:, 0] > 0).all()
     assert (away[:, 1] < 0).all()
 
@@ -202,7 +202,7 @@ def test_pairs_are_real_videos_with_one_background(tmp_path):
 
 
 def test_smooth_noise_is_bounded_smooth_and_meets_its_grid():
-    noise = smooth_noise(np.random.default_rng(0), 5, 65, 0.25)
+    noise = smooth_noise(np.random.default_rng(0), cells=5, size=65, amplitude=0.25)
     assert noise.shape == (3, 65, 65)
     assert 0.15 < np.abs(noise).max() <= 0.25
     assert np.abs(np.diff(noise, axis=1)).max() <= 0.5 / 16 + 1e-9
@@ -235,7 +235,7 @@ def test_the_csv_says_where_the_decoded_balls_are(tmp_path, background):
     frames, times_s = zip(*read_frames(path, (64, 64)), strict=True)
     assert len(frames) == world.frames
     np.testing.assert_allclose(times_s, np.arange(40) / 10, atol=1e-4)
-    states = read_sidecar(path, np.array(times_s), STATE_COLUMNS, tolerance_s=1e-4).reshape(-1, 2, 2)
+    states = read_sidecar(path, np.array(times_s), columns=STATE_COLUMNS, tolerance_s=1e-4).reshape(-1, 2, 2)
     vertical, horizontal = np.mgrid[0:64, 0:64] + 0.5
     for frame, balls in zip(frames, states, strict=True):
         for ball, colour in zip(balls, 255 * BALL_COLOURS, strict=True):

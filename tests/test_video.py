@@ -8,8 +8,9 @@ import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 from torch.nn.functional import interpolate
 
+from benchmarks.reading import read_frames
 from data.decoder import VideoError
-from data.video import probe_video, read_frames, read_on_clock
+from data.video import probe_video, read_on_clock
 
 SIZE = (16, 40)
 LONG_GOP = {"g": "250", "bf": "3", "b_strategy": "0", "sc_threshold": "0"}
@@ -19,13 +20,14 @@ LONG_GOP = {"g": "250", "bf": "3", "b_strategy": "0", "sc_threshold": "0"}
 def on_clock(read_number):
     """(tick, number in the pixels) of every frame on a clock."""
 
-    def sample(path, fps, **where):
-        return [(timed.tick, read_number(timed.frame)) for timed in read_on_clock(path, SIZE, fps, **where)]
+    def sample(path, fps, offset_s=0.0, **where):
+        sampled = read_on_clock(path, SIZE, fps=fps, offsets_s=[offset_s], **where)
+        return [(timed.tick, read_number(timed.frame)) for timed in sampled]
 
     return sample
 
 
-def assert_nearest(sampled, times_s, fps, phase_s=0.0):
+def assert_nearest(sampled, times_s, fps, offset_s=0.0):
     """Each tick has the frame nearest to it, and a tick without a frame within half a tick is left out.
 
     Where two frames are equally near, to the 2 ms that containers may round by, either is right.
@@ -34,7 +36,7 @@ def assert_nearest(sampled, times_s, fps, phase_s=0.0):
     assert len({number for _, number in sampled}) == len(sampled)
     chosen = dict(sampled)
     for tick in range(int(times_s[-1] * fps) + 3):
-        distance_s = np.abs(np.asarray(times_s) - (phase_s + tick / fps))
+        distance_s = np.abs(np.asarray(times_s) - (offset_s + tick / fps))
         if tick in chosen:
             assert distance_s[chosen.pop(tick)] <= min(distance_s.min(), 0.5 / fps) + 2e-3, tick
         else:
@@ -52,7 +54,7 @@ def uneven_times(count, seed=0):
 def test_constant_rate_gives_the_nearest_frame_to_each_tick(tmp_path, encode_video, on_clock, rate, fps):
     times_s = np.arange(75) / rate
     video = encode_video(tmp_path / "even.mp4", times_s, rate=rate, ticks_per_second=rate, options=LONG_GOP)
-    sampled = on_clock(video, fps, phase_s=0.007)
+    sampled = on_clock(video, fps, offset_s=0.007)
     assert [tick for tick, _ in sampled] == list(range(len(sampled)))
     assert_nearest(sampled, times_s, fps, 0.007)
 
@@ -62,7 +64,7 @@ def test_variable_rate_gives_the_nearest_frame_to_each_tick(tmp_path, encode_vid
     times_s = uneven_times(90)
     video = encode_video(tmp_path / f"uneven{suffix}", times_s, options=LONG_GOP)
     assert_nearest(on_clock(video, 4), times_s, 4)
-    assert_nearest(on_clock(video, 7, phase_s=0.0613), times_s, 7, 0.0613)
+    assert_nearest(on_clock(video, 7, offset_s=0.0613), times_s, 7, 0.0613)
 
 
 def test_exact_times_and_whole_frames(tmp_path, encode_video, read_number):
@@ -72,7 +74,7 @@ def test_exact_times_and_whole_frames(tmp_path, encode_video, read_number):
     assert [read_number(frame) for frame, _ in frames] == list(range(40))
     np.testing.assert_allclose([time_s for _, time_s in frames], times_s, atol=1e-4)
     assert all(frame.shape == (3, *SIZE) and frame.dtype == np.uint8 for frame, _ in frames)
-    on_clock = list(read_on_clock(video, SIZE, 5))
+    on_clock = list(read_on_clock(video, SIZE, fps=5))
     assert all(timed.time_s == pytest.approx(times_s[read_number(timed.frame)], abs=1e-4) for timed in on_clock)
     assert all(abs(timed.time_s - timed.tick / 5) <= 0.1 + 1e-6 for timed in on_clock)
 
@@ -106,17 +108,17 @@ def test_no_frame_stands_for_two_ticks(tmp_path, encode_video, on_clock):
 def test_a_clock_shifted_by_half_a_frame_has_no_gaps(tmp_path, encode_video, on_clock, fps, suffix):
     # Every tick lies half way between two frames: rounding, to milliseconds in mkv, must not send two ticks to one.
     video = encode_video(tmp_path / f"even{suffix}", np.arange(120) / fps, rate=fps, ticks_per_second=fps)
-    sampled = on_clock(video, fps, phase_s=0.5 / fps)
+    sampled = on_clock(video, fps, offset_s=0.5 / fps)
     assert [tick for tick, _ in sampled] == list(range(len(sampled)))
     assert len(sampled) >= 119
     assert len({number for _, number in sampled}) == len(sampled)
 
 
-def test_phase_shifts_the_clock(tmp_path, encode_video, on_clock):
+def test_offset_shifts_the_clock(tmp_path, encode_video, on_clock):
     video = encode_video(tmp_path / "even.mp4", np.arange(80) / 40, rate=40)
-    assert on_clock(video, 5, phase_s=0.1) == [(tick, 4 + 8 * tick) for tick in range(10)]
-    # A whole tick of phase renumbers the ticks and changes nothing else.
-    assert on_clock(video, 5, phase_s=0.2) == [(tick - 1, number) for tick, number in on_clock(video, 5)[1:]]
+    assert on_clock(video, 5, offset_s=0.1) == [(tick, 4 + 8 * tick) for tick in range(10)]
+    # A whole tick of offset renumbers the ticks and changes nothing else.
+    assert on_clock(video, 5, offset_s=0.2) == [(tick - 1, number) for tick, number in on_clock(video, 5)[1:]]
 
 
 @pytest.mark.parametrize(
@@ -143,11 +145,11 @@ def test_stretches_together_are_one_pass(tmp_path, encode_video, on_clock, name,
         tmp_path / name, np.arange(100) / 25, codec=codec, rate=25, ticks_per_second=25, options=options
     )
     for fps in (4, 10, 25):
-        whole = on_clock(video, fps, phase_s=0.007)
+        whole = on_clock(video, fps, offset_s=0.007)
         assert_nearest(whole, np.arange(100) / 25, fps, 0.007)
         for edges in ([0, 1, 2, 3, np.inf], [0, 0.37, 0.9, 2.32, 10]):
             parts = [
-                on_clock(video, fps, phase_s=0.007, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise(edges)
+                on_clock(video, fps, offset_s=0.007, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise(edges)
             ]
             assert list(chain(*parts)) == whole
 
@@ -156,10 +158,10 @@ def test_stretches_of_a_variable_rate_are_one_pass(tmp_path, encode_video, on_cl
     times_s = np.delete(uneven_times(90), np.arange(30, 45))
     for suffix in (".mp4", ".mkv"):
         video = encode_video(tmp_path / f"uneven{suffix}", times_s, options={"g": "20", "bf": "3"})
-        whole = on_clock(video, 6, phase_s=0.05)
+        whole = on_clock(video, 6, offset_s=0.05)
         edges = [*np.sort(np.random.default_rng(0).uniform(0, 9, size=12)), np.inf]
         parts = [
-            on_clock(video, 6, phase_s=0.05, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise([0, *edges])
+            on_clock(video, 6, offset_s=0.05, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise([0, *edges])
         ]
         assert list(chain(*parts)) == whole
 
@@ -181,7 +183,7 @@ def test_frames_from_a_time_on(tmp_path, encode_video, suffix):
     whole = list(read_frames(video, SIZE))
     for start_s in (0.04, 1.0, 1.23, 3.1, 50):
         expected = [(frame, time_s) for frame, time_s in whole if time_s >= start_s]
-        got = list(read_frames(video, SIZE, start_s))
+        got = list(read_frames(video, SIZE, start_s=start_s))
         assert [time_s for _, time_s in got] == [time_s for _, time_s in expected]
         assert all(np.array_equal(one, other) for (one, _), (other, _) in zip(got, expected, strict=True))
 
@@ -348,7 +350,7 @@ def test_unusable_files_say_why(tmp_path):
         for use in (
             probe_video,
             lambda path: next(read_frames(path, SIZE)),
-            lambda path: list(read_on_clock(path, SIZE, 4)),
+            lambda path: list(read_on_clock(path, SIZE, fps=4)),
         ):
             with pytest.raises(VideoError, match=reason) as caught:
                 use(tmp_path / name)
@@ -389,10 +391,10 @@ def test_a_corrupted_clip_breaks_off_after_its_good_frames(shared):
 
 
 @pytest.mark.parametrize(
-    ("fps", "phase_s", "message"),
+    ("fps", "offset_s", "message"),
     [(0, 0, "fps is 0"), (-4, 0, "fps is -4"), (float("nan"), 0, "fps"), (4, -0.1, "-0.1")],
 )
-def test_impossible_clocks_are_refused(tmp_path, encode_video, fps, phase_s, message):
+def test_impossible_clocks_are_refused(tmp_path, encode_video, fps, offset_s, message):
     video = encode_video(tmp_path / "a.mp4", [0, 0.1])
     with pytest.raises(ValueError, match=message):
-        list(read_on_clock(video, SIZE, fps, phase_s))
+        list(read_on_clock(video, SIZE, fps=fps, offsets_s=[offset_s]))
