@@ -17,30 +17,20 @@ class SmallConv(nn.Module):
     """Stride-2 convolutions with batch normalisation, spoken to as a timm model."""
 
     channels = (16, 32, 64)
-    num_features = head_hidden_size = channels[-1]
+    head_hidden_size = channels[-1]
     feature_info = tuple({"num_chs": width, "reduction": 2 ** (i + 1)} for i, width in enumerate(channels))
     pretrained_cfg: ClassVar[dict[str, Any]] = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
     def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(outputs),
-                    nn.ReLU(),
-                )
-                for inputs, outputs in zip((3, *self.channels), self.channels, strict=False)
-            )
-        )
+        self.stages = nn.Sequential()
+        for inputs, outputs in zip((3, *self.channels), self.channels, strict=False):
+            convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1, bias=False)
+            self.stages.append(nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU()))
 
     def forward(self, images: Tensor) -> Tensor:
         """Mean features (B, 64)."""
-        return self.forward_features(images).mean(dim=(2, 3))
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Feature map (B, 64, H / 8, W / 8)."""
-        return self.stages(images)
+        return self.stages(images).mean(dim=(2, 3))
 
     def forward_intermediates(self, images: Tensor, indices: Sequence[int], **_: Any) -> list[Tensor]:
         """Feature maps of several stages, in the order of depth."""
@@ -48,7 +38,11 @@ class SmallConv(nn.Module):
         for stage in self.stages:
             images = stage(images)
             maps.append(images)
-        return [maps[index] for index in sorted(index % len(maps) for index in indices)]
+        return [maps[index] for index in indices]
+
+    def prune_intermediate_layers(self, indices: Sequence[int], **_: Any) -> None:
+        """Drop the stages after the last that is taken."""
+        self.stages = self.stages[: max(indices) + 1]
 
 
 def build_backbone(

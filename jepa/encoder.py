@@ -5,8 +5,6 @@ of its features: linear, with hidden layers before it, principal components, or 
 nothing of the future can leak into an embedding of the past.
 """
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -22,6 +20,7 @@ from torch.nn import functional
 from jepa.backbones import SMALL_CONV, build_backbone
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from jepa.errors import ConfigurationError
+from jepa.fingerprint import fingerprint
 
 
 class Encoder(Protocol):
@@ -58,12 +57,12 @@ class EncoderConfig(Bounded):
     image_size: tuple[PositiveInt, PositiveInt] = (64, 64)
     """HEIGHT WIDTH in pixels that frames are resized to."""
     grid: tuple[NotNegativeInt, NotNegativeInt] = (0, 0)
-    """ROWS COLUMNS of tokens, one embedding each. 0 0: a single embedding for the whole frame."""
+    """ROWS COLUMNS of tokens, an embedding each. 0 0: one embedding for the whole frame."""
     levels: tuple[int, ...] = (-1,)
-    """Feature levels of the backbone behind a grid, counted as timm's `out_indices`; several are concatenated."""
+    """Feature levels of the backbone to take, counted as timm's `out_indices`; several are concatenated."""
     pooling: Literal["flatten", "average", "class_token", "native"] = "flatten"
-    """Pooling without a grid: `flatten` keeps where things are, `average` only what they are. `class_token`: a vision
-    transformer's own summary. `native`: the backbone's own pooling, as timm has it."""
+    """Pooling where there is no grid: `flatten` keeps where things are, `average` only what they are. `class_token`: a
+    vision transformer's own summary of its last level. `native`: the output of the whole backbone, as timm pools it."""
     embedding_dimension: NotNegativeInt = 64
     """Length of an embedding. 0: no head, the features as they are."""
     head_widths: tuple[PositiveInt, ...] = ()
@@ -86,7 +85,11 @@ class EncoderConfig(Bounded):
 class FrameEncoder(nn.Module):
     """Frames (B, 3, H, W), uint8 or float in [0, 1], to embeddings (B, *tokens, D), float32.
 
-    Published weights are not loaded here, but by `create_encoder`.
+    Published weights are loaded by `create_encoder`, not here.
+
+    Args:
+        config: what to build.
+        backbone: a whole one that is there already, in place of a new one.
 
     Raises:
         ConfigurationError: the backbone is unknown (with suggestions) or lacks what the configuration asks of it. What
@@ -101,10 +104,11 @@ class FrameEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone or build_backbone(config.backbone, config.image_size)
-        self.features = _features_of(self.backbone, config)
-        """Length of the features that the head sees of one token."""
-        if config.pooling != "native" and hasattr(self.backbone, "pre_logits"):
-            self.backbone.pre_logits = nn.Identity()  # vgg's: no part of the features, but most of the weights
+        self.levels, self.features = _plan(self.backbone, config)
+        """Levels counted from 0; length of the features that the head sees of a token."""
+        if self.levels:
+            # What comes after the last level would be trained by nothing, and kept for nothing.
+            self.backbone.prune_intermediate_layers(self.levels, prune_norm=False, prune_head=True)
         pixels = self.backbone.pretrained_cfg
         self.register_buffer("pixel_mean", torch.tensor(pixels["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixels["std"]).view(3, 1, 1), persistent=False)
@@ -148,22 +152,22 @@ class FrameEncoder(nn.Module):
             ConfigurationError: the backbone does not take frames of this size.
         """
         if frames.ndim != 4 or tuple(frames.shape[1:]) != (3, *self.image_size):
-            raise ValueError(f"frames have shape {tuple(frames.shape)}: this encoder takes (B, 3, H, W) of "
-                             f"{_shown(self.image_size)} pixels")  # fmt: skip
+            raise ValueError(
+                f"frames have shape {tuple(frames.shape)}: this encoder takes (B, {(3, *self.image_size)})"
+            )
         if frames.dtype == torch.uint8:
             frames = frames.float() / 255
-        images = (frames - self.pixel_mean) / self.pixel_std
         try:
-            features = self._grid(images) if any(self.config.grid) else self._vector(images)  # (B, *tokens, F)
+            features = self._features((frames - self.pixel_mean) / self.pixel_std)  # (B, *tokens, F)
         except (AssertionError, RuntimeError) as error:
-            if isinstance(error, AssertionError) or re.search("kernel size|output size", str(error), re.IGNORECASE):
-                raise self._impossible_size(str(error).splitlines()[0]) from error
-            raise
+            if isinstance(error, RuntimeError) and not re.search("(kernel|output) size", str(error), re.IGNORECASE):
+                raise
+            raise self._unfit(str(error).splitlines()[0]) from error
         if features.shape[-1] != self.features:
-            raise self._impossible_size(f"{features.shape[-1]} features, not {self.features}")
+            raise self._unfit(f"{features.shape[-1]} features come, its strides promise {self.features}")
         # One head for all tokens: its batch normalisation takes the statistics of all of them together.
         embeddings = self.head(rearrange(features, "b ... f -> (b ...) f"))
-        return embeddings.view(*features.shape[:-1], embeddings.shape[-1])
+        return embeddings.view(*features.shape[:-1], -1)
 
     @torch.no_grad()
     def embed(self, frames: Tensor) -> Tensor:
@@ -188,38 +192,27 @@ class FrameEncoder(nn.Module):
         self.head = nn.Sequential(head)
         self.config = replace(self.config, embedding_dimension=head.out_features, head_widths=())
 
-    def _vector(self, images: Tensor) -> Tensor:
-        """Pooled features (B, F)."""
-        if self.config.pooling == "native":
-            return self.backbone(images)
-        features = self.backbone.forward_features(images)  # (B, C, h, w), (B, h, w, C) or (B, tokens, C)
-        if self.config.pooling == "class_token":
-            return features[:, 0]
-        if features.ndim == 3:
-            has_class_token = getattr(self.backbone, "cls_token", None) is not None
-            features = features[:, getattr(self.backbone, "num_prefix_tokens", int(has_class_token)) :]
-            if features.shape[1] == 0:
-                raise _lacking(self.config, "pooling", "patches at its end: take class_token")
-        if self.config.pooling == "flatten":
-            return rearrange(features, "b ... -> b (...)")
-        if features.ndim == 3:
-            return features.mean(dim=1)
-        channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
-        return features.mean(dim=(1, 2) if channels_last else (2, 3))
-
-    def _grid(self, images: Tensor) -> Tensor:
-        """Features of a grid of tokens (B, rows, columns, F)."""
+    def _features(self, images: Tensor) -> Tensor:
+        """Features of normalised images, (B, F) or (B, rows, columns, F)."""
+        if not self.levels:
+            if self.config.pooling == "native":
+                return self.backbone(images)
+            return self.backbone.forward_features(images)[:, 0]
         maps = self.backbone.forward_intermediates(
-            images, indices=list(self.config.levels), norm=True, stop_early=True, output_fmt="NCHW",
-            intermediates_only=True,
-        )  # fmt: skip
-        return torch.cat([resize_map(level, self.config.grid) for level in maps], dim=-1)
+            images, indices=self.levels, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        if any(self.config.grid):
+            return torch.cat([resize_map(level, self.config.grid) for level in maps], dim=-1)
+        if self.config.pooling == "average":
+            return torch.cat([level.mean(dim=(2, 3)) for level in maps], dim=-1)
+        return torch.cat([level.flatten(1) for level in maps], dim=-1)
 
-    def _impossible_size(self, reason: str) -> ConfigurationError:
+    def _unfit(self, reason: str) -> ConfigurationError:
+        stride = self.backbone.feature_info[-1]["reduction"]
         return ConfigurationError(
             "image_size",
-            f"is {_shown(self.image_size)}: backbone {self.config.backbone} does not take such frames ({reason}): "
-            f"choose a multiple of {self.backbone.feature_info[-1]['reduction']}",
+            f"is {_shown(self.image_size)}, which backbone {self.config.backbone} does not take ({reason}): choose "
+            f"multiples of {stride}, or another pooling",
         )
 
 
@@ -233,52 +226,10 @@ def create_encoder(config: EncoderConfig, weights_file: Path | None = None) -> F
     Raises:
         ConfigurationError: as `FrameEncoder`; or the weights cannot be had, or are another model's.
     """
-    backbone = build_backbone(
-        config.backbone, config.image_size, load=config.weights != "scratch", weights_file=weights_file
+    load = config.weights != "scratch"
+    return FrameEncoder(
+        config, build_backbone(config.backbone, config.image_size, load=load, weights_file=weights_file)
     )
-    return FrameEncoder(config, backbone)
-
-
-def principal_components(batches: Iterable[Tensor], dimension: int) -> nn.Linear:
-    """Linear head onto the leading principal components of features, fitted in one pass.
-
-    Components stay on their natural scale: whitening them would give noise the same weight as signal.
-
-    Args:
-        batches: features (..., F).
-        dimension: how many components.
-
-    Raises:
-        ConfigurationError: there are fewer components than asked for.
-    """
-    count, shift, total, scatter = 0, torch.empty(0), torch.zeros(()), torch.zeros(())
-    for features in batches:
-        rows = rearrange(features.double(), "... f -> (...) f")
-        if not count:
-            shift = rows.mean(dim=0)  # moments about zero would cancel where the mean is large
-        rows = rows - shift
-        count, total, scatter = count + len(rows), total + rows.sum(dim=0), scatter + rows.T @ rows
-    if dimension > (most := max(0, min(len(shift), count - 1))):
-        raise ConfigurationError("pca", f"is {dimension}: {count} tokens of {len(shift)} features have at most {most}")
-    mean = total / count
-    _, vectors = torch.linalg.eigh(scatter / count - torch.outer(mean, mean))  # ascending
-    components = vectors.flip(1).T[:dimension]  # (D, F)
-    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-    components = components * largest.sign()  # either sign would do: take one
-    head = nn.Linear(len(mean), dimension)
-    with torch.no_grad():
-        head.weight.copy_(components)
-        head.bias.copy_(-components @ (mean + shift))
-    return head
-
-
-def fingerprint(module: nn.Module, config: dict[str, Any]) -> str:
-    """Hash of a module's weights and of its configuration."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def resize_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -302,30 +253,22 @@ def _resizing(length: int, wanted: int) -> Tensor:
     return functional.interpolate(identity, wanted, mode="linear")[0]
 
 
-def _features_of(backbone: Any, config: EncoderConfig) -> int:
-    """How many features the head will see of a token, from what the backbone says of itself."""
-    levels: Any = getattr(backbone, "feature_info", ())
-    if any(config.grid):
-        if not hasattr(backbone, "forward_intermediates"):
-            raise _lacking(config, "grid", "feature levels in timm: take one embedding a frame")
-        if not all(-len(levels) <= level < len(levels) for level in config.levels):
-            raise ConfigurationError(
-                "levels", f"is {_shown(config.levels)}: {config.backbone} has 0 to {len(levels) - 1}"
-            )
-        return sum(levels[level]["num_chs"] for level in config.levels)
-    if config.pooling == "native":
-        return backbone.head_hidden_size
-    if config.pooling == "class_token" and getattr(backbone, "cls_token", None) is None:
-        raise _lacking(config, "pooling", "class token: take average")
-    if config.pooling == "flatten":
-        return backbone.num_features * math.prod(-(-side // levels[-1]["reduction"]) for side in config.image_size)
-    return backbone.num_features
-
-
-def _lacking(config: EncoderConfig, field: str, what: str) -> ConfigurationError:
-    value = getattr(config, field)
-    shown = value if isinstance(value, str) else _shown(value)
-    return ConfigurationError(field, f"is {shown}, but backbone {config.backbone} has no {what}")
+def _plan(backbone: Any, config: EncoderConfig) -> tuple[list[int], int]:
+    """The levels that are taken, none for the end of the backbone, and the length of their features, as it says."""
+    info: Any = backbone.feature_info
+    if not any(config.grid) and config.pooling in ("native", "class_token"):
+        if config.pooling == "class_token" and getattr(backbone, "cls_token", None) is None:
+            raise ConfigurationError("pooling", f"is class_token: backbone {config.backbone} has none: take average")
+        return [], backbone.head_hidden_size if config.pooling == "native" else backbone.num_features
+    if not all(-len(info) <= level < len(info) for level in config.levels):
+        raise ConfigurationError("levels", f"is {_shown(config.levels)}: {config.backbone} has 0 to {len(info) - 1}")
+    levels = sorted(level % len(info) for level in config.levels)
+    flattened = not any(config.grid) and config.pooling == "flatten"
+    features = 0
+    for level in levels:
+        cells = math.prod(-(-side // info[level]["reduction"]) for side in config.image_size) if flattened else 1
+        features += cells * info[level]["num_chs"]
+    return levels, features
 
 
 def _shown(numbers: Iterable[int]) -> str:
