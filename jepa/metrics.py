@@ -29,14 +29,15 @@ class GroupSums:
 
     Args:
         groups: their number.
-        shape: of the measure for one window, such as (H,).
     """
 
-    def __init__(self, groups: int, shape: tuple[int, ...]) -> None:
-        self.sums, self.windows = np.zeros((groups, *shape)), np.zeros(groups)
+    def __init__(self, groups: int) -> None:
+        self.sums, self.windows = np.zeros(groups), np.zeros(groups)
 
     def add(self, values: Tensor, groups: np.ndarray) -> None:
-        """More windows, float (B, *shape), and their groups, int (B,)."""
+        """More windows, (B, *shape), and their groups, int (B,)."""
+        if self.sums.ndim < values.ndim:  # the first ones
+            self.sums = np.zeros((len(self.windows), *values.shape[1:]))
         np.add.at(self.sums, groups, values.double().cpu().numpy())
         np.add.at(self.windows, groups, 1)
 
@@ -157,35 +158,6 @@ def retrieved(forecast: Tensor, came: Tensor, bank: Tensor) -> Tensor:
     return distance(forecast, came) <= distance(forecast, nearest) * (1 + TIE) + TIE
 
 
-class Spread:
-    """Standard deviation and effective rank of embeddings, from their moments.
-
-    Predictions that regress to the mean lose both. The effective rank is the exponential of the entropy of the
-    normalised singular values (RankMe, Garrido et al. 2023, arXiv:2210.02885), on centred embeddings.
-    """
-
-    def __init__(self) -> None:
-        self.count, self.sums, self.products = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, embeddings: Tensor) -> None:
-        """More embeddings, (N, H, D), each horizon apart."""
-        values = embeddings.double().transpose(0, 1)  # (H, N, D)
-        self.count += values.shape[1]
-        self.sums = self.sums.to(values) + values.sum(dim=1)
-        self.products = self.products.to(values) + values.mT @ values
-
-    def measure(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standard deviation (root mean square over features) and effective rank, (H,) twice; of one embedding 0, 1."""
-        scatter = self.products - self.sums[:, :, None] * self.sums[:, None] / self.count  # (H, D, D)
-        values = torch.linalg.eigvalsh(scatter)  # squares of the singular values
-        rounding = ROUNDING * self.products.diagonal(dim1=1, dim2=2).amax(dim=1, keepdim=True)
-        values = torch.where(values > rounding, values, 0)
-        std = (values.mean(dim=1) / max(1, self.count - 1)).sqrt()
-        singular = values.sqrt()
-        share = singular / singular.sum(dim=1, keepdim=True).clamp_min(1e-300)
-        return std.cpu().numpy(), torch.special.entr(share).sum(dim=1).exp().cpu().numpy()
-
-
 def energy_score(samples: Tensor, future: Tensor) -> Tensor:
     """E|X - y| - E|X - X'| / 2: small for samples that are near what came, and as far apart as they ought to be.
 
@@ -235,6 +207,11 @@ def coverage(samples: Tensor, future: Tensor, share: float) -> Tensor:
     """
     low, high = central_interval(samples, share)
     return ((future >= low) & (future <= high)).float().mean(dim=-1)
+
+
+def live_features(embeddings: Tensor) -> Tensor:
+    """Features that move, (..., D) -> bool (D,): one that never does lies in any interval, or in none."""
+    return embeddings.flatten(0, -2).std(dim=0) > 1e-3
 
 
 def central_interval(samples: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ import torch
 from jepa.metrics import (
     Bootstrap,
     GroupSums,
-    Spread,
     best_of,
     change_cosine,
     coverage,
@@ -24,7 +23,7 @@ from jepa.metrics import (
 
 def sums_of(values, groups):
     """`GroupSums` of values (N, ...), added in two parts."""
-    sums = GroupSums(int(groups.max()) + 1, values.shape[1:])
+    sums = GroupSums(int(groups.max()) + 1)
     for part in (slice(None, 7), slice(7, None)):
         sums.add(torch.as_tensor(values)[part], groups[part])
     return sums
@@ -64,11 +63,11 @@ def test_of_few_groups_no_interval_is_claimed():
 
 
 def test_a_resample_without_a_window_and_a_quotient_without_a_denominator_are_left_out():
-    sums, bootstrap = GroupSums(5, (1,)), Bootstrap(5)
+    sums, bootstrap = GroupSums(5), Bootstrap(5)
     sums.add(torch.ones(3, 1), np.array([0, 0, 0]))  # in a third of the resamples, there is nothing
     assert np.isnan(bootstrap.means(sums)).any()
     assert bootstrap.interval(bootstrap.means(sums)).tolist() == [[1, 1]]
-    assert np.isnan(GroupSums(5, (1,)).mean).all()
+    assert np.isnan(GroupSums(5).mean)
     assert np.isnan(bootstrap.interval(np.full((9, 2), np.nan))).all()
     assert divide(np.array([1.0, 0.0, 3.0]), np.array([0.0, 0.0, 2.0])).tolist() == pytest.approx(
         [np.nan, np.nan, 1.5], nan_ok=True
@@ -164,31 +163,6 @@ def test_an_identical_frame_on_another_clock_is_a_hit():
     assert retrieved(forecast, frames, twice).all()
     assert retrieved(frames, frames, twice).all()
     assert not retrieved(forecast, frames.roll(1, dims=0), twice).any()
-
-
-def test_timid_predictions_lose_spread():
-    generator = torch.Generator().manual_seed(0)
-    future = torch.randn(300, 2, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 3
-    timid = future * torch.tensor([1.0, 0.1])[:, None]
-    found = {}
-    for name, value in {"true": future, "timid": timid, "line": future[:, :, :1].expand(-1, -1, 6)}.items():
-        spread = Spread()
-        for part in value.split(128):
-            spread.add(part)
-        found[name] = spread.measure()
-    for step in range(2):
-        values = future[:, step]
-        singular = np.linalg.svd((values - values.mean(0)).double().numpy(), compute_uv=False)
-        share = singular / singular.sum()
-        assert found["true"][0][step] == pytest.approx(float(values.var(dim=0).mean().sqrt()))
-        assert found["true"][1][step] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
-    assert found["timid"][0] == pytest.approx(found["true"][0] * [1, 0.1])
-    assert found["timid"][1] == pytest.approx(found["true"][1])
-    assert found["line"][1] == pytest.approx([1, 1], abs=1e-3)
-    for values in (torch.full((9, 1, 4), 0.1), torch.randn(1, 1, 4)):  # nothing varies, or it is one alone
-        spread = Spread()
-        spread.add(values)
-        assert [value.tolist() for value in spread.measure()] == [[0], [1]]
 
 
 def test_the_energy_score_is_its_definition():
