@@ -24,12 +24,13 @@ from data.clips import FrameClips, read_sequences
 from data.manifest import VideoList, check_videos
 from data.video import IMAGE_FPS
 from data.views import Neighbours
+from jepa.batch_norm import synchronise_batch_norm
 from jepa.config import Bounds, NotNegative, Positive, PositiveInt
 from jepa.diagnostics import encoder_alarms, sequence_stats
-from jepa.distributed import sum_over_ranks
+from jepa.distributed import sum_over_ranks, world_size
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
-from jepa.objectives import Objective, VICReg
+from jepa.objectives import Objective, Terms, VICReg
 from pipelines.run.command import LAUNCH, counted, require, run_command
 from pipelines.run.devices import cores_of_this_process, summary
 from pipelines.run.folder import load_module
@@ -92,7 +93,8 @@ def main(options: Options) -> None:
         f"{options.batch_size} clips of {length} frames on each",
         f"{counted(len(videos.videos), 'video')}, {len(videos.refused)} refused",
     )
-    network = run.prepare(Pretraining(encoder, options), options.optimizer)
+    network = synchronise_batch_norm(Pretraining(encoder, options).to(run.device))
+    network = run.prepare(network, options.optimizer)
     clips = FrameClips(
         videos.videos, encoder.image_size, fps=options.fps, batch_size=options.batch_size, length=length,
         seed=options.seed, rank=run.rank, ranks=run.ranks, memory_bytes=1e9 * options.shuffle_memory,
@@ -105,13 +107,9 @@ def main(options: Options) -> None:
     for step, batch in run.steps(clips.batches):
         frames = relight(batch.frames, options.views, run.generator(step))  # (B, T, 3, H, W)
         _, outputs, error = network(frames)
-        first, second = outputs[:, :-1], outputs[:, 1:]  # (B, T - 1, *tokens, E)
-        rows = [first[..., 0].numel()] * run.ranks
-        terms = options.objective(first, second, generator=run.generator(step, shared=True), rows=rows)
-        prediction = sum_over_ranks(error.mean()) / run.ranks
-        loss = terms.loss + options.prediction_weight * prediction
+        terms = loss_of(outputs, error, options, run.generator(step, shared=True))
         weighted = {f"weighted_{name}": term for name, term in terms.weighted.items()}
-        run.update(loss, {**terms.unweighted, **weighted, "prediction": prediction}, batch.videos)
+        run.update(terms.loss, {**terms.unweighted, **weighted}, batch.videos)
         if run.due:
             run.log(*diagnose(run.weights, watched), show=("loss", *terms.unweighted))
 
@@ -129,6 +127,19 @@ def main(options: Options) -> None:
         next=f"{LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "
         f"--encoder {options.output_dir}/encoder --fps {options.fps:g} --output-dir cache/train",
     )
+
+
+def loss_of(outputs: Tensor, error: Tensor | None, options: Options, generator: torch.Generator) -> Terms:
+    """The objective on outputs (B, T, *tokens, E) of neighbouring frames, and the error of rollouts. Collective."""
+    first, second = outputs[:, :-1], outputs[:, 1:]
+    rows = [first[..., 0].numel()] * world_size()
+    terms = options.objective(first, second, generator=generator, rows=rows)
+    if error is None:
+        return terms
+    prediction = sum_over_ranks(error.mean()) / world_size()
+    weighted = options.prediction_weight * prediction
+    unweighted = {"prediction": prediction, **terms.unweighted}
+    return Terms(terms.loss + weighted, unweighted, {"prediction": weighted, **terms.weighted})
 
 
 def usable_videos(run: Run, options: Options) -> VideoList:
@@ -174,12 +185,11 @@ class Pretraining(nn.Module):
         self.encoder, self.expander = encoder, Expander(encoder.shape[-1], options.expander)
         self.dynamics = Dynamics(encoder.shape[-1]) if options.prediction_weight else None
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Clips (B, T, 3, H, W) to embeddings (B, T, *tokens, D), outputs (B, T, *tokens, E), errors of rollouts."""
         flat = rearrange(frames, "b t c h w -> (b t) c h w")
         embeddings = rearrange(self.encoder(flat), "(b t) ... -> b t ...", b=len(frames)).float()
-        error = embeddings.new_zeros(1) if self.dynamics is None else self.dynamics(embeddings)
-        return embeddings, self.expander(embeddings), error
+        return embeddings, self.expander(embeddings), self.dynamics(embeddings) if self.dynamics is not None else None
 
 
 class Dynamics(nn.Module):
@@ -222,9 +232,11 @@ def diagnose(network: nn.Module, clips: Tensor) -> tuple[dict[str, float], list[
     if len(clips) == 0:
         return {}, []
     network.eval()
-    embeddings, outputs, error = (torch.cat(part) for part in zip(*map(network, clips.split(8)), strict=True))
+    parts = [network(part) for part in clips.split(8)]
     network.train()
-    metrics = {"watched_prediction": float(error.mean())}
+    embeddings, outputs = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    errors = [float(error.mean()) for _, _, error in parts if error is not None]
+    metrics = {"prediction_on_watched_clips": sum(errors) / len(errors)} if errors else {}
     for name, value in (("embedding", embeddings), ("expander", outputs)):
         for over, stats in sequence_stats(value)._asdict().items():
             metrics |= {f"{name}_{over}_std": stats.std, f"{name}_{over}_rank": stats.effective_rank}

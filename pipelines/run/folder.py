@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,12 +27,11 @@ from pipelines.run.command import Finished, UserError, require
 
 Module = TypeVar("Module", bound=nn.Module)
 
-MARK = "run.json"
-FORMAT = "video-jepa run 1"
+MARK, FORMAT = "run.json", "video-jepa run 1"
 WRITTEN = re.compile(r".*\.(jsonl?|csv|safetensors|pt|png|gif)|events\.out\.tfevents\..*")
-"""Names of the files that a command may have written into its folder."""
-MAY_CHANGE = re.compile(r"resume|overwrite|output_dir|tracker|checkpoint_every|log_every|(.*\.)?learning_rate|steps")
-"""Options that an unfinished run may be resumed with another value of."""
+"""Names of the files that commands write."""
+MAY_CHANGE = re.compile(r"resume|overwrite|output_dir|tracker|checkpoint_every|log_every|(.*\.)?learning_rate")
+"""Options that a run may be resumed with another value of, beside more steps."""
 LARGEST_JSON = 1 << 28
 """Bytes."""
 
@@ -40,8 +39,8 @@ LARGEST_JSON = 1 << 28
 class RunFolder:
     """The folder of a run, held by one process at a time.
 
-    `run.json` marks it: format, command, options, inputs, versions, and whether the run is finished. A folder that
-    holds anything else and no mark of this command is left alone. `metrics.json` is there once the run is finished.
+    `run.json` marks it: command, options, inputs, versions, and whether the run is finished. A folder without the mark
+    of this command that holds anything else is left alone.
 
     Args:
         options: with `output_dir`, `overwrite`, and `resume` if the command can go on with what it began.
@@ -55,31 +54,30 @@ class RunFolder:
     """
 
     def __init__(self, options: Any, command: str, artefacts: tuple[str, ...]) -> None:
-        self.path: Path = options.output_dir
-        self.options, self.command = options, command
+        self.options, self.command, self.path = options, command, Path(options.output_dir)
         self.names = ("metrics.json", "account.json", "curve.jsonl", "training_state", "logs", *artefacts)
-        self.resumable = hasattr(options, "resume")
         self.resume = getattr(options, "resume", False)
-        require(
-            not (options.overwrite and self.resume), "--overwrite starts again and --resume goes on: give one of them"
-        )
-        require(self.path.is_dir() or not os.path.lexists(self.path), f"--output-dir {self.path} is no folder")
-        if not (self.path / MARK).exists():
-            strangers = sorted(path.name for path in self.path.glob("[!.]*") if path.suffix not in (".log", ".out"))
-            require(
-                not strangers,
-                f"--output-dir {self.path} holds {', '.join(strangers[:3])}, and no run of {command}: take another one",
-            )
+        require(not (options.overwrite and self.resume), "--overwrite starts again, --resume goes on: give one of them")
+        self._require_no_strangers()
         self.path.mkdir(parents=True, exist_ok=True)
         self._hold()
-        self.record = self._read_mark()
-        if self.record["inputs"] is None:
-            write_json(self.path / MARK, self.record)
+        mark = self.path / MARK
+        self.record: dict[str, Any] = read_json(mark) if mark.exists() else {"format": FORMAT, "finished": False}
+        require(self.record.get("format") == FORMAT, f"{mark} is not of this version: take another --output-dir")
+        if "inputs" in self.record:
+            self._require_consent()
+        else:  # nothing has begun here
+            self.record["command"] = command
+            write_json(mark, self.record)
 
-    @property
-    def begun(self) -> bool:
-        """Whether a run was begun here that is to be gone on with."""
-        return self.resume and self.record["inputs"] is not None
+    def _require_no_strangers(self) -> None:
+        require(self.path.is_dir() or not os.path.lexists(self.path), f"--output-dir {self.path} is no folder")
+        others = [path.name for path in self.path.glob("[!.]*") if path.suffix not in (".log", ".out")]
+        require(
+            not others or (self.path / MARK).exists(),
+            f"--output-dir {self.path} holds {', '.join(sorted(others)[:3])}, and no run of {self.command}: "
+            "take another one",
+        )
 
     def _hold(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -88,80 +86,61 @@ class RunFolder:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.path} is in use: another process is at work on this run; wait for it") from None
+            raise UserError(f"{self.path} is in use: another process is at work on this run") from None
         except OSError:
             pass  # a file system without locks
 
-    def _read_mark(self) -> dict[str, Any]:
-        """The record of the run that is here, once it is clear that this command may go on in this folder."""
-        fresh = {"format": FORMAT, "command": self.command, "finished": False, "options": None, "inputs": None}
-        if not (self.path / MARK).exists():
-            return fresh
-        record = read_json(self.path / MARK)
+    def _require_consent(self) -> None:
+        """The options say what is to become of the run that was begun here."""
+        path, before, finished = self.path, self.record["options"], self.record["finished"]
         require(
-            record.get("format") == FORMAT and record.keys() >= fresh.keys(),
-            f"{self.path / MARK} is not of this version's runs: take another --output-dir",
-        )
-        if record["inputs"] is None:
-            return fresh  # it ended before it had begun
-        require(
-            record["command"] == self.command,
-            f"{self.path} holds a run of {record['command']}: take another --output-dir for {self.command}",
+            self.record["command"] == self.command,
+            f"{path} holds a run of {self.record['command']}: take another --output-dir for {self.command}",
         )
         if self.options.overwrite:
-            return record
-        if self.resume:
-            more = getattr(self.options, "steps", 0) > record["options"].get("steps", 0)
-            if record["finished"] and not more:
-                raise Finished(f"{self.path} is finished: nothing to do")
-            self._require_same_options(record["options"])
-        elif record["finished"] or self.resumable:
-            state, go_on = (
-                ("a finished", "") if record["finished"] else ("an unfinished", "--resume to go on with it, or ")
+            return
+        if not self.resume:
+            go_on = "" if finished else "--resume to go on with it, or "
+            require(
+                not finished and not hasattr(self.options, "resume"),
+                f"{path} holds {'a finished' if finished else 'an unfinished'} run: add {go_on}--overwrite to replace "
+                "it, or take another --output-dir",
             )
-            raise UserError(
-                f"{self.path} holds {state} run: add {go_on}--overwrite to replace it, or take another --output-dir"
-            )
-        return record
+        elif finished and getattr(self.options, "steps", 0) <= before.get("steps", 0):
+            raise Finished(f"{path} is finished: nothing to do")
+        else:
+            self._require_same_options(before)
 
     def _require_same_options(self, before: dict[str, Any]) -> None:
-        old, new = flat(before), flat(to_json(self.options))
-        for name in sorted(old.keys() | new.keys()):
-            was, now = old.get(name), new.get(name)
-            if was == now or (MAY_CHANGE.fullmatch(name) and name != "steps"):
-                continue
+        for name, was, now in differences(before, to_json(self.options)):
+            more = name == "steps" and now > was
             require(
-                name == "steps" and now > was,
-                f"{self.path} was started with {name} = {was}, not {now}: resume with the same, "
-                + ("or with more, " if name == "steps" else "")
-                + "or add --overwrite to start again",
+                more or bool(MAY_CHANGE.fullmatch(name)),
+                f"{self.path} was started with {name} = {was}, not {now}: resume with the same options (--steps may be "
+                "raised), or add --overwrite to start again",
             )
+            if more or name.endswith("learning_rate"):
+                print(f"resuming with {name} = {now} instead of {was}: the learning rate follows the new schedule")
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Record the run, once all inputs have been checked.
 
         Raises:
-            UserError: a run that is resumed had begun with other inputs.
+            UserError: a run that is resumed began with other inputs.
         """
-        now = to_json(inputs)
-        if self.begun:
-            _require_same_inputs(self.record["inputs"], now, self.path)
-            self._say_what_changed()
-        elif self.record["inputs"] is not None:
+        if "inputs" in self.record and self.resume:
+            for name, was, now in differences(self.record["inputs"], to_json(inputs)):
+                raise UserError(
+                    f"{self.path} began with {name} = {was}, which is now {now}: resume with the same data, "
+                    "or add --overwrite to start again"
+                )
+        elif "inputs" in self.record:
             # A kill must not leave half of the old run under the mark of the new one.
             write_json(self.path / MARK, {**self.record, "finished": False})
             for name in self.names:
                 discard(self.path / name)
-        self.record |= {"finished": False, "options": to_json(self.options), "inputs": now, **environment()}
-        write_json(self.path / MARK, self.record)
-
-    def _say_what_changed(self) -> None:
-        old, new = flat(self.record["options"]), flat(to_json(self.options))
-        for name in sorted(new):
-            if name == "steps" or name.endswith("learning_rate"):
-                why = "; the learning rate follows the schedule for that many" if name == "steps" else ""
-                if old.get(name) != new[name]:
-                    print(f"resuming with {name} = {new[name]} instead of {old.get(name)}{why}")
+        self.record |= {"command": self.command, "finished": False, "options": self.options, "inputs": inputs}
+        write_json(self.path / MARK, self.record | environment())
 
     def leave_account(self, account: Any) -> None:
         """Say what was read and what was not, and write it down: a dataclass with a text for people."""
@@ -171,19 +150,8 @@ class RunFolder:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, flat keys and plain values, and mark the run as finished."""
         write_json(self.path / "metrics.json", metrics)
-        self.record["finished"] = True
-        write_json(self.path / MARK, self.record)
+        write_json(self.path / MARK, self.record | environment() | {"finished": True})
         self.release()
-
-
-def _require_same_inputs(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    old, new = flat(before), flat(now)
-    for name in [*old, *new]:
-        require(
-            old.get(name) == new.get(name),
-            f"{path} began with {name} = {old.get(name)}, now it is {new.get(name)}: resume with the same data, "
-            "or add --overwrite to start again",
-        )
 
 
 def discard(path: Path) -> None:
@@ -203,12 +171,11 @@ def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> No
     Args:
         folder: of the artefact.
         kind: what it is: encoder, expander, predictor, calibration, ...
-        config: all that is needed to build the module again; what JSON knows.
+        config: what the module can be built from again; what JSON knows.
         module: whose weights and buffers are kept.
     """
     beside = folder.with_name(f".tmp.{folder.name}")
-    if beside.is_dir():
-        shutil.rmtree(beside)  # of an earlier life
+    shutil.rmtree(beside, ignore_errors=True)  # of an earlier life
     beside.mkdir()
     write_json(beside / "config.json", {"kind": kind, "config": config})
     weights = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
@@ -217,25 +184,23 @@ def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> No
     except SafetensorError as error:
         raise OSError(f"{beside}: {error}") from error
     to_disk(beside / "model.safetensors")
+    aside = Path(tempfile.mkdtemp(prefix=f".old.{folder.name}.", dir=folder.parent))
     if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".old.{folder.name}.", dir=folder.parent))
-        folder.rename(old / folder.name)
-        beside.rename(folder)
-        discard(old)
-    else:
-        beside.rename(folder)
+        folder.rename(aside / folder.name)
+    beside.rename(folder)
+    discard(aside)
     to_disk(folder.parent)
 
 
 def load_artefact(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the weights of an artefact; `load_module` also builds and checks it.
-
-    Raises:
-        UserError: it is missing, damaged, or of another kind.
-    """
-    config = _read_config(folder, kind)
+    """The configuration and the weights of an artefact. Raises `UserError` if it is missing or of another kind."""
+    for name in ("config.json", "model.safetensors"):
+        require((folder / name).is_file(), f"{folder}: there is no {kind} here ({name} is missing)")
+    content = read_json(folder / "config.json")
+    require("kind" in content and "config" in content, f"{folder}/config.json is not of this version: make it again")
+    require(content["kind"] == kind, f"{folder}: this is no {kind}; its config.json says {content['kind']}")
     try:
-        return config, load_file(folder / "model.safetensors")
+        return content["config"], load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}/model.safetensors cannot be read ({error}): copy it again") from error
 
@@ -247,45 +212,24 @@ def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Modul
         folder: of the artefact.
         kind: what it must be.
         build: makes the module from its configuration; called on the meta device first, where nothing is allocated,
-            so that a hostile configuration is found out by the header of the weights.
+            so that a hostile configuration is found out by the shapes of the weights.
 
     Raises:
         UserError: it is missing, damaged, of another kind, or its weights are not those of its configuration.
     """
-    config = _read_config(folder, kind)
+    config, state = load_artefact(folder, kind)
     try:
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"):
             wanted = {name: tuple(value.shape) for name, value in build(config).state_dict().items()}
-        for name in sorted(wanted.keys() | there.keys()):
-            if (want := wanted.get(name)) != (have := there.get(name)):
-                raise ValueError(f"{name} is {have or 'missing'}, its configuration wants {want or 'none'}")
+        for name in wanted.keys() | state.keys():
+            want, have = wanted.get(name, "none"), tuple(state[name].shape) if name in state else "missing"
+            require(want == have, f"{folder}: {name} of this {kind} is {have}, its configuration wants {want}")
         module = build(config)
-        module.load_state_dict(load_file(folder / "model.safetensors"))
+        module.load_state_dict(state)
         return module.eval()
-    except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: the {kind} here cannot be loaded ({reason}): copy or make it again") from error
-
-
-def load_weights(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Load weights strictly. Raises `UserError` if they are not exactly those of the module."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} cannot be loaded ({reason}): copy or make it again") from error
-
-
-def _read_config(folder: Path, kind: str) -> dict[str, Any]:
-    for name in ("config.json", "model.safetensors"):
-        require((folder / name).is_file(), f"{folder}: there is no {kind} here ({name} is missing)")
-    content = read_json(folder / "config.json")
-    said = content.get("kind")
-    require(isinstance(content.get("config"), dict), f"{folder}/config.json is not of this version: make it again")
-    require(said == kind, f"{folder}: this is no {kind}; its config.json says {said}")
-    return content["config"]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -297,7 +241,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file that is either the old one or the new one, whole and on the disk."""
     unfinished = path.with_name(f".tmp.{path.name}")
     unfinished.unlink(missing_ok=True)
-    with unfinished.open("x", errors="surrogateescape") as file:  # made anew: links are not followed
+    with unfinished.open("x") as file:  # made anew: links are not followed
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -307,7 +251,7 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `UserError` if the file holds none."""
     try:
-        require(path.stat().st_size <= LARGEST_JSON, f"{path} is too large for what it should be")
+        require(path.stat().st_size <= LARGEST_JSON, f"{path} is larger than any file of its kind")
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or make it again") from error
@@ -335,22 +279,30 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted names."""
     if not isinstance(values, dict):
         return {name: values}
-    return {key: value for part, inner in values.items()
-            for key, value in flat(inner, f"{name}.{part}".removeprefix(".")).items()}  # fmt: skip
+    inner = [flat(value, f"{name}.{part}".removeprefix(".")) for part, value in values.items()]
+    return {key: value for part in inner for key, value in part.items()}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Dotted names whose values differ between two nested dictionaries, with both values."""
+    old, new = flat(before), flat(now)
+    return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
+    names = ("torch", "torchvision", "av", "timm", "accelerate", "h5py", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def environment() -> dict[str, Any]:
     """What a number must be traced back to beside its options: versions, machine, and the commit of the code."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-        code = commit + (" with uncommitted changes" if changed else "")
+        code = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         code = "unknown"
-    names = ("torch", "torchvision", "av", "timm", "accelerate", "h5py", "numpy")
-    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
-    return {"versions": versions, "machine": platform.platform(), "code": code}
+    return {"versions": versions(), "machine": platform.platform(), "code": code}
 
 
 def to_disk(path: Path) -> None:

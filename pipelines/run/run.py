@@ -1,16 +1,7 @@
-"""`Run`: the order of a trainer. Folder, ranks, randomness, resuming, steps, log, stopping, and what is left behind.
+"""`Run`: the order of a trainer. Folder, ranks, randomness, resuming, steps, log, stopping, what is left behind.
 
-The loop, the loss and the network stay in the command's own file:
-
-    run = Run(options, "train_thing", ("thing",))
-    run.begin({"data": ...}, "100 clips")
-    network = run.prepare(Network(), options.optimizer)
-    for step, batch in run.steps(batches):
-        loss = network(batch.frames).mean()
-        run.update(loss, {}, batch.videos)
-        if run.due:
-            run.log(diagnose(network))
-    run.finish({}, {"thing": ("thing", config, run.weights)})
+The loop, the loss and the network stay in the command's own file, which calls `begin`, `prepare`, `steps` with `update`
+and `log` for each, and `finish`, in this order.
 """
 
 import copy
@@ -19,11 +10,10 @@ import math
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +24,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data.parallel import stream_ahead
-from jepa.batch_norm import synchronise_batch_norm
 from pipelines.run.checkpoints import Checkpoints, State
 from pipelines.run.command import Interrupted, UserError
 from pipelines.run.devices import (
@@ -50,17 +39,15 @@ from pipelines.run.options import OptimizerOptions, RunOptions
 
 FIRST_ALARM_STEP = 50
 """Before, nothing has had time to spread out, and every run would alarm."""
-SHARED = 2**32 - 1
-"""A rank that there is not, for the random numbers that all of them share."""
 SAVE_EVERY_S = 600.0
 LONGEST_WARMUP = 500
 SHOWN_VIDEOS = 5
-SMALLEST_SCALE = 1e-3
-"""Scale of the loss in fp16 at which a run has failed; healthy runs have thousands."""
+SHARED = 2**32 - 1
+"""A rank that there is not, for the random numbers that all of them share."""
 
 
 class Batch(Protocol):
-    """What a step learns from: a named tuple of tensors and other things."""
+    """What a step learns from: a named tuple of tensors, the first with a row for each sample, and other things."""
 
     @property
     def place(self) -> dict[str, int]:
@@ -73,33 +60,27 @@ Result = TypeVar("Result")
 
 @dataclass
 class Progress:
-    """What each rank must remember beside weights."""
+    """What each rank remembers beside weights."""
 
     place: dict[str, int] = field(default_factory=dict)
     """Where in the data the next batch begins."""
     seconds: float = 0.0
-    """Wall-clock seconds so far, summed over restarts."""
+    """Wall-clock seconds up to the last entry in the log, summed over restarts."""
     samples: int = 0
     """Samples of all ranks so far."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last entry in the log."""
     alarms: list[str] = field(default_factory=list)
-    """The first ones."""
+    """The last entry's signs of collapse."""
+    first_alarms: list[str] = field(default_factory=list)
     first_alarm_step: int | None = None
-    collapsed: bool = False
-    """Whether the last entry in the log alarmed."""
-    sums: dict[str, float] = field(default_factory=dict)
-    """Sums of the loss and its terms since the last entry in the log; tensors while steps are under way."""
+    sums: dict[str, float | Tensor] = field(default_factory=dict)
+    """Sums of the loss and its terms over the steps since the last entry in the log."""
     summed_steps: int = 0
 
 
 class Best:
-    """The weights with the lowest value of a metric so far.
-
-    Args:
-        module: whose weights.
-        metric: that judges them.
-    """
+    """The weights of a module with the lowest value of a metric so far."""
 
     def __init__(self, module: nn.Module, metric: str) -> None:
         self.module, self.metric = module, metric
@@ -119,14 +100,9 @@ class Best:
         """All but the module."""
         return {name: getattr(self, name) for name in ("step", "metrics", "weights", "collapsed")}
 
-
-class _Watched(NamedTuple):
-    """Numbers of a step that may still be under way."""
-
-    step: int
-    videos: Sequence[Any]
-    finite: Tensor
-    ready: "torch.cuda.Event | None"
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what another life found."""
+        vars(self).update(state)
 
 
 class Run:
@@ -149,18 +125,17 @@ class Run:
         )
         self.device: torch.device = self.accelerator.device
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
-        self.is_main = self.accelerator.is_main_process
+        self.is_main: bool = self.accelerator.is_main_process
         require_agreement(self.accelerator, options=options)
         self.folder = on_main(self.accelerator, lambda: RunFolder(options, command, artefacts))
         self.checkpoints = Checkpoints(self.accelerator, self.path / "training_state")
         set_seed(options.seed)
-        self.step = 0
-        self.progress = Progress()
+        self.step, self.saved_step, self.received = 0, -1, 0
+        self.progress, self.parts, self.restored = Progress(), dict[str, Any](), dict[str, Any]()
         self.best: Best | None = None
         self.averaged: AveragedModel | None = None
-        self.restored: dict[str, Any] = {}
-        self.saved_step, self.saved_at, self.received = -1, time.monotonic(), 0
-        self.watched: deque[_Watched] = deque()
+        self.unseen: list[tuple[int, Sequence[Any], Tensor]] = []
+        self.lived = self.saved_at = time.monotonic()
         self._count_anew()
         several_gpus = self.ranks > 1 and self.device.type == "cuda"
         # Agreed upon through the CPU: nobody has to wait for the GPU's queue of work to run empty.
@@ -174,7 +149,7 @@ class Run:
         """Make the folder or resume the run in it, and say what is trained on what. Collective.
 
         Args:
-            inputs: what the run learns from; of a resumed run it must be the same.
+            inputs: what the run learns from, in short; of a resumed run it must be the same.
             facts: for the line that says so.
 
         Raises:
@@ -182,14 +157,12 @@ class Run:
         """
         require_agreement(self.accelerator, inputs=inputs)
         on_main(self.accelerator, lambda: self.folder.begin(inputs))  # type: ignore[union-attr]
-        state = self.checkpoints.load_newest() if self.options.resume else None
-        if state is not None:
-            self.step, self.restored, self.progress = state.step, state.shared, Progress(**state.own)
-            self.saved_step = state.step
-        self.lived = time.monotonic()
-        on_main(self.accelerator, self._start_trackers)
+        if self.options.resume and (state := self.checkpoints.load_newest()) is not None:
+            self.step = self.saved_step = state.step
+            self.restored, self.progress = state.shared, Progress(**state.own)
+        on_main(self.accelerator, self._start_log)
         if self.is_main:
-            print(f"{self.command} on {describe_devices(self.accelerator)}: " + "; ".join(facts))
+            print(f"{self.command} on {describe_devices(self.accelerator)}: {'; '.join(facts)}")
 
     def prepare(
         self, network: nn.Module, optimizer: OptimizerOptions, *, clip_norm: float = math.inf, ema_decay: float = 0.0,
@@ -198,36 +171,27 @@ class Run:
         """The network on its device and ready for several ranks, with its weights restored; after `begin`.
 
         Args:
-            network: its batch normalisation is synchronised over ranks.
+            network: with batch normalisation already synchronised, where there is any.
             optimizer: learning rate and weight decay.
             clip_norm: longest gradient.
             ema_decay: of an exponential moving average of the weights, which `weights` then is; 0 for none.
             optimizer_of: makes another optimiser than AdamW from groups of parameters.
         """
-        network = synchronise_batch_norm(network.to(self.device))
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network, self.peak, self.clip_norm = network, optimizer.learning_rate, clip_norm
-        groups = decayed_groups(network, optimizer.weight_decay)
-        make = optimizer_of or (lambda groups: torch.optim.AdamW(groups, lr=self.peak, fused=True))
         if ema_decay:
             self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+            self._keep("averaged", self.averaged)
         if self.options.execution == "compiled":
             network.compile()
-        self.trained, self.optimizer = self.accelerator.prepare(network, make(groups))
-        if self.restored:
-            try:
-                for name, part in self._parts().items():
-                    part.load_state_dict(self.restored[name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{self.path}: its training state is not of this network ({reason})") from error
+        make = optimizer_of or (lambda groups: torch.optim.AdamW(groups, lr=self.peak, fused=True))
+        made = make(decayed_groups(network, optimizer.weight_decay))
+        self.trained, self.optimizer = self.accelerator.prepare(network, made)
+        self._keep("network", network)
+        self._keep("optimizer", self.optimizer)
+        if self.accelerator.scaler is not None:
+            self._keep("scaler", self.accelerator.scaler)
         return self.trained
-
-    def _parts(self) -> dict[str, Any]:
-        """What a training state consists of beside the best weights."""
-        parts = {"network": self.network, "optimizer": self.optimizer, "averaged": self.averaged,
-                 "scaler": self.accelerator.scaler}  # fmt: skip
-        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def weights(self) -> nn.Module:
@@ -237,9 +201,18 @@ class Run:
     def keep_best(self, module: nn.Module, metric: str) -> Best:
         """From now on, keep the weights for which a logged metric is lowest; after `prepare`."""
         self.best = Best(module, metric)
-        if self.restored:
-            vars(self.best).update(self.restored["best"])
+        self._keep("best", self.best)
         return self.best
+
+    def _keep(self, name: str, part: Any) -> None:
+        """Make something part of the training state, and restore it if the run is resumed."""
+        self.parts[name] = part
+        if self.restored:
+            try:
+                part.load_state_dict(self.restored[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{self.path}: its training state is of something else ({reason})") from error
 
     def steps(self, batches: Callable[[dict[str, int]], Iterable[AnyBatch]]) -> Iterator[tuple[int, AnyBatch]]:
         """The number of each step from 0 and its batch; `update` is called once for each. Collective.
@@ -255,42 +228,34 @@ class Run:
         self._save()
         self.restored = {}
         ahead = stream_ahead(lambda place: self._feed(batches(place)), [self.progress.place], workers=1, ahead=2)
-        bar = tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not self.is_main)
-        self.bar = bar
-        for batch in self._timed(ahead):
-            learning_rate = lr_at(self.step, self.options.steps, self.peak)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            # Dropout and the like: as random as they were, however often the run was interrupted.
-            torch.manual_seed(self.generator(self.step).initial_seed())
-            yield self.step, batch
-            self.progress.place = dict(batch.place)
-            bar.update()
-            self._after_step()
-        bar.close()
-        self._save()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def _timed(self, ahead: Iterator[AnyBatch]) -> Iterator[AnyBatch]:
-        """So many batches as steps are missing; counts samples and the time that they are waited for."""
+        self.bar = tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not self.is_main)
         self._count_anew()
         while self.step < self.options.steps:
             began = time.monotonic()
             batch = next(ahead)
             self.waited_s += time.monotonic() - began
-            samples = next(len(value) for value in batch if isinstance(value, Tensor))  # type: ignore[attr-defined]
-            self.samples += samples * self.ranks
-            self.progress.samples += samples * self.ranks
             if signal.getsignal(signal.SIGTERM) != self._receive:
                 # Not before: decoding the first frames may take long, and there is nothing to save yet.
                 signal.signal(signal.SIGINT, self._receive)
                 signal.signal(signal.SIGTERM, self._receive)
-            yield batch
+            samples = next(len(value) for value in batch if isinstance(value, Tensor))  # type: ignore[attr-defined]
+            self.samples += samples * self.ranks
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr_at(self.step, self.options.steps, self.peak)
+            # Dropout and the like: as random as they were, however often the run was interrupted.
+            torch.manual_seed(self.generator(self.step).initial_seed())
+            yield self.step, batch
+            self.progress.place = dict(batch.place)
+            self.bar.update()
+            self._after_step()
+        self.bar.close()
         ahead.close()  # type: ignore[attr-defined]
+        self._save()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def generator(self, step: int, *, shared: bool = False) -> torch.Generator:
-        """The randomness of a step on this rank's device, or shared by all ranks, however often a run was resumed."""
+        """The randomness of a step on this rank's device, or that which all ranks share."""
         return step_generator(self.options.seed, step, SHARED if shared else self.rank, self.device)
 
     def update(self, loss: Tensor, terms: dict[str, Tensor], videos: Sequence[Any] = ()) -> None:
@@ -302,58 +267,36 @@ class Run:
             videos: what the batch was read from.
 
         Raises:
-            UserError: the loss or its gradient is NaN or infinite.
+            UserError: the loss or its gradient is NaN or infinite; on a GPU, said at the next entry in the log.
         """
         self.accelerator.backward(loss)
         self.gradient_norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.clip_norm)
-        self._watch(loss, videos)
+        # With fp16, infinite gradients are ordinary: the scaler skips the step and lowers its scale.
+        numbers = loss.detach() if self.accelerator.scaler is not None else loss.detach() + self.gradient_norm
+        self.unseen.append((self.step, videos, numbers.isfinite()))
+        if self.device.type == "cpu":
+            self._require_finite()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.averaged is not None:
             self.averaged.update_parameters(self.network)
-        sums: dict[str, Any] = self.progress.sums
-        self.progress.sums = {
-            name: sums.get(name, 0.0) + value.detach() for name, value in {"loss": loss, **terms}.items()
-        }
+        for name, value in {"loss": loss, **terms}.items():
+            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value.detach()
         self.progress.summed_steps += 1
         self.step += 1
 
-    def _watch(self, loss: Tensor, videos: Sequence[Any]) -> None:
-        """Take note of a step's numbers, and look at those that have arrived.
-
-        On a GPU they are looked at one step later, when they have arrived without anybody waiting; a checkpoint is
-        written only after all have been looked at, so none holds what came of a bad number.
-        """
-        # With fp16, infinite gradients are ordinary: the scaler skips the step and lowers its scale.
-        scaler, on_gpu = self.accelerator.scaler, self.device.type == "cuda"
-        values = [loss.detach()] if scaler is not None else [loss.detach(), self.gradient_norm]
-        finite, ready = torch.stack([value.float() for value in values]).isfinite().all(), None
-        if on_gpu:
-            finite, ready = finite.to("cpu", non_blocking=True), torch.cuda.Event()
-            ready.record()
-        self.watched.append(_Watched(self.step, videos, finite, ready))
-        self._settle(but=1 if on_gpu else 0)
-
-    def _settle(self, but: int = 0) -> None:
-        """Look at all steps' numbers but those of the last few. Raises `UserError` if they are not finite."""
-        while len(self.watched) > but:
-            step, videos, finite, ready = self.watched.popleft()
-            if ready is not None:
-                ready.synchronize()
+    def _require_finite(self) -> None:
+        """Raises `UserError` if a step's numbers are NaN or infinite; no state is saved before they were looked at."""
+        for step, videos, finite in self.unseen:
             if not finite:
-                names = ", ".join(map(str, videos[:SHOWN_VIDEOS]))
+                names = ", ".join(map(str, videos[:SHOWN_VIDEOS])) or "unnamed data"
                 more = f" and {len(videos) - SHOWN_VIDEOS} more" if len(videos) > SHOWN_VIDEOS else ""
                 raise UserError(
-                    f"the loss or its gradient is not finite in step {step + 1}, with {names}{more}. The newest "
-                    f"checkpoint, of step {self.saved_step}, is from before: look at that data; --resume with a lower "
-                    "learning rate; delete that checkpoint if its weights have grown too large already"
+                    f"the loss or its gradient is not finite in step {step + 1}, with {names}{more}: look at that "
+                    "data, or --resume with a lower learning rate; the newest checkpoint, of step "
+                    f"{self.saved_step}, is from before, but delete it if its weights have grown too large already"
                 )
-        scaler = self.accelerator.scaler
-        if but == 0 and scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
-            raise UserError(
-                f"gradients are never finite in fp16 (step {self.step}, loss scale {scaler.get_scale():g}): "
-                "take --precision bf16 or fp32"
-            )
+        self.unseen.clear()
 
     @property
     def due(self) -> bool:
@@ -367,41 +310,34 @@ class Run:
             metrics: alike on all ranks.
             alarms: signs of collapse, in words; the first are said loudly.
             show: names of what stands beside the progress bar.
-
-        Raises:
-            UserError: a loss or a gradient is NaN or infinite.
         """
-        self._settle()
+        self._require_finite()
         rates = self._rates()
         values = {**metrics, **self._means()}
         progress = self.progress
-        alarms = list(alarms) if self.step >= FIRST_ALARM_STEP else []
-        progress.metrics, progress.collapsed = values, bool(alarms)
+        progress.metrics, progress.alarms = values, list(alarms) if self.step >= FIRST_ALARM_STEP else []
         if self.best is not None:
-            self.best.consider(self.step, values, alarms)
-        if alarms and progress.first_alarm_step is None:
-            progress.first_alarm_step, progress.alarms = self.step, alarms
+            self.best.consider(self.step, values, progress.alarms)
+        if progress.alarms and progress.first_alarm_step is None:
+            progress.first_alarm_step, progress.first_alarms = self.step, progress.alarms
             if self.is_main:
-                tqdm.write(f"COLLAPSE at step {self.step}: {'; '.join(alarms)}")
+                tqdm.write(f"COLLAPSE at step {self.step}: {'; '.join(progress.alarms)}")
         if self.is_main:
-            if self.step:
-                self.bar.set_postfix({name: f"{values[name]:.4g}" for name in show if name in values})
-            row = {**values, **rates}
             with (self.path / "curve.jsonl").open("a") as curve:
-                curve.write(json.dumps(to_json({"step": self.step, **row})) + "\n")
-            self.accelerator.log(row, step=self.step)
+                curve.write(json.dumps(to_json({"step": self.step, **values, **rates})) + "\n")
+            self.accelerator.log(values | rates, step=self.step)
+            if rates:
+                self.bar.set_postfix({name: f"{values[name]:.4g}" for name in show if name in values})
         self._count_anew()
 
     def _means(self) -> dict[str, float]:
         """Means of the terms over the steps since the last time and over ranks. Collective."""
-        progress = self.progress
-        if not progress.summed_steps:
+        sums, steps = self.progress.sums, self.progress.summed_steps
+        self.progress.sums, self.progress.summed_steps = {}, 0
+        if not steps:
             return {}
-        sums = torch.stack([torch.as_tensor(value, device=self.device).float() for value in progress.sums.values()])
-        means = self.accelerator.reduce(sums / progress.summed_steps, "mean").tolist()
-        names = list(progress.sums)
-        progress.sums, progress.summed_steps = {}, 0
-        return dict(zip(names, means, strict=True))
+        stacked = torch.stack([torch.as_tensor(value, device=self.device).float() for value in sums.values()])
+        return dict(zip(sums, self.accelerator.reduce(stacked / steps, "mean").tolist(), strict=True))
 
     def _count_anew(self) -> None:
         self.samples, self.waited_s, self.since = 0, 0.0, time.monotonic()
@@ -411,14 +347,14 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # steps that are still under way count
         now = time.monotonic()
-        self.progress.seconds += now - self.lived
-        self.lived = now
+        self.progress.seconds, self.lived = self.progress.seconds + now - self.lived, now
+        self.progress.samples += self.samples
         if not self.samples:
             return {}
         return {
             "samples_per_second": self.samples / (now - self.since),
             "data_wait_fraction": self.waited_s / (now - self.since),
-            "gradient_norm": self.gradient_norm.item(),
+            "gradient_norm": float(self.gradient_norm),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
@@ -432,30 +368,30 @@ class Run:
             metrics: beside those of the last, or of the best, entry in the log.
             artefacts: kind, configuration and module by the name of their folder; the main process's are written.
             account: of this rank's reading, merged with those of the others.
-            next: what to do now, for the last line.
+            next: command to run now, for the last line.
         """
         if account is not None:
             account, *others = gather_object([account])
             account.merge(others)
         on_main(self.accelerator, lambda: self._leave(metrics, artefacts, account))
         if self.is_main:
-            print(f"wrote {', '.join(f'{self.path}/{name}' for name in artefacts)} and metrics.json")
+            print(f"wrote {', '.join(f'{self.path}/{name}' for name in (*artefacts, 'metrics.json'))}")
             if next:
-                print(f"Next: {next}")
+                print(f"Next:\n  {next}")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def _leave(self, metrics: dict[str, Any], artefacts: dict[str, tuple[str, Any, nn.Module]], account: Any) -> None:
         assert self.folder is not None
-        progress, best = self.progress, self.best
         if account is not None:
             self.folder.leave_account(account)
         for name, (kind, config, module) in artefacts.items():
             save_artefact(self.path / name, kind, config, module)
+        progress, best = self.progress, self.best
         self.folder.finish({
             **(progress.metrics if best is None else {**best.metrics, "best_step": best.step}),
-            "collapsed": progress.collapsed if best is None else best.collapsed,
-            "collapse_alarms": progress.alarms,
+            "collapsed": bool(progress.alarms) if best is None else best.collapsed,
+            "collapse_alarms": progress.first_alarms,
             "first_collapse_step": progress.first_alarm_step,
             "steps": self.step,
             "seconds": progress.seconds,
@@ -465,14 +401,11 @@ class Run:
 
     def _save(self) -> None:
         """Write the state, unless that has been done. Collective."""
-        if self.step == self.saved_step:
-            return
-        self._settle()
-        shared = {name: part.state_dict() for name, part in self._parts().items()}
-        if self.best is not None:
-            shared["best"] = self.best.state_dict()
-        self.checkpoints.save(State(self.step, shared, to_json(self.progress)))
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        if self.step != self.saved_step:
+            self._require_finite()
+            shared = {name: part.state_dict() for name, part in self.parts.items()}
+            self.checkpoints.save(State(self.step, shared, to_json(self.progress)))
+            self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _after_step(self) -> None:
         """Save if it is time to; if any rank was asked to stop, save and raise `Interrupted` on all. Collective."""
@@ -481,7 +414,7 @@ class Run:
             # Signals reach ranks at different steps, and clocks differ: they must agree, or one waits for ever.
             wishes = torch.tensor([received, int(due)], device="cpu" if self.group else self.device)
             distributed.all_reduce(wishes, distributed.ReduceOp.MAX, self.group)  # type: ignore[arg-type]
-            received, due = (int(wish) for wish in wishes)  # type: ignore[assignment]
+            received, due = int(wishes[0]), bool(wishes[1])
         if received or due or self.step % self.options.checkpoint_every == 0:
             self._save()
         if received:
@@ -500,8 +433,8 @@ class Run:
         """Batches with their tensors on the device; for a thread ahead, which waits for the copies."""
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-        def copied(value: Any) -> Any:
-            if stream is None or not isinstance(value, Tensor) or value.device.type == "cuda":
+        def moved(value: Any) -> Any:
+            if stream is None or not isinstance(value, Tensor) or value.is_cuda:
                 return value
             with torch.cuda.stream(stream):
                 there = value.pin_memory().to(self.device, non_blocking=True)
@@ -512,12 +445,12 @@ class Run:
         # loops: training from a cache ran at .69 of what it does with one.
         torch.set_num_threads(1)
         for batch in batches:
-            moved = type(batch)(*map(copied, batch))  # type: ignore[call-overload]
+            there = type(batch)(*map(moved, batch))  # type: ignore[call-overload]
             if stream is not None:
                 stream.synchronize()
-            yield moved
+            yield there
 
-    def _start_trackers(self) -> None:
+    def _start_log(self) -> None:
         """Go on with the curves where they were; what was logged after the newest checkpoint is logged again."""
         curve = self.path / "curve.jsonl"
         if curve.exists():
@@ -525,14 +458,11 @@ class Run:
             write_text(curve, "".join(row for row in rows if json.loads(row)["step"] <= self.step))
         if not self.accelerator.log_with:
             return
-        options = {name: value if isinstance(value, int | float) else str(value)
-                   for name, value in flat(to_json(self.options)).items()}  # fmt: skip
+        plain = flat(to_json(self.options)).items()
+        options = {name: value if isinstance(value, int | float) else str(value) for name, value in plain}
+        resumed = {"tensorboard": {"purge_step": self.step + 1}}
         try:
-            self.accelerator.init_trackers(
-                self.command,
-                config=None if self.step else options,
-                init_kwargs={"tensorboard": {"purge_step": self.step + 1}},
-            )
+            self.accelerator.init_trackers(self.command, None if self.step else options, resumed)
         except Exception as error:  # these talk to servers, where much can go wrong that is no fault of the code
             reason = (str(error) or repr(error)).splitlines()[0]
             raise UserError(f"--tracker {' '.join(self.options.tracker)} could not start: {reason}") from error
