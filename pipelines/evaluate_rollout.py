@@ -17,7 +17,7 @@ from data.windows import Windows
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import start_accelerator
-from pipelines.run.evaluation import Judged, evaluate, fit_readout
+from pipelines.run.evaluation import Evaluation, Judged, fit_readout
 from pipelines.run.folder import RunFolder, write_json
 from pipelines.run.models import load_predictor, require_no_video_in_both
 from pipelines.run.report import draw, flat_metrics, table, write_table
@@ -76,7 +76,7 @@ def main(options: Options) -> None:
         readout = fit_readout(probe_cache, options.probe_columns, predictor)
     output.begin({"provenance": cache.provenance, "calibration": calibration.description()})
 
-    results = evaluate(
+    evaluation = Evaluation(
         Judged(predictor, calibration, windows, accelerator.autocast),
         most=options.windows,
         samples=options.samples,
@@ -84,6 +84,7 @@ def main(options: Options) -> None:
         resamples=options.resamples,
         seed=options.seed,
     )
+    results = evaluation.run()
     write_json(options.output_dir / "rollout.json", results)
     write_table(results, options.output_dir / "rollout.csv")
     draw(results, options.output_dir / "rollout.png")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 from tqdm import tqdm
 
@@ -174,106 +174,13 @@ def in_parts(start: int, stop: int, *, numbers: int) -> Iterator[slice]:
     return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-def take_frames(judged: Judged, indices: np.ndarray, frames: Windows) -> Tensor:
-    """Standardised embeddings of single frames, (N, 1, *tokens, D)."""
-    return judged.predictor.standardise(frames.take(indices).to(judged.predictor.mean.device))
-
-
 def pool(embeddings: Tensor) -> Tensor:
     """The mean over tokens, (B, H, *tokens, D) -> (B, H, D)."""
     return reduce(embeddings, "b h ... d -> b h d", "mean")
 
 
-class Measures:
-    """Sums of all measures of each forecast, by group of windows."""
-
-    def __init__(
-        self, judged: Judged, bootstrap: Bootstrap, *, samples: int, readout: Readout | None, seed: int
-    ) -> None:
-        self.judged, self.bootstrap, self.samples, self.readout = judged, bootstrap, samples, readout
-        self.sums: dict[tuple[str, str], GroupSums] = defaultdict(lambda: GroupSums(bootstrap.groups))
-        self.pooled: dict[str, list[Tensor]] = defaultdict(list)
-        self.shown = [step - 1 for step in shown_horizons(len(judged.future.times))]
-        self.generator = torch.Generator(judged.predictor.mean.device).manual_seed(seed)
-        frames = Windows(judged.windows.cache, 1)
-        self.live = live_features(take_frames(judged, frames.evenly(LIVE_FRAMES), frames))
-        rows, numbers = frames.evenly(BANK), int(np.prod(judged.predictor.shape))
-        parts = [pool(take_frames(judged, rows[part], frames)) for part in in_parts(0, len(rows), numbers=numbers)]
-        self.bank = torch.cat(parts)[:, 0]  # (frames, D)
-
-    def add(self, batch: Batch, groups: np.ndarray) -> None:
-        """Errors of more windows."""
-        last = self.judged.predictor.standardise(batch.past.embeddings[:, -1])
-        for name, forecast in batch.forecasts.items():
-            self.sums[name, "mse"].add(squared_error(forecast, batch.came), groups)
-            self.sums[name, "change_cosine"].add(change_cosine(forecast, batch.came, last), groups)
-
-    def add_details(self, batch: Batch, groups: np.ndarray, *, true: Tensor | None) -> None:
-        """All else of more windows; `true` columns float64 (B, H, C), where they are read off."""
-        came = pool(batch.came[:, self.shown])
-        for name, forecast in (batch.forecasts | {"truth": batch.came}).items():
-            pooled = pool(forecast[:, self.shown])
-            self.pooled[name].append(pooled)
-            if name != "truth":
-                hits = retrieved(pooled.flatten(0, 1), came.flatten(0, 1), self.bank)
-                self.sums[name, "retrieval_at_1"].add(hits.unflatten(0, came.shape[:2]), groups)
-            if self.readout is not None and true is not None:
-                known = true.isfinite().all(dim=2).all(dim=1)
-                centre, scale = self.readout.probe.target_mean, self.readout.probe.target_std
-                read, said = ((value - centre) / scale for value in (self.readout.probe(forecast), true.to(centre)))
-                self.sums[name, "moments"].add(reading_moments(read, said)[known], groups[known.numpy()])
-        if self.samples:
-            drawn = sample_futures(self.judged, batch, self.samples, self.generator)
-            flat, true_flat = rearrange(drawn, "n b h ... d -> n b h (... d)"), batch.came.flatten(2)
-            self.sums["model", "energy_score"].add(energy_score(flat, true_flat), groups)
-            self.sums["model", "best_of"].add(best_of(flat, true_flat), groups)
-            for share in (50, 90):
-                covered = coverage(drawn[..., self.live], batch.came[..., self.live], share / 100)  # (B, H, *tokens)
-                self.sums["model", f"coverage_{share}"].add(reduce(covered, "b h ... -> b h", "mean"), groups)
-
-    def rows(self) -> dict[str, dict[str, np.ndarray]]:
-        """Measures and intervals (H, ...) of each forecast, and what is said of the `truth`; NaN where undefined."""
-        interval, rows = self.bootstrap.interval, defaultdict[str, dict[str, np.ndarray]](dict)
-        for (name, measure), sums in self.sums.items():
-            if measure == "moments":
-                scores = r2_and_r(sums.sums.sum(axis=0)), r2_and_r(self.bootstrap.sums(sums.sums))
-                for score, point, values in zip(("probe_r2", "probe_r"), *scores, strict=True):
-                    rows[name] |= {score: point, f"{score}_interval": interval(values)}
-                continue
-            resampled = self.bootstrap.means(sums)
-            rows[name] |= {
-                measure: self._at_shown(sums.mean),
-                f"{measure}_interval": self._at_shown(interval(resampled)),
-            }
-            for to in REFERENCES if measure == "mse" else ():
-                other = self.sums[to, "mse"]
-                rows[name][f"relative_to_{to}"] = divide(sums.mean, other.mean)
-                rows[name][f"relative_to_{to}_interval"] = interval(divide(resampled, self.bootstrap.means(other)))
-        for name, parts in self.pooled.items():
-            stats = np.array([collapse_stats(step) for step in torch.cat(parts).unbind(dim=1)])  # (shown, 2)
-            rows[name] |= dict(zip(CollapseStats._fields, self._at_shown(stats).T, strict=True))
-        return rows
-
-    def _at_shown(self, values: np.ndarray) -> np.ndarray:
-        """Values of all horizons; NaN where only some were measured."""
-        horizon = len(self.judged.future.times)
-        if len(values) == horizon:
-            return values
-        filled = np.full((horizon, *values.shape[1:]), np.nan)
-        filled[self.shown] = values
-        return filled
-
-
-def evaluate(
-    judged: Judged,
-    *,
-    most: int = 20_000,
-    samples: int = 0,
-    readout: Readout | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """All that is said of a predictor, as JSON values; NaN where a number is not defined.
+class Evaluation:
+    """An evaluation of a predictor.
 
     Args:
         judged: what is judged on which windows.
@@ -282,55 +189,146 @@ def evaluate(
         readout: what is read off forecasts.
         resamples: of the bootstrap.
         seed: of the bootstrap and of the samples.
-
-    Raises:
-        UserError: embeddings are not finite or never change, or there is one window alone.
     """
-    windows, fps, horizon = judged.windows, judged.predictor.fps, len(judged.future.times)
-    one = f"{windows.cache.folder} holds one window of {windows.length} embeddings"
-    require(len(windows) > 1, f"{one}, and at least 2 are needed: bring longer videos")
-    indices = windows.evenly(most)
-    first = np.linspace(0, len(indices) - 1, min(DETAILED, len(indices))).astype(int)
-    indices = np.concatenate([indices[first], np.delete(indices, first)])
-    groups, grouped_by = group_windows(windows, indices)
-    bootstrap = Bootstrap(int(groups.max()) + 1, resamples, seed=seed)
-    measures = Measures(judged, bootstrap, samples=samples, readout=readout, seed=seed)
-    numbers = horizon * int(np.prod(judged.predictor.shape)) * (10 + 4 * samples)
-    detailed, others = (in_parts(*ends, numbers=numbers) for ends in ((0, len(first)), (len(first), len(indices))))
-    for part in tqdm([*detailed, *others], desc="forecasting", unit="batch", leave=False):
-        batch = forecast_windows(judged, indices[part])
-        measures.add(batch, groups[part])
-        if part.start < len(first):
-            true = (
-                None if readout is None else read_columns(windows, indices[part], readout.columns)[:, judged.context :]
-            )
-            measures.add_details(batch, groups[part], true=true)
-    rows = measures.rows()
-    require_changing(windows.cache, bool((rows["copy_last"]["mse"] > 0).any()))
-    records = {
-        name: [
-            {"horizon": step + 1, "time_s": (step + 1) / fps}
-            | {key: values[step].tolist() for key, values in row.items()}
-            for step in range(horizon)
-        ]
-        for name, row in rows.items()
-    }
-    truth = records.pop("truth")
-    useful = {
-        name: useful_steps(rows[name]["relative_to_mean"], rows[name]["relative_to_mean_interval"]) for name in records
-    }
-    return {
-        "fps": fps,
-        "context": judged.context,
-        "windows": len(indices),
-        "clips": len(windows.cache.clips),
-        "interval": bootstrap.describe(grouped_by),
-        "samples": samples,
-        "probe_columns": list(readout.columns) if readout else [],
-        "useful_horizon": {
-            name: {"steps": steps, "time_s": steps / fps, "exceeds_longest": steps == horizon}
-            for name, steps in useful.items()
-        },
-        "truth": truth,
-        "predictors": records,
-    }
+
+    def __init__(
+        self,
+        judged: Judged,
+        *,
+        most: int = 20_000,
+        samples: int = 0,
+        readout: Readout | None = None,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        self.judged, self.samples, self.readout = judged, samples, readout
+        self.horizon = len(judged.future.times)
+        self.shown = [step - 1 for step in shown_horizons(self.horizon)]
+        windows, device = judged.windows, judged.predictor.mean.device
+        indices = windows.evenly(most)
+        first = np.linspace(0, len(indices) - 1, min(DETAILED, len(indices))).astype(int)
+        self.detailed = len(first)
+        self.indices = np.concatenate([indices[first], np.delete(indices, first)])
+        self.groups, self.grouped_by = group_windows(windows, self.indices)
+        self.bootstrap = Bootstrap(int(self.groups.max()) + 1, resamples, seed=seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.sums: dict[tuple[str, str], GroupSums] = defaultdict(lambda: GroupSums(self.bootstrap.groups))
+        self.pooled: dict[str, list[Tensor]] = defaultdict(list)
+
+    def run(self) -> dict[str, Any]:
+        """All that is said of the predictor, as JSON values; NaN where a number is not defined.
+
+        Raises:
+            UserError: embeddings are not finite or never change, or the cache lacks a column.
+        """
+        bank, live = self._lay_out_bank()
+        numbers = self.horizon * int(np.prod(self.judged.predictor.shape)) * (10 + 4 * self.samples)
+        ends = ((0, self.detailed), (self.detailed, len(self.indices)))
+        parts = [part for first, last in ends for part in in_parts(first, last, numbers=numbers)]
+        for part in tqdm(parts, desc="forecasting", unit="batch", leave=False):
+            batch = forecast_windows(self.judged, self.indices[part])
+            self._add_errors(batch, part)
+            if part.start < self.detailed:
+                self._add_retrieval(batch, part, bank)
+                self._add_samples(batch, part, live)
+                self._add_readings(batch, part)
+        return self._results()
+
+    def _lay_out_bank(self) -> tuple[Tensor, Tensor]:
+        """Frames of the cache, evenly, pooled over tokens: (frames, D); and which features move, bool (D,)."""
+        frames, predictor = Windows(self.judged.windows.cache, 1), self.judged.predictor
+
+        def take(indices: np.ndarray) -> Tensor:
+            return predictor.standardise(frames.take(indices).to(predictor.mean.device))
+
+        rows, numbers = frames.evenly(BANK), int(np.prod(predictor.shape))
+        bank = torch.cat([pool(take(rows[part])) for part in in_parts(0, len(rows), numbers=numbers)])
+        return bank[:, 0], live_features(take(frames.evenly(LIVE_FRAMES)))
+
+    def _add_errors(self, batch: Batch, part: slice) -> None:
+        last = self.judged.predictor.standardise(batch.past.embeddings[:, -1])
+        for name, forecast in batch.forecasts.items():
+            self.sums[name, "mse"].add(squared_error(forecast, batch.came), self.groups[part])
+            self.sums[name, "change_cosine"].add(change_cosine(forecast, batch.came, last), self.groups[part])
+
+    def _add_retrieval(self, batch: Batch, part: slice, bank: Tensor) -> None:
+        """Hits at the shown horizons, NaN at others; and what collapse is measured on."""
+        self.pooled["truth"].append(came := pool(batch.came[:, self.shown]))
+        for name, forecast in batch.forecasts.items():
+            self.pooled[name].append(pooled := pool(forecast[:, self.shown]))
+            hits = torch.full(batch.came.shape[:2], np.nan)
+            found = retrieved(pooled.flatten(0, 1), came.flatten(0, 1), bank)
+            hits[:, self.shown] = found.unflatten(0, pooled.shape[:2]).float().cpu()
+            self.sums[name, "retrieval_at_1"].add(hits, self.groups[part])
+
+    def _add_samples(self, batch: Batch, part: slice, live: Tensor) -> None:
+        if not self.samples:
+            return
+        drawn = sample_futures(self.judged, batch, self.samples, self.generator)
+        flat, came = drawn.flatten(3), batch.came.flatten(2)
+        scores = {"energy_score": energy_score(flat, came), "best_of": best_of(flat, came)}
+        for share in (50, 90):
+            covered = coverage(drawn[..., live], batch.came[..., live], share / 100)  # (B, H, *tokens)
+            scores[f"coverage_{share}"] = reduce(covered, "b h ... -> b h", "mean")
+        for measure, values in scores.items():
+            self.sums["model", measure].add(values, self.groups[part])
+
+    def _add_readings(self, batch: Batch, part: slice) -> None:
+        """Moments of what is read off forecasts and off what came, in windows whose columns are all known."""
+        if self.readout is None:
+            return
+        columns, probe = self.readout
+        true = read_columns(self.judged.windows, self.indices[part], columns)[:, self.judged.context :]
+        known = true.isfinite().flatten(1).all(dim=1)
+        true = (true[known].to(probe.mean) - probe.target_mean) / probe.target_std
+        for name, value in (batch.forecasts | {"truth": batch.came}).items():
+            read = (probe(value[known]) - probe.target_mean) / probe.target_std
+            self.sums[name, "moments"].add(reading_moments(read, true), self.groups[part][known.numpy()])
+
+    def _results(self) -> dict[str, Any]:
+        fps, cache, rows = self.judged.predictor.fps, self.judged.windows.cache, self._rows()
+        require_changing(cache, bool((rows["copy_last"]["mse"] > 0).any()))
+        ticks = [{"horizon": step, "time_s": step / fps} for step in range(1, self.horizon + 1)]
+        records = {
+            name: [
+                tick | {key: values[step].tolist() for key, values in row.items()} for step, tick in enumerate(ticks)
+            ]
+            for name, row in rows.items()
+        }
+        truth, useful = records.pop("truth"), {}
+        for name in records:
+            steps = useful_steps(rows[name]["relative_to_mean"], rows[name]["relative_to_mean_interval"])
+            useful[name] = {"steps": steps, "time_s": steps / fps, "exceeds_longest": steps == self.horizon}
+        return {
+            "fps": fps,
+            "context": self.judged.context,
+            "windows": len(self.indices),
+            "clips": len(cache.clips),
+            "interval": self.bootstrap.describe(self.grouped_by),
+            "samples": self.samples,
+            "probe_columns": list(self.readout.columns) if self.readout else [],
+            "useful_horizon": useful,
+            "truth": truth,
+            "predictors": records,
+        }
+
+    def _rows(self) -> dict[str, dict[str, np.ndarray]]:
+        """Measures and their intervals, (H, ...), of each forecast and of the truth."""
+        rows: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        for (name, measure), sums in self.sums.items():
+            if measure == "moments":
+                scores = r2_and_r(sums.sums.sum(axis=0)), r2_and_r(self.bootstrap.sums(sums.sums))
+                found = dict(zip(("probe_r2", "probe_r"), zip(*scores, strict=True), strict=True))
+            else:
+                found = {measure: (sums.mean, self.bootstrap.means(sums))}
+            for to in REFERENCES if measure == "mse" else ():
+                other = self.sums[to, "mse"]
+                below = other.mean, self.bootstrap.means(other)
+                found[f"relative_to_{to}"] = divide(found["mse"][0], below[0]), divide(found["mse"][1], below[1])
+            for key, (point, resampled) in found.items():
+                rows[name] |= {key: point, f"{key}_interval": self.bootstrap.interval(resampled)}
+        for name, parts in self.pooled.items():
+            collapse = np.full((self.horizon, len(CollapseStats._fields)), np.nan)
+            collapse[self.shown] = [collapse_stats(step) for step in torch.cat(parts).unbind(dim=1)]
+            rows[name] |= dict(zip(CollapseStats._fields, collapse.T, strict=True))
+        return rows
