@@ -202,7 +202,7 @@ class Dynamics(nn.Module):
     def __init__(self, dimension: int) -> None:
         super().__init__()
         self.standardise = nn.BatchNorm1d(dimension, affine=False)
-        last = nn.Linear(WIDTH, dimension)
+        last = nn.Linear(WIDTH, dimension, bias=False)
         nn.init.zeros_(last.weight)
         hidden = [nn.Linear(CONTEXT * dimension, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU()]
         self.change = nn.Sequential(*hidden, last)
