@@ -24,6 +24,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from jepa.baselines import Ridge
+from jepa.metrics import central_interval, live_features
 from jepa.sequence import Sequence
 
 GUESSES = ("rollout", "ridge", "copy_last", "mean")
@@ -195,11 +196,11 @@ def cross_fit_blend(errors: Tensor, folds: np.ndarray) -> tuple[Tensor, Tensor]:
         float64 (4,) and (N, places, D).
     """
     grams = torch.stack([torch.einsum("gnpd,knpd->gk", part, part) for part in _parts(errors, folds)])  # (F, 4, 4)
-    left = torch.empty_like(errors[0])
-    for fold, blend in enumerate(best_blend(grams.sum(dim=0) - grams)):
+    left, blends = torch.empty_like(errors[0]), best_blend(grams.sum(dim=0) - grams)
+    for fold, blend in enumerate(blends):
         chosen = torch.from_numpy(folds == fold)
         left[chosen] = torch.einsum("g,gnpd->npd", blend, errors[:, chosen])
-    return best_blend(grams.sum(dim=0)), left
+    return blends.mean(dim=0), left
 
 
 def best_blend(gram: Tensor) -> Tensor:
@@ -236,24 +237,29 @@ def cross_fit_energy(errors: Tensor, folds: np.ndarray) -> tuple[tuple[Tensor, T
     total = torch.stack([part[0].sum(dim=(0, 1)) for part in parts])  # (F, D)
     square = torch.stack([torch.einsum("npd,npk->dk", part[0], part[0]) for part in parts])  # (F, D, D)
     energies = torch.empty(len(errors), dtype=torch.float64)
+    usual_mean, usual_precision = torch.zeros_like(total[0]), torch.zeros_like(square[0])
     for fold in range(len(parts)):
         chosen = torch.from_numpy(folds == fold)
-        others = (count.sum() - count[fold], total.sum(dim=0) - total[fold], square.sum(dim=0) - square[fold])
-        mean, whitening = _whiten(*others)
-        energies[chosen] = reduce(((errors[chosen] - mean) @ whitening).square(), "n p d -> n", "mean")
-    mean, whitening = _whiten(count.sum(), total.sum(dim=0), square.sum(dim=0))
+        mean, precision = _precision(*(value.sum(dim=0) - value[fold] for value in (count, total, square)))
+        held_out = errors[chosen] - mean
+        energies[chosen] = reduce(held_out @ precision * held_out, "n p d -> n", "sum") / held_out[0].numel()
+        usual_mean += mean / len(parts)
+        usual_precision += precision / len(parts)
+    # The mean of the parts' units, not the units of all: a new clip then meets units fitted on as little as were those
+    # that each held-out clip met, and few clips make it no less surprising than they were.
     scale = energies.mean().clamp_min(1e-12)
-    return (mean, whitening / scale.sqrt()), (energies / scale).numpy()
+    values, vectors = torch.linalg.eigh(usual_precision / scale)
+    return (usual_mean, vectors * values.clamp_min(0).sqrt() @ vectors.T), (energies / scale).numpy()
 
 
-def _whiten(count: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and whitening (D, D) from sums over samples of errors (D,) and of their products (D, D)."""
+def _precision(count: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and inverse covariance (D, D), from sums over samples of errors (D,) and of their products (D, D)."""
     mean = total / count
     covariance = square / count - torch.outer(mean, mean)
     variance = covariance.diagonal().clamp_min(1e-12)
     shrunk = (1 - COVARIANCE_SHRINKAGE) * covariance + COVARIANCE_SHRINKAGE * torch.diag(variance)
     values, vectors = torch.linalg.eigh(shrunk)
-    return mean, (vectors / values.clamp_min(1e-12).sqrt()) @ vectors.T
+    return mean, vectors / values.clamp_min(1e-12) @ vectors.T
 
 
 def predictive_quantiles(energies: np.ndarray, groups: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -283,8 +289,6 @@ def fit_spread(drawn: Tensor, came: Tensor) -> Tensor:
         drawn: (n, N, H, *tokens, D), samples.
         came: (N, H, *tokens, D).
     """
-    from jepa.metrics import central_interval, live_features
-
     centre = drawn.mean(dim=0)
     error, live = came - centre, live_features(came)
     off = torch.zeros(len(SPREADS), came.shape[1])
