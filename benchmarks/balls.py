@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
-    Recipe, embed, finished, forecasts, read_json, run, table_by_horizon, table_of_measures, train,
+    Recipe,
+    embed,
+    finished,
+    forecasts,
+    read_json,
+    run,
+    table_by_horizon,
+    table_of_measures,
+    train,
 )  # fmt: skip
 from benchmarks.robot import compare_with_the_best
 from data.cache import EmbeddingCache
@@ -89,7 +97,7 @@ def textured(seed: int, folder: Path) -> dict[str, float]:
     for number, (split, clips) in enumerate({"train": 1000, "test": 100}.items()):
         write_ball_videos(videos[split], clips, world, seed=1000 + 2 * seed + number)
     train("pretrain_encoder", folder / "encoder", {"videos": videos["train"], "fps": world.fps, "seed": seed})
-    embed(folder, videos, Recipe(world.fps, embedding={"columns": STATE_COLUMNS}))
+    embed(folder, videos, Recipe(world.fps, columns=STATE_COLUMNS))
     return probe_positions(folder / "cache", "textured")
 
 
@@ -115,8 +123,9 @@ def read_labelled(folder: Path, most: int = 40_000) -> tuple[Tensor, Tensor, Ten
 def collapse(seed: int, folder: Path) -> dict[str, float]:
     """At which step the alarm trips without the variance term, and whether it ever did in the healthy run."""
     if not finished(folder / "collapsed"):
-        run("pretrain_encoder", {"videos": folder / "videos" / "train", "fps": BallWorld().fps, "seed": seed},
-            {"steps": 200, "objective.variance-weight": 0}, "--output-dir", folder / "collapsed", "--overwrite")  # fmt: skip
+        data = {"videos": folder / "videos" / "train", "fps": BallWorld().fps, "seed": seed}
+        run("pretrain_encoder", data, {"steps": 200, "objective.variance-weight": 0},
+            "--output-dir", folder / "collapsed", "--overwrite")  # fmt: skip
     without, healthy = (read_json(folder / name / "metrics.json") for name in ("collapsed", "encoder"))
     return {
         "alarm without variance, at step": without["first_collapse_step"] or np.inf,

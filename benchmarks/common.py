@@ -167,8 +167,9 @@ class Recipe(NamedTuple):
     fps: float
     encoder: object = ()
     predictor: object = ()
-    embedding: object = ()
     evaluation: object = ()
+    columns: tuple[str, ...] = ()
+    """Columns of the tables beside the videos: cached, and read off forecasts."""
 
 
 def make_model(folder: Path, videos: Mapping[str, object], recipe: Recipe, seed: int) -> dict[str, float]:
@@ -189,20 +190,20 @@ def make_model(folder: Path, videos: Mapping[str, object], recipe: Recipe, seed:
     embed(folder, videos, recipe)
     caches = {"train-cache": folder / "cache" / "train", "validation-cache": folder / "cache" / "val"}
     seconds["predictor"] = train("train_predictor", folder / "predictor", caches, recipe.predictor, common)
-    evaluate(folder / "cache", folder / "predictor", recipe.evaluation)
+    probes = {"probe-cache": caches["train-cache"], "probe-columns": recipe.columns} if recipe.columns else {}
+    evaluate(folder / "cache", folder / "predictor", [recipe.evaluation, probes])
     return {f"training, {name}: seconds": value for name, value in seconds.items() if value is not None}
 
 
 def embed(folder: Path, videos: Mapping[str, object], recipe: Recipe) -> None:
     """Cache embeddings by the encoder of a run; what is there already is not embedded again."""
     for split, paths in videos.items():
+        columns = {"columns": recipe.columns} if recipe.columns else {}
         run("cache_embeddings", {"videos": paths, "encoder": folder / "encoder" / "encoder", "fps": recipe.fps},
-            recipe.embedding, "--output-dir", folder / "cache" / split)  # fmt: skip
+            columns, "--output-dir", folder / "cache" / split)  # fmt: skip
 
 
-def evaluate(
-    caches: Path, predictor: Path, given: object = (), command: str = "evaluate_rollout"
-) -> None:
+def evaluate(caches: Path, predictor: Path, given: object = (), command: str = "evaluate_rollout") -> None:
     """Evaluate the predictor of a run on `caches/test`, into `evaluation` beside it, unless that has finished."""
     folder = predictor.with_name(predictor.name.replace("predictor", "evaluation"))
     if not finished(folder):

@@ -62,7 +62,9 @@ def write_digit_clip(folder: Path, index: int, digits: np.ndarray, *, frames: in
         with unfinished.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["frame", "time_s", *STATE_COLUMNS])
-            writer.writerows([frame, f"{frame / FPS:.6f}", *both.ravel().round(4)] for frame, both in enumerate(centres))
+            writer.writerows(
+                [frame, f"{frame / FPS:.6f}", *both.ravel().round(4)] for frame, both in enumerate(centres)
+            )
         unfinished.replace(table)
     return path
 

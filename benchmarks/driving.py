@@ -37,8 +37,7 @@ RECIPE = Recipe(
     encoder={"steps": 1000, "clock-offsets": 3, "views.light-amplitude": 0, "views.pixel-noise": 0,
              "encoder.image-size": (32, 64), "encoder.embedding-dimension": 128, "encoder.head-widths": 256},
     predictor={"rollout-steps": 20, "steps": 400},
-    embedding={"columns": ("speed", "steering")},
-    evaluation={"probe-columns": ("speed", "steering")},
+    columns=("speed", "steering"),
 )  # fmt: skip
 """The camera moves: there is no static background that changing light would have to make useless."""
 HORIZONS = (1, 5, 10, 15, 20)

@@ -100,7 +100,7 @@ def measure_seed(seed: int, folder: Path, digits: dict[str, np.ndarray], options
         fps=FPS,
         encoder=options.encoder_options.split(),
         predictor=[{"predictor.context": CONTEXT, "validation-horizon": HORIZON}, *options.predictor_options.split()],
-        embedding={"columns": STATE_COLUMNS},
+        columns=STATE_COLUMNS,
         evaluation={"horizon": HORIZON},
     )
     seconds = make_model(folder, {split: folder / "videos" / split for split in digits}, recipe, seed)

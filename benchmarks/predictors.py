@@ -59,7 +59,9 @@ def measure(run: Path, kind: str, seed: int, options: Options) -> dict[str, floa
     evaluation = folder.with_name(folder.name.replace("predictor", "evaluation"))
     figures = {"training: seconds": float(read_json(folder / "metrics.json")["seconds"])}
     for name in ("model", "ridge"):
-        for horizon, error in zip(HORIZONS, forecasts(evaluation, "relative_to_copy_last", HORIZONS)[name], strict=True):
+        for horizon, error in zip(
+            HORIZONS, forecasts(evaluation, "relative_to_copy_last", HORIZONS)[name], strict=True
+        ):
             figures[f"{name}, {horizon} ahead, of copying"] = error
     return figures
 

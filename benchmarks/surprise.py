@@ -1,19 +1,19 @@
 r"""Impossible events: is a trained world model surprised by what cannot happen, and only by that?
 
-  python benchmarks/surprise.py --run runs/benchmarks/balls/seed_0 --output-dir runs/benchmarks/surprise
+  python -m benchmarks.surprise --runs runs/benchmarks/balls/seed_0
 
 Makes pairs of clips as real videos: in one of each pair a ball turns round in mid-air, both balls freeze, or they pass
 through each other; the other is its lawful twin, the same up to that moment, behind the same flickering background.
-Each predictor scores both at the same frames, and the AUROC says how well its scores tell the impossible clips from the
-lawful ones. With t the first frame that shows the event, the score of a clip is, for every predictor alike,
+Each forecast scores both at the same frames, and the AUROC says how well its scores tell the impossible clips from the
+lawful ones. With t the first frame that shows the event, the score of a clip is, for every forecast alike,
 
   reverse                     the greatest energy of the frames t to t + 2
   freeze                      the mean energy of the frames t to t + 4
   pass_through                the mean energy of the frames t + 2 to t + 6, when the lawful bounce is over
   pass_through, at the bounce the greatest energy of the frames t to t + 2, hard to predict in the lawful twin, too
 
-The energy is that of `jepa.energy`, each predictor's errors in units of its own usual ones on the run's validation
-clips, one step ahead; beside it stands the plain squared error. Prints a table in Markdown and writes `results.json`.
+The energy of a forecast is the Mahalanobis distance of its one-step error among its own on the run's validation clips;
+beside it stands the plain squared error. Prints a table in Markdown and writes `results.json`.
 """
 
 import csv
@@ -25,30 +25,36 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import torch
 from einops import rearrange
+from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from data.embedding_cache import EmbeddingCache
-from data.synthetic import BallWorld, Event, write_ball_pairs
-from jepa.baselines import Baseline
-from jepa.energy import measure_usual_errors, prediction_errors
+from benchmarks.common import markdown, run
+from benchmarks.synthetic_events import Event, write_ball_pairs
+from data.cache import EmbeddingCache
+from data.synthetic import BallWorld
+from jepa.baselines import CopyLast, LinearExtrapolation
+from jepa.calibration import Calibration
 from jepa.predictor import Predictor
-from pipelines.artefacts import load_predictor
-from pipelines.stage import require, run_python, run_stage, write_json
+from jepa.rollout import rollout
+from jepa.sequence import Future, Sequence
+from pipelines.run.command import require, run_command
+from pipelines.run.folder import write_json
+from pipelines.run.models import load_predictor
 
-EVENTS: list[Event] = [event for event in get_args(Event) if event != "none"]
-PREDICTORS = ("model", "copy_last", "linear_extrapolation", "ridge")
 RESAMPLES = 1000
+Scores = Callable[[np.ndarray], np.ndarray]
+"""Errors (N, D) -> (N,)."""
 
 
 @dataclass(frozen=True)
 class Options:
     """Impossible events among bouncing balls."""
 
-    run: tuple[Path, ...]
+    runs: tuple[Path, ...]
     """Trained runs on balls, each a folder with `encoder/`, `predictor/` and `cache/val`, as the demo leaves it."""
     seeds: tuple[int, ...] = (200, 201, 202)
-    """Of the pairs: each makes its own."""
+    """Seeds of the pairs: each makes its own."""
     pairs: int = 100
     """Pairs of each event and seed."""
     output_dir: Path = Path("runs/benchmarks/surprise")
@@ -75,56 +81,42 @@ class Pairs(NamedTuple):
     """All pairs of one event, embedded."""
 
     lawful: Tensor
-    """(pairs, T, D), standardised."""
+    """(pairs, T, D), raw."""
     impossible: Tensor
-    """(pairs, T, D), standardised."""
+    """(pairs, T, D), raw."""
     shown_at: np.ndarray
-    """(pairs,), the first frame that shows the event."""
+    """int (pairs,), the first frame that shows the event."""
 
 
 def main(options: Options) -> None:
-    """The story: load, make pairs, and for each run embed them, score them; print."""
+    """The story: make pairs, and for each run embed them and score them; print."""
     world = BallWorld()
-    predictors = {run: load_predictor(run / "predictor" / "predictor") for run in options.run}
-    for run, predictor in predictors.items():
-        require(predictor.fps == world.fps, f"{run} was trained at {predictor.fps:g} fps, the pairs have {world.fps}")
-        context, earliest = predictor.config.context, world.frames // 4
-        require(
-            context <= earliest, f"{run}: its context of {context} is more than the {earliest} frames before events"
-        )
-    folders = {
-        event: [options.output_dir / "pairs" / event / f"seed_{seed}_{options.pairs}" for seed in options.seeds]
-        for event in EVENTS
-    }
-    for event, each in folders.items():
-        for folder, seed in zip(each, options.seeds, strict=True):
-            write_ball_pairs(folder, options.pairs, world, seed, event)
+    folders = {event: [options.output_dir / "pairs" / event / f"seed_{seed}_{options.pairs}" for seed in options.seeds]
+               for event in get_args(Event)}  # fmt: skip
+    for event, of_event in folders.items():
+        for folder, seed in zip(of_event, options.seeds, strict=True):
+            write_ball_pairs(folder, options.pairs, world, seed=seed, event=event)
     results = []
-    for run, predictor in predictors.items():
+    for trained in options.runs:
+        predictor, calibration = load_predictor(trained / "predictor")
+        require(predictor.config.context <= world.frames // 4, f"{trained}: its context reaches into the events")
         cache = options.output_dir / "cache" / predictor.encoder_fingerprint
-        embed([folder for each in folders.values() for folder in each], run / "encoder" / "encoder", world.fps, cache)
-        pairs = {event: read_pairs(cache, each, predictor) for event, each in folders.items()}
-        results += [{"run": str(run)} | found for found in measure(predictor, EmbeddingCache(run / "cache/val"), pairs)]
+        run("cache_embeddings", {"videos": [folder for of_event in folders.values() for folder in of_event],
+            "encoder": trained / "encoder" / "encoder", "fps": world.fps}, "--output-dir", cache)  # fmt: skip
+        pairs = {event: read_pairs(EmbeddingCache(cache), of_event) for event, of_event in folders.items()}
+        usual = EmbeddingCache(trained / "cache" / "val")
+        results += [{"run": str(trained)} | found for found in measure(predictor, calibration, usual, pairs)]
     write_json(options.output_dir / "results.json", results)
-    print("| run | event | predictor | pairs | AUROC of the energy | AUROC of the squared error |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    rows = [["run", "event", "forecast", "pairs", "AUROC of the energy", "AUROC of the squared error"]]
     for found in results:
-        cells = [found[name] for name in ("run", "event", "predictor", "pairs")]
-        cells += ["{:.3f} ({:.3f} to {:.3f})".format(*found[name]) for name in ("energy", "squared_error")]
-        print(f"| {' | '.join(map(str, cells))} |")
+        intervals = ["{:.3f} ({:.3f} to {:.3f})".format(*found[name]) for name in ("energy", "squared error")]
+        rows.append([*(str(found[name]) for name in ("run", "event", "forecast", "pairs")), *intervals])
+    print(markdown(rows))
 
 
-def embed(videos: list[Path], encoder: Path, fps: float, cache: Path) -> None:
-    """Cache the embeddings of all videos in some folders, as one does with one's own."""
-    run_python(
-        "pipelines/cache_embeddings.py", "--videos", *videos, "--encoder", encoder, "--fps", fps, "--output-dir", cache,
-    )  # fmt: skip
-
-
-def read_pairs(cache: Path, folders: list[Path], predictor: Predictor) -> Pairs:
+def read_pairs(cache: EmbeddingCache, folders: list[Path]) -> Pairs:
     """The embeddings of all pairs in some folders, and when their events show."""
-    stored = EmbeddingCache(cache)
-    clips = {clip.key.source: clip for clip in stored.clips}
+    clips = {clip.key.source: clip for clip in cache.clips}
     twins: dict[str, list[Tensor]] = {"lawful": [], "impossible": []}
     shown_at = []
     for impossible in sorted(path for folder in folders for path in (folder / "impossible").glob("*.csv")):
@@ -132,58 +124,47 @@ def read_pairs(cache: Path, folders: list[Path], predictor: Predictor) -> Pairs:
             shown_at.append([row["event"] for row in csv.DictReader(file)].index("1"))
         for kind, embeddings in twins.items():
             video = (impossible.parent.parent / kind / impossible.name).with_suffix(".mp4").resolve()
-            embeddings.append(predictor.standardise(torch.from_numpy(stored.clip_embeddings(clips[str(video)]))))
+            embeddings.append(torch.from_numpy(cache.clip_embeddings(clips[str(video)])))
     return Pairs(torch.stack(twins["lawful"]), torch.stack(twins["impossible"]), np.array(shown_at))
 
 
 @torch.no_grad()
-def measure(predictor: Predictor, validation: EmbeddingCache, pairs: dict[Event, Pairs]) -> list[dict[str, Any]]:
-    """AUROC, each with a 95 % interval over pairs, for every rule and predictor."""
-    context = predictor.config.context
-    usual_clips = torch.stack(
-        [predictor.standardise(torch.from_numpy(validation.clip_embeddings(clip))) for clip in validation.clips]
-    )
-    records: list[dict[str, Any]] = []
-    baselines = predictor.baselines()
-    for name in PREDICTORS:
-        one = predictor if name == "model" else baselines[name]
-        usual = measure_usual_errors(one_step_errors(one, usual_clips, context))
-        scorings = {"energy": usual.energy, "squared_error": squared_error}
+def measure(
+    predictor: Predictor, calibration: Calibration, usual: EmbeddingCache, pairs: dict[Event, Pairs]
+) -> list[dict[str, Any]]:
+    """AUROC, each with a 95 % interval over pairs, for every rule and forecast."""
+    context, fps, next_tick = predictor.config.context, predictor.fps, Future.ticks(1, predictor.fps)
+    forecasts: dict[str, Callable[[Sequence], Tensor]] = {
+        "model": lambda past: rollout(predictor, past, next_tick, calibration=calibration),
+        "copy_last": lambda past: rollout(CopyLast(fps), past, next_tick),
+        "linear_extrapolation": lambda past: rollout(LinearExtrapolation(fps), past, next_tick),
+        "ridge": lambda past: rollout(calibration.ridge, past, next_tick),
+    }
+
+    def errors_of(forecast: Callable[[Sequence], Tensor], clips: Tensor) -> np.ndarray:
+        """Standardised errors of each embedding after the first `context`, (B x (T - context), D)."""
+        windows = rearrange(clips.unfold(1, context + 1, 1), "b t d k -> (b t) k d")
+        error = forecast(Sequence.on_clock(windows[:, :context], fps))[:, 0] - windows[:, context]
+        return (error / predictor.std).numpy()
+
+    def score(errors: np.ndarray, scores: Scores, shown_at: np.ndarray, rule: Rule) -> np.ndarray:
+        """One number a clip, (pairs,)."""
+        energies = scores(errors).reshape(len(shown_at), -1)  # (pairs, T - context)
+        frames = np.arange(rule.frames.start, rule.frames.stop) + shown_at[:, None] - context  # (pairs, frames)
+        return rule.reduce(np.take_along_axis(energies, frames, axis=1), axis=1)
+
+    ordinary = torch.stack([torch.from_numpy(usual.clip_embeddings(clip)) for clip in usual.clips])
+    records = []
+    for name, forecast in forecasts.items():
+        scorings = {"energy": LedoitWolf().fit(errors_of(forecast, ordinary)).mahalanobis,
+                    "squared error": lambda errors: np.square(errors).mean(axis=1)}  # fmt: skip
         for title, rule in RULES.items():
             lawful, impossible, shown_at = pairs[rule.event]
-            records.append(
-                {"event": title, "predictor": name, "pairs": len(shown_at)}
-                | {
-                    scoring: auroc(*(score(one, clips, shown_at, context, rule, of) for clips in (lawful, impossible)))
-                    for scoring, of in scorings.items()
-                }
-            )
+            both = [errors_of(forecast, clips) for clips in (lawful, impossible)]
+            found = {scoring: auroc(*(score(errors, scores, shown_at, rule) for errors in both))
+                     for scoring, scores in scorings.items()}  # fmt: skip
+            records.append({"event": title, "forecast": name, "pairs": len(shown_at)} | found)
     return records
-
-
-def one_step_errors(one: Predictor | Baseline, clips: Tensor, context: int) -> Tensor:
-    """Of each embedding after the first `context`; (B, T, D) -> (n, B x (T - context), 1, D), n predictions of each."""
-    windows = rearrange(clips.unfold(1, context + 1, 1), "b t d k -> (b t) k d")
-    return prediction_errors(one, windows[:, :context], windows[:, context:])
-
-
-def squared_error(errors: Tensor) -> Tensor:
-    """Mean over the features, of the nearest of n predictions; (n, B, h, D) -> (B, h)."""
-    return errors.square().mean(dim=-1).amin(dim=0)
-
-
-def score(
-    one: Predictor | Baseline,
-    clips: Tensor,
-    shown_at: np.ndarray,
-    context: int,
-    rule: Rule,
-    of_errors: Callable[[Tensor], Tensor],
-) -> np.ndarray:
-    """One number a clip; (pairs, T, D) -> (pairs,)."""
-    energies = of_errors(one_step_errors(one, clips, context)).numpy().reshape(len(clips), -1)  # (pairs, T - context)
-    frames = np.arange(rule.frames.start, rule.frames.stop) + shown_at[:, None] - context  # (pairs, frames)
-    return rule.reduce(np.take_along_axis(energies, frames, axis=1), axis=1)
 
 
 def auroc(lawful: np.ndarray, impossible: np.ndarray) -> tuple[float, float, float]:
@@ -200,4 +181,4 @@ def auroc(lawful: np.ndarray, impossible: np.ndarray) -> tuple[float, float, flo
 
 
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)

@@ -27,8 +27,8 @@ from typing import Any, Literal, Self
 import torch
 from safetensors.torch import load_file
 
-from data.synthetic import BallWorld, write_ball_videos
 from benchmarks.common import ROOT, words
+from data.synthetic import BallWorld, write_ball_videos
 from jepa.config import Bounded, Positive, PositiveInt
 from pipelines.run.command import require, run_command
 from pipelines.run.folder import write_json
@@ -154,7 +154,9 @@ def main(options: Options) -> None:
             for stop in lose(machines, loss, run, folder / loss / "training_state", options.limit_s):
                 results[f"{loss}: side {stop.side}"] = vars(stop)
                 when = "never ended" if stop.seconds is None else f"ended after {stop.seconds:.1f} s"
-                print(f"{loss}: side {stop.side} {when}, exit code {stop.exit_code}", *stop.said, sep="\n  ", flush=True)
+                print(
+                    f"{loss}: side {stop.side} {when}, exit code {stop.exit_code}", *stop.said, sep="\n  ", flush=True
+                )
                 complaints += [f"{loss}: {stop.complaint}"] if stop.complaint else []
             train(machines, [*run, "--resume"])
             equal = same_weights(folder / "undisturbed", folder / loss)
