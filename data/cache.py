@@ -136,6 +136,11 @@ class EmbeddedClip:
     ticks: np.ndarray
     """int64 (T,), strictly increasing; a jump by more than 1 is a gap in the recording."""
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All columns, the clock's last."""
+        return self.columns | {"times_s": self.times_s, "ticks": self.ticks}
+
 
 class CachedClip(NamedTuple):
     """Where a clip lies in a cache."""
@@ -171,7 +176,7 @@ class CacheWriter:
         self, folder: Path, provenance: Provenance, *, clips_per_shard: int = 64, is_main: bool = True
     ) -> None:
         self.folder, self.clips_per_shard = folder, clips_per_shard
-        self.buffer: list[tuple[ClipKey, dict[str, np.ndarray]]] = []
+        self.buffer: list[EmbeddedClip] = []
         self.lock: IO[bytes] | None = None
         try:
             if is_main:
@@ -212,7 +217,7 @@ class CacheWriter:
             ValueError: the clip is empty, or its arrays do not fit together or to the cache's columns.
             CacheError: an embedding is not finite in the cache's type.
         """
-        self.buffer.append((clip.key, _as_stored(clip, self.columns)))
+        self.buffer.append(_as_stored(clip, self.columns))
         if len(self.buffer) >= self.clips_per_shard:
             self.commit()
 
@@ -222,13 +227,13 @@ class CacheWriter:
             return
         name = uuid.uuid4().hex
         shard = self.folder / "shards" / f"{name}.h5"
-        columns = {column: np.concatenate([arrays[column] for _, arrays in self.buffer]) for column in self.columns}
+        columns = {column: np.concatenate([clip.arrays[column] for clip in self.buffer]) for column in self.columns}
         columns["shard"] = np.frombuffer(name.encode(), np.uint8)
         with _synced(shard) as unfinished, h5py.File(unfinished, "x") as file:
             offsets = {
                 column: file.create_dataset(column, data=data).id.get_offset() for column, data in columns.items()
             }
-        clips = [[*key, len(arrays["ticks"]), _checksum(arrays.values())] for key, arrays in self.buffer]
+        clips = [[*clip.key, len(clip.ticks), _checksum(clip.arrays.values())] for clip in self.buffer]
         # Later than all that is there, even if that was written by a clock that was ahead.
         self.written_ns = max(time.time_ns(), self.written_ns + 1)
         manifest = {"shard": name, "bytes": shard.stat().st_size, "written_ns": self.written_ns, "offsets": offsets}
@@ -466,18 +471,19 @@ def _are_sizes(*values: Any) -> bool:
     return all(type(value) is int and value > 0 for value in values)
 
 
-def _as_stored(clip: EmbeddedClip, columns: dict[str, Column]) -> dict[str, np.ndarray]:
-    """The arrays of a clip as they are written: contiguous, in the types and the order of the cache's columns."""
-    given = clip.columns | {"times_s": clip.times_s, "ticks": clip.ticks}
+def _as_stored(clip: EmbeddedClip, columns: dict[str, Column]) -> EmbeddedClip:
+    """The clip as it is written: contiguous, in the types and the order of the cache's columns."""
+    given = clip.arrays
     shapes = {name: values.shape for name, values in given.items()}
     if len(clip.ticks) == 0 or shapes != {name: (len(clip.ticks), *column.shape) for name, column in columns.items()}:
         raise ValueError(f"{clip.key.source}: arrays of shapes {shapes} do not fit the columns {columns}")
     with np.errstate(over="ignore"):  # what a type cannot hold is infinite, and refused
-        stored = {name: np.ascontiguousarray(given[name], column.dtype) for name, column in columns.items()}
-    if not np.isfinite(stored["embeddings"]).all():
+        stored = {name: np.require(given[name], column.dtype, ["C", "W"]) for name, column in columns.items()}
+    # Extremes tell of NaN and infinity alike, in a small part of the time that `np.isfinite` takes for float16.
+    if not all(map(math.isfinite, torch.aminmax(torch.from_numpy(stored["embeddings"])))):
         dtype = columns["embeddings"].dtype
         raise CacheError(f"the embeddings of {clip.key.source} are not finite in {dtype}: check the encoder")
-    return stored
+    return EmbeddedClip(clip.key, times_s=stored.pop("times_s"), ticks=stored.pop("ticks"), columns=stored)
 
 
 def _checksum(arrays: Iterable[np.ndarray]) -> int:
