@@ -192,19 +192,6 @@ def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> No
     to_disk(folder.parent)
 
 
-def load_artefact(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the weights of an artefact. Raises `UserError` if it is missing or of another kind."""
-    for name in ("config.json", "model.safetensors"):
-        require((folder / name).is_file(), f"{folder}: there is no {kind} here ({name} is missing)")
-    content = read_json(folder / "config.json")
-    require("kind" in content and "config" in content, f"{folder}/config.json is not of this version: make it again")
-    require(content["kind"] == kind, f"{folder}: this is no {kind}; its config.json says {content['kind']}")
-    try:
-        return content["config"], load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}/model.safetensors cannot be read ({error}): copy it again") from error
-
-
 def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Module]) -> Module:
     """The module of an artefact in evaluation mode: every weight is there, none is left over, all shapes agree.
 
@@ -217,17 +204,22 @@ def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Modul
     Raises:
         UserError: it is missing, damaged, of another kind, or its weights are not those of its configuration.
     """
-    config, state = load_artefact(folder, kind)
+    for name in ("config.json", "model.safetensors"):
+        require((folder / name).is_file(), f"{folder}: there is no {kind} here ({name} is missing)")
+    content = read_json(folder / "config.json")
+    require("kind" in content and "config" in content, f"{folder}/config.json is not of this version: make it again")
+    require(content["kind"] == kind, f"{folder}: this is no {kind}; its config.json says {content['kind']}")
     try:
+        state = load_file(folder / "model.safetensors")
         with torch.device("meta"):
-            wanted = {name: tuple(value.shape) for name, value in build(config).state_dict().items()}
+            wanted = {name: tuple(value.shape) for name, value in build(content["config"]).state_dict().items()}
         for name in wanted.keys() | state.keys():
             want, have = wanted.get(name, "none"), tuple(state[name].shape) if name in state else "missing"
             require(want == have, f"{folder}: {name} of this {kind} is {have}, its configuration wants {want}")
-        module = build(config)
+        module = build(content["config"])
         module.load_state_dict(state)
         return module.eval()
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: the {kind} here cannot be loaded ({reason}): copy or make it again") from error
 

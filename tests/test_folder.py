@@ -1,0 +1,318 @@
+"""What a command leaves behind: nobody else's work is harmed, and an artefact is what it says."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipelines.run.command import Finished, UserError
+from pipelines.run.folder import (
+    RunFolder,
+    environment,
+    load_module,
+    read_json,
+    save_artefact,
+    to_json,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a command that can go on with what it began."""
+
+    output_dir: Path
+    steps: int = 3
+    learning_rate: float = 1e-3
+    width: int = 8
+    overwrite: bool = False
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Once:
+    """Of a command that begins anew each time."""
+
+    output_dir: Path
+    overwrite: bool = False
+
+
+def take(path, command="train", **options):
+    return RunFolder(Options(path, **options), command, ("model",))
+
+
+def leave(path, inputs=None, finished=True, **options):
+    """The folder of a run that has come to its end, or not."""
+    folder = take(path, **options)
+    folder.begin(inputs or {})
+    save_artefact(path / "model", "linear", {"width": 2}, nn.Linear(2, 2))
+    (path / "logs").mkdir(exist_ok=True)
+    (path / "logs" / "events.out.tfevents.1.host").write_text("curve")
+    if finished:
+        folder.finish({"loss": float("nan")})
+    else:
+        folder.release()
+    return path
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return leave(tmp_path / "runs" / "encoder")
+
+
+def test_a_run_is_marked_and_traced_back(run):
+    mark = json.loads((run / "run.json").read_text())
+    assert (mark["command"], mark["finished"], mark["options"]["steps"]) == ("train", True, 3)
+    assert mark["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert mark["code"] == "unknown" or len(mark["code"].removesuffix("-dirty")) == 40
+    assert json.loads((run / "metrics.json").read_text()) == {"loss": None}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_the_folder_above_a_run_is_left_alone(run, command, overwrite):
+    """`--output-dir runs` for `runs/encoder`."""
+    before = everything(run.parent)
+    with pytest.raises(UserError, match=r"runs holds encoder, and no run of \w+: take another one"):
+        take(run.parent, command, overwrite=overwrite)
+    assert everything(run.parent) == before
+    assert not (run.parent / "run.json").exists()
+
+
+@pytest.mark.parametrize("names", [("a.mp4",), ("logs/mine",), ("encoder/model.safetensors",), ("metrics.json",)])
+def test_a_folder_that_was_never_a_run_is_left_alone(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="and no run of train"):
+            take(tmp_path, overwrite=overwrite)
+    assert everything(tmp_path) == set(names)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_new_folder_an_empty_one_and_one_with_a_log_are_taken(tmp_path):
+    (tmp_path / "tee.log").touch()
+    (tmp_path / ".hidden").touch()
+    take(tmp_path).begin({})
+    take(tmp_path / "new" / "one").begin({})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is no folder"):
+        take(tmp_path / "file")
+
+
+def test_another_commands_run_is_left_alone(run, tmp_path):
+    unfinished = leave(tmp_path / "unfinished", finished=False)
+    for path in (run, unfinished):
+        for options in (Once(path), Once(path, overwrite=True)):
+            with pytest.raises(UserError, match="holds a run of train: take another --output-dir for evaluate"):
+                RunFolder(options, "evaluate", ("model",))
+    assert (unfinished / "model" / "config.json").exists()
+
+
+def test_a_run_is_replaced_only_if_told(run):
+    with pytest.raises(UserError, match="a finished run: add --overwrite"):
+        take(run)
+    with pytest.raises(UserError, match="give one of them"):
+        take(run, overwrite=True, resume=True)
+    (run / "notes.txt").write_text("mine")
+    (run / "model" / "notes.txt").write_text("mine")
+    folder = take(run, overwrite=True)
+    assert (run / "model" / "model.safetensors").exists()  # not before all inputs have been checked
+    folder.begin({})
+    assert everything(run) == {"run.json", "notes.txt", "model/notes.txt"}
+    assert not json.loads((run / "run.json").read_text())["finished"]
+
+
+def test_a_kill_while_the_old_run_is_removed_leaves_no_finished_half(run, monkeypatch):
+    folder = take(run, overwrite=True, steps=9)
+    monkeypatch.setattr("pipelines.run.folder.discard", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        folder.begin({})
+    mark = json.loads((run / "run.json").read_text())
+    assert (mark["finished"], mark["options"]["steps"]) == (False, 3)  # what is there still is the old one's
+
+
+def test_an_unfinished_run_is_resumed_with_the_same_options_and_inputs(tmp_path, capsys):
+    inputs = {"cache": {"fingerprint": "ab", "clips": 3}}
+    run = leave(tmp_path / "run", inputs, finished=False)
+    with pytest.raises(UserError, match="an unfinished run: add --resume to go on with it, or --overwrite"):
+        take(run)
+    with pytest.raises(UserError, match="was started with width = 8, not 9"):
+        take(run, resume=True, width=9)
+    with pytest.raises(UserError, match=r"steps = 3, not 2: .*--steps may be raised"):
+        take(run, resume=True, steps=2)
+    with pytest.raises(UserError, match=r"began with cache\.fingerprint = ab, which is now cd: resume with the same"):
+        take(run, resume=True).begin({"cache": {"fingerprint": "cd", "clips": 3}})
+    moved = run.rename(tmp_path / "moved")
+    take(moved, resume=True, steps=5, learning_rate=1e-4).begin(inputs)
+    said = capsys.readouterr().out
+    assert "resuming with steps = 5 instead of 3" in said
+    assert "resuming with learning_rate = 0.0001 instead of 0.001" in said
+    assert (moved / "model" / "model.safetensors").exists()
+    assert json.loads((moved / "run.json").read_text())["options"]["steps"] == 5
+
+
+def test_a_finished_run_that_is_resumed_has_nothing_to_do_unless_it_gets_more_steps(run):
+    with pytest.raises(Finished, match="is finished: nothing to do"):
+        take(run, resume=True)
+    take(run, resume=True, steps=4).begin({})
+    assert not json.loads((run / "run.json").read_text())["finished"]
+
+
+def test_resuming_what_never_began_begins_it(tmp_path):
+    take(tmp_path / "run").release()  # its inputs were wrong
+    RunFolder(Once(tmp_path / "run"), "evaluate", ()).release()
+    folder = take(tmp_path / "run", resume=True, width=9)
+    folder.begin({"data": "x"})
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["options"]["width"] == 9
+
+
+def test_a_command_that_cannot_resume_begins_anew(tmp_path):
+    folder = RunFolder(Once(tmp_path / "run"), "evaluate", ("table.csv",))
+    folder.begin({"data": "x"})
+    (tmp_path / "run" / "table.csv").write_text("half")
+    folder.release()
+    RunFolder(Once(tmp_path / "run"), "evaluate", ("table.csv",)).begin({"data": "y"})
+    assert everything(tmp_path / "run") == {"run.json"}
+
+
+def test_two_live_runs_in_one_folder_are_one_too_many(tmp_path):
+    first = take(tmp_path)
+    with pytest.raises(UserError, match="is in use: another process is at work on this run"):
+        take(tmp_path, resume=True)
+    first.release()
+    take(tmp_path, resume=True)
+
+
+def test_links_are_not_followed_when_writing(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").symlink_to(mine)
+    with pytest.raises(OSError, match=r"\.lock"):
+        take(run)
+    (run / ".lock").unlink()
+    (run / ".tmp.run.json").symlink_to(mine)
+    take(run).begin({})
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"format": "other"}', "\xff"])
+def test_a_damaged_mark_is_one_line(run, content):
+    (run / "run.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"run\.json") as raised:
+        take(run, overwrite=True)
+    assert "\n" not in str(raised.value)
+    assert (run / "model" / "model.safetensors").exists()
+
+
+def build(config):
+    return nn.Linear(config["width"], config["width"])
+
+
+@pytest.fixture
+def artefact(tmp_path):
+    save_artefact(tmp_path / "model", "linear", {"width": 2}, nn.Linear(2, 2))
+    return tmp_path / "model"
+
+
+def test_an_artefact_comes_back_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    module = nn.BatchNorm1d(3)
+    module(torch.randn(5, 3))
+    save_artefact(tmp_path / "model", "norm", {"width": 3}, module)
+    loaded = load_module(tmp_path / "model", "norm", lambda config: nn.BatchNorm1d(config["width"]))
+    assert not loaded.training
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_newer_artefact_takes_the_place_of_the_older_and_of_half_ones(artefact):
+    (artefact / "notes.txt").write_text("mine")
+    (artefact.with_name(".tmp.model")).mkdir()
+    (artefact.with_name(".tmp.model") / "half").touch()
+    save_artefact(artefact, "linear", {"width": 3}, nn.Linear(3, 3))
+    assert load_module(artefact, "linear", build).in_features == 3
+    assert everything(artefact) == {"config.json", "model.safetensors"}
+    assert [path.read_text() for path in artefact.parent.rglob("notes.txt")] == ["mine"]  # aside, not gone
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"kind": "expander", "config": {"width": 2}}, "this is no linear; its config.json says expander"),
+        ({"width": 2}, "config.json is not of this version"),
+        ({"kind": "linear", "config": {"width": 3}}, r"(weight|bias) of this linear is \(2.*, its configuration wants"),
+        ({"kind": "linear", "config": {"wide": 3}}, "the linear here cannot be loaded"),
+        ({"kind": "linear", "config": {"width": "many"}}, "the linear here cannot be loaded"),
+        ({"kind": "linear", "config": {"width": 10**7}}, "its configuration wants"),  # would be 400 TB
+        ({"kind": "linear", "config": {"width": 10**12}}, r"linear"),
+    ],
+)
+def test_an_artefact_is_what_it_says_or_one_line(config, complaint, artefact):
+    write_json(artefact / "config.json", config)
+    with pytest.raises(UserError, match=complaint) as raised:
+        load_module(artefact, "linear", build)
+    assert "\n" not in str(raised.value)
+    assert str(artefact) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "complaint"),
+    [
+        (nn.Linear(2, 2, bias=False), r"bias of this linear is missing, its configuration wants \(2,\)"),
+        (nn.Sequential(nn.Linear(2, 2)), "of this linear is"),
+        (nn.Bilinear(2, 2, 2), r"weight of this linear is \(2, 2, 2\)"),
+    ],
+)
+def test_weights_are_exactly_those_of_the_configuration(module, complaint, artefact):
+    save_artefact(artefact, "linear", {"width": 2}, module)
+    with pytest.raises(UserError, match=complaint):
+        load_module(artefact, "linear", build)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "text", "no weights", "no configuration", "nothing"])
+def test_a_damaged_artefact_is_one_line(harm, artefact):
+    if harm == "truncated":
+        os.truncate(artefact / "model.safetensors", 50)
+    elif harm == "text":
+        (artefact / "model.safetensors").write_text("no weights")
+    else:
+        for name in {"no weights": ["model.safetensors"], "no configuration": ["config.json"]}.get(
+            harm, everything(artefact)
+        ):
+            (artefact / name).unlink()
+    with pytest.raises(UserError) as raised:
+        load_module(artefact, "linear", build)
+    assert "\n" not in str(raised.value)
+
+
+def test_json_is_valid_and_replaced_whole(tmp_path):
+    path = tmp_path / "value.json"
+    values = {"nan": float("nan"), "infinite": [-np.inf, np.float32(np.inf)], "tensor": torch.tensor([1.0, np.nan])}
+    write_json(path, {**values, "array": np.arange(2), "path": tmp_path, "options": Options(tmp_path)})
+    read = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert read["nan"] is None
+    assert read["infinite"] == [None, None]
+    assert read["tensor"] == [1.0, None]
+    assert read["array"] == [0, 1]
+    assert read["options"]["output_dir"] == read["path"] == str(tmp_path)
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == read
+    assert to_json({1: (Path("x"),)}) == {"1": ["x"]}
+
+
+def test_no_repository_and_no_git_are_no_obstacle(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment()["code"] == "unknown"

@@ -1,0 +1,174 @@
+"""Options: kinds, presets, bounds, and what is said about them."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jepa.errors import ConfigurationError
+from pipelines.run.command import explain
+from pipelines.run.options import COMMANDS, OptimizerOptions, name_option, parse
+from tests.toy_trainer import Deep, Narrow, Options
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
+
+
+@pytest.fixture
+def read(monkeypatch, tmp_path):
+    """Options of a command line, and of a preset if one is given."""
+
+    def read(*arguments, preset=None):
+        if preset is not None:
+            (tmp_path / "preset.yaml").write_text(preset if isinstance(preset, str) else yaml.safe_dump(preset))
+            arguments = ("--preset", str(tmp_path / "preset.yaml"), *arguments)
+        monkeypatch.setattr(sys, "argv", ["toy_trainer.py", *arguments])
+        return parse(Options, "toy_trainer", description="Toy.")
+
+    return read
+
+
+def test_a_kind_brings_exactly_its_options(read, capsys):
+    assert read().network == Narrow()
+    assert read("--network.kind", "deep", "--network.layers", "3").network == Deep(layers=3)
+    assert read("--network.kind=deep").network == Deep()
+    assert read("--network.kind", "narrow", "--network.width", "5").network == Narrow(5)
+    assert read().helper is None
+    assert read("--helper.kind", "deep", "--helper.width", "4").helper == Deep(4)
+    with pytest.raises(SystemExit):
+        read("--network.layers", "3")  # the narrow one has none
+    assert "--network.layers" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match=r"network\.kind is dep: perhaps you meant deep"):
+        read("--network.kind", "dep")
+    with pytest.raises(ConfigurationError, match="is : known are narrow, deep"):
+        read("--network.kind")
+
+
+def test_help_shows_the_commands_own_options_first_and_the_kinds(read, capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    shown = capsys.readouterr().out
+    assert "--network.kind: narrow | deep" in shown
+    assert "--network.width" in shown
+    assert "--network.layers" not in shown
+    assert shown.index("--noise") < shown.index("--steps") < shown.index("--log-every") < shown.index("--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--steps", "0"), "error: --steps is 0: it must be at least 1"),
+        (("--noise", "nan"), "error: --noise is nan: it must be above 0"),
+        (("--optimizer.learning-rate", "-1"), "error: --optimizer.learning-rate is -1: it must be above 0"),
+        (("--network.width", "0"), "error: --network.width is 0: it must be at least 1"),
+        (("--helper.kind", "deep", "--helper.width=0"), "error: --helper.width is 0: it must be at least 1"),
+    ],
+)
+def test_what_lies_outside_its_bounds_is_said_with_its_option(arguments, line, read):
+    with pytest.raises(ConfigurationError) as raised:
+        read(*arguments)
+    assert explain(raised.value, Options) == (1, line)
+
+
+def test_fields_are_named_as_their_options(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["toy_trainer.py"])
+    assert name_option("learning_rate", Options) == "--optimizer.learning-rate"
+    assert name_option("layers", Options) == "--network.layers or --helper.layers"
+    assert name_option("network.kind", Options) == "--network.kind"
+    assert name_option("nowhere", Options) == "--nowhere"
+    monkeypatch.setattr(sys, "argv", ["toy_trainer.py", "--helper.kind=deep", "--helper.layers=3"])
+    assert name_option("layers", Options) == "--helper.layers"
+
+
+def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
+    preset = {
+        "toy_trainer": {
+            "steps": 30, "size": [32, 48], "videos": ["a", "b"], "noise": "1e-3", "tracker": ["none"],
+            "network": {"kind": "deep", "layers": 4}, "optimizer": {"weight_decay": 0},
+        },
+        "train_predictor": {"steps": 1},
+    }  # fmt: skip
+    options = read("--steps", "7", "--network.layers", "5", preset=preset)
+    assert (options.steps, options.size, options.noise) == (7, (32, 48), 1e-3)
+    assert options.videos == (Path("a"), Path("b"))
+    assert options.network == Deep(layers=5)
+    assert options.optimizer == OptimizerOptions(1e-2, 0.0)
+    assert read(preset={"train_predictor": {"steps": 1}}).steps == 12  # what is for another command
+
+
+@pytest.mark.parametrize(
+    ("preset", "complaint"),
+    [
+        ("toy_trainr: {}", "a section 'toy_trainr', which is no command: perhaps you meant toy_trainer"),
+        ("optimizer: {learning_rate: 1}", "a section 'optimizer', which is no command: known are pretrain_encoder,"),
+        ("steps: 3", "holds no sections of options"),
+        ("- a", "holds no sections of options"),
+        ("", "holds no sections of options"),
+        ("a: [", "cannot be read: while parsing"),
+        ("a: &x {b: 1}\nc: *x", "cannot be read: it has aliases"),
+        ("a: !!python/object/apply:os.system [ls]", "cannot be read: could not determine a constructor"),
+        ("[" * 5000, "cannot be read"),
+        ("# " + "x" * (1 << 16), "is no file of at most 64 kB"),
+        ("toy_trainer: {overwrite: true}", "sets 'overwrite', which only the command line can"),
+        ("toy_trainer: {output-dir: a}", "sets 'output-dir', which only the command line can"),
+        ("toy_trainer: {resume: false}", "sets 'resume', which only the command line can"),
+        ("toy_trainer: {videos: [a, --overwrite]}", "sets --videos to --overwrite: no value begins with dashes"),
+        ("toy_trainer: {network: {kind: dep}}", "is dep: perhaps you meant deep"),
+        ("toy_trainer: {network: {width: 0}}", "is 0: it must be at least 1"),
+    ],
+)
+def test_presets_are_validated_whole(preset, complaint, read):
+    with pytest.raises(ConfigurationError) as raised:
+        read(preset=preset)
+    status, line = explain(raised.value, Options)
+    assert status == 1
+    assert complaint in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("preset", "complaint"),
+    [
+        ({"stps": 3}, "--stps=3"),
+        ({"network": {"layers": 3}}, "--network.layers=3"),
+        ({"steps": "many"}, "--steps"),
+        ({"steps": 1.5}, "--steps"),
+        ({"size": [1, 2, 3]}, "3"),
+        ({"precision": "fp64"}, "--precision"),
+        ({"data": "--overwrite", "overwrite ": True}, "overwrite "),
+    ],
+)
+def test_a_presets_mistakes_are_those_of_the_command_line_and_name_it(preset, complaint, read, capsys):
+    with pytest.raises(SystemExit):
+        read(preset={"toy_trainer": preset})
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert "preset.yaml" in said
+
+
+def test_no_value_of_a_preset_passes_for_an_option(read):
+    options = read(preset={"toy_trainer": {"data": "--overwrite", "disturbed": "-1"}})
+    assert (options.data, options.disturbed, options.overwrite) == ("--overwrite", "-1", False)
+
+
+@pytest.mark.parametrize("name", ["nowhere.yaml", "."])
+def test_a_missing_preset_is_named(name, read, tmp_path):
+    with pytest.raises(ConfigurationError, match="this is no file"):
+        read("--preset", str(tmp_path / name))
+
+
+def test_sections_are_for_commands_that_exist():
+    with_main = [path.stem for path in (ROOT / "pipelines").glob("*.py") if "run_command(main, " in path.read_text()]
+    assert set(with_main) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_shipped_presets_are_understood(preset, monkeypatch):
+    assert f"--preset configs/presets/{preset.name}" in preset.read_text()  # its header says the exact command
+    for command in yaml.safe_load(preset.read_text()):
+        module = importlib.import_module(f"pipelines.{command}")
+        required = ["--videos", "DIR"] if "videos" in module.Options.__dataclass_fields__ else []
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", "--preset", str(preset), *required])
+        parse(module.Options, command)
