@@ -3,7 +3,8 @@
 Ridge regression is the real one: it is fitted on the same training windows as the predictor.
 """
 
-from collections.abc import Iterable, Sequence as Ordered
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
 
 import torch
 import torch.nn.functional as functional

@@ -9,41 +9,32 @@ same command with --resume goes on.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.cache import EmbeddingCache
 from data.windows import Windows
-from jepa.baselines import Ridge, fit_ridge, ridge_context
-from jepa.calibration import Forecasts, cross_fit_blend, hold_out
 from jepa.config import NotNegative, PositiveInt
-from jepa.diagnostics import floor_std, prediction_alarms, sequence_stats
 from jepa.metrics import energy_score
 from jepa.networks import MLPConfig, PredictorConfig
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
-from pipelines.calibrate import calibrate, forecast_windows, ordinary_clips
-from pipelines.run.command import LAUNCH, run_command
-from pipelines.run.models import require_changing, require_finite, require_no_video_in_both, save_calibration
+from pipelines.run.command import run_command
+from pipelines.run.devices import summary
+from pipelines.run.forecasts import calibrate
+from pipelines.run.judging import CHOSEN_BY, Judge, copying_error, fit_ridge_on, measure_embeddings
+from pipelines.run.models import require_no_video_in_both, save_calibration
 from pipelines.run.options import OptimizerOptions, RunOptions
-from pipelines.run.run import Run, step_generator, summary
+from pipelines.run.run import Run, step_generator
 
 GROWTH = 0.5
 """Share of the training during which the horizon of rollouts grows."""
-RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-VALIDATION_NUMBERS, VALIDATION_WINDOWS = 16_000_000, 1024
-"""Size of the windows that each validation goes through, and their most."""
-RIDGE_SAMPLES = 200_000
-"""Windows that ridge regression is fitted on at most, evenly spread, each token counted."""
-CHOSEN_BY = "validation_relative_to_copy_last"
 
 
 @dataclass(frozen=True)
@@ -85,39 +76,39 @@ def main(options: Options) -> None:
     windows = Windows(train, context + options.rollout_steps)
     held_out = Windows(validation, context + options.validation_horizon)
     ridge = fit_ridge_on(train, held_out, predictor)
-    clips = {"train": train, "validation": validation}
     run.begin(
-        {"provenance": provenance, **{name: summary([clip.key for clip in cache.clips]) for name, cache in clips.items()}},
-        f"{len(windows):,} windows, validated on {len(validation.clips)} clips",
+        {
+            "provenance": provenance,
+            "train": summary([clip.key for clip in train.clips]),
+            "validation": summary([clip.key for clip in validation.clips]),
+        },
+        f"{len(windows):,} windows of {len(train.clips)} clips, validated on {len(validation.clips)} clips",
     )
     losses = run.prepare(Losses(predictor, copying_error(windows, predictor)), options.optimizer, clip_norm=1.0)
     judge = Judge(predictor, ridge, held_out)
     best = run.keep_best(predictor, CHOSEN_BY)
+    if not best.metrics:
+        best.consider(0, *judge())  # copying and ridge regression, before the first step
 
     for step, batch in run.steps(lambda place: draw_batches(windows, options, rank=run.rank, place=place)):
-        if not best.metrics:
-            best.consider(0, *judge())  # copying, before the first step
         noise = options.input_noise * predictor.change_std * predictor.std * batch.noise
-        past = batch.windows[:, :context] + noise
-        reached = growing_horizon(step, options)
+        past, reached = batch.windows[:, :context] + noise, growing_horizon(step, options)
         terms = losses(past, batch.windows[:, context : context + reached], run.generator(step))
         run.update(terms["rollout_loss"] + terms["one_step_loss"], terms, batch.videos)
         if run.due:
-            metrics, alarms = judge()
-            best.consider(step + 1, metrics, alarms)
-            run.log(metrics, alarms, show=("one_step_loss", CHOSEN_BY))
+            run.log(*judge(), show=("one_step_loss", CHOSEN_BY))
 
-    artefacts = {}
+    artefacts: dict[str, tuple[str, Any, nn.Module]] = {}
     if run.is_main:
         best.restore()
         calibration, said = calibrate(predictor, ridge, validation, horizon=options.validation_horizon)
         print(said)
-        artefacts = {"predictor": ("predictor", predictor.description(), predictor)}
         save_calibration(calibration, predictor, options.output_dir)
+        artefacts = {"predictor": ("predictor", predictor.description(), predictor)}
     run.finish(
-        {**best.metrics, "collapsed": best.collapsed, "best_step": best.step},
+        {"encoder_fingerprint": provenance.encoder_fingerprint},
         artefacts,
-        following=f"python pipelines/evaluate_rollout.py --cache cache/test --predictor {options.output_dir} "
+        next=f"python pipelines/evaluate_rollout.py --cache cache/test --predictor {options.output_dir} "
         "--output-dir runs/evaluation",
     )
 
@@ -188,98 +179,6 @@ class Losses(nn.Module):
             rolled = self.predictor.standardise(rollout(self.predictor, sequence, ticks))
             error = (rolled - came).square().flatten(2).mean(dim=2) / self.unit[:steps]  # (B, steps)
         return {"one_step_loss": error[:, 0].mean(), "rollout_loss": error.mean()}
-
-
-class Judge:
-    """Judges a predictor by rollouts on validation windows; those of ridge regression are made once."""
-
-    def __init__(self, predictor: Predictor, ridge: Ridge, windows: Windows) -> None:
-        self.predictor, self.ridge, self.windows = predictor, ridge, windows
-        numbers = windows.length * int(np.prod(predictor.shape))
-        self.chosen = windows.evenly(min(VALIDATION_WINDOWS, max(32, VALIDATION_NUMBERS // numbers)))
-        self.folds = hold_out(ordinary_clips(windows, self.chosen)[0])
-
-    def __call__(self) -> tuple[dict[str, float], list[str]]:
-        """Errors relative to copying, of the believed forecast and of the bare rollout, and alarms.
-
-        What is believed is blended by weights that were fitted on other clips.
-        """
-        self.predictor.eval()
-        forecasts, _ = forecast_windows(self.predictor, self.ridge, self.windows, self.chosen)
-        horizon = forecasts.came.shape[1]
-        relative, bare = np.empty(horizon), np.empty(horizon)
-        for step in range(horizon):
-            errors = forecasts.errors(step)
-            _, left = cross_fit_blend(errors, self.folds)
-            rolled, _, copied, _ = errors.square().mean(dim=(1, 2, 3)).clamp_min(1e-12).tolist()
-            relative[step], bare[step] = float(left.square().mean()) / copied, rolled / copied
-        metrics = {CHOSEN_BY: float(relative.mean()), "validation_rollout_relative_to_copy_last": float(bare.mean())}
-        metrics |= {f"{CHOSEN_BY}_{h}": float(relative[h - 1]) for h in sorted({1, 5, horizon}) if h <= horizon}
-        alarms = self.watch(forecasts, metrics)
-        self.predictor.train()
-        return metrics, alarms
-
-    @torch.no_grad()
-    def watch(self, forecasts: Forecasts, metrics: dict[str, float]) -> list[str]:
-        """Collapse of one-step predictions beside what they predict; their spread goes into the metrics."""
-        horizon = forecasts.came.shape[1]
-        if horizon < 2:
-            return []
-        some = self.windows.take(self.chosen[:: max(1, len(self.chosen) // 256)]).to(self.predictor.mean.device)
-        predicted = self.predictor(Sequence.on_clock(some[:, :-1], self.predictor.fps), last=horizon)
-        predicted, true = (self.predictor.standardise(part).cpu() for part in (predicted, some[:, -horizon:]))
-        for name, value in (("predicted", predicted), ("true", true)):
-            for over, stats in sequence_stats(value)._asdict().items():
-                metrics |= {f"{name}_{over}_std": stats.std, f"{name}_{over}_rank": stats.effective_rank}
-        return prediction_alarms(predicted, true)
-
-
-def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
-    """Mean and standard deviation of embeddings, and of their changes, into the predictor's buffers; clip by clip."""
-    sums = [torch.zeros(predictor.shape[-1], dtype=torch.float64) for _ in range(3)]
-    total, square, changed = sums
-    origin, counts, changing = None, [0, 0], False
-    for clip in tqdm(cache.clips, desc="measuring", unit="clip", leave=False):
-        for run in cache.unbroken_runs(clip):
-            embeddings = torch.from_numpy(cache.take(np.arange(run[0], run[0] + len(run)))).double()
-            require_finite(cache, clip, embeddings)
-            # Around the first mean: sums of squares around 0 would cancel where the mean is large.
-            origin = embeddings.flatten(0, -2).mean(dim=0) if origin is None else origin
-            changes = embeddings.diff(dim=0).flatten(0, -2)
-            flat = embeddings.flatten(0, -2) - origin  # (T x places, D)
-            total += flat.sum(dim=0)
-            square += flat.square().sum(dim=0)
-            changed += changes.square().sum(dim=0)
-            counts = [counts[0] + len(flat), counts[1] + len(changes)]
-            changing = changing or bool(changes.any())
-    require_changing(cache, changing)
-    assert origin is not None
-    mean = total / counts[0]
-    predictor.mean.copy_(origin + mean)
-    predictor.std.copy_(floor_std((square / counts[0] - mean.square()).clamp_min(0).sqrt()))
-    predictor.change_std.copy_(floor_std((changed / max(1, counts[1])).sqrt() / predictor.std))
-
-
-def copying_error(windows: Windows, predictor: Predictor) -> Tensor:
-    """Squared error of copying the last embedding for 1, 2, ... ticks, standardised, on training windows; (steps,)."""
-    context = predictor.config.context
-    numbers = windows.length * int(np.prod(predictor.shape))
-    taken = predictor.standardise(windows.take(windows.evenly(min(1024, max(32, VALIDATION_NUMBERS // numbers)))))
-    return (taken[:, context:] - taken[:, context - 1, None]).square().flatten(2).mean(dim=(0, 2)).clamp_min(1e-12)
-
-
-def fit_ridge_on(train: EmbeddingCache, held_out: Windows, predictor: Predictor) -> Ridge:
-    """Ridge regression on training windows, its penalty chosen by one-step errors on validation windows."""
-    context, places = ridge_context(predictor.config.context, predictor.shape[-1]), int(np.prod(predictor.shape[:-1]))
-    windows = Windows(train, context + 1)
-    chosen = windows.evenly(max(1000, RIDGE_SAMPLES // places))
-    parts = np.array_split(chosen, -(-len(chosen) * places // 8192))
-    batches = (windows.take(part) for part in tqdm(parts, desc="ridge regression", unit="batch", leave=False))
-    empty = Ridge(predictor.fps, context, mean=predictor.mean, std=predictor.std)
-    fitted = fit_ridge(batches, empty, RIDGE_PENALTIES)
-    seen = held_out.take(held_out.evenly(max(32, VALIDATION_WINDOWS // places)))[:, : predictor.config.context + 1]
-    errors = [(predictor.standardise(ridge(seen[:, :-1]) - seen[:, -1:])).square().mean() for ridge in fitted]
-    return fitted[int(torch.stack(errors).argmin())]
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from torch import Tensor
 from data.cache import CachedClip, EmbeddingCache
 from jepa.calibration import Calibration
 from jepa.fingerprint import fingerprint
-from jepa.networks import NetworkConfig, PredictorConfig
+from jepa.networks import PredictorConfig
 from jepa.predictor import Predictor
 from pipelines.run.command import UserError, require
-from pipelines.run.folder import load_artefact, load_weights, save_artefact
+from pipelines.run.folder import load_module, save_artefact
 
 
 def load_predictor(folder: Path) -> tuple[Predictor, Calibration]:
@@ -22,39 +22,28 @@ def load_predictor(folder: Path) -> tuple[Predictor, Calibration]:
         UserError: they are not there, are damaged, or do not belong together.
     """
     folder = folder.parent if folder.name == "predictor" and not (folder / "predictor").is_dir() else folder
-    config, state = load_artefact(folder / "predictor", "predictor")
-    predictor = build(folder / "predictor", lambda: build_predictor(config))
-    load_weights(predictor, state, folder / "predictor")
-    config, state = load_artefact(folder / "calibration", "calibration")
-    owner = config.pop("predictor_fingerprint", None)
+    predictor = load_module(folder / "predictor", "predictor", build_predictor)
+    owners: list[str] = []
+
+    def build_calibration(config: dict[str, Any]) -> Calibration:
+        fields = dict(config)
+        owners.append(fields.pop("predictor_fingerprint"))
+        return Calibration.build(**fields)
+
+    calibration = load_module(folder / "calibration", "calibration", build_calibration)
     require(
-        owner == fingerprint(predictor, predictor.description()),
+        owners[0] == fingerprint(predictor, predictor.description()),
         f"{folder}/calibration is that of another predictor: run calibrate.py --predictor {folder}",
     )
-    calibration = build(folder / "calibration", lambda: Calibration.build(**config))
-    load_weights(calibration, state, folder / "calibration")
-    return predictor.eval(), calibration.eval()
+    return predictor, calibration
 
 
 def build_predictor(description: dict[str, Any]) -> Predictor:
     """A predictor with new weights, from `Predictor.description`."""
     fields = dict(description)
-    return Predictor(network_config(fields.pop("predictor")), tuple(fields.pop("shape")), **fields)
-
-
-def network_config(fields: dict[str, Any]) -> NetworkConfig:
-    """The configuration of a network, from its kind and its fields."""
-    fields = dict(fields)
+    network = dict(fields.pop("predictor"))
     kinds = {kind.kind: kind for kind in get_args(PredictorConfig)}
-    return kinds[fields.pop("kind")](**fields)
-
-
-def build(folder: Path, make: Any) -> Any:
-    """What an artefact describes, or one line that says why it cannot be built."""
-    try:
-        return make()
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}/config.json describes nothing that can be built ({error}): train it again") from error
+    return Predictor(kinds[network.pop("kind")](**network), tuple(fields.pop("shape")), **fields)
 
 
 def save_calibration(calibration: Calibration, predictor: Predictor, folder: Path) -> None:

@@ -1,0 +1,76 @@
+"""Forecasts on ordinary video, and the calibration that is fitted on them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.cache import EmbeddingCache
+from data.windows import Windows
+from jepa.baselines import Ridge
+from jepa.calibration import Calibration, Forecasts, fit_calibration
+from jepa.predictor import Predictor
+from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
+from jepa.sequence import Future, Sequence
+from pipelines.run.command import counted
+
+MOST_NUMBERS = 32_000_000
+"""Size of the forecasts that a calibration is fitted on, each of its four tensors."""
+MOST_WINDOWS = 8192
+FEW_CLIPS = 20
+"""Clips below which percentiles are called cautious."""
+BATCH_NUMBERS = 4_000_000
+"""Size of the forecasts that are made at a time."""
+
+
+def calibrate(predictor: Predictor, ridge: Ridge, cache: EmbeddingCache, *, horizon: int) -> tuple[Calibration, str]:
+    """A calibration on a cache, and a line that says how much it was fitted on."""
+    context = predictor.config.context
+    windows = Windows(cache, context + horizon)
+    numbers = horizon * int(np.prod(predictor.shape)) * (EXPECTED_OF if predictor.latent_dimension else 1)
+    chosen = windows.evenly(min(MOST_WINDOWS, max(64, MOST_NUMBERS // numbers)))
+    predictor.eval()
+    forecasts, drawn = forecast_windows(predictor, ridge, windows, chosen)
+    clips, names = ordinary_clips(windows, chosen)
+    said = f"calibrated on {counted(len(chosen), 'window')} of {names}"
+    if len(np.unique(clips)) < FEW_CLIPS:
+        said += ": few, so percentiles are cautious; calibrate.py with more ordinary videos sharpens them"
+    return fit_calibration(ridge, forecasts._replace(groups=clips), drawn), said
+
+
+def ordinary_clips(windows: Windows, chosen: np.ndarray) -> tuple[np.ndarray, str]:
+    """The clip of each window, int (N,), and what these are: videos, or parts of the only one there is."""
+    sources = [windows.cache.clips[clip].key.source for clip in windows.clip_of(chosen)]
+    _, videos = np.unique(sources, return_inverse=True)
+    if videos.max() > 0:
+        return videos, counted(int(videos.max()) + 1, "video")
+    return np.arange(len(chosen)) * 4 // len(chosen), "4 parts of one video"
+
+
+@torch.no_grad()
+def forecast_windows(
+    predictor: Predictor, ridge: Ridge, windows: Windows, chosen: np.ndarray
+) -> tuple[Forecasts, Tensor | None]:
+    """Forecasts on some windows, each its own group, and sampled futures where the predictor has a latent."""
+    context, device = predictor.config.context, predictor.mean.device
+    future = Future.ticks(windows.length - context, predictor.fps)
+    parts = -(-len(chosen) * windows.length * int(np.prod(predictor.shape)) // BATCH_NUMBERS)
+    found: list[tuple[Tensor, ...]] = []
+    sampled = []
+    generator = torch.Generator(device).manual_seed(0)
+    for some in tqdm(np.array_split(chosen, parts), desc="forecasting", unit="batch", leave=False):
+        embeddings = windows.take(some).to(device)
+        past = Sequence.on_clock(embeddings[:, :context], predictor.fps)
+        guesses = (
+            expected_rollout(predictor, past, future),
+            rollout(ridge.to(device), past, future),
+            embeddings[:, context - 1 : context],
+            embeddings[:, context:],
+        )
+        found.append(tuple(predictor.standardise(part).cpu() for part in guesses))
+        if predictor.latent_dimension:
+            drawn = rollout(predictor, past, future, EXPECTED_OF, generator=generator)
+            sampled.append(predictor.standardise(drawn).cpu())
+    rolled, ridged, last, came = (torch.cat(part) for part in zip(*found, strict=True))
+    ridge.cpu()
+    return Forecasts(rolled, ridged, last, came, np.arange(len(chosen))), torch.cat(sampled, dim=1) if sampled else None

@@ -1,0 +1,116 @@
+"""What a predictor is told before it learns, and how it is judged while it does."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.cache import EmbeddingCache
+from data.windows import Windows
+from jepa.baselines import Ridge, fit_ridge, ridge_context
+from jepa.calibration import Forecasts, cross_fit_blend, hold_out
+from jepa.diagnostics import floor_std, prediction_alarms, sequence_stats
+from jepa.predictor import Predictor
+from jepa.sequence import Sequence
+from pipelines.run.forecasts import forecast_windows, ordinary_clips
+from pipelines.run.models import require_changing, require_finite
+
+CHOSEN_BY = "validation_relative_to_copy_last"
+"""Metric by which the best weights are chosen: the believed forecast's error, mean over horizons."""
+RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+VALIDATION_NUMBERS, VALIDATION_WINDOWS = 16_000_000, 1024
+"""Size of the windows that each validation goes through, and their most."""
+RIDGE_SAMPLES = 200_000
+"""Windows that ridge regression is fitted on at most, evenly spread, each token counted."""
+
+
+class Judge:
+    """Judges a predictor by rollouts on validation windows; those of ridge regression are made once."""
+
+    def __init__(self, predictor: Predictor, ridge: Ridge, windows: Windows) -> None:
+        self.predictor, self.ridge, self.windows = predictor, ridge, windows
+        numbers = windows.length * int(np.prod(predictor.shape))
+        self.chosen = windows.evenly(min(VALIDATION_WINDOWS, max(32, VALIDATION_NUMBERS // numbers)))
+        self.folds = hold_out(ordinary_clips(windows, self.chosen)[0])
+
+    def __call__(self) -> tuple[dict[str, float], list[str]]:
+        """Errors relative to copying, of the believed forecast and of the bare rollout, and alarms.
+
+        What is believed is blended by weights that were fitted on other clips.
+        """
+        self.predictor.eval()
+        forecasts, _ = forecast_windows(self.predictor, self.ridge, self.windows, self.chosen)
+        horizon = forecasts.came.shape[1]
+        relative, bare = np.empty(horizon), np.empty(horizon)
+        for step in range(horizon):
+            errors = forecasts.errors(step)
+            _, left = cross_fit_blend(errors, self.folds)
+            rolled, _, copied, _ = errors.square().mean(dim=(1, 2, 3)).clamp_min(1e-12).tolist()
+            relative[step], bare[step] = float(left.square().mean()) / copied, rolled / copied
+        metrics = {CHOSEN_BY: float(relative.mean()), "validation_rollout_relative_to_copy_last": float(bare.mean())}
+        metrics |= {f"{CHOSEN_BY}_{h}": float(relative[h - 1]) for h in sorted({1, 5, horizon}) if h <= horizon}
+        alarms = self.watch(forecasts, metrics)
+        self.predictor.train()
+        return metrics, alarms
+
+    @torch.no_grad()
+    def watch(self, forecasts: Forecasts, metrics: dict[str, float]) -> list[str]:
+        """Collapse of one-step predictions beside what they predict; their spread goes into the metrics."""
+        horizon = forecasts.came.shape[1]
+        if horizon < 2:
+            return []
+        some = self.windows.take(self.chosen[:: max(1, len(self.chosen) // 256)]).to(self.predictor.mean.device)
+        predicted = self.predictor(Sequence.on_clock(some[:, :-1], self.predictor.fps), last=horizon)
+        predicted, true = (self.predictor.standardise(part).cpu() for part in (predicted, some[:, -horizon:]))
+        for name, value in (("predicted", predicted), ("true", true)):
+            for over, stats in sequence_stats(value)._asdict().items():
+                metrics |= {f"{name}_{over}_std": stats.std, f"{name}_{over}_rank": stats.effective_rank}
+        return prediction_alarms(predicted, true)
+
+
+def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
+    """Mean and standard deviation of embeddings, and of their changes, into the predictor's buffers; clip by clip."""
+    sums = [torch.zeros(predictor.shape[-1], dtype=torch.float64) for _ in range(3)]
+    total, square, changed = sums
+    origin, counts, changing = None, [0, 0], False
+    for clip in tqdm(cache.clips, desc="measuring", unit="clip", leave=False):
+        for run in cache.unbroken_runs(clip):
+            embeddings = torch.from_numpy(cache.take(np.arange(run[0], run[0] + len(run)))).double()
+            require_finite(cache, clip, embeddings)
+            # Around the first mean: sums of squares around 0 would cancel where the mean is large.
+            origin = embeddings.flatten(0, -2).mean(dim=0) if origin is None else origin
+            changes = embeddings.diff(dim=0).flatten(0, -2)
+            flat = embeddings.flatten(0, -2) - origin  # (T x places, D)
+            total += flat.sum(dim=0)
+            square += flat.square().sum(dim=0)
+            changed += changes.square().sum(dim=0)
+            counts = [counts[0] + len(flat), counts[1] + len(changes)]
+            changing = changing or bool(changes.any())
+    require_changing(cache, changing)
+    assert origin is not None
+    mean = total / counts[0]
+    predictor.mean.copy_(origin + mean)
+    predictor.std.copy_(floor_std((square / counts[0] - mean.square()).clamp_min(0).sqrt()))
+    predictor.change_std.copy_(floor_std((changed / max(1, counts[1])).sqrt() / predictor.std))
+
+
+def copying_error(windows: Windows, predictor: Predictor) -> Tensor:
+    """Squared error of copying the last embedding for 1, 2, ... ticks, standardised, on training windows; (steps,)."""
+    context = predictor.config.context
+    numbers = windows.length * int(np.prod(predictor.shape))
+    taken = predictor.standardise(windows.take(windows.evenly(min(1024, max(32, VALIDATION_NUMBERS // numbers)))))
+    return (taken[:, context:] - taken[:, context - 1, None]).square().flatten(2).mean(dim=(0, 2)).clamp_min(1e-12)
+
+
+def fit_ridge_on(train: EmbeddingCache, held_out: Windows, predictor: Predictor) -> Ridge:
+    """Ridge regression on training windows, its penalty chosen by one-step errors on validation windows."""
+    context, places = ridge_context(predictor.config.context, predictor.shape[-1]), int(np.prod(predictor.shape[:-1]))
+    windows = Windows(train, context + 1)
+    chosen = windows.evenly(max(1000, RIDGE_SAMPLES // places))
+    parts = np.array_split(chosen, -(-len(chosen) * places // 8192))
+    batches = (windows.take(part) for part in tqdm(parts, desc="ridge regression", unit="batch", leave=False))
+    empty = Ridge(predictor.fps, context, mean=predictor.mean, std=predictor.std)
+    fitted = fit_ridge(batches, empty, RIDGE_PENALTIES)
+    seen = held_out.take(held_out.evenly(max(32, VALIDATION_WINDOWS // places)))[:, : predictor.config.context + 1]
+    errors = [(predictor.standardise(ridge(seen[:, :-1]) - seen[:, -1:])).square().mean() for ridge in fitted]
+    return fitted[int(torch.stack(errors).argmin())]
