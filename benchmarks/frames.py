@@ -1,6 +1,6 @@
 r"""Frames for encoder training: rate against plain decoding, memory, and how well they are shuffled.
 
-  python benchmarks/frames.py --rounds 5
+  python -m benchmarks.frames --rounds 5
 
 On the driving clips of `$JEPA_SHARED/driving` (default `../shared/driving`), with so little memory that they are
 streamed through it. The rate is CPU time of reading every video once in order, divided by that of an epoch of shuffled
@@ -10,7 +10,6 @@ a batch come from the same video, and how far apart in time they then are; besid
 give.
 """
 
-import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.frames import FramePairs
-from data.map_ahead import map_ahead
-from data.video import VideoInfo, clock_phases_s, count_frames, read_on_clock
-from pipelines.stage import parse_bytes, require, run_stage, write_json
+from benchmarks.common import shared
+from data.clips import FrameClips
+from data.counting import count_frames
+from data.parallel import map_ahead
+from data.video import VideoInfo, clock_offsets_s, read_on_clock
+from pipelines.run.command import require, run_command
+from pipelines.run.folder import write_json
 
-ROOT = Path(__file__).parent.parent
 PAGE = resource.getpagesize()
 EPOCHS_TIMED = 3
 
@@ -38,11 +39,11 @@ class Options:
     """Height and width of the frames in pixels."""
     fps: float = 4.0
     """Ticks per second."""
-    phases: int = 1
-    """Clocks."""
+    clocks: int = 1
+    """Clocks, shifted against each other."""
     batch_size: int = 64
     """Pairs in a batch."""
-    shuffle_memory: str = "32MB"
+    shuffle_megabytes: float = 32
     """Bound on decoded frames; the clips take 51 MB at the default size and rate."""
     epochs: int = 3
     """Over which memory is watched."""
@@ -53,10 +54,8 @@ class Options:
 def main(options: Options) -> None:
     """The story: index the clips, compare rates, watch memory, look at the order."""
     require(options.rounds > 0, f"--rounds is {options.rounds}: it must be positive")
-    folder = Path(os.environ.get("JEPA_SHARED", ROOT.parent / "shared")) / "driving"
-    paths = sorted(folder.glob("*.mp4"))
-    require(bool(paths), f"{folder}: the clips to measure on are not there; set JEPA_SHARED")
-    memory = parse_bytes(options.shuffle_memory, "--shuffle-memory")
+    paths = sorted(shared("driving").glob("*.mp4"))
+    memory = int(1e6 * options.shuffle_megabytes)
     videos = [count_frames(path) for path in paths]
 
     in_order, shuffled = [], []
@@ -71,7 +70,7 @@ def main(options: Options) -> None:
         "rate, of reading in order": float(np.median(in_order) / np.median(shuffled)),
         "decoded frames per CPU second, in order": decoded / float(np.median(in_order)),
         "decoded frames per CPU second, shuffled": decoded / float(np.median(shuffled)),
-        "pairs, of all there are": pairs / (frames - len(videos) * options.phases),
+        "pairs, of all there are": pairs / (frames - len(videos) * options.clocks),
     }
     results |= watch_memory(videos, options, memory)
     results |= shuffle_quality(videos, options, memory)
@@ -83,38 +82,36 @@ def main(options: Options) -> None:
 
 def sequence(video: VideoInfo, options: Options) -> Iterator[np.ndarray]:
     """All frames of a video on the clocks, in order."""
-    size, phases_s = (options.size, options.size), clock_phases_s(options.fps, options.phases)
-    return (timed.frame for timed in read_on_clock(video.path, size, options.fps, phases_s))
+    size, offsets_s = (options.size, options.size), clock_offsets_s(options.fps, options.clocks)
+    return (timed.frame for timed in read_on_clock(video.path, size, fps=options.fps, offsets_s=offsets_s))
 
 
-def make_loader(videos: list[VideoInfo], options: Options, memory: int) -> FramePairs:
+def make_loader(videos: list[VideoInfo], options: Options, memory: int) -> FrameClips:
     """As pretrain_encoder makes it."""
-    return FramePairs(
-        videos, (options.size, options.size), options.fps, options.batch_size, seed=0, memory_bytes=memory,
-        progress=False, phases=options.phases,
+    return FrameClips(
+        videos, (options.size, options.size), fps=options.fps, batch_size=options.batch_size, clocks=options.clocks,
+        memory_bytes=memory, progress=False,
     )  # fmt: skip
 
 
-def epoch(loader: FramePairs, epochs: int = 1) -> Iterator[np.ndarray]:
-    """The first frames of all pairs of some epochs, uint8 (B, 3, H, W) for each batch."""
-    for batch in loader:
-        if loader.state.epoch >= epochs:
+def epochs(loader: FrameClips, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The epoch, and the first frames of all pairs, uint8 (B, 3, H, W), of each batch of some epochs."""
+    for batch in loader.batches({}):
+        if batch.place["epoch"] >= count:
             break
-        yield batch.frames.numpy()
+        yield batch.place["epoch"], batch.frames[:, 0].numpy()
 
 
-def time_shuffled(loader: FramePairs) -> tuple[float, float]:
+def time_shuffled(loader: FrameClips) -> tuple[float, float]:
     """CPU seconds and pairs of an epoch, from the first batch of one to the first of another.
 
     Not from the beginning: the next block is always decoded ahead, and would be counted without being used.
     """
     started, pairs = 0.0, 0
-    for batch in loader:
-        if loader.state.epoch > EPOCHS_TIMED:
-            break
-        if loader.state.epoch > 0:
+    for number, frames in epochs(loader, EPOCHS_TIMED + 1):
+        if number > 0:
             started = started or cpu_seconds()
-            pairs += len(batch.frames)
+            pairs += len(frames)
     return (cpu_seconds() - started) / EPOCHS_TIMED, pairs / EPOCHS_TIMED
 
 
@@ -123,8 +120,8 @@ def watch_memory(videos: list[VideoInfo], options: Options, memory: int) -> dict
     loader = make_loader(videos, options, memory)
     before = resident_bytes()
     greatest = [0.0] * options.epochs
-    for _ in epoch(loader, options.epochs):
-        greatest[loader.state.epoch] = max(greatest[loader.state.epoch], resident_bytes() - before)
+    for number, _ in epochs(loader, options.epochs):
+        greatest[number] = max(greatest[number], resident_bytes() - before)
     return {"bound on decoded frames in MB": memory / 1e6} | {
         f"process above its size before, epoch {number}, in MB": value / 1e6 for number, value in enumerate(greatest)
     }
@@ -137,13 +134,14 @@ def shuffle_quality(videos: list[VideoInfo], options: Options, memory: int) -> d
         for position, frame in enumerate(sequence(video, options)):
             where.setdefault(frame.tobytes(), (index, position))
     places = [
-        np.array([where[frame.tobytes()] for frame in batch]) for batch in epoch(make_loader(videos, options, memory))
+        np.array([where[frame.tobytes()] for frame in batch])
+        for _, batch in epochs(make_loader(videos, options, memory), 1)
     ]
     everything = np.concatenate(places)
     generator = np.random.default_rng(0)
     perfect = np.array_split(generator.permutation(everything), len(places))
     unshuffled = np.array_split(everything[np.lexsort(everything.T[::-1])], len(places))
-    period_s = 1 / options.fps / options.phases
+    period_s = 1 / options.fps / options.clocks
     results = {}
     for name, batches in {"ours": places, "perfect": perfect, "none": unshuffled}.items():
         same = np.concatenate([batch[1:, 0] == batch[:-1, 0] for batch in batches])
@@ -166,4 +164,4 @@ def cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)

@@ -1,10 +1,10 @@
 r"""VICReg's covariance from moments (D, D) and from the Gram matrix (N, N): where is the crossover?
 
-  python benchmarks/objectives.py --rounds 5
+  python -m benchmarks.objectives --rounds 5
 
 Wall-clock seconds of forward and backward pass over two views, taking turns, medians; in one process, and in two that
 share the batch over gloo, with one thread each. N is that of all ranks together. Printed is the time from moments
-divided by the time from the Gram matrix: above 1 the Gram matrix is faster. `jepa.objectives.vicreg` changes over at
+divided by the time from the Gram matrix: above 1 the Gram matrix is faster. `jepa.objectives.VICReg` changes over at
 N = D.
 """
 
@@ -21,7 +21,8 @@ import torch.multiprocessing as multiprocessing
 from tqdm import tqdm
 
 from jepa.objectives import off_diagonal_by_gram, off_diagonal_by_moments
-from pipelines.stage import require, run_stage, write_json
+from pipelines.run.command import require, run_command
+from pipelines.run.folder import write_json
 
 
 @dataclass(frozen=True)
@@ -116,4 +117,4 @@ def time_shape(shape: Shape, ranks: int, rounds: int) -> Seconds:
 
 
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)
