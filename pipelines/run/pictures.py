@@ -1,0 +1,121 @@
+"""Pictures of what is surprising in a video: its curves, and its peaks among the frames around them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from data.cache import EmbeddingCache
+from pipelines.run.report import read_pictures
+
+SHOWN_FRAMES = 5
+"""Frames shown of a peak: itself, and as many before it as after it."""
+CURVE_POINTS, SPANS = 4000, 60
+"""Points of a curve, and spans whose mean change cosine is shown, at most."""
+HEIGHT = 120
+"""Pixels of the frames."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was found in one video; arrays (N,), a value for each frame with enough past."""
+
+    video: Path
+    rows: np.ndarray
+    """int64, rows in the cache."""
+    ticks: np.ndarray
+    times_s: np.ndarray
+    energies: np.ndarray
+    percentiles: np.ndarray
+    cosines: np.ndarray
+    level: float
+    """Percentile of its ordinary level among ordinary videos."""
+    reach: int
+    """Ticks within which a peak is the highest."""
+
+    def as_text(self, place: int) -> tuple[str, str, str, str]:
+        """Time in seconds, energy, percentile and change cosine as tables have them."""
+        values = (self.times_s, 3), (self.energies, 4), (self.percentiles, 1), (self.cosines, 3)
+        time_s, energy, percentile, cosine = (f"{value[place]:.{digits}f}" for value, digits in values)
+        return time_s, energy, percentile, cosine
+
+
+def draw_surprise(scores: Scores, peaks: Sequence[int], path: Path) -> None:
+    """Energy over time, the peaks marked, and the mean change cosine of each span below."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    draw_energy(scores, peaks, upper)
+    upper.set_title(plain(scores.video), fontsize=9)
+    parts = np.array_split(np.arange(len(scores.rows)), min(SPANS, len(scores.rows)))
+    lower.axhline(0, color="0.6", linewidth=1, linestyle="--")
+    lower.plot([scores.times_s[part].mean() for part in parts], [scores.cosines[part].mean() for part in parts], ".-")
+    lower.set_ylim(-1, 1)
+    lower.set_ylabel("change cosine")
+    lower.set_xlabel("time in seconds")
+    figure.savefig(path, dpi=120)
+
+
+def draw_energy(scores: Scores, peaks: Sequence[int], axes: Axes) -> None:
+    """Energy over time; of a long video the highest of neighbours."""
+    pool = -(-len(scores.rows) // CURVE_POINTS)
+    starts = np.arange(0, len(scores.rows), pool)
+    axes.plot(scores.times_s[starts], np.maximum.reduceat(scores.energies, starts), linewidth=1)
+    axes.axhline(1, color="0.6", linewidth=1, linestyle="--", label="mean of ordinary video")
+    axes.plot(scores.times_s[list(peaks)], scores.energies[list(peaks)], "o", color="C3", markersize=4)
+    axes.set_ylim(0, 1.25 * max(1.0, float(scores.energies.max())))  # room for the legend
+    axes.set_ylabel("energy")
+    axes.legend(frameon=False, loc="upper right")
+
+
+def draw_peaks(scores: Scores, peaks: Sequence[int], cache: EmbeddingCache, path: Path) -> None:
+    """A contact sheet: a row for each peak, the most surprising one first, its frames in the order of time.
+
+    Raises:
+        VideoError: the video is gone, or cannot be decoded any more.
+    """
+    beside = SHOWN_FRAMES // 2
+    around = [np.arange(max(0, peak - beside), min(len(scores.rows), peak + beside + 1)) for peak in peaks]
+    frames = read_pictures(cache, scores.rows[np.concatenate(around)], height=HEIGHT)
+    height, width = frames[0].shape[:2]
+    figure = Figure(figsize=(9, 0.4 + len(peaks) * (0.8 + 1.65 * height / width)), layout="constrained")
+    figure.suptitle(plain(scores.video), fontsize=9)
+    waiting = iter(frames)
+    for row, (axes, peak, places) in enumerate(
+        zip(figure.subplots(len(peaks), squeeze=False)[:, 0], peaks, around, strict=True), start=1
+    ):
+        shown = [next(waiting) for _ in places]
+        draw_strip(shown, axes, captions=[caption(scores, place) for place in places], marked=peak - places[0])
+        axes.set_title(f"{row}. at {scores.times_s[peak]:.2f} s", fontsize=9, loc="left")
+    figure.savefig(path, dpi=120)
+
+
+def draw_strip(frames: Sequence[np.ndarray], axes: Axes, *, captions: Sequence[str], marked: int) -> None:
+    """Frames uint8 (H, W, 3) side by side, one of them framed."""
+    height, width = frames[0].shape[:2]
+    between = max(1, width // 16)
+    tiles = [np.pad(frame, ((0, 0), (0, between), (0, 0)), constant_values=255) for frame in frames]
+    axes.imshow(np.concatenate(tiles, axis=1))
+    lefts = np.arange(len(frames)) * (width + between) - 0.5
+    corner = (lefts[marked], -0.5)
+    axes.add_patch(Rectangle(corner, width, height, fill=False, color="C3", linewidth=3, clip_on=False))
+    axes.set_xlim(-0.5, SHOWN_FRAMES * (width + between) - between - 0.5)
+    axes.set_xticks(lefts + width / 2, captions, fontsize=8)
+    axes.tick_params(length=0)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def caption(scores: Scores, place: int) -> str:
+    """Time, energy and percentile of a frame."""
+    time_s, energy, percentile, _ = scores.as_text(place)
+    return f"{time_s} s\nenergy {float(energy):.1f}, percentile {percentile}"
+
+
+def plain(video: Path) -> str:
+    """A path as a title: no mathematics, no control characters."""
+    text = str(video).encode(errors="backslashreplace").decode()
+    return "".join(letter if letter.isprintable() else "?" for letter in text).replace("$", r"\$")
