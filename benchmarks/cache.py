@@ -1,6 +1,6 @@
 r"""The embedding cache: reading windows, writing and opening, against memory and h5py, in one run.
 
-  OMP_NUM_THREADS=1 python benchmarks/cache.py --rounds 7
+  OMP_NUM_THREADS=1 python -m benchmarks.cache --rounds 7
 
 Random windows of 16 embeddings (256 x float16) in batches of 256, page cache warm, one thread, as float32: ratios of
 time to `X[rows]` of the same embeddings in memory. Ours are read from one shard, from shards of 64 clips of 1000

@@ -36,6 +36,8 @@ import torch
 from data.errors import DataError
 
 FORMAT_VERSION = 4
+LARGEST_SHARD = 1 << 28
+"""Bytes of embeddings at which a shard is written, however few clips they are: tokens are large."""
 
 
 class CacheError(DataError):
@@ -176,7 +178,7 @@ class CacheWriter:
         self, folder: Path, provenance: Provenance, *, clips_per_shard: int = 64, is_main: bool = True
     ) -> None:
         self.folder, self.clips_per_shard = folder, clips_per_shard
-        self.buffer: list[EmbeddedClip] = []
+        self._buffer: list[EmbeddedClip] = []
         self.lock: IO[bytes] | None = None
         try:
             if is_main:
@@ -211,34 +213,35 @@ class CacheWriter:
             self.close()
 
     def add(self, clip: EmbeddedClip) -> None:
-        """Buffer a clip in the cache's types; every `clips_per_shard` clips the buffer becomes a shard.
+        """Buffer a clip in the cache's types; `clips_per_shard` clips, or a large buffer, become a shard.
 
         Raises:
             ValueError: the clip is empty, or its arrays do not fit together or to the cache's columns.
             CacheError: an embedding is not finite in the cache's type.
         """
-        self.buffer.append(_as_stored(clip, self.columns))
-        if len(self.buffer) >= self.clips_per_shard:
+        self._buffer.append(_as_stored(clip, self.columns))
+        size = sum(one.columns["embeddings"].nbytes for one in self._buffer)
+        if len(self._buffer) >= self.clips_per_shard or size >= LARGEST_SHARD:
             self.commit()
 
     def commit(self) -> None:
         """Write the buffered clips as one shard, durably."""
-        if not self.buffer:
+        if not self._buffer:
             return
         name = uuid.uuid4().hex
         shard = self.folder / "shards" / f"{name}.h5"
-        columns = {column: np.concatenate([clip.arrays[column] for clip in self.buffer]) for column in self.columns}
+        columns = {column: np.concatenate([clip.arrays[column] for clip in self._buffer]) for column in self.columns}
         columns["shard"] = np.frombuffer(name.encode(), np.uint8)
         with _synced(shard) as unfinished, h5py.File(unfinished, "x") as file:
             offsets = {
                 column: file.create_dataset(column, data=data).id.get_offset() for column, data in columns.items()
             }
-        clips = [[*clip.key, len(clip.ticks), _checksum(clip.arrays.values())] for clip in self.buffer]
+        clips = [[*clip.key, len(clip.ticks), _checksum(clip.arrays.values())] for clip in self._buffer]
         # Later than all that is there, even if that was written by a clock that was ahead.
         self.written_ns = max(time.time_ns(), self.written_ns + 1)
         manifest = {"shard": name, "bytes": shard.stat().st_size, "written_ns": self.written_ns, "offsets": offsets}
         _write_json(shard.with_suffix(".json"), manifest | {"clips": clips})
-        self.buffer = []
+        self._buffer = []
 
     def close(self) -> None:
         """Let go of the lock; what is still buffered is dropped."""

@@ -739,3 +739,12 @@ def test_a_second_writing_process_is_refused_and_nothing_is_lost(tmp_path, make_
         for clip in clips[3:]:
             writer.add(clip)
     assert_holds(tmp_path, clips)
+
+
+def test_large_clips_do_not_wait_for_others(tmp_path, write_cache, make_clip, monkeypatch):
+    """Of patch tokens, 64 clips would be more than memory."""
+    monkeypatch.setattr(data.cache, "LARGEST_SHARD", 10 * 5 * 4)
+    clips = [make_clip(f"/{at}.mp4", frames) for at, frames in enumerate((4, 4, 4, 20, 3, 3))]
+    folder = write_cache(tmp_path, clips, 64)
+    assert_holds(folder, clips)
+    assert sorted(len(json.loads(path.read_text())["clips"]) for path in shards(folder, ".json")) == [1, 2, 3]
