@@ -39,21 +39,21 @@ def usage() -> str:
 
 def main() -> None:
     """Look whether our packages are ours, then run the command that the first word names."""
-    word = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if word in ("-h", "--help"):
-        print(usage())
-        return
-    if word not in COMMANDS:
-        sys.exit(f"error: there is no command {word}\n{usage()}")
     try:
         warning = check_packages()
     except ForeignPackageError as error:
         sys.exit(f"error: {error}")
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    command = importlib.import_module(f"pipelines.{COMMANDS[word]}")
-    sys.argv[:2] = [f"video-jepa {word}"]
-    importlib.import_module("pipelines.run.command").run_command(command.main, command.Options)
+    word = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if word in ("-h", "--help"):
+        print(usage())
+    elif word not in COMMANDS:
+        sys.exit(f"error: there is no command {word}\n{usage()}")
+    else:
+        command = importlib.import_module(f"pipelines.{COMMANDS[word]}")
+        sys.argv[:2] = [f"video-jepa {word}"]
+        importlib.import_module("pipelines.run.command").run_command(command.main, command.Options)
 
 
 if __name__ == "__main__":

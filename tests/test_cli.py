@@ -69,8 +69,9 @@ def run(environment, *arguments, python_path=""):
     )  # fmt: skip
 
 
-def test_an_installed_command_runs_from_an_empty_folder(wheels, environment):
+def test_an_installed_command_runs_from_an_empty_folder_though_another_is_called_data(wheels, environment):
     change(environment, "install", "--no-deps", wheels["ours"])
+    (environment.parent / "empty" / "data").mkdir(parents=True)  # a folder of somebody's data is no package
     result = run(environment, "inspect", "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert "usage: video-jepa inspect" in result.stdout
@@ -79,24 +80,24 @@ def test_an_installed_command_runs_from_an_empty_folder(wheels, environment):
 def test_installed_after_another_with_our_name_it_works_and_says_whom_it_broke(wheels, environment):
     for name in ("other", "ours"):
         change(environment, "install", "--no-deps", wheels[name])
-    result = run(environment, "inspect", "--help")
+    result = run(environment, "--help")
     assert result.returncode == 0, result.stderr
     warning = "has overwritten files of other-data 1.0 (data/__init__.py): that may not work any more"
     assert result.stderr == f"warning: video-jepa {warning}\n"
 
     change(environment, "uninstall", "--yes", "other-data")  # takes our data/__init__.py away
-    result = run(environment, "inspect", "--help")
+    result = run(environment, "--help")
     assert result.returncode == 1
     assert "data/__init__.py is not the file that video-jepa installed (nor are 0 more)" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     change(environment, "install", "--no-deps", "--force-reinstall", wheels["ours"])
-    assert run(environment, "inspect", "--help").stderr == ""
+    assert run(environment, "--help").stderr == ""
 
 
 def test_overwritten_by_another_with_our_name_it_refuses_and_names_it(wheels, environment):
     for name in ("ours", "other"):
         change(environment, "install", "--no-deps", wheels[name])
-    result = run(environment, "inspect", "--help")
+    result = run(environment, "--help")
     assert result.returncode == 1
     assert "data/__init__.py is not the file that video-jepa installed" in result.stderr
     assert "overwritten it or taken it away: other-data 1.0 (data/__init__.py); give video-jepa" in result.stderr
@@ -107,16 +108,19 @@ def test_a_package_that_python_finds_first_is_named(wheels, environment, package
     change(environment, "install", "--no-deps", wheels["ours"])
     (tmp_path / "path" / package).mkdir(parents=True)
     (tmp_path / "path" / package / "__init__.py").touch()
-    result = run(environment, "inspect", "--help", python_path=tmp_path / "path")
+    result = run(environment, "--help", python_path=tmp_path / "path")
     assert result.returncode == 1
     assert f"import {package} finds {tmp_path}/path/{package}/__init__.py, not video-jepa's" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_folder_of_data_where_one_stands_is_not_taken_for_our_package(wheels, environment):
-    change(environment, "install", "--no-deps", wheels["ours"])
-    (environment.parent / "empty" / "data").mkdir(parents=True)
-    assert run(environment, "inspect", "--help").returncode == 0
+@pytest.mark.parametrize(
+    "way", [["pipelines/inspect_folder.py"], ["-m", "pipelines.inspect_folder"], ["-m", "pipelines.cli", "inspect"]]
+)
+def test_a_clone_has_three_ways_to_a_command(way, tmp_path):
+    command = [sys.executable, *way, tmp_path / "nowhere"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, f"error: {tmp_path}/nowhere: no such file or folder\n")
 
 
 def test_a_clone_is_its_own():
