@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from threading import Event, Lock
@@ -52,63 +53,52 @@ class Segment(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Frames and clips of a segment."""
+    """A segment's frames, uint8 (N, 3, H, W), and the rows of its clips, int64 (C, T)."""
 
-    frames: np.ndarray
-    """uint8 (N, 3, H, W), each frame once."""
-    clips: np.ndarray
-    """int64 (C, T), rows of frames that follow each other tick by tick, on any of the clocks."""
     video: Path
+    frames: np.ndarray
+    clips: np.ndarray
 
 
+@dataclass(eq=False)
 class FrameClips:
     """Endless batches of clips of neighbouring frames; clips overlap, one begins at each frame.
-
-    Args:
-        videos: the checked videos.
-        size: (height, width).
-        fps: the clock; neighbours are one tick apart.
-        batch_size: clips in a batch, on this rank.
-        length: frames in a clip.
-        clocks: each video is sampled on this many clocks, shifted against each other.
-        seed: of the order.
-        rank: this process; each rank reads its own share of the segments (all of them, if there are too few).
-        ranks: number of processes.
-        memory_bytes: bound on the decoded frames held at any time, as far as durations are known.
-        strict: damage inside a video is an error.
-        workers: threads that decode, one a core by default.
-        progress: show a progress bar while the first block is decoded.
 
     Raises:
         VideoError: from iteration, if the videos hold fewer clips than one batch, or, with `strict`, are damaged.
     """
 
-    def __init__(
-        self,
-        videos: list[VideoInfo],
-        size: FrameSize,
-        *,
-        fps: float,
-        batch_size: int,
-        length: int = 2,
-        clocks: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-        memory_bytes: float = 2e9,
-        strict: bool = False,
-        workers: int | None = None,
-        progress: bool = True,
-    ) -> None:
-        self.size, self.fps, self.batch_size, self.length = size, fps, batch_size, length
-        self.seed, self.rank, self.ranks = seed, rank, ranks
-        self.strict, self.workers, self.progress = strict, workers, progress
-        self.offsets_s = clock_offsets_s(fps, clocks)
-        self.memory_frames = memory_bytes / (3 * size[0] * size[1])
-        self.segments = [segment for video in videos for segment in self._segments(video)]
+    videos: list[VideoInfo]
+    size: FrameSize
+    _: KW_ONLY
+    fps: float
+    """The clock's rate; neighbours are one tick apart."""
+    batch_size: int
+    """Clips in a batch, on this rank."""
+    length: int = 2
+    """Frames in a clip."""
+    clocks: int = 1
+    """Each video is sampled on this many clocks, shifted against each other."""
+    seed: int = 0
+    rank: int = 0
+    """This process; each reads its own share of the segments (all of them, if there are too few)."""
+    ranks: int = 1
+    memory_bytes: float = 2e9
+    """Bound on the decoded frames held at any time, as far as durations are known."""
+    strict: bool = False
+    """Damage inside a video is an error."""
+    workers: int | None = None
+    """Threads that decode, one a core by default."""
+    progress: bool = True
+    """Show a progress bar while the first block is decoded."""
+
+    def __post_init__(self) -> None:
+        self.offsets_s = clock_offsets_s(self.fps, self.clocks)
+        self.memory_frames = self.memory_bytes / (3 * self.size[0] * self.size[1])
+        self.segments = [segment for video in self.videos for segment in self._segments(video)]
         self.account = Account()
         """What has been read so far, each segment counted once."""
-        self._accounted: set[Segment] = set()
+        self._accounted: set[tuple[Path, float]] = set()
         self._closed, self._closing = Event(), Lock()
 
     def close(self) -> None:
@@ -139,33 +129,32 @@ class FrameClips:
                 )
 
     def _decoded_blocks(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Decoded]]]:
-        """(epoch, block, how many blocks, frames and clips); while one is in use, the next is decoded."""
-        blocks = self._blocks(epoch)
+        """(epoch, block, how many blocks, what is in it); while one is in use, the next is decoded."""
         with ThreadPoolExecutor(max_workers=1) as ahead:
-            decoded = self._decode(blocks[block], show=self.progress)
-            while True:
-                is_last = block + 1 == len(blocks)
-                next_epoch, next_block = (epoch + 1, 0) if is_last else (epoch, block + 1)
-                next_blocks = self._blocks(next_epoch) if is_last else blocks
-                # What fits in memory is decoded once: the next block holds the same frames.
-                is_same = next_blocks[next_block] == blocks[block]
-                upcoming = None if is_same else ahead.submit(self._decode, next_blocks[next_block], show=False)
-                yield epoch, block, len(blocks), decoded
-                epoch, block, blocks = next_epoch, next_block, next_blocks
-                if upcoming is not None:
-                    del decoded
-                    decoded = upcoming.result()
+            plan, upcoming = pairwise(self._plan(epoch, block)), None
+            for (epoch, block, blocks, segments), (_, _, _, following) in plan:
+                upcoming = upcoming or ahead.submit(self._decode, segments, show=self.progress)
+                decoded = upcoming.result()
+                if following != segments:  # what fits in memory is decoded once
+                    upcoming = ahead.submit(self._decode, following, show=False)
+                yield epoch, block, blocks, decoded
+
+    def _plan(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Segment]]]:
+        while True:
+            blocks = self._blocks(epoch)
+            yield from ((epoch, index, len(blocks), blocks[index]) for index in range(block, len(blocks)))
+            epoch, block = epoch + 1, 0
 
     def _blocks(self, epoch: int) -> list[list[Segment]]:
         """This rank's segments of an epoch, in random order, cut to what fits in memory."""
         share = self.segments[self.rank :: self.ranks] if len(self.segments) >= self.ranks else self.segments
         if sum(segment.expected_frames for segment in share) <= self.memory_frames:
             return [share]
-        blocks: list[list[Segment]] = [[]]
-        held = 0
+        blocks: list[list[Segment]] = []
+        held = math.inf
         for index in np.random.default_rng([self.seed, epoch, self.rank]).permutation(len(share)):
             # Half of the memory: the next block is decoded while this one is in use.
-            if blocks[-1] and held + share[index].expected_frames > self.memory_frames / 2:
+            if held + share[index].expected_frames > self.memory_frames / 2:
                 blocks.append([])
                 held = 0
             blocks[-1].append(share[index])
@@ -182,9 +171,9 @@ class FrameClips:
                 if self._closed.is_set():
                     break
                 decoded.append(part)
-                if segment not in self._accounted:
-                    self._accounted.add(segment)
-                    self.account.add(segment.video.path, seconds, damage)
+                if (part.video, segment.start_s) not in self._accounted:
+                    self._accounted.add((part.video, segment.start_s))
+                    self.account.add(part.video, seconds, damage)
             bar.update()
         bar.close()
         return decoded
@@ -198,14 +187,13 @@ class FrameClips:
             fps=self.fps,
             offsets_s=self.offsets_s,
             start_s=segment.start_s,
-            # Some ticks more than the segment, so that no clip is lost between two segments.
-            end_s=segment.end_s + (self.length - 1) / self.fps,
+            end_s=segment.end_s + (self.length - 1) / self.fps,  # so that no clip is lost between two segments
             damage=None if self.strict else damage,
             image_fps=video.average_fps,
         )
         frames = np.empty((segment.expected_frames, 3, *self.size), np.uint8)
         row_of: dict[tuple[int, int], int] = {}  # by clock and tick
-        clips = []
+        clips: list[list[int | None]] = []
         rows, last_time_s = 0, -math.inf
         for timed in timed_frames:
             if self._closed.is_set():
@@ -220,8 +208,8 @@ class FrameClips:
             if None not in clip:
                 clips.append(clip)
         seconds = max(0.0, min(last_time_s, segment.end_s) - segment.start_s)
-        part = Decoded(frames[:rows], np.array(clips, dtype=np.int64).reshape(-1, self.length), video.path)
-        return part, seconds, damage
+        decoded = Decoded(video.path, frames[:rows], np.array(clips, dtype=np.int64).reshape(-1, self.length))
+        return decoded, seconds, damage
 
     def _segments(self, video: VideoInfo) -> Iterator[Segment]:
         """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""
@@ -231,20 +219,20 @@ class FrameClips:
         # What cannot be sought in is decoded from its beginning for each part: as few of them as memory allows.
         wanted_s = min(SEGMENT_S if video.seekable else math.inf, longest_s)
         latest_s = 2 * min(SEGMENT_S, longest_s)  # rather a little long than decoded from the keyframe before
-        edges_s = [0.0]
-        while edges_s[-1] < video.duration_s:
-            middle_s = edges_s[-1] + wanted_s
-            first = bisect_left(video.keyframes_s, edges_s[-1] + wanted_s / 2)
-            last = bisect_right(video.keyframes_s, edges_s[-1] + latest_s)
-            distances_s = [(abs(keyframe_s - middle_s), keyframe_s) for keyframe_s in video.keyframes_s[first:last]]
-            edges_s.append(min(distances_s, default=(0.0, middle_s))[1])
-        # The last part goes on to the end, wherever that is: headers understate durations.
-        edges_s = [*edges_s[: max(1, len(edges_s) - 1)], math.inf]
         duration_s = video.duration_s or SEGMENT_S  # unknown: in one piece, taken for a minute when memory is planned
         rate = min(ticks_per_second, video.average_fps or ticks_per_second)  # clocks share frames, each held once
-        for start_s, end_s in pairwise(edges_s):
+        start_s = 0.0
+        while start_s < math.inf:
+            middle_s = start_s + wanted_s
+            first = bisect_left(video.keyframes_s, start_s + wanted_s / 2)
+            last = bisect_right(video.keyframes_s, start_s + latest_s)
+            distances_s = [(abs(keyframe_s - middle_s), keyframe_s) for keyframe_s in video.keyframes_s[first:last]]
+            _, end_s = min(distances_s, default=(0.0, middle_s))
+            # The last goes on to the end, wherever that is: headers understate durations.
+            end_s = end_s if end_s < video.duration_s else math.inf
             frames = math.ceil((min(end_s, duration_s) - start_s) * rate) + self.length
             yield Segment(video, start_s, end_s, frames)
+            start_s = end_s
 
 
 def read_sequences(videos: list[VideoInfo], size: FrameSize, *, fps: float, clips: int, length: int) -> Tensor:

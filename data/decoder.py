@@ -6,14 +6,14 @@ frames that FFmpeg had to guess (`is_corrupt`) are dropped.
 
 import math
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Self
 
 import av
 from av.container import InputContainer
@@ -25,17 +25,12 @@ from av.video.stream import VideoStream
 from data.errors import DataError
 
 SEEKABLE = ("mp4", "matroska")
-"""Containers in which a seek was found exact; all others (AVI and MPEG streams lose or misplace frames) are decoded
-from the beginning."""
-WORTH_SKIPPING_S = 0.5
-"""What lies this near is decoded up to rather than looked up."""
+"""Containers in which a seek was found exact; AVI and MPEG streams lose or misplace frames."""
+WORTH_SKIPPING_S = 0.5  # what lies this near is decoded up to rather than looked up
+MARGINS_S = (1.0, 10.0)  # how much earlier is sought if a seek led too far
+LONGEST_S = 30 * 24 * 3600.0  # a header that promises more is not believed
 EARLY_S = 0.5
-"""A video that ends this much before the time in its header is cut off; at an exact constant rate, half a frame is
-enough."""
-MARGINS_S = (1.0, 10.0)
-"""How much earlier is sought if a seek led too far."""
-LONGEST_S = 30 * 24 * 3600.0
-"""A header that promises more is not believed."""
+"""A video that ends this much before its header's time is cut off; half a frame, where rate and header are exact."""
 
 
 class VideoError(DataError):
@@ -64,7 +59,7 @@ class Damage:
         return "; ".join(corrupt + self.breaks)
 
 
-class Decoder(ABC):
+class Decoder(Iterator[tuple[VideoFrame, float]], AbstractContextManager["Decoder"]):
     """Frames and their times in seconds, in presentation order."""
 
     codec: str
@@ -74,34 +69,21 @@ class Decoder(ABC):
     """Whether decoding can begin in the middle and give the same frames."""
     header_duration_s: float
     """Duration that the header promises; 0 where it says nothing."""
+    keyframes_s: tuple[float, ...]
+    """Times at which decoding can begin, as far as the container knows them."""
 
     def __init__(self, path: Path, damage: Damage | None) -> None:
         self.path, self.damage = path, damage
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __iter__(self) -> Self:
-        return self
-
-    @property
     @abstractmethod
-    def keyframes_s(self) -> tuple[float, ...]:
-        """Times at which decoding can begin, as far as the container knows them."""
-
-    @abstractmethod
-    def __next__(self) -> tuple[VideoFrame, float]: ...
+    def close(self) -> None: ...
 
     @abstractmethod
     def skip_to(self, time_s: float) -> bool:
         """Go on from the last keyframe at or before a time, if there is one ahead; whether it was done."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of the file."""
 
     def note(self, reason: str) -> None:
         """Write damage down, or raise `VideoError` if there is nothing to write it down in."""
@@ -142,6 +124,12 @@ class VideoDecoder(Decoder):
         """Time that was skipped to, until a frame has been given."""
         self.frames = self._decode()
 
+    def _begin_again(self) -> None:
+        """Where skipping fails, only decoding from the beginning is sure to find all frames."""
+        self.close()
+        self._open()
+        self.can_skip = False
+
     def close(self) -> None:
         self.container.close()
 
@@ -149,9 +137,7 @@ class VideoDecoder(Decoder):
         following = next(self.frames, None)
         if following is None and self.skipped_to_s is not None:
             self._begin_again()  # nothing decodes there: the last frame is before
-            following = next(self.frames, None)
-        if following is None:
-            raise StopIteration
+        following = following or next(self.frames)
         self.skipped_to_s = None
         self.reached_s = max(self.reached_s or 0.0, following[1])
         return following
@@ -159,11 +145,10 @@ class VideoDecoder(Decoder):
     def skip_to(self, time_s: float) -> bool:
         if not self.can_skip or self.first_pts is None or time_s <= (self.reached_s or 0.0) + WORTH_SKIPPING_S:
             return False
-        keyframes_s = () if self.reached_s is None else self.keyframes_s
-        if self.reached_s is not None and bisect_right(keyframes_s, self.reached_s) == bisect_right(
-            keyframes_s, time_s
-        ):
-            return False
+        if self.reached_s is not None:
+            reached, wanted = (bisect_right(self.keyframes_s, moment_s) for moment_s in (self.reached_s, time_s))
+            if reached == wanted:
+                return False
         packet = self._seek(self.first_pts, time_s)
         if packet is None:
             self._begin_again()
@@ -172,12 +157,6 @@ class VideoDecoder(Decoder):
         self.reached_s = self.skipped_to_s = time_s
         self.frames = self._decode(packet)
         return True
-
-    def _begin_again(self) -> None:
-        """Where skipping fails, only decoding from the beginning is sure to find all frames."""
-        self.close()
-        self._open()
-        self.can_skip = False
 
     def _seek(self, first_pts: int, time_s: float) -> "Packet[VideoStream] | None":
         """Stand at the last keyframe at or before a time, and return it; None if that cannot be done."""
@@ -198,7 +177,7 @@ class VideoDecoder(Decoder):
         return None
 
     @cached_property
-    def keyframes_s(self) -> tuple[float, ...]:
+    def keyframes_s(self) -> tuple[float, ...]:  # type: ignore[override]
         """Times of the keyframes in the container's index; in MP4, of their decoding, shifted to begin at 0."""
         if not self.seekable:
             return ()
@@ -217,15 +196,15 @@ class VideoDecoder(Decoder):
         end_s = 0.0
         keyframe_pts = first[0].pts if first else None
         is_lost = False
-        pictures = _Pictures()
+        awaited = _Awaited()
         for packet in chain(first, self._packets()):
             if is_lost and not packet.is_keyframe:
                 continue
             if is_lost:
                 self.stream.codec_context.flush_buffers()
-                is_lost, keyframe_pts, pictures = False, packet.pts, _Pictures()
+                is_lost, keyframe_pts, awaited = False, packet.pts, _Awaited()
             if self.codec == "hevc":
-                pictures.coded(packet)
+                awaited.coded(packet)
             try:
                 frames = packet.decode()
             except av.FFmpegError as error:
@@ -241,7 +220,7 @@ class VideoDecoder(Decoder):
                     continue  # shown before the keyframe: it needs frames that were lost
                 else:
                     time_s = self._time_s(pts)
-                    self._note_corrupt(*map(self._time_s, pictures.lost_before(pts)))
+                    self._note_corrupt(*map(self._time_s, awaited.lost_before(pts)))
                 if frame.is_corrupt:
                     self._note_corrupt(time_s)
                 elif previous_s is not None and time_s < previous_s:
@@ -250,20 +229,8 @@ class VideoDecoder(Decoder):
                     previous_s, end_s = time_s, time_s + self._seconds(frame.duration)
                     yield frame, time_s
         if not is_lost:
-            self._note_corrupt(*map(self._time_s, pictures.lost_before(math.inf)))
+            self._note_corrupt(*map(self._time_s, awaited.lost_before(math.inf)))
             self._require_promised(end_s)
-
-    def _require_promised(self, end_s: float) -> None:
-        """Note if the video ends earlier than its header says."""
-        promised_s = self.header_duration_s
-        if self.first_pts is not None and self.stream.start_time is not None:  # the frames before could not be decoded
-            promised_s -= self._seconds(self.first_pts - self.stream.start_time)
-        is_constant = self.seekable and self.stream.average_rate == self.stream.base_rate
-        tolerance_s = 0.5 * self.period_s if is_constant else EARLY_S + 2 * self.period_s
-        if self.is_promise and end_s < promised_s - tolerance_s:
-            self.note(f"ends at {end_s:.2f} s, its header promises {promised_s:.2f} s")
-        elif _is_cut_off(self.path):
-            self.note(f"ends at {end_s:.2f} s, the file is cut off there")
 
     def _packets(self) -> "Iterator[Packet[VideoStream]]":
         """Coded pictures in the order of the file; a file that breaks off ends there."""
@@ -276,6 +243,18 @@ class VideoDecoder(Decoder):
                     continue
         except av.FFmpegError as error:
             self.note(f"reading failed {self._after(self.reached_s)} ({error.strerror})")
+
+    def _require_promised(self, end_s: float) -> None:
+        """Note if the video ends earlier than its header says."""
+        promised_s = self.header_duration_s
+        if self.first_pts is not None and self.stream.start_time is not None:  # the frames before could not be decoded
+            promised_s -= self._seconds(self.first_pts - self.stream.start_time)
+        is_constant = self.seekable and self.stream.average_rate == self.stream.base_rate
+        tolerance_s = 0.5 * self.period_s if is_constant else EARLY_S + 2 * self.period_s
+        if self.is_promise and end_s < promised_s - tolerance_s:
+            self.note(f"ends at {end_s:.2f} s, its header promises {promised_s:.2f} s")
+        elif _is_cut_off(self.path):
+            self.note(f"ends at {end_s:.2f} s, the file is cut off there")
 
     def _note_corrupt(self, *times_s: float) -> None:
         for time_s in times_s:
@@ -302,44 +281,39 @@ class VideoDecoder(Decoder):
         return "before the first frame" if time_s is None else f"after {time_s:.2f} s"
 
 
-class _Pictures:
-    """Coded pictures that have not come out as frames: FFmpeg drops what it cannot decode of HEVC without a word."""
+class _Awaited(set[int]):
+    """Times of coded pictures whose frames are to come: FFmpeg drops what it cannot decode of HEVC without a word."""
 
-    def __init__(self) -> None:
-        self.first_pts: int | None = None
-        """The first keyframe's; what is shown before it may need frames that are not there."""
-        self.awaited: set[int] = set()
+    first_pts = math.inf
+    """The first keyframe's; what is shown before it may need frames that are not there."""
 
     def coded(self, packet: "Packet[VideoStream]") -> None:
-        if packet.pts is None or packet.is_discard:
-            return
-        if self.first_pts is None and packet.is_keyframe:
-            self.first_pts = packet.pts
-        if self.first_pts is not None and packet.pts >= self.first_pts:
-            self.awaited.add(packet.pts)
+        if packet.pts is not None and not packet.is_discard:
+            if packet.is_keyframe:
+                self.first_pts = min(self.first_pts, packet.pts)
+            if packet.pts >= self.first_pts:
+                self.add(packet.pts)
 
     def lost_before(self, pts: float) -> list[int]:
         """Pictures that should have come out before the frame that now comes out."""
-        lost = sorted(awaited for awaited in self.awaited if awaited < pts)
-        self.awaited = {awaited for awaited in self.awaited if awaited > pts}
+        lost = sorted(awaited for awaited in self if awaited < pts)
+        self.difference_update(lost, [pts])
         return lost
 
 
 def _header_duration_s(container: InputContainer, stream: VideoStream) -> tuple[float, bool]:
     """How long the video should be by its header, and whether that is said of this very stream."""
-    # Matroska's, of this stream alone.
-    written = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska's, of this stream
+    time_base = stream.time_base or 0
     if stream.duration is not None:
-        end_s = float(stream.duration * (stream.time_base or 0))
-    elif written:
-        hours, minutes, seconds = map(float, written.groups())
-        end_s = 3600 * hours + 60 * minutes + seconds
+        end_s = float(stream.duration * time_base)
+    elif tag:
+        end_s = sum(float(part) * unit for part, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
     else:
         end_s = (container.duration or 0) / av.time_base
     if any(name in container.format.name for name in ("matroska", "asf")):
-        # They count from zero, whenever the first frame is shown.
-        end_s -= float((stream.start_time or 0) * (stream.time_base or 0))
-    is_own = stream.duration is not None or written is not None or len(container.streams) == 1
+        end_s -= float((stream.start_time or 0) * time_base)  # they count from zero, whenever the first frame is shown
+    is_own = stream.duration is not None or tag is not None or len(container.streams) == 1
     return (end_s, is_own) if 0 <= end_s <= LONGEST_S else (0.0, False)
 
 
@@ -356,10 +330,8 @@ def _is_cut_off(path: Path) -> bool:
 
 
 def _open(path: Path) -> tuple[InputContainer, VideoStream]:
-    if not path.exists():
-        raise VideoError(f"{path}: no such file")
     if not path.is_file():
-        raise VideoError(f"{path}: not a readable video (it is no file)")
+        raise VideoError(f"{path}: {'not a readable video (it is no file)' if path.exists() else 'no such file'}")
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: the file is empty")
     try:

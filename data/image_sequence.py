@@ -8,7 +8,6 @@ import os
 import re
 import zipfile
 from collections import Counter
-from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -51,22 +50,6 @@ def find_zipped_sequences(path: Path) -> list[Path]:
     return sorted(path / folder for folder, images in counts.items() if images >= FEWEST_IMAGES)
 
 
-def sequence_status(path: Path) -> tuple[int, int]:
-    """(bytes, modification time in ns) of a sequence: a change of any image changes it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    split = split_zip(path)
-    if split is not None:
-        status = split[0].stat()
-        return status.st_size, status.st_mtime_ns
-    with os.scandir(path) as entries:
-        statuses = [entry.stat() for entry in entries if is_image(entry.name)]
-    modified_ns = max(status.st_mtime_ns for status in (path.stat(), *statuses))
-    return sum(status.st_size for status in statuses), modified_ns
-
-
 class ImageSequenceDecoder(Decoder):
     """Images one after the other, `fps` of them in a second; every one can be skipped to.
 
@@ -91,10 +74,7 @@ class ImageSequenceDecoder(Decoder):
         self.seekable = True
         self.average_fps = fps
         self.header_duration_s = float(self.times_s[-1]) + 1 / fps
-
-    @cached_property
-    def keyframes_s(self) -> tuple[float, ...]:
-        return tuple(self.times_s.tolist())
+        self.keyframes_s = tuple(self.times_s.tolist())
 
     def close(self) -> None:
         if self.archive is not None:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
-from data.image_sequence import FEWEST_IMAGES, find_zipped_sequences, is_image, is_image_sequence, sequence_status
+from data.image_sequence import FEWEST_IMAGES, find_zipped_sequences, is_image, is_image_sequence, split_zip
 from data.parallel import map_ahead
 from data.video import IMAGE_FPS, VideoInfo, probe_video
 
@@ -30,23 +30,20 @@ EXAMPLES = 10
 
 
 class FileState(NamedTuple):
-    """Which bytes: if any of this has changed, the file is another one."""
+    """A file's absolute path, size and time: if any of this has changed, the file is another one."""
 
     path: str
-    """Absolute path."""
     size_bytes: int
     modified_ns: int
 
 
 @dataclass(frozen=True)
 class Record:
-    """A line of a manifest."""
+    """A line of a manifest: a video, or why the file was refused."""
 
     state: FileState
     video: VideoInfo | None
-    """None: the file was refused."""
     refused: str = ""
-    """Why."""
 
 
 @dataclass
@@ -129,12 +126,10 @@ def find_videos(paths: Sequence[Path]) -> list[Path]:
 
 def _sequences_in(file: Path) -> list[Path]:
     """A video itself; of a zip file the sequences in it, which may be none."""
-    if file.suffix.lower() != ".zip" or not file.is_file():
-        return [file]
-    try:
-        return find_zipped_sequences(file)
-    except VideoError:
-        return [file]  # opening it will say why
+    if file.suffix.lower() == ".zip" and file.is_file():
+        with suppress(VideoError):  # opening it will say why
+            return find_zipped_sequences(file)
+    return [file]
 
 
 def _videos_inside(folder: Path) -> Iterator[Path]:
@@ -157,15 +152,16 @@ def is_there(path: Path) -> bool:
 
 
 def file_state(path: Path) -> FileState:
-    """A video as it lies on disk now.
+    """A video as it lies on disk now; a change of any of its images changes a folder.
 
     Raises:
         OSError: it is gone, or cannot be read.
     """
-    if is_image_sequence(path):
-        return FileState(str(path.resolve()), *sequence_status(path))
-    status = path.stat()
-    return FileState(str(path.resolve()), status.st_size, status.st_mtime_ns)
+    zip_file = split_zip(path)
+    images = [image.stat() for image in path.iterdir() if is_image(image.name)] if path.is_dir() else []
+    status = zip_file[0].stat() if zip_file else path.stat()
+    size_bytes = sum(image.st_size for image in images) if images else status.st_size
+    return FileState(str(path.resolve()), size_bytes, max(file.st_mtime_ns for file in (status, *images)))
 
 
 def read_manifest(path: Path) -> list[Record]:
@@ -175,21 +171,21 @@ def read_manifest(path: Path) -> list[Record]:
         VideoError: it is missing, no manifest, or of another version.
     """
     try:
-        lines = path.read_text().splitlines()
-        header = json.loads(lines[0]) if lines else {}
+        first, *lines = path.read_text().splitlines() or ["{}"]
+        header = json.loads(first)
     except (OSError, ValueError) as error:
         raise VideoError(f"{path}: not a readable manifest ({error})") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT["format"]:
         raise VideoError(f"{path}: not a manifest of videos")
-    version = header.get("version")
-    if version != FORMAT["version"]:
+    if header != FORMAT:
+        version = header.get("version")
         raise VideoError(f"{path}: a manifest of version {version}, not {FORMAT['version']}: delete it and index again")
     records = {}
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines, start=2):
         try:
             record = _from_json(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
+            if number == len(lines) + 1:
                 break  # the process died while it wrote this line
             raise VideoError(f"{path}: line {number} is damaged ({error}): delete it and index again") from error
         records[record.state.path] = record
@@ -206,12 +202,8 @@ def index_videos(
 ) -> tuple[list[Record], list[str]]:
     """Look at all videos under `paths` that the manifest does not know as they are, and bring it up to date.
 
-    Args:
-        paths: files, folders, and other manifests.
-        manifest: made if missing; what it knows of unchanged files is kept. None: nothing is known or written.
-        look: `probe_video`, or `count_frames` to decode all of each video.
-        image_fps: rate of image sequences.
-        progress: show a progress bar.
+    `paths` are files, folders, and other manifests. The manifest is made if missing; without one nothing is known or
+    written. `look` is `probe_video`, or `count_frames` to decode all of each video; images are shown at `image_fps`.
 
     Returns:
         The records in order of path, and the paths that the manifest knew and that are not there any more.
@@ -220,8 +212,7 @@ def index_videos(
         VideoError: a path is missing or holds no video, or the manifest cannot be read, or is being written.
     """
     given = [record for path in paths if path.suffix == MANIFEST_SUFFIX for record in read_manifest(path)]
-    folders = [path for path in paths if path.suffix != MANIFEST_SUFFIX]
-    files = find_videos(folders) if folders else []
+    files = find_videos([path for path in paths if path.suffix != MANIFEST_SUFFIX])
     records = {record.state.path: _as_it_lies(record) for record in given}
     known = {record.state: record for record in given}
 
@@ -231,8 +222,10 @@ def index_videos(
         except OSError as error:
             return Record(FileState(str(path.resolve()), 0, 0), None, f"{path}: {error.strerror}")
         record = known.get(state)
-        if record is not None and _knows_enough(record, look is not probe_video, image_fps):
-            return record
+        if record is not None and record.video is not None:  # what was refused is tried again
+            is_at_rate = record.video.codec != "images" or record.video.average_fps == image_fps
+            if is_at_rate and (record.video.frames is not None or look is probe_video):
+                return record
         try:
             return Record(state, look(Path(state.path), image_fps))
         except (VideoError, OSError) as error:
@@ -242,7 +235,7 @@ def index_videos(
         known |= {record.state: record for record in recorded}
         bar = tqdm(total=len(files), unit="video", desc="looking at videos", leave=False, disable=not progress)
         for record in map_ahead(record_of, files):
-            if known.get(record.state) is not record:
+            if known.get(record.state) != record:
                 append(_line(record))
             records[record.state.path] = record
             bar.update()
@@ -264,13 +257,7 @@ def check_videos(
 ) -> VideoList:
     """The videos under `paths` that can be used: those that decode and are not slower than the clock.
 
-    Args:
-        paths: files, folders and manifests.
-        fps: the clock that the videos will be sampled on; a slower video could not give a frame for each tick.
-        manifest: where to leave what was found, if anywhere; unchanged files that it knows are not looked at again.
-        image_fps: rate of image sequences.
-        strict: one file that cannot be used is an error.
-        progress: show a progress bar.
+    A slower video could not give a frame for each tick. `manifest`, `image_fps` as in `index_videos`.
 
     Raises:
         VideoError: nothing is there, or nothing of it can be used; with `strict`, any file cannot be used.
@@ -310,22 +297,12 @@ def _open_manifest(manifest: Path | None) -> Iterator[tuple[list[Record], Callab
             yield records, file.write
 
 
-def _knows_enough(record: Record, must_be_counted: bool, image_fps: float) -> bool:
-    if record.video is None:
-        return True
-    if record.video.codec == "images" and record.video.average_fps != image_fps:
-        return False
-    return record.video.frames is not None or not must_be_counted
-
-
 def _as_it_lies(record: Record) -> Record:
     """A record of another manifest, refused if the file is not what it was."""
     path = Path(record.state.path)
-    try:
+    with suppress(OSError):
         if file_state(path) == record.state:
             return record
-    except OSError:
-        pass
     reason = "has changed since it was indexed: index it again" if is_there(path) else "is gone since it was indexed"
     return Record(record.state, None, f"{path}: {reason}")
 

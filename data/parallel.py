@@ -1,6 +1,6 @@
-"""Work in threads, a little ahead of whoever uses the results.
+"""Work in threads, a little ahead of whoever uses the results; decoding releases Python's lock.
 
-Decoding releases Python's lock, so threads run side by side.
+`workers` is the number of threads, one a usable core by default.
 """
 
 import queue
@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import joblib
 
@@ -22,13 +21,7 @@ _NONE_LEFT: Any = object()
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None
 ) -> Iterator[Result]:
-    """`map` in threads, in order, two items a thread ahead: items may be many and results large.
-
-    Args:
-        function: what is done with an item.
-        items: taken as they are needed.
-        workers: threads, one a usable core by default.
-    """
+    """`map` in threads, in order, two items a thread ahead: items may be many and results large."""
     workers = workers or joblib.cpu_count()
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers)
@@ -43,8 +36,7 @@ def map_ahead(
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for a video of hours
 
 
-@dataclass(frozen=True)
-class _Ended:
+class _Ended(NamedTuple):
     """The last message of a thread, with the error that ended it."""
 
     error: BaseException | None = None
@@ -55,11 +47,7 @@ def stream_ahead(
 ) -> Iterator[Result]:
     """Results of a generator called with several items side by side: as they come, an item's own in order.
 
-    Args:
-        function: the generator.
-        items: taken as they are needed.
-        workers: threads, one a usable core by default.
-        ahead: results that wait at most.
+    At most `ahead` results wait to be used.
     """
     waiting, lock = iter(items), threading.Lock()
     results: queue.Queue[Result | _Ended] = queue.Queue(ahead)

@@ -101,17 +101,16 @@ def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
         VideoError: the file is missing, empty, not a video, has no video stream, or not one frame decodes.
     """
     with open_video(path, Damage(), image_fps) as decoder:
-        first = next(decoder, None)
-        if first is None:
+        frame, _ = next(decoder, (None, 0.0))
+        if frame is None:
             reason = str(decoder.damage) or f"the {decoder.codec} stream is empty"
             raise VideoError(f"{path}: no frame can be decoded ({reason})")
-        frame, _ = first
-        is_turned = frame.rotation % 180 != 0
+        height, width = (frame.height, frame.width) if frame.rotation % 180 == 0 else (frame.width, frame.height)
         return VideoInfo(
             path=path,
             codec=decoder.codec,
-            height=frame.width if is_turned else frame.height,
-            width=frame.height if is_turned else frame.width,
+            height=height,
+            width=width,
             rotation=frame.rotation % 360,
             duration_s=decoder.header_duration_s,
             average_fps=decoder.average_fps,
@@ -190,19 +189,11 @@ def read_frames_at(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Frames nearest to given times, decoded in one pass that jumps where that saves work.
 
-    Args:
-        path: the video.
-        size: (height, width) of the frames.
-        times_s: (T,) seconds since the first displayed frame, in any order; before the first frame and after the last,
-            those are the nearest.
-        damage: as in `read_on_clock`.
-        image_fps: as in `read_on_clock`.
+    The times, (T,) seconds since the first displayed frame, may be in any order; before the first frame and after the
+    last, those are the nearest. Else as `read_on_clock`.
 
     Returns:
         Frames uint8 (T, 3, height, width) and their own times, float64 (T,), in seconds.
-
-    Raises:
-        VideoError: as `read_on_clock`, or no frame decodes.
     """
     convert = FrameConverter(size)
     frames, shown_s = np.empty((len(times_s), 3, *size), np.uint8), np.empty(len(times_s))

@@ -29,13 +29,7 @@ class Neighbours:
     """Standard deviation of the noise added to each pixel."""
 
     def __call__(self, frames: Tensor, following: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two views, float (B, 3, H, W) in [0, 1].
-
-        Args:
-            frames: uint8 (B, 3, H, W).
-            following: uint8 (B, 3, H, W), the frames one tick later.
-            generator: on the frames' device.
-        """
+        """Two views, float (B, 3, H, W) in [0, 1], of frames and those one tick later, uint8 (B, 3, H, W) each."""
         first, second = (images.float() / 255 for images in (frames, following))
         return self._relight(first, generator), self._relight(second, generator)
 
