@@ -71,7 +71,7 @@ CLOCK = {"times_s": Column("float64"), "ticks": Column("int64")}
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the embeddings in a cache are. Two caches fit together if these agree.
+    """Origin of the embeddings in a cache. Two caches fit together if these agree.
 
     Raises:
         ValueError: a field has a value that no cache can have.
@@ -111,12 +111,12 @@ class Provenance:
                 raise ValueError(f"{name} is {getattr(self, name)!r}")
 
     def comparable(self) -> dict[str, Any]:
-        """The fields that must agree."""
+        """Fields in which caches must agree."""
         return {name: value for name, value in vars(self).items() if name not in ("encoder", "versions")}
 
 
 class ClipKey(NamedTuple):
-    """Which stretch of which file: a changed file is another clip."""
+    """Name of a clip: a stretch of a file; a changed file is another clip."""
 
     source: str
     """Absolute path of the video; with the next two, `data.manifest.FileState`."""
@@ -128,7 +128,7 @@ class ClipKey(NamedTuple):
 
 @dataclass(frozen=True)
 class EmbeddedClip:
-    """The embeddings of one video on one clock."""
+    """Embeddings of one video on one clock."""
 
     key: ClipKey
     columns: dict[str, np.ndarray]
@@ -145,7 +145,7 @@ class EmbeddedClip:
 
 
 class CachedClip(NamedTuple):
-    """Where a clip lies in a cache."""
+    """Place of a clip in a cache."""
 
     key: ClipKey
     start: int
@@ -162,7 +162,7 @@ class CachedClip(NamedTuple):
 
 
 class CacheWriter:
-    """Writes the clips of one rank. Use as a context manager; leaving it without an error commits what is buffered.
+    """Writer of one rank's clips. Use as a context manager; leaving it without an error commits what is buffered.
 
     Args:
         folder: the cache; made if missing.
@@ -251,7 +251,7 @@ class CacheWriter:
 
 
 class EmbeddingCache:
-    """Reads a cache: opened from its manifests, each shard memory-mapped when it is first read from.
+    """Reader of a cache: opened from its manifests, each shard mapped to memory when it is first read from.
 
     Rows of all shards are numbered through. `clips` are ordered by source and offset, so their order does not depend
     on how many ranks wrote them; of a file that was embedded before and after a change only the clip that was written
@@ -276,7 +276,7 @@ class EmbeddingCache:
 
     @property
     def frames(self) -> int:
-        """How many embeddings the clips hold together."""
+        """Number of embeddings in all clips."""
         return sum(clip.frames for clip in self.clips)
 
     @property
@@ -285,7 +285,9 @@ class EmbeddingCache:
         return self.provenance.columns["embeddings"].shape
 
     def take(self, rows: np.ndarray, column: str = "embeddings") -> np.ndarray:
-        """Values of a column on the given rows, int (...), as (..., *shape): float16 as float32, the rest as stored.
+        """Values of a column on the given rows, (...) -> (..., *shape).
+
+        float16 comes as float32, all else as it is stored.
 
         Raises:
             IndexError: there is no such row.
@@ -313,7 +315,7 @@ class EmbeddingCache:
         return np.split(clip.rows, np.flatnonzero(np.diff(self.clip_ticks(clip)) != 1) + 1)
 
     def is_intact(self, clip: CachedClip) -> bool:
-        """Whether a clip still has the checksum that it was written with. A flipped bit is read without an error."""
+        """Whether a clip still matches its checksum. A flipped bit is read without an error."""
         return _checksum(self._gather(clip.rows, name) for name in self._columns) == clip.crc32
 
     def require_same_space(self, fingerprint: str, fps: float, owner: str) -> None:
@@ -359,7 +361,7 @@ class EmbeddingCache:
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """What a cache says it holds.
+    """Provenance of a cache, as it says itself.
 
     Raises:
         CacheError: there is no cache, it cannot be read, or it has another format.
@@ -380,7 +382,7 @@ def read_provenance(folder: Path) -> Provenance:
 
 
 def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
-    """Those of `wanted` that a cache does not hold for good, in order.
+    """Clips of `wanted` missing in a cache, in order.
 
     Raises:
         CacheError: as opening the cache does, but for an empty one.

@@ -73,7 +73,7 @@ class Windows:
         return self._run_clips[self._runs(indices)]
 
     def videos(self, indices: np.ndarray) -> tuple[Path, ...]:
-        """The videos that the given windows are from, each once."""
+        """Videos of the given windows, each once."""
         clips = (self.cache.clips[clip] for clip in np.unique(self.clip_of(indices)))
         return tuple(dict.fromkeys(Path(clip.key.source) for clip in clips))
 
@@ -82,7 +82,7 @@ class Windows:
         return torch.randint(len(self), (count,), generator=generator).numpy()
 
     def evenly(self, most: int) -> np.ndarray:
-        """Numbers of at most so many windows, evenly spaced from the first to the last, int64 (N,)."""
+        """Numbers of at most `most` windows, evenly spaced from the first to the last, int64 (N,)."""
         count = min(most, len(self))
         return np.arange(count) * (len(self) - 1) // max(count - 1, 1)
 
@@ -93,14 +93,14 @@ class Windows:
 
 
 def group_windows(windows: Windows, indices: np.ndarray) -> tuple[np.ndarray, str]:
-    """Groups of windows to be resampled together, and what they have in common, in the plural.
+    """Groups of windows to be resampled together.
 
     Neighbouring frames are nearly equal; to count them one by one would flatter every result. So windows of a video
     are together or, where there are fewer than `ENOUGH_VIDEOS`, of a segment that is twice as long as a window, so
     that windows reach into the next segment, but not beyond.
 
     Returns:
-        int64 (N,), groups of the given windows numbered from 0, and such as "videos" or "segments of 6 s".
+        int64 (N,), groups of the given windows numbered from 0, and what they are: "videos" or "segments of 6 s".
     """
     numbers: dict[str, int] = {}
     sources = (windows.cache.clips[clip].key.source for clip in windows.clip_of(indices))
