@@ -34,7 +34,7 @@ HELD_OUT, GAP_S = 0.2, 2.0
 """Share of each training recording that is validation, and what is left out before it: one context."""
 RECIPE = Recipe(
     fps=FPS,
-    encoder={"steps": 1000, "clock-offsets": 3, "views.light-amplitude": 0, "views.pixel-noise": 0,
+    encoder={"steps": 1000, "views.light-amplitude": 0, "views.pixel-noise": 0,
              "encoder.image-size": (32, 64), "encoder.embedding-dimension": 128, "encoder.head-widths": 256},
     predictor={"rollout-steps": 20, "steps": 400},
     columns=("speed", "steering"),

@@ -1,35 +1,28 @@
 r"""Kill both trainers again and again, resume them each time, and prove that nothing is lost.
 
-  python benchmarks/kill_training.py --kills 20 --terms 5
+  python -m benchmarks.kill_training --kills 20 --terms 5
 
 Each trainer runs once undisturbed, on 1 process and on 2 (torchrun). Then the same run is struck at random moments, in
 its start-up, between steps and while it saves: SIGKILL to one rank or to all processes with their launcher in turn,
 SIGTERM to the launcher or to one rank in turn. After some kills a file of the newest checkpoint, or of the newest two,
-is cut short, deleted, or a bit in it is turned. Each time the run is resumed. When it comes to its end, its artefact,
-its last training state (weights, optimiser, random numbers, places in the data, averages, the best so far), its
-curve and its metrics must be those of the undisturbed run, bit for bit. If there were not enough blows by then, the
-next run is begun.
+is cut short, deleted, or a bit in it is turned. Each time the run is resumed. When it comes to its end, its artefacts,
+its last training state (weights, optimiser, places in the data, averages, the best so far), its curve and its metrics
+must be those of the undisturbed run, bit for bit. If there were not enough blows by then, the next run is begun.
 """
 
-import csv
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,69 +31,55 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data.synthetic import BallWorld, write_ball_clip
-from jepa.encoder import EncoderConfig, create_encoder
-from pipelines.checkpoints import COMPLETE, find_fault
-from pipelines.stage import require, run_stage, write_json
+from benchmarks.common import ROOT, descendants, make_encoder, markdown, run, words
+from data.synthetic import BallWorld, write_ball_videos
+from jepa.config import Bounded, NotNegativeInt, PositiveInt
+from pipelines.run.checkpoints import SEAL, find_fault
+from pipelines.run.command import require, run_command
+from pipelines.run.folder import write_json
 
-Stage = Literal["pretrain_encoder", "train_predictor"]
-Variant = Literal["plain", "averaged"]
+Trainer = Literal["pretrain_encoder", "train_predictor"]
+Moment = Literal["start-up", "training", "saving"]
 
-ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-ARTEFACTS = {"pretrain_encoder": "encoder", "train_predictor": "predictor"}
+ARTEFACTS = {"pretrain_encoder": ("encoder",), "train_predictor": ("predictor", "calibration")}
 # A rank's share of the frames is three times what it may hold: several blocks an epoch, others on each rank.
 OPTIONS = {
     "pretrain_encoder": "--videos {world}/train --fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 "
-    "--expander.width 16 --batch-size 16 --shuffle-memory 300kB",
+    "--expander.widths 16 16 --batch-size 16 --shuffle-memory 3e-4",
     "train_predictor": "--train-cache {world}/cache/train --validation-cache {world}/cache/val --predictor.width 16 "
     "--predictor.context 3 --predictor.dropout 0.1 --batch-size 8 --rollout-steps 2 --validation-horizon 5",
 }
-MORE_OPTIONS = {
-    "pretrain_encoder": "--micro-batch-size 8 --optimizer.ema-decay 0.9",
-    "train_predictor": "--members 2 --optimizer.ema-decay 0.9",
-}
-"""Of the variant `averaged`: states beyond weights and optimiser."""
-TIMES = ("seconds", "samples_per_second", "frames_per_second", "windows_per_second", "data_wait_fraction",
-         "memory_gigabytes")  # fmt: skip
+TIMES = ("seconds", "samples_per_second", "data_wait_fraction")
 """What is measured with a clock, and differs between any two runs."""
-FORKING = threading.Lock()
-"""Starting a process asks after all others, in whatever thread: of two that ask after one at once, one gets 255."""
 LONGEST_END_S = 60.0
-"""Within which all processes of a run must be gone after one of them was struck."""
+"""Time within which all processes of a run must be gone after one of them was struck."""
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Bounded):
     """Kill both trainers at random moments, resume them, and compare them with undisturbed runs."""
 
-    kills: int = 20
+    kills: NotNegativeInt = 20
     """SIGKILLs for each trainer and number of processes; a quarter of them is followed by damage to checkpoints."""
-    terms: int = 5
+    terms: NotNegativeInt = 5
     """SIGTERMs likewise."""
-    stages: tuple[Stage, ...] = ("pretrain_encoder", "train_predictor")
+    trainers: tuple[Trainer, ...] = ("pretrain_encoder", "train_predictor")
     """Trainers."""
-    processes: tuple[int, ...] = (1, 2)
+    processes: tuple[PositiveInt, ...] = (1, 2)
     """Numbers of processes."""
-    variants: tuple[Variant, ...] = ("plain", "averaged")
-    """`averaged`: with a moving average of the weights, and micro-batches (encoder) or two members (predictor)."""
-    steps: int = 250
-    """Of a run."""
-    preload: bool = False
-    """Fork runs from a process that has loaded the libraries, and without torchrun, to save time."""
-    seed: int = 0
-    """Of the moments."""
+    steps: PositiveInt = 250
+    """Steps of a run."""
+    seed: NotNegativeInt = 0
+    """Seed of the moments."""
     output_dir: Path = Path("runs/benchmarks/kill_training")
     """Where results.json is left, and what differs."""
 
 
 def main(options: Options) -> None:
     """The story: for each trainer train undisturbed, then strike and resume, strike and resume, and compare."""
-    require(options.kills + options.terms > 0, "--kills and --terms are 0: there is nothing to do")
-    trials = [
-        Trial(stage, processes, variant, options.steps, options.preload)
-        for stage in options.stages for variant in options.variants for processes in options.processes
-    ]  # fmt: skip
+    trials = [Trial(trainer, processes, options.steps)
+              for trainer in options.trainers for processes in options.processes]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         world = make_world(Path(scratch) / "world")
         bar = tqdm(total=len(trials) * (options.kills + options.terms), unit="blow")
@@ -108,15 +87,26 @@ def main(options: Options) -> None:
             bar.set_description(str(trial))
             generator = np.random.default_rng([options.seed, index])
             blows = plan(options.kills, options.terms, generator)
-            trial.prove(world, Path(scratch) / str(index), blows, generator, options.output_dir, bar.update)
+            trial.prove(world, Path(scratch) / str(index), blows, generator, keep=options.output_dir, tick=bar.update)
             bar.write("\n".join([str(trial), *(f"  {fault}" for fault in trial.faults)]))
         bar.close()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(options.output_dir / "results.json", {str(trial): trial.tally() for trial in trials})
-    print(table([{"run": str(trial)} | trial.tally() for trial in trials]))
+    rows = [{"run": str(trial)} | trial.tally() for trial in trials]
+    print(markdown([list(rows[0]), *(list(row.values()) for row in rows)]))
     faults = sum(len(trial.faults) for trial in trials)
     require(not faults, f"{faults} faults, see above; what differs was kept in {options.output_dir}")
     print("all bit-equal to the undisturbed runs")
+
+
+def make_world(folder: Path, clips: int = 12) -> Path:
+    """Videos of balls, and embeddings of them."""
+    encoder = make_encoder(folder / "encoder", size=32, dimension=16)
+    for seed, (split, count) in enumerate({"train": clips, "val": clips // 3}.items()):
+        write_ball_videos(folder / split, count, BallWorld(size=32, radius=3, frames=48, fps=8), seed=seed)
+        run("cache_embeddings", {"videos": folder / split, "encoder": encoder, "fps": 8},
+            "--output-dir", folder / "cache" / split)  # fmt: skip
+    return folder
 
 
 @dataclass(frozen=True)
@@ -126,67 +116,41 @@ class Blow:
     signal: signal.Signals
     target: Literal["rank", "all"]
     """One rank at random; or all processes (SIGKILL), or the launcher alone, which is to tell them (SIGTERM)."""
-    moment: Literal["start-up", "training", "saving"]
+    moment: Moment
     damaged: int = 0
     """How many of the newest checkpoints are damaged afterwards."""
 
 
 def plan(kills: int, terms: int, generator: np.random.Generator) -> list[Blow]:
     """Blows of all kinds in random order."""
-    moments: list[Literal["start-up", "training", "saving"]] = ["training", "saving", "training", "start-up"]
+    moments: list[Moment] = ["training", "saving", "training", "start-up"]
     targets: list[Literal["rank", "all"]] = ["rank", "all"]
-    blows = [
-        Blow(
-            signal.SIGKILL, targets[(index + index // 4) % 2], moments[index % 4],
-            damaged=1 + index // 4 % 2 if index % 4 == 0 else 0,
-        )
-        for index in range(kills)
-    ]  # fmt: skip
+    blows = []
+    for index in range(kills):
+        damaged = 1 + index // 4 % 2 if index % 4 == 0 else 0
+        blows.append(Blow(signal.SIGKILL, targets[(index + index // 4) % 2], moments[index % 4], damaged))
     blows += [Blow(signal.SIGTERM, targets[index % 2], "training") for index in range(terms)]
     return [blows[index] for index in generator.permutation(len(blows))]
 
 
 class Life:
-    """One start of a stage, from its first process to its last.
+    """One start of a trainer, from its first process to its last; two and more processes are started by torchrun."""
 
-    Args:
-        stage: its name.
-        arguments: its command line.
-        processes: how many; two and more are started by torchrun.
-        output: file that all of them write to.
-        preload: fork them from a process that has loaded the libraries, and without torchrun.
-    """
-
-    def __init__(self, stage: str, arguments: list[str], processes: int, output: Path, preload: bool) -> None:
-        self.output, self.processes = output, processes
-        script = str(ROOT / "pipelines" / f"{stage}.py")
-        self.began = time.monotonic()
-        self.launcher: subprocess.Popen[bytes] | None = None
-        if preload:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["pipelines.pretrain_encoder", "pipelines.train_predictor"])
-            self.forked = [
-                context.Process(target=run_forked, args=(script, arguments, environment, output))
-                for environment in environments(processes)
-            ]
-            with FORKING:
-                for process in self.forked:
-                    process.start()
-            self.seen = {process.pid for process in self.forked if process.pid}
-            return
+    def __init__(self, trainer: str, arguments: list[str], processes: int, output: Path) -> None:
+        self.output, self.processes, self.began = output, processes, time.monotonic()
         command = [sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         with output.open("w") as file:
             self.launcher = subprocess.Popen(
-                [*command, script, *arguments], stdout=file, stderr=file, env=os.environ | ENVIRONMENT, cwd=ROOT,
-                start_new_session=True,
+                [*command, f"pipelines/{trainer}.py", *arguments], stdout=file, stderr=file, cwd=ROOT,
+                env=os.environ | ENVIRONMENT, start_new_session=True,
             )  # fmt: skip
         self.seen = {self.launcher.pid}
 
     def said(self) -> str:
         """All that it has printed so far."""
-        return self.output.read_text(errors="replace") if self.output.exists() else ""
+        return self.output.read_text(errors="replace")
 
     def shown(self, steps: int) -> list[int]:
         """What its progress bar has shown, of so many steps; the first is where it began."""
@@ -198,17 +162,14 @@ class Life:
 
     def ranks(self) -> list[int]:
         """The processes that train, as far as they have been started."""
-        if self.launcher is None:
-            return sorted(self.seen)
         if self.processes == 1:
             return [self.launcher.pid]
-        return [process for process in descendants(self.launcher.pid) if rank_of(process) is not None]
+        return [process for process in descendants(self.launcher.pid) if is_rank(process)]
 
     def is_over(self) -> bool:
         """Whether all of its processes are gone."""
-        if self.launcher is not None:
-            self.launcher.poll()
-            self.seen |= set(descendants(self.launcher.pid))
+        self.launcher.poll()
+        self.seen |= set(descendants(self.launcher.pid))
         return not any(map(is_alive, self.seen))
 
     def wait(self, seconds: float, until: Callable[[], bool] = lambda: False, poll_s: float = 0.005) -> bool:
@@ -220,28 +181,14 @@ class Life:
             time.sleep(poll_s)
         return True
 
-    def exit_code(self) -> int | None:
-        """Of the launcher; without one, the first that is not 0."""
-        if self.launcher is not None:
-            return self.launcher.wait()
-        with FORKING:
-            for process in self.forked:
-                process.join()
-            return next((process.exitcode for process in self.forked if process.exitcode), 0)
-
     def strike(self, number: signal.Signals, pid: int | None = None) -> None:
         """Send a signal to a process; by default SIGKILL to all, any other one to the launcher."""
-        if pid is not None:
-            targets = [pid]
-        elif number != signal.SIGKILL and self.launcher is not None:
-            targets = [self.launcher.pid]
-        elif self.launcher is not None:
+        targets = [pid or self.launcher.pid]
+        if pid is None and number == signal.SIGKILL:
             with suppress(ProcessLookupError):
                 os.kill(self.launcher.pid, signal.SIGSTOP)  # it shall not start another one meanwhile
             targets = descendants(self.launcher.pid)
             self.seen |= set(targets)
-        else:
-            targets = self.ranks()
         for target in targets:
             with suppress(ProcessLookupError):
                 os.kill(target, number)
@@ -251,27 +198,29 @@ class Life:
 class Trial:
     """A trainer on so many processes, its undisturbed run, and what was found out."""
 
-    stage: Stage
+    trainer: Trainer
     processes: int
-    variant: Variant
     steps: int
-    preload: bool
     faults: list[str] = field(default_factory=list)
     """What must not be."""
     counts: Counter[str] = field(default_factory=Counter)
-    exit_codes: Counter[int | None] = field(default_factory=Counter)
-    """After SIGTERM."""
-    ends_s: dict[str, float] = field(default_factory=lambda: {"SIGKILL": 0.0, "SIGTERM": 0.0})
+    longest_end_s: float = 0.0
     """The longest time between a blow and the end of the last process."""
     lives: int = 0
 
     def __str__(self) -> str:
-        return f"{self.stage} x {self.processes}" + (f", {self.variant}" if self.variant != "plain" else "")
+        return f"{self.trainer} x {self.processes}"
 
     def prove(
-        self, world: Path, folder: Path, blows: list[Blow], generator: np.random.Generator, keep: Path,
+        self,
+        world: Path,
+        folder: Path,
+        blows: list[Blow],
+        generator: np.random.Generator,
+        *,
+        keep: Path,
         tick: Callable[[], Any] = lambda: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Run undisturbed, then strike and resume until all blows are dealt, and compare each run that ends.
 
         Args:
@@ -290,14 +239,14 @@ class Trial:
             self.start_up_s = time.monotonic() - life.began
             life.wait(600)
             self.training_s = time.monotonic() - life.began - self.start_up_s
-            require(life.exit_code() == 0, f"the undisturbed run failed: {life.said()[-1000:]}")
+            require(life.launcher.wait() == 0, f"the undisturbed run failed: {life.said()[-1000:]}")
             remaining, damaged, said = list(blows), list[Path](), ""
             while remaining or disturbed.exists():
                 life = self.start(world, disturbed)
                 struck = bool(remaining) and self.deal(remaining[0], life, disturbed, generator)
                 if not struck:
                     require(life.wait(600), f"{self}: a run does not come to its end: {life.said()[-1000:]}")
-                    code = life.exit_code()
+                    code = life.launcher.wait()
                     if not self.expect(code == 0, f"a resumed run ended with {code}: {life.said()[-1000:]}"):
                         break
                 said += life.said()
@@ -321,13 +270,11 @@ class Trial:
 
     def start(self, world: Path, output: Path) -> Life:
         """Begin a run, or go on with it."""
-        options = f"{OPTIONS[self.stage]} " + (MORE_OPTIONS[self.stage] if self.variant == "averaged" else "")
-        options += f" --steps {self.steps} --log-every 5 --checkpoints.every-steps 7 --checkpoints.keep 3 --tracker csv"
-        arguments = [*options.format(world=world).split(), "--output-dir", str(output)]
+        arguments = words(OPTIONS[self.trainer].format(world=world).split(), {"steps": self.steps, "log-every": 5},
+                          {"checkpoint-every": 7, "tracker": "none", "output-dir": output})  # fmt: skip
         arguments += ["--resume"] if output.exists() else []
         self.lives += 1
-        said = output.with_name(f"{output.name}_{self.lives}.txt")
-        return Life(self.stage, arguments, self.processes, said, self.preload)
+        return Life(self.trainer, arguments, self.processes, output.with_name(f"{output.name}_{self.lives}.txt"))
 
     def deal(self, blow: Blow, life: Life, output: Path, generator: np.random.Generator) -> bool:
         """Strike at the moment that is meant, and see what becomes of the run; False if it ended before."""
@@ -348,11 +295,8 @@ class Trial:
         struck = time.monotonic()
         life.strike(blow.signal, victim)
         gone = life.wait(LONGEST_END_S)
-        seconds = time.monotonic() - struck
-        name = blow.signal.name
-        self.ends_s[name] = max(self.ends_s[name], seconds)
-        self.expect(gone, f"processes are still there {LONGEST_END_S:.0f} s after {name} to {blow.target}")
-        if not gone:
+        self.longest_end_s = max(self.longest_end_s, time.monotonic() - struck)
+        if not self.expect(gone, f"processes are still there {LONGEST_END_S:.0f} s after {blow}"):
             life.strike(signal.SIGKILL)
             life.wait(10)
         return True
@@ -364,21 +308,19 @@ class Trial:
             self.counts["half a checkpoint left"] += bool(unfinished(output))
         if blow.signal == signal.SIGKILL:
             return
-        code = life.exit_code()
-        self.exit_codes[code] += 1
-        if life.launcher is None or self.processes == 1:
+        code = life.launcher.wait()
+        if self.processes == 1:
             self.expect(code == 128 + signal.SIGTERM, f"SIGTERM ended in exit code {code}: {life.said()[-1000:]}")
         saved = re.search(r"stopped and saved after step (\d+): add --resume", life.said())
         if self.expect(saved is not None, f"SIGTERM did not save: {life.said()[-1000:]}"):
             assert saved is not None
-            checkpoint = output / "training_state" / f"step_{int(saved[1]):08d}"
-            fault = find_fault(checkpoint)
-            self.expect(not fault, f"SIGTERM left {checkpoint} unfinished: {fault}")
-            self.expect(checkpoint == newest(output)[-1], f"SIGTERM left {checkpoint}, which is not the newest")
+            newest = checkpoints(output)[-1]
+            expected = newest.name == f"step_{int(saved[1]):08d}" and not find_fault(newest)
+            self.expect(expected, f"SIGTERM after step {saved[1]} left {newest} as the newest: {find_fault(newest)}")
 
     def damage(self, output: Path, count: int, generator: np.random.Generator) -> list[Path]:
         """Damage the newest checkpoints that are complete."""
-        chosen = [checkpoint for checkpoint in newest(output) if not find_fault(checkpoint)][-count:]
+        chosen = [checkpoint for checkpoint in checkpoints(output) if not find_fault(checkpoint)][-count:]
         for checkpoint in chosen:
             self.counts[damage(checkpoint, generator)] += 1
         return chosen
@@ -386,8 +328,8 @@ class Trial:
     def judge(self, run: Path, undisturbed: Path, keep: Path) -> None:
         """Compare a run that came to its end with the undisturbed one, and clear it away."""
         self.counts["runs compared"] += 1
-        found = differences(run, undisturbed, ARTEFACTS[self.stage])
-        if not self.expect(not found, f"a run differs in {len(found)} values: {', '.join(found[:5])}, ..."):
+        found = differences(run, undisturbed, ARTEFACTS[self.trainer])
+        if not self.expect(not found, f"a run differs: {', '.join(found[:5])}"):
             for folder in (run, undisturbed):
                 kept = keep / f"{self}, {self.counts['runs compared']}, {folder.name}".replace(" ", "_")
                 shutil.copytree(folder, kept, dirs_exist_ok=True)
@@ -401,79 +343,24 @@ class Trial:
 
     def tally(self) -> dict[str, Any]:
         """What was done and found, as a row of a table."""
-        at = {name: [self.counts[f"{name} {moment}"] for moment in ("start-up", "training", "saving")]
-              for name in ("SIGKILL", "SIGTERM")}  # fmt: skip
+        kills = [self.counts[f"SIGKILL {moment}"] for moment in ("start-up", "training", "saving")]
         return {
-            "SIGKILL": f"{sum(at['SIGKILL'])} ({' + '.join(map(str, at['SIGKILL']))})",
+            "SIGKILL": f"{sum(kills)} ({' + '.join(map(str, kills))})",
             "half saved": self.counts["half a checkpoint left"],
-            "SIGTERM": sum(at["SIGTERM"]),
-            "exit codes": " ".join(f"{count} x {code}" for code, count in sorted(self.exit_codes.items(), key=str)),
+            "SIGTERM": self.counts["SIGTERM training"],
             "cut, deleted, flipped": " + ".join(str(self.counts[kind]) for kind in ("cut", "deleted", "flipped")),
-            "gone within s": " / ".join(f"{seconds:.1f}" for seconds in self.ends_s.values()),
+            "gone within s": f"{self.longest_end_s:.1f}",
             "resumed after step 0": self.counts["resumed after step 0"],
             "runs compared": self.counts["runs compared"],
             "faults": len(self.faults),
         }
 
 
-def make_world(folder: Path, clips: int = 12, preload: bool = False) -> Path:
-    """Videos of balls, an encoder, and what it makes of them."""
-    small = BallWorld(size=32, radius=3, frames=48, fps=8)
-    torch.manual_seed(0)
-    create_encoder(EncoderConfig(embedding_dimension=16, image_size=(32, 32))).eval().save_pretrained(
-        folder / "encoder"
-    )
-    for seed, (split, count) in enumerate({"train": clips, "val": clips // 3}.items()):
-        (folder / split).mkdir()
-        for index in range(count):
-            write_ball_clip(folder / split, index, small, seed)
-        arguments = f"--videos {folder}/{split} --encoder {folder}/encoder --fps 8 --output-dir {folder}/cache/{split}"
-        life = Life("cache_embeddings", arguments.split(), 1, folder / f"{split}.txt", preload)
-        require(life.exit_code() == 0, f"the cache could not be made: {life.said()[-1000:]}")
-    return folder
-
-
-def environments(processes: int) -> list[dict[str, str]]:
-    """What torchrun would tell each rank."""
-    if processes == 1:
-        return [ENVIRONMENT]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}
-    return [
-        ENVIRONMENT | meeting
-        | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        for rank in range(processes)
-    ]  # fmt: skip
-
-
-def run_forked(script: str, arguments: list[str], environment: dict[str, str], output: Path) -> None:
-    """A stage in a process that was forked after the libraries had been loaded."""
-    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.update(environment)
-    torch.set_num_threads(1)  # too late for OMP_NUM_THREADS
-    tqdm.set_lock(threading.RLock())  # its own one would be left behind in the system by a kill
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and all that it has started; torchrun gives each of its workers a session of its own."""
-    children: list[int] = []
-    with suppress(OSError):  # it may be gone by now
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            children += map(int, (task / "children").read_text().split())
-    return [pid, *(process for child in children for process in descendants(child))]
-
-
-def rank_of(pid: int) -> int | None:
-    """The rank of a process that torchrun has started; None for any other."""
+def is_rank(pid: int) -> bool:
+    """Whether torchrun has started a process to train."""
     with suppress(OSError):
-        found = re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
-        return int(found[1]) if found else None
-    return None
+        return re.search(rb"(?:^|\0)RANK=\d", Path(f"/proc/{pid}/environ").read_bytes()) is not None
+    return False
 
 
 def is_alive(pid: int) -> bool:
@@ -483,7 +370,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def newest(output: Path) -> list[Path]:
+def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, the newest last."""
     return sorted((output / "training_state").glob("step_*"))
 
@@ -499,13 +386,12 @@ def unfinished(output: Path) -> set[tuple[Path, int]]:
 
 def damage(checkpoint: Path, generator: np.random.Generator) -> str:
     """Cut a random file of a checkpoint short, delete it, or turn a bit in it; returns which of these."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    path = files[generator.integers(len(files))]
+    path = generator.choice(sorted(checkpoint.iterdir()))  # type: ignore[arg-type]
     kind = str(generator.choice(["cut", "deleted", "flipped"]))
     size = path.stat().st_size
     if kind == "deleted":
         path.unlink()
-    elif kind == "cut" or path.name == COMPLETE:  # a bit of its white space would mean nothing
+    elif kind == "cut" or path.name == SEAL:  # a bit of its white space would mean nothing
         kind = "cut"
         os.truncate(path, int(generator.integers(size - 1)))
     else:
@@ -515,62 +401,36 @@ def damage(checkpoint: Path, generator: np.random.Generator) -> str:
     return kind
 
 
-def differences(run: Path, undisturbed: Path, artefact: str) -> list[str]:
+def differences(run: Path, undisturbed: Path, artefacts: tuple[str, ...]) -> list[str]:
     """What is not the same, bit for bit, in two runs that came to their end."""
-    found = []
-    ours, theirs = (load_file(folder / artefact / "model.safetensors") for folder in (run, undisturbed))
-    found += [f"{artefact} {name}" for name in unequal(ours, theirs)]
-    last, its_like = (newest(folder)[-1] for folder in (run, undisturbed))
-    if last.name != its_like.name:
-        return [*found, f"the last checkpoint: {last.name} instead of {its_like.name}"]
-    for name in sorted({path.name for folder in (last, its_like) for path in folder.iterdir()} - {COMPLETE}):
-        if (last / name).exists() and (its_like / name).exists():
-            found += [f"{name} {where}" for where in unequal(load(last / name), load(its_like / name))]
-        else:
-            found.append(f"{name} is in one of them only")
-    for name in ("logs/curve.csv", "metrics.json"):
-        found += [f"{name} {where}" for where in unequal(load(run / name), load(undisturbed / name))]
-    return found
+    both = (run, undisturbed)
+    last, its_like = (checkpoints(folder)[-1] for folder in both)
+    found = [] if last.name == its_like.name else [f"the last checkpoint: {last.name} instead of {its_like.name}"]
+    names = {path.name for folder in (last, its_like) for path in folder.iterdir()} - {SEAL}
+    pairs = [(last / name, its_like / name) for name in sorted(names)]
+    for name in (*(f"{artefact}/model.safetensors" for artefact in artefacts), "curve.jsonl", "metrics.json"):
+        pairs.append((run / name, undisturbed / name))
+    return found + [str(ours) for ours, theirs in pairs if fingerprint(ours) != fingerprint(theirs)]
 
 
-def load(path: Path) -> Any:
+def fingerprint(path: Path) -> str:
     """The content of a file of a run, but for times."""
     if path.suffix == ".safetensors":
-        return load_file(path)
-    if path.suffix == ".json":
-        return {name: value for name, value in json.loads(path.read_text()).items() if name not in TIMES}
-    if path.suffix == ".csv":
-        with path.open() as file:
-            return [{name: cell for name, cell in row.items() if name not in TIMES} for row in csv.DictReader(file)]
-    return torch.load(path, weights_only=False)  # written by ourselves
+        return repr(spelled_out(load_file(path)))
+    if path.suffix == ".pt":
+        return repr(spelled_out(torch.load(path, weights_only=True)))
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    return repr([spelled_out(json.loads(line)) for line in lines])
 
 
-def unequal(one: Any, other: Any, where: str = "") -> list[str]:
-    """Where two nested structures are not the same, bit for bit."""
-    if type(one) is not type(other):
-        return [f"{where}: {type(one).__name__} instead of {type(other).__name__}"]
-    if isinstance(one, dict):
-        if list(one) != list(other):
-            return [f"{where}: other names"]
-        return [found for name in one for found in unequal(one[name], other[name], f"{where}/{name}")]
-    if isinstance(one, list | tuple):
-        missing = object()
-        pairs = enumerate(zip_longest(one, other, fillvalue=missing))
-        return [found for index, pair in pairs for found in unequal(*pair, f"{where}/{index}")]
-    if isinstance(one, torch.Tensor):
-        one, other = one.numpy(), other.numpy()
-    if isinstance(one, np.ndarray):
-        # Bytes, because NaN is not equal to itself, and -0 is to 0.
-        same = (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
-        return [] if same else [f"{where}: other numbers"]
-    return [] if repr(one) == repr(other) else [f"{where}: {one!r} instead of {other!r}"]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows with the same columns, in Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def spelled_out(value: Any) -> Any:
+    """Nested containers without times, and with tensors as their bytes: NaN is not equal to itself."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: spelled_out(part) for name, part in value.items() if name not in TIMES}
+    return [spelled_out(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)

@@ -78,7 +78,7 @@ def measure(videos: Path, cache: Path, encoder: Path, count: int) -> dict[str, f
     """Seconds and memory of each command, and of reading the cache."""
     manifest = videos.with_suffix(".jsonl")
     commands = {
-        "inspect": ["--videos", videos, "--manifest", manifest],
+        "inspect_folder": [videos, "--count", "--manifest", manifest],
         "cache_embeddings": ["--videos", manifest, "--encoder", encoder, "--fps", FPS, "--output-dir", cache],
     }
     found: dict[str, float] = {}

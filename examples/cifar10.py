@@ -55,7 +55,7 @@ WATCHED, DRAWN = 512, 2000
 """Test images that the alarms look at while training, and that t-SNE shows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Train an encoder of still images without labels, and probe it."""
 

@@ -30,10 +30,11 @@ from jepa.config import Bounded, PositiveInt
 from jepa.diagnostics import floor_std
 from jepa.networks import zero_linear
 from pipelines.run.command import run_command
+from pipelines.run.devices import summary
 from pipelines.run.folder import write_json
 from pipelines.run.models import require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
-from pipelines.run.run import Run, step_generator, summary
+from pipelines.run.run import Run, step_generator
 
 NEAREST = 4
 """Visible embeddings on each side of a gap that each place in it is shown."""
@@ -65,7 +66,7 @@ class InfillerConfig(Bounded):
         return self.longest_gap + 2 * self.context
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Train an infiller on cached embeddings, and judge it against a straight line."""
 
