@@ -3,11 +3,14 @@ r"""Stage 2: embed videos on a clock and keep the embeddings on disk.
   accelerate launch --quiet --config_file accelerate_config.yaml pipelines/cache_embeddings.py \
       --videos DIR --encoder runs/encoder/encoder --fps 4 --output-dir cache/train
 
-Leaves HDF5 shards with their manifests. Run the same command again after a kill, or after adding videos: only what is
-missing is embedded.
+A published encoder needs no training: `--encoder timm:vit_small_patch14_dinov2.lvd142m --tokens grid --pca 64`, with
+`--encoder-weights FILE.safetensors` where there is no network, or a clip encoder, `--encoder hf:facebook/vjepa2-...`.
+It is left in OUTPUT/encoder, whole; give that folder as --encoder for other videos.
 
-Videos are decoded in threads, embedded in batches that mix videos, and written in a thread of its own: the slowest of
-the three sets the pace. All batches have one shape, so that an embedding does not depend on what it was computed with.
+The window of a clip encoder ends at the tick; its frames are consecutive ticks. Before a video's beginning, and after a
+gap in the recording, the first frame there is repeated.
+
+Run the same command again after a kill, or after adding videos: only what is missing is embedded.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,142 +19,215 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from accelerate.utils import gather_object, set_seed
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from data.embedding_cache import CacheWriter, ClipKey, EmbeddingCache, Provenance, remaining_clips
-from data.manifest import Account, file_state, is_there
-from data.video import IMAGE_FPS, TRANSFORM, clock_phases_s
-from pipelines.artefacts import load_encoder
-from pipelines.compute import start_accelerator
-from pipelines.embed_videos import Task, embed_videos
-from pipelines.guards import Heartbeat
-from pipelines.stage import LAUNCH, leave_account, require, run_stage, versions
-from pipelines.training import find_usable_videos, main_first
+from data.cache import CacheWriter, ClipKey, Column, EmbeddingCache, Provenance, remaining_clips
+from data.errors import DataError
+from data.manifest import Account, VideoList, check_videos, file_state, is_there
+from data.sidecar import read_sidecar
+from data.video import IMAGE_FPS, TRANSFORM, clock_offsets_s
+from jepa.config import Bounded, NotNegativeInt, Positive, PositiveInt
+from pipelines.run.command import LAUNCH, require, run_command
+from pipelines.run.components import keep_encoder
+from pipelines.run.devices import main_first, start_accelerator
+from pipelines.run.embed import Task, embed_videos
+from pipelines.run.encoders import AnyEncoder, find_encoder
+from pipelines.run.folder import MARK, read_json, to_json, versions, write_json
 
 WRITES_AHEAD = 8
 """Videos that may wait to be written."""
+NUMBER = Column("float64")
+"""What a CSV says of a tick."""
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Bounded):
     """Embed videos and keep the embeddings on disk."""
 
     videos: tuple[Path, ...]
     """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
-    encoder: Path = Path("runs/encoder/encoder")
-    """The trained encoder."""
+    encoder: str = "runs/encoder/encoder"
+    """Encoder: a folder of ours, timm:MODEL, or hf:MODEL of transformers."""
     output_dir: Path = Path("cache/train")
     """The cache; an existing one of the same encoder and clock is added to."""
-    fps: float = 4.0
+    fps: Positive = 4.0
     """Ticks per second of the clock that embeddings lie on, by time."""
-    phases: int = 1
-    """Sample each video on this many clocks, shifted against each other: more training windows from the same video."""
-    image_fps: float = IMAGE_FPS
-    """Rate of folders of images, which have no times of their own."""
+    clocks: PositiveInt = 1
+    """Clocks, shifted against each other, that each video is sampled on: more training windows from the same video."""
+    columns: tuple[str, ...] = ()
+    """Columns of the CSV beside each video to keep, too, such as `speed steering`."""
+    tokens: Literal["vector", "grid"] = "vector"
+    """Embeddings of a frame by a published encoder: a single one, or a grid of them."""
+    grid: tuple[NotNegativeInt, NotNegativeInt] = (0, 0)
+    """ROWS COLUMNS of the grid. 0 0: those of the feature level."""
+    levels: tuple[int, ...] = ()
+    """Feature levels of a timm model, counted as its `out_indices`. None: the last."""
+    pca: NotNegativeInt = 0
+    """Principal components to keep of a published encoder's features, fitted on these videos. 0: all features."""
+    image_size: tuple[NotNegativeInt, NotNegativeInt] = (0, 0)
+    """HEIGHT WIDTH of the frames for a published encoder. 0 0: as it was trained."""
+    window: NotNegativeInt = 0
+    """Frames that a clip encoder sees. 0: as it was trained."""
+    encoder_weights: Path | None = None
+    """File of safetensors with a timm model's weights, where the hub is out of reach."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Precision of the stored embeddings."""
-    batch_size: int = 64
-    """Frames that are embedded together, on each process."""
-    clips_per_shard: int = 64
-    """Clips in one file; a kill loses at most this many."""
+    """Type of the stored embeddings."""
+    precision: Literal["launched", "fp32", "bf16", "fp16"] = "launched"
+    """Precision of the encoder; a cache holds one only. launched: as accelerate says."""
+    batch_size: PositiveInt = 64
+    """Frames (windows, for a clip encoder) that are embedded together, on each process."""
+    clips_per_shard: PositiveInt = 64
+    """Clips in a file; a kill loses at most this many."""
+    image_fps: Positive = IMAGE_FPS
+    """Rate of folders of images, which have no times of their own."""
     strict: bool = False
     """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
-    seed: int = 0
-    """Seeds whatever a backbone might draw; ours draw nothing."""
 
 
 def main(options: Options) -> None:
-    """The story: check, see what is missing, decode, embed and write side by side, account."""
-    for name in ("fps", "phases", "image_fps", "batch_size", "clips_per_shard"):
-        value = getattr(options, name)
-        require(value > 0, f"--{name.replace('_', '-')} is {value:g}: it must be positive")
-    accelerator = start_accelerator()
-    heartbeat = Heartbeat(accelerator)
+    """Check, see what is missing, decode, embed and write side by side, account."""
+    accelerator = start_accelerator(options.precision)
     is_main = accelerator.is_main_process
-    set_seed(options.seed)
-    encoder = load_encoder(options.encoder).to(accelerator.device).eval()
-    provenance = Provenance(
-        encoder_fingerprint=encoder.fingerprint(),
-        embedding_dimension=encoder.embedding_dimension,
-        fps=options.fps,
-        image_fps=options.image_fps,
-        image_size=encoder.config.image_size,
-        transform=TRANSFORM,
-        dtype=options.dtype,
-        versions=versions(),
-    )
-    # Each phase is a clock of the same rate, so a video need not be faster for several of them.
-    videos = find_usable_videos(
-        accelerator, options.videos, options.fps, options.output_dir, options.image_fps, options.strict
-    )
-    phases_s = clock_phases_s(options.fps, options.phases)
-    wanted = [ClipKey(*file_state(video.path), phase_s) for video in videos.videos for phase_s in phases_s]
+    videos = main_first(accelerator, lambda: usable_videos(options, is_main))
+    encoder = main_first(accelerator, lambda: chosen_encoder(options, accelerator, videos))
+    provenance = provenance_of(encoder, options, accelerator.mixed_precision.replace("no", "fp32"))
     writer = main_first(
-        accelerator, lambda: CacheWriter(options.output_dir, provenance, options.clips_per_shard, is_main)
+        accelerator,
+        lambda: CacheWriter(options.output_dir, provenance, clips_per_shard=options.clips_per_shard, is_main=is_main),
     )
-    remaining = remaining_clips(options.output_dir, wanted)
-    accelerator.wait_for_everyone()  # nobody writes before all have seen what is there
-    if is_main:
-        print(f"{len(wanted) - len(remaining)} of {len(wanted)} clips are in the cache already")
-    tasks = [Task(Path(source), list(keys)) for source, keys in groupby(remaining, key=lambda key: key.source)]
+    account = videos.account()
+    tasks = missing_clips(options, accelerator, videos, account=account)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
-
-    account = Account()
-    by_path = {str(video.path): video for video in videos.videos}
-    wanted_of = [(by_path[str(task.source)], options.fps * len(task.keys)) for task in mine]
-    expected = sum(video.duration_s * video.sampled_fps(ticks_per_second) for video, ticks_per_second in wanted_of)
+    rates = {str(video.path): min(options.fps, video.average_fps or options.fps) for video in videos.videos}
+    seconds = {str(video.path): video.duration_s for video in videos.videos}
+    expected = sum(seconds[str(task.source)] * rates[str(task.source)] * len(task.keys) for task in mine)
     bar = tqdm(total=round(expected) or None, unit="frame", desc="embedding", disable=not is_main)
+    embedded = embed_videos(
+        accelerator, encoder, mine, fps=options.fps, image_fps=options.image_fps, batch_size=options.batch_size,
+        strict=options.strict, bar=bar,
+    )  # fmt: skip
+    read = Account()
     with writer, ThreadPoolExecutor(1) as writing:
         writes = []
-        for task in embed_videos(
-            accelerator, encoder, mine, options.fps, options.image_fps, options.batch_size, options.strict, bar
-        ):
-            writes.append(writing.submit(keep, writer, task, account))
+        for task in embedded:
+            writes.append(writing.submit(keep, writer, task, options, account=read))
             if len(writes) > WRITES_AHEAD:
                 writes.pop(0).result()
         for write in writes:
             write.result()
     bar.close()
-
-    total = videos.account()
-    total.merge(gather_object([account]))
+    account.merge(gather_object([read]))
     if is_main:
-        leave_account(total, options.output_dir, add=True)
+        leave_account(account, options.output_dir)
         summarise(options)
-    heartbeat.stop()
     accelerator.end_training()
 
 
-def keep(writer: CacheWriter, task: Task, account: Account) -> None:
+def usable_videos(options: Options, is_main: bool) -> VideoList:
+    """The main process looks at the videos, the others read what it left in the cache's folder."""
+    folder, manifest = options.output_dir, options.output_dir / "videos.jsonl"
+    require(not (folder / MARK).exists(), f"--output-dir {folder} holds a run ({MARK}), no cache: take another one")
+    for name in options.columns:
+        require(NUMBER.is_valid(name), f"--columns {name}: a cache has no place for a column of this name")
+    return check_videos(
+        options.videos if is_main else [manifest],
+        fps=options.fps, manifest=manifest if is_main else None, image_fps=options.image_fps, strict=options.strict,
+        progress=is_main,
+    )  # fmt: skip
+
+
+def chosen_encoder(options: Options, accelerator: Accelerator, videos: VideoList) -> AnyEncoder:
+    """The encoder on its device; a published one is left in the cache's folder, with its principal components."""
+    encoder = find_encoder(
+        options.encoder, weights=options.encoder_weights, tokens=options.tokens, grid=options.grid,
+        levels=options.levels, image_size=options.image_size, window=options.window,
+    ).to(accelerator.device)  # fmt: skip
+    # What it does not take is said before all work.
+    encoder.embed(torch.zeros(1, encoder.window, 3, *encoder.image_size, device=accelerator.device))
+    if Path(options.encoder).is_dir():
+        require(not options.pca, f"--pca is for published encoders: {options.encoder} has a head of its own")
+        return encoder
+    return keep_encoder(
+        encoder, options.pca, options.output_dir / "encoder", videos=videos.videos, fps=options.fps,
+        batch_size=options.batch_size, accelerator=accelerator,
+    )  # fmt: skip
+
+
+def provenance_of(encoder: AnyEncoder, options: Options, precision: str) -> Provenance:
+    """What the embeddings in the cache are."""
+    return Provenance(
+        encoder=options.encoder, encoder_fingerprint=encoder.fingerprint, fps=options.fps, image_fps=options.image_fps,
+        image_size=encoder.image_size, window=encoder.window, transform=TRANSFORM, precision=precision,
+        columns={"embeddings": Column(options.dtype, encoder.shape), **dict.fromkeys(options.columns, NUMBER)},
+        versions=versions(),
+    )  # fmt: skip
+
+
+def missing_clips(options: Options, accelerator: Accelerator, videos: VideoList, *, account: Account) -> list[Task]:
+    """What the cache does not hold yet, a task for each video, alike on all ranks. Collective."""
+    wanted: list[ClipKey] = []
+    for video in videos.videos if accelerator.is_main_process else ():
+        try:
+            state = file_state(video.path)
+            wanted += [ClipKey(*state, offset_s) for offset_s in clock_offsets_s(options.fps, options.clocks)]
+        except OSError as error:
+            account.refuse(video.path, f"{video.path}: {error.strerror}")
+    (wanted,) = broadcast_object_list([wanted])
+    remaining = remaining_clips(options.output_dir, wanted)
+    accelerator.wait_for_everyone()  # nobody writes before all have seen what is there
+    if accelerator.is_main_process:
+        print(f"{len(wanted) - len(remaining)} of {len(wanted)} clips are in the cache already")
+    return [Task(Path(source), list(keys)) for source, keys in groupby(remaining, key=lambda key: key.source)]
+
+
+def keep(writer: CacheWriter, task: Task, options: Options, *, account: Account) -> None:
     """Write down what has become of a video."""
-    if task.refused:
-        account.refuse(task.source, task.refused)
-        return
-    clips = task.clips()
-    if not clips:
-        found = str(task.damage) or "there is no frame on the clock"
-        account.refuse(task.source, f"{task.source}: {found}")
+    clips = [] if task.refused else task.clips()
+    try:
+        for clip in clips if options.columns else ():
+            values = read_sidecar(
+                task.source, clip.times_s, columns=options.columns, tolerance_s=0.5 / options.fps,
+                image_fps=options.image_fps,
+            )  # fmt: skip
+            clip.columns.update(zip(options.columns, values.T, strict=True))
+    except DataError as error:
+        if options.strict:
+            raise
+        task.refused = str(error)
+    if task.refused or not clips:
+        nothing = f"{task.source}: {str(task.damage) or 'there is no frame on the clock'}"
+        account.refuse(task.source, task.refused or nothing)
         return
     account.add(task.source, max(float(clip.times_s[-1]) for clip in clips), task.damage)
     for clip in clips:
         writer.add(clip)
 
 
+def leave_account(account: Account, folder: Path) -> None:
+    """Say what was read and what was not, and write it down: what earlier runs read still counts."""
+    print(account)
+    path, now = folder / "account.json", to_json(account)
+    earlier = read_json(path) if path.exists() else {}
+    write_json(path, {name: now[name] if name == "refused" else earlier.get(name, {}) | now[name] for name in now})
+
+
 def summarise(options: Options) -> None:
     """What the cache holds now, and what to run next."""
-    cache = EmbeddingCache(options.output_dir)
-    vanished = sorted({clip.key.source for clip in cache.clips if not is_there(Path(clip.key.source))})
-    for source in vanished:
-        print(f"  gone since it was embedded, its embeddings are kept: {source}")
+    cache, folder = EmbeddingCache(options.output_dir), options.output_dir
+    for source in sorted({clip.key.source for clip in cache.clips}):
+        if not is_there(Path(source)):
+            print(f"  gone since it was embedded, its embeddings are kept: {source}")
+    kept = options.encoder if Path(options.encoder).is_dir() else folder / "encoder"
     print(
-        f"wrote {options.output_dir}: {len(cache.clips)} clips, {cache.frames:,} embeddings of dimension "
-        f"{cache.provenance.embedding_dimension} at {options.fps:g} fps. "
-        "Next, with a cache of other videos in cache/val:\n"
-        f"  {LAUNCH} pipelines/train_predictor.py --train-cache {options.output_dir} --validation-cache cache/val "
+        f"wrote {folder}: {len(cache.clips)} clips, {cache.frames:,} embeddings of shape {cache.shape} at "
+        f"{options.fps:g} fps. Next, with a cache of other videos in cache/val (--encoder {kept}):\n"
+        f"  {LAUNCH} pipelines/train_predictor.py --train-cache {folder} --validation-cache cache/val "
         "--output-dir runs/predictor"
     )
 
 
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)
