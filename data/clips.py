@@ -52,7 +52,7 @@ class Segment(NamedTuple):
     expected_frames: int
 
 
-class Decoded(NamedTuple):
+class Part(NamedTuple):
     """A segment's frames, uint8 (N, 3, H, W), and the rows of its clips, int64 (C, T)."""
 
     video: Path
@@ -110,14 +110,16 @@ class FrameClips:
         """Batches from the place on that came with an earlier one, or `{}` for the beginning."""
         first_batch = place.get("batch", 0)
         idle_blocks = idle_clips = 0
-        for epoch, block, blocks, decoded in self._decoded_blocks(place.get("epoch", 0), place.get("block", 0)):
-            rows = [np.insert(part.clips, 0, index, axis=1) for index, part in enumerate(decoded)]
-            clips = np.concatenate([np.empty((0, 1 + self.length), np.int64), *rows])  # (C, 1 + T): segment, frames
+        for epoch, block, blocks, parts in self._decoded_blocks(place.get("epoch", 0), place.get("block", 0)):
+            with_segment = [np.insert(part.clips, 0, index, axis=1) for index, part in enumerate(parts)]
+            clips = np.concatenate(
+                [np.empty((0, 1 + self.length), np.int64), *with_segment]
+            )  # (C, 1 + T): segment, frames
             clips = clips[np.random.default_rng([self.seed, epoch, block, self.rank]).permutation(len(clips))]
             for batch in range(first_batch, len(clips) // self.batch_size):
-                chosen = clips[batch * self.batch_size :][: self.batch_size]
-                frames = np.stack([decoded[segment].frames[clip] for segment, *clip in chosen])  # (B, T, 3, H, W)
-                videos = tuple(sorted({decoded[segment].video for segment in chosen[:, 0]}))
+                rows = clips[batch * self.batch_size :][: self.batch_size]
+                frames = np.stack([parts[segment].frames[clip] for segment, *clip in rows])  # (B, T, 3, H, W)
+                videos = tuple(sorted({parts[segment].video for segment in rows[:, 0]}))
                 yield Clips(torch.from_numpy(frames), videos, {"epoch": epoch, "block": block, "batch": batch + 1})
             first_batch = 0
             is_idle = len(clips) < self.batch_size
@@ -128,16 +130,16 @@ class FrameClips:
                     f"fewer than a batch of {self.batch_size}: make batches smaller, or bring more videos"
                 )
 
-    def _decoded_blocks(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Decoded]]]:
+    def _decoded_blocks(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Part]]]:
         """(epoch, block, how many blocks, what is in it); while one is in use, the next is decoded."""
         with ThreadPoolExecutor(max_workers=1) as ahead:
             plan, upcoming = pairwise(self._plan(epoch, block)), None
             for (epoch, block, blocks, segments), (_, _, _, following) in plan:
                 upcoming = upcoming or ahead.submit(self._decode, segments, show=self.progress)
-                decoded = upcoming.result()
+                parts = upcoming.result()
                 if following != segments:  # what fits in memory is decoded once
                     upcoming = ahead.submit(self._decode, following, show=False)
-                yield epoch, block, blocks, decoded
+                yield epoch, block, blocks, parts
 
     def _plan(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Segment]]]:
         while True:
@@ -151,34 +153,34 @@ class FrameClips:
         if sum(segment.expected_frames for segment in share) <= self.memory_frames:
             return [share]
         blocks: list[list[Segment]] = []
-        held = math.inf
+        frames = math.inf
         for index in np.random.default_rng([self.seed, epoch, self.rank]).permutation(len(share)):
             # Half of the memory: the next block is decoded while this one is in use.
-            if held + share[index].expected_frames > self.memory_frames / 2:
+            if frames + share[index].expected_frames > self.memory_frames / 2:
                 blocks.append([])
-                held = 0
+                frames = 0
             blocks[-1].append(share[index])
-            held += share[index].expected_frames
+            frames += share[index].expected_frames
         return blocks
 
-    def _decode(self, block: list[Segment], *, show: bool) -> list[Decoded]:
+    def _decode(self, block: list[Segment], *, show: bool) -> list[Part]:
         """Frames and clips of each segment."""
         bar = tqdm(total=len(block), unit="segment", desc="decoding videos", leave=False, disable=not show)
-        decoded = []
-        parts = map_ahead(self._read, block, workers=self.workers)
-        for segment, (part, seconds, damage) in zip(block, parts, strict=True):
+        parts = []
+        results = map_ahead(self._read, block, workers=self.workers)
+        for segment, (part, seconds, damage) in zip(block, results, strict=True):
             with self._closing:  # after which nobody touches the account
                 if self._closed.is_set():
                     break
-                decoded.append(part)
+                parts.append(part)
                 if (part.video, segment.start_s) not in self._accounted:
                     self._accounted.add((part.video, segment.start_s))
                     self.account.add(part.video, seconds, damage)
             bar.update()
         bar.close()
-        return decoded
+        return parts
 
-    def _read(self, segment: Segment) -> tuple[Decoded, float, Damage]:
+    def _read(self, segment: Segment) -> tuple[Part, float, Damage]:
         """A segment, how many seconds of video it has, and what was wrong."""
         video, damage = segment.video, Damage()
         timed_frames = read_on_clock(
@@ -208,8 +210,8 @@ class FrameClips:
             if None not in clip:
                 clips.append(clip)
         seconds = max(0.0, min(last_time_s, segment.end_s) - segment.start_s)
-        decoded = Decoded(video.path, frames[:rows], np.array(clips, dtype=np.int64).reshape(-1, self.length))
-        return decoded, seconds, damage
+        part = Part(video.path, frames[:rows], np.array(clips, dtype=np.int64).reshape(-1, self.length))
+        return part, seconds, damage
 
     def _segments(self, video: VideoInfo) -> Iterator[Segment]:
         """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""

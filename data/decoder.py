@@ -196,15 +196,15 @@ class VideoDecoder(Decoder):
         end_s = 0.0
         keyframe_pts = first[0].pts if first else None
         is_lost = False
-        awaited = _Awaited()
+        pictures = _Pictures()
         for packet in chain(first, self._packets()):
             if is_lost and not packet.is_keyframe:
                 continue
             if is_lost:
                 self.stream.codec_context.flush_buffers()
-                is_lost, keyframe_pts, awaited = False, packet.pts, _Awaited()
+                is_lost, keyframe_pts, pictures = False, packet.pts, _Pictures()
             if self.codec == "hevc":
-                awaited.coded(packet)
+                pictures.coded(packet)
             try:
                 frames = packet.decode()
             except av.FFmpegError as error:
@@ -220,7 +220,7 @@ class VideoDecoder(Decoder):
                     continue  # shown before the keyframe: it needs frames that were lost
                 else:
                     time_s = self._time_s(pts)
-                    self._note_corrupt(*map(self._time_s, awaited.lost_before(pts)))
+                    self._note_corrupt(*map(self._time_s, pictures.lost_before(pts)))
                 if frame.is_corrupt:
                     self._note_corrupt(time_s)
                 elif previous_s is not None and time_s < previous_s:
@@ -229,7 +229,7 @@ class VideoDecoder(Decoder):
                     previous_s, end_s = time_s, time_s + self._seconds(frame.duration)
                     yield frame, time_s
         if not is_lost:
-            self._note_corrupt(*map(self._time_s, awaited.lost_before(math.inf)))
+            self._note_corrupt(*map(self._time_s, pictures.lost_before(math.inf)))
             self._require_promised(end_s)
 
     def _packets(self) -> "Iterator[Packet[VideoStream]]":
@@ -281,7 +281,7 @@ class VideoDecoder(Decoder):
         return "before the first frame" if time_s is None else f"after {time_s:.2f} s"
 
 
-class _Awaited(set[int]):
+class _Pictures(set[int]):
     """Times of coded pictures whose frames are to come: FFmpeg drops what it cannot decode of HEVC without a word."""
 
     first_pts = math.inf
@@ -296,9 +296,9 @@ class _Awaited(set[int]):
 
     def lost_before(self, pts: float) -> list[int]:
         """Pictures that should have come out before the frame that now comes out."""
-        lost = sorted(awaited for awaited in self if awaited < pts)
-        self.difference_update(lost, [pts])
-        return lost
+        earlier = sorted(picture for picture in self if picture < pts)
+        self.difference_update(earlier, [pts])
+        return earlier
 
 
 def _header_duration_s(container: InputContainer, stream: VideoStream) -> tuple[float, bool]:

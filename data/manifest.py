@@ -81,8 +81,8 @@ class Account:
             f"read {len(self.read_s):,} videos, {minutes:,.1f} minutes; refused {len(self.refused):,}; "
             f"damaged {len(self.damaged):,}, {corrupt:,} corrupt frames left out"
         ]
-        damaged = [f"{path}: {damage}" for path, damage in self.damaged.items()]
-        for title, reasons in (("refused", list(self.refused.values())), ("damaged", damaged)):
+        faults = [f"{path}: {damage}" for path, damage in self.damaged.items()]
+        for title, reasons in (("refused", list(self.refused.values())), ("damaged", faults)):
             lines += [f"  {title}: {reason}" for reason in reasons[:EXAMPLES]]
             if len(reasons) > EXAMPLES:
                 lines.append(f"  {title}: and {len(reasons) - EXAMPLES:,} more")
@@ -211,17 +211,17 @@ def index_videos(
     Raises:
         VideoError: a path is missing or holds no video, or the manifest cannot be read, or is being written.
     """
-    given = [record for path in paths if path.suffix == MANIFEST_SUFFIX for record in read_manifest(path)]
+    others = [record for path in paths if path.suffix == MANIFEST_SUFFIX for record in read_manifest(path)]
     files = find_videos([path for path in paths if path.suffix != MANIFEST_SUFFIX])
-    records = {record.state.path: _as_it_lies(record) for record in given}
-    known = {record.state: record for record in given}
+    records = {record.state.path: _as_it_lies(record) for record in others}
+    by_state = {record.state: record for record in others}
 
     def record_of(path: Path) -> Record:
         try:
             state = file_state(path)
         except OSError as error:
             return Record(FileState(str(path.resolve()), 0, 0), None, f"{path}: {error.strerror}")
-        record = known.get(state)
+        record = by_state.get(state)
         if record is not None and record.video is not None:  # what was refused is tried again
             is_at_rate = record.video.codec != "images" or record.video.average_fps == image_fps
             if is_at_rate and (record.video.frames is not None or look is probe_video):
@@ -231,18 +231,18 @@ def index_videos(
         except (VideoError, OSError) as error:
             return Record(state, None, str(error))
 
-    with _open_manifest(manifest) as (recorded, append):
-        known |= {record.state: record for record in recorded}
+    with _open_manifest(manifest) as (old_records, append):
+        by_state |= {record.state: record for record in old_records}
         bar = tqdm(total=len(files), unit="video", desc="looking at videos", leave=False, disable=not progress)
         for record in map_ahead(record_of, files):
-            if known.get(record.state) != record:
+            if by_state.get(record.state) != record:
                 append(_line(record))
             records[record.state.path] = record
             bar.update()
         bar.close()
         if manifest is not None:
             _replace(manifest, records.values())
-    vanished = {record.state.path for record in known.values()} - records.keys()
+    vanished = {state.path for state in by_state} - records.keys()
     return [records[path] for path in sorted(records)], sorted(vanished)
 
 

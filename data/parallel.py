@@ -5,9 +5,8 @@
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,17 +20,10 @@ _NONE_LEFT: Any = object()
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None
 ) -> Iterator[Result]:
-    """`map` in threads, in order, two items a thread ahead: items may be many and results large."""
-    workers = workers or joblib.cpu_count()
-    pending: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(workers)
+    """`map` in threads, results in order."""
+    pool = ThreadPoolExecutor(workers or joblib.cpu_count())
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from pool.map(function, items)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for a video of hours
 

@@ -1,0 +1,73 @@
+import threading
+import time
+
+import pytest
+
+from data.parallel import map_ahead, stream_ahead
+
+
+def test_results_come_in_order_whoever_is_done_first():
+    def slow_first(item):
+        time.sleep(0.05 if item == 0 else 0)
+        return 10 * item
+
+    assert list(map_ahead(slow_first, range(20), workers=3)) == [10 * item for item in range(20)]
+
+
+def test_an_error_comes_in_its_place_and_nothing_more_is_begun():
+    begun = []
+
+    def fail(item):
+        begun.append(item)
+        time.sleep(0.01)
+        if item == 2:
+            raise ValueError("the third")
+        return item
+
+    results = map_ahead(fail, range(1000), workers=2)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ValueError, match="the third"):
+        next(results)
+    assert len(begun) < 20
+
+
+def count_up(item):
+    for number in range(5):
+        yield item, number
+
+
+def test_streams_run_side_by_side_each_in_its_order():
+    results = list(stream_ahead(count_up, range(30), workers=4))
+    assert sorted(results) == [(item, number) for item in range(30) for number in range(5)]
+    for item in range(30):
+        assert [number for other, number in results if other == item] == list(range(5))
+
+
+def test_a_stream_is_only_so_far_ahead_and_its_threads_end_with_it():
+    given = []
+
+    def endless(start):
+        number = start
+        while True:
+            given.append(number)
+            yield number
+            number += 1
+
+    before = threading.active_count()
+    results = stream_ahead(endless, [0], workers=1, ahead=2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    time.sleep(0.3)
+    assert len(given) <= 6
+    results.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_in_a_stream_is_raised_after_the_results_before_it():
+    def fail(item):
+        yield item
+        raise ValueError("no more")
+
+    results = stream_ahead(fail, [7], workers=1)
+    assert next(results) == 7
+    with pytest.raises(ValueError, match="no more"):
+        next(results)
