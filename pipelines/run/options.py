@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -32,12 +32,11 @@ LARGEST_PRESET = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Bounded):
-    """Options of every trainer."""
+    """Options of every trainer, beside `output_dir` and `steps`, for which each has a default of its own."""
 
-    output_dir: Path
-    """Folder for everything that the run leaves."""
-    steps: PositiveInt
-    """Optimiser steps. A run may be resumed with more of them."""
+    if TYPE_CHECKING:
+        output_dir: Path
+        steps: PositiveInt
     log_every: PositiveInt = 100
     """Steps between two entries in the log, each with a check for collapse."""
     checkpoint_every: PositiveInt = 500
