@@ -14,6 +14,7 @@ by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a 
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -213,7 +214,7 @@ def find_peaks(scores: Scores) -> list[int]:
 def picture_name(video: Path, folder: Path) -> str:
     """A new name for a video's picture, short enough for any file system."""
     stem = video.stem.encode()[:200].decode(errors="ignore").encode("ascii", "backslashreplace").decode()[:200]
-    names = (f"{stem}{suffix}.png" for suffix in ("", *(f"_{number}" for number in range(2, 10**9))))
+    names = (f"{stem}_{number}.png" if number > 1 else f"{stem}.png" for number in count(1))
     return next(name for name in names if not (folder / name).exists())
 
 
