@@ -54,8 +54,6 @@ class Options(RunOptions):
     """Decay of averaged weights."""
     data: str = "sums"
     """Name of the data."""
-    disturbed: str = ""
-    """SIGNAL or nan, a step, and a rank."""
     size: tuple[int, int] = (64, 64)
     """Height and width."""
     network: Narrow | Deep = field(default_factory=Narrow)
@@ -91,7 +89,7 @@ def main(options: Options) -> None:
     best = run.keep_best(run.weights, "validation")
     if run.step == 0:
         run.log(judge(run.weights))
-    disturbance, at, rank = (*options.disturbed.split(), "none", "-1", "0")[:3]
+    disturbance, at, rank = os.environ.get("TOY_DISTURBED", "none -1 0").split()  # NAME STEP RANK
     for step, batch in run.steps(lambda place: draw_batches(options.seed, run.rank, place)):
         noise = options.noise * torch.randn(batch.numbers.shape, generator=run.generator(step))
         errors = trained(batch.numbers + noise) - batch.numbers.sum(dim=1, keepdim=True)

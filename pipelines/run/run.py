@@ -65,9 +65,11 @@ class Progress:
     place: dict[str, int] = field(default_factory=dict)
     """Where in the data the next batch begins."""
     seconds: float = 0.0
-    """Wall-clock seconds up to the last entry in the log, summed over restarts."""
+    """Wall-clock seconds so far, summed over restarts."""
     samples: int = 0
     """Samples of all ranks so far."""
+    logged_step: int = -1
+    """Steps done at the last entry in the log."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last entry in the log."""
     alarms: list[str] = field(default_factory=list)
@@ -230,29 +232,32 @@ class Run:
         ahead = stream_ahead(lambda place: self._feed(batches(place)), [self.progress.place], workers=1, ahead=2)
         self.bar = tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not self.is_main)
         self._count_anew()
-        while self.step < self.options.steps:
-            began = time.monotonic()
-            batch = next(ahead)
-            self.waited_s += time.monotonic() - began
-            if signal.getsignal(signal.SIGTERM) != self._receive:
-                # Not before: decoding the first frames may take long, and there is nothing to save yet.
-                signal.signal(signal.SIGINT, self._receive)
-                signal.signal(signal.SIGTERM, self._receive)
-            samples = next(len(value) for value in batch if isinstance(value, Tensor))  # type: ignore[attr-defined]
-            self.samples += samples * self.ranks
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr_at(self.step, self.options.steps, self.peak)
-            # Dropout and the like: as random as they were, however often the run was interrupted.
-            torch.manual_seed(self.generator(self.step).initial_seed())
-            yield self.step, batch
-            self.progress.place = dict(batch.place)
-            self.bar.update()
-            self._after_step()
+        try:
+            while self.step < self.options.steps:
+                began = time.monotonic()
+                batch = next(ahead)
+                self.waited_s += time.monotonic() - began
+                if signal.getsignal(signal.SIGTERM) != self._receive:
+                    # Not before: decoding the first frames may take long, and there is nothing to save yet.
+                    signal.signal(signal.SIGINT, self._receive)
+                    signal.signal(signal.SIGTERM, self._receive)
+                samples = next(len(value) for value in batch if isinstance(value, Tensor))  # type: ignore[attr-defined]
+                self.samples += samples * self.ranks
+                self.progress.samples += samples * self.ranks
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr_at(self.step, self.options.steps, self.peak)
+                # Dropout and the like: as random as they were, however often the run was interrupted.
+                torch.manual_seed(self.generator(self.step).initial_seed())
+                yield self.step, batch
+                self.progress.place = dict(batch.place)
+                self.bar.update()
+                self._after_step()
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.bar.close()
         ahead.close()  # type: ignore[attr-defined]
         self._save()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def generator(self, step: int, *, shared: bool = False) -> torch.Generator:
         """The randomness of a step on this rank's device, or that which all ranks share."""
@@ -311,11 +316,14 @@ class Run:
             alarms: signs of collapse, in words; the first are said loudly.
             show: names of what stands beside the progress bar.
         """
+        if self.step == self.progress.logged_step:
+            return  # in an earlier life
         self._require_finite()
         rates = self._rates()
         values = {**metrics, **self._means()}
         progress = self.progress
-        progress.metrics, progress.alarms = values, list(alarms) if self.step >= FIRST_ALARM_STEP else []
+        progress.logged_step, progress.metrics = self.step, values
+        progress.alarms = list(alarms) if self.step >= FIRST_ALARM_STEP else []
         if self.best is not None:
             self.best.consider(self.step, values, progress.alarms)
         if progress.alarms and progress.first_alarm_step is None:
@@ -347,8 +355,6 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # steps that are still under way count
         now = time.monotonic()
-        self.progress.seconds, self.lived = self.progress.seconds + now - self.lived, now
-        self.progress.samples += self.samples
         if not self.samples:
             return {}
         return {
@@ -403,6 +409,7 @@ class Run:
         """Write the state, unless that has been done. Collective."""
         if self.step != self.saved_step:
             self._require_finite()
+            self.progress.seconds, self.lived = self.progress.seconds + time.monotonic() - self.lived, time.monotonic()
             shared = {name: part.state_dict() for name, part in self.parts.items()}
             self.checkpoints.save(State(self.step, shared, to_json(self.progress)))
             self.saved_step, self.saved_at = self.step, time.monotonic()
@@ -418,6 +425,8 @@ class Run:
         if received or due or self.step % self.options.checkpoint_every == 0:
             self._save()
         if received:
+            if self.folder is not None:
+                self.folder.release()
             self.accelerator.end_training()
             raise Interrupted(f"stopped and saved after step {self.step}: add --resume to go on", received)
 
