@@ -1,6 +1,6 @@
 r"""Learning while watching: what became of earlier forecasts of a video mends its later ones.
 
-  python examples/adaptation.py --cache cache/test --predictor runs/predictor/predictor
+  python examples/adaptation.py --cache cache/test --predictor runs/predictor
 
 A predictor meets roads that it has not learned from. But by the time it begins a forecast, it has seen how those that
 it began a while ago came out, and no label is needed to learn from that. Two things are learned, both of them anew at
@@ -15,9 +15,25 @@ et al. 2023 (arXiv:2307.05014); a Bayesian last layer for it: Harrison et al. 20
 Prints squared errors relative to copying at some horizons and writes `adaptation.json` into the output folder.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as functional
+from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
+
+from data.cache import EmbeddingCache
+from data.windows import Windows
+from jepa.config import Bounded, PositiveInt
+from jepa.metrics import squared_error
+from jepa.rollout import rollout
+from jepa.sequence import Future, Sequence
+from pipelines.run.command import run_command
+from pipelines.run.folder import write_json
+from pipelines.run.models import load_predictor
 
 PRIOR = 50
 """Forecasts' worth of belief in the whole correction, before any has been judged."""
@@ -27,6 +43,54 @@ NOISE = 0.5
 """Share of an error that is chance, as variance relative to what similar moments share."""
 MEMORY = 2048
 """Most forecasts that are remembered, the newest: the cost of a regression grows with their cube."""
+
+
+@dataclass(frozen=True)
+class Options(Bounded):
+    """Compare forecasts with those that learn while watching."""
+
+    cache: Path = Path("cache/test")
+    """Embeddings of videos that the predictor was not trained on; long ones, or there is nothing to learn."""
+    predictor: Path = Path("runs/predictor")
+    """Run folder of train_predictor."""
+    output_dir: Path = Path("runs/adaptation")
+    """Where the results are left."""
+    horizon: PositiveInt = 20
+    """Steps into the future."""
+
+
+def main(options: Options) -> None:
+    """Forecast each clip from each of its moments, adapt, compare."""
+    predictor, calibration = load_predictor(options.predictor)
+    cache = EmbeddingCache(options.cache)
+    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+    context, future = predictor.config.context, Future.ticks(options.horizon, predictor.fps)
+    windows = Windows(cache, context + options.horizon)
+    numbers = np.arange(len(windows))
+    errors: dict[str, list[Tensor]] = {"model": [], "adapting": [], "ridge": [], "copy_last": []}
+    for of_clip in tqdm(np.split(numbers, np.flatnonzero(np.diff(windows.clip_of(numbers))) + 1), unit="clip"):
+        embeddings = windows.take(of_clip)
+        past = Sequence.on_clock(embeddings[:, :context], predictor.fps)
+        with torch.no_grad():
+            believed = rollout(predictor, past, future, calibration=calibration)
+            ridged = rollout(calibration.ridge, past, future)
+        shown, came, forecasts, ridged = (
+            rearrange(predictor.standardise(part), "n t ... d -> n t (... d)")
+            for part in (past.embeddings, embeddings[:, context:], believed, ridged)
+        )
+        begun = torch.from_numpy(cache.take(windows.rows(of_clip)[:, context - 1], "ticks"))
+        found = {"model": forecasts, "adapting": adapt(forecasts, shown, came, begun), "ridge": ridged,
+                 "copy_last": shown[:, -1:].expand_as(came)}  # fmt: skip
+        for name, forecast in found.items():
+            errors[name].append(squared_error(forecast, came))
+    means = {name: torch.cat(parts).mean(dim=0) for name, parts in errors.items()}  # (H,) each
+    relative = {name: (error / means["copy_last"]).tolist() for name, error in means.items()}
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(options.output_dir / "adaptation.json", relative)
+    shown_horizons = sorted({1, *range(5, options.horizon + 1, 5), options.horizon})
+    print("error relative to copying" + "".join(f"{horizon:>8}" for horizon in shown_horizons))
+    for name, curve in relative.items():
+        print(f"{name:25}" + "".join(f"{curve[horizon - 1]:8.3f}" for horizon in shown_horizons))
 
 
 @torch.no_grad()
@@ -90,3 +154,7 @@ def earned_share(correction: Tensor, errors: Tensor, known: Tensor) -> Tensor:
 def sum_of_known(values: Tensor, known: Tensor) -> Tensor:
     """Sums (N, H) over the first `known` of the values (N, H)."""
     return functional.pad(values.cumsum(dim=0), (0, 0, 1, 0))[known]
+
+
+if __name__ == "__main__":
+    run_command(main, Options)
