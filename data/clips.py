@@ -44,7 +44,7 @@ class Clips(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A part of a video that is decoded in one go."""
+    """A part of a video, decoded in one go."""
 
     video: VideoInfo
     start_s: float
@@ -165,10 +165,10 @@ class FrameClips:
 
     def _decode(self, block: list[Segment], *, show: bool) -> list[Part]:
         """Frames and clips of each segment."""
-        bar = tqdm(total=len(block), unit="segment", desc="decoding videos", leave=False, disable=not show)
         parts = []
         results = map_ahead(self._read, block, workers=self.workers)
-        for segment, (part, seconds, damage) in zip(block, results, strict=True):
+        bar = tqdm(block, "decoding videos", unit="segment", leave=False, disable=not show)
+        for segment, (part, seconds, damage) in zip(bar, results, strict=True):
             with self._closing:  # after which nobody touches the account
                 if self._closed.is_set():
                     break
@@ -176,8 +176,6 @@ class FrameClips:
                 if (part.video, segment.start_s) not in self._accounted:
                     self._accounted.add((part.video, segment.start_s))
                     self.account.add(part.video, seconds, damage)
-            bar.update()
-        bar.close()
         return parts
 
     def _read(self, segment: Segment) -> tuple[Part, float, Damage]:

@@ -1,4 +1,4 @@
-"""What is really in a video, found by decoding all of it."""
+"""Frames, gaps and damage of a video, found by decoding all of it."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An open video that is decoded forward and can skip ahead: frames with their exact presentation times.
+"""Frames of an open video with their exact presentation times, decoded forward, skipping ahead.
 
 Damage is left out, never replaced: after a picture that cannot be decoded, reading goes on at the next keyframe, and
 frames that FFmpeg had to guess (`is_corrupt`) are dropped.
@@ -34,7 +34,7 @@ EARLY_S = 0.5
 
 
 class VideoError(DataError):
-    """A video that cannot be used; the message names the file and the reason."""
+    """An unusable video; the message names the file and the reason."""
 
 
 @dataclass
@@ -74,12 +74,6 @@ class Decoder(Iterator[tuple[VideoFrame, float]], AbstractContextManager["Decode
 
     def __init__(self, path: Path, damage: Damage | None) -> None:
         self.path, self.damage = path, damage
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @abstractmethod
-    def close(self) -> None: ...
 
     @abstractmethod
     def skip_to(self, time_s: float) -> bool:
@@ -126,11 +120,11 @@ class VideoDecoder(Decoder):
 
     def _begin_again(self) -> None:
         """Where skipping fails, only decoding from the beginning is sure to find all frames."""
-        self.close()
+        self.container.close()
         self._open()
         self.can_skip = False
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         self.container.close()
 
     def __next__(self) -> tuple[VideoFrame, float]:

@@ -76,7 +76,7 @@ class ImageSequenceDecoder(Decoder):
         self.header_duration_s = float(self.times_s[-1]) + 1 / fps
         self.keyframes_s = tuple(self.times_s.tolist())
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.archive is not None:
             self.archive.close()
 

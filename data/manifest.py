@@ -1,4 +1,4 @@
-"""A folder of videos -> a checked list: what can be used, what was refused and why; and the account of a run.
+"""Folders of videos as a checked list, what was refused and why; and the account of a run.
 
 A manifest is a file of JSON lines: the first names the format, each other one tells about a file: where it lies, its
 size and modification time, and either what is known of the video or why it was refused. Lines are appended as files are
@@ -48,14 +48,14 @@ class Record:
 
 @dataclass
 class Account:
-    """What a run read and what it could not, by path: said at its end, and left in its folder."""
+    """Videos read, refused and damaged in a run, by path: said at its end, and left in its folder."""
 
     read_s: dict[str, float] = field(default_factory=dict)
     """Seconds of video that were read."""
     refused: dict[str, str] = field(default_factory=dict)
-    """Why a file was not read at all."""
+    """Reasons why files were not read at all."""
     damaged: dict[str, Damage] = field(default_factory=dict)
-    """What was wrong inside a file that was read."""
+    """Faults inside files that were read."""
 
     def add(self, path: Path, seconds: float, damage: Damage) -> None:
         """Add a video that was read, or a part of one."""
@@ -95,7 +95,7 @@ class VideoList:
 
     videos: list[VideoInfo]
     refused: dict[Path, str] = field(default_factory=dict)
-    """Why each of the other files was refused, by path."""
+    """Reasons for the other files, by path."""
 
     def account(self) -> Account:
         """An account of a run that has read none of them yet."""
@@ -233,13 +233,11 @@ def index_videos(
 
     with _open_manifest(manifest) as (old_records, append):
         by_state |= {record.state: record for record in old_records}
-        bar = tqdm(total=len(files), unit="video", desc="looking at videos", leave=False, disable=not progress)
-        for record in map_ahead(record_of, files):
+        looks = map_ahead(record_of, files)
+        for record in tqdm(looks, "looking", len(files), unit="video", leave=False, disable=not progress):
             if by_state.get(record.state) != record:
                 append(_line(record))
             records[record.state.path] = record
-            bar.update()
-        bar.close()
         if manifest is not None:
             _replace(manifest, records.values())
     vanished = {state.path for state in by_state} - records.keys()

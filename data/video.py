@@ -1,4 +1,4 @@
-"""Decode videos with PyAV: frames with exact presentation times, resized; on clocks, or at given times.
+"""Frames of videos with exact presentation times, resized; on clocks, or at given times.
 
 A frame is a planar RGB `uint8` array of shape (3, height, width); a time is in seconds since the first
 displayed frame. Videos are sampled by *time*, never by frame index: recordings of different or variable
@@ -41,7 +41,7 @@ CLOCK_TOLERANCE_S = 1e-3
 
 
 class TimedFrame(NamedTuple):
-    """One decoded frame and when it is shown."""
+    """A decoded frame and its time."""
 
     frame: np.ndarray
     """Planar RGB, uint8, shape (3, height, width)."""
