@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from jepa.errors import ConfigurationError
@@ -23,9 +22,8 @@ def principal_components(batches: Iterable[Tensor], dimension: int) -> nn.Linear
     """
     count, shift, total, scatter = 0, torch.empty(0), torch.zeros(()), torch.zeros(())
     for features in batches:
-        rows = rearrange(features.double(), "... f -> (...) f")
-        if not count:
-            shift = rows.mean(dim=0)  # moments about zero would cancel where the mean is large
+        rows = features.double().flatten(0, -2)
+        shift = shift if count else rows.mean(dim=0)  # moments about zero would cancel where the mean is large
         rows = rows - shift
         count, total, scatter = count + len(rows), total + rows.sum(dim=0), scatter + rows.T @ rows
     if dimension > (most := max(0, min(len(shift), count - 1))):

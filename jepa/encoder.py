@@ -7,7 +7,6 @@ nothing of the future can leak into an embedding of the past.
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -40,7 +39,7 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights and the configuration; it tells the spaces of two encoders apart."""
+        """Hash of weights and configuration; it tells the spaces of two encoders apart."""
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embeddings (B, *tokens, D), float32, of frames (B, window, 3, H, W), uint8 or float in [0, 1]."""
@@ -60,9 +59,9 @@ class EncoderConfig(Bounded):
     """ROWS COLUMNS of tokens, an embedding each. 0 0: one embedding for the whole frame."""
     levels: tuple[int, ...] = (-1,)
     """Feature levels of the backbone to take, counted as timm's `out_indices`; several are concatenated."""
-    pooling: Literal["flatten", "average", "class_token", "native"] = "flatten"
-    """Pooling where there is no grid: `flatten` keeps where things are, `average` only what they are. `class_token`: a
-    vision transformer's own summary of its last level. `native`: the output of the whole backbone, as timm pools it."""
+    pooling: Literal["flatten", "average", "native"] = "flatten"
+    """Pooling where there is no grid: `flatten` keeps where things are, `average` only what they are. `native`: the
+    whole backbone with its own pooling, such as a vision transformer's class token."""
     embedding_dimension: NotNegativeInt = 64
     """Length of an embedding. 0: no head, the features as they are."""
     head_widths: tuple[PositiveInt, ...] = ()
@@ -85,15 +84,13 @@ class EncoderConfig(Bounded):
 class FrameEncoder(nn.Module):
     """Frames (B, 3, H, W), uint8 or float in [0, 1], to embeddings (B, *tokens, D), float32.
 
-    Published weights are loaded by `create_encoder`, not here.
-
     Args:
         config: what to build.
-        backbone: a whole one that is there already, in place of a new one.
+        backbone: a whole one to take, with its weights; by default a new one is made, without published weights.
 
     Raises:
-        ConfigurationError: the backbone is unknown (with suggestions) or lacks what the configuration asks of it. What
-            it cannot do with the image size shows at the first frame.
+        ConfigurationError: the backbone is unknown, or has no such levels. What it cannot do with the image size shows
+            at the first frame.
     """
 
     window = 1
@@ -104,8 +101,9 @@ class FrameEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone or build_backbone(config.backbone, config.image_size)
-        self.levels, self.features = _plan(self.backbone, config)
-        """Levels counted from 0; length of the features that the head sees of a token."""
+        self.is_grid = any(config.grid)
+        self.levels, self.features = self._plan()
+        """Levels that are taken, counted from 0; length of the features that the head sees of a token."""
         if self.levels:
             # What comes after the last level would be trained by nothing, and kept for nothing.
             self.backbone.prune_intermediate_layers(self.levels, prune_norm=False, prune_head=True)
@@ -113,14 +111,29 @@ class FrameEncoder(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixels["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixels["std"]).view(3, 1, 1), persistent=False)
         self.backbone.requires_grad_(config.weights != "frozen")
-        layers: list[nn.Module] = []
+        self.head = nn.Sequential()
         inputs = self.features
         for outputs in config.head_widths:
-            layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
+            self.head.extend([nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()])
             inputs = outputs
         if config.embedding_dimension:
-            layers.append(nn.Linear(inputs, config.embedding_dimension))
-        self.head = nn.Sequential(*layers)
+            self.head.append(nn.Linear(inputs, config.embedding_dimension))
+
+    def _plan(self) -> tuple[list[int], int]:
+        """Levels and length of features, as the backbone says of itself."""
+        config, info = self.config, self.backbone.feature_info
+        if config.pooling == "native" and not self.is_grid:
+            return [], self.backbone.head_hidden_size
+        if not all(-len(info) <= level < len(info) for level in config.levels):
+            raise ConfigurationError(
+                "levels", f"is {_shown(config.levels)}: {config.backbone} has 0 to {len(info) - 1}"
+            )
+        levels, features = sorted(level % len(info) for level in config.levels), 0
+        for level in levels:
+            cells = math.prod(-(-side // info[level]["reduction"]) for side in config.image_size)
+            is_flat = config.pooling == "flatten" and not self.is_grid
+            features += info[level]["num_chs"] * (cells if is_flat else 1)
+        return levels, features
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -130,12 +143,11 @@ class FrameEncoder(nn.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """(D,), or (rows, columns, D)."""
-        tokens = self.config.grid if any(self.config.grid) else ()
-        return (*tokens, self.config.embedding_dimension or self.features)
+        return (*(self.config.grid if self.is_grid else ()), self.config.embedding_dimension or self.features)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights and the configuration."""
+        """Hash of weights and configuration."""
         return fingerprint(self, asdict(self.config))
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -151,7 +163,7 @@ class FrameEncoder(nn.Module):
             ValueError: the frames have another shape.
             ConfigurationError: the backbone does not take frames of this size.
         """
-        if frames.ndim != 4 or tuple(frames.shape[1:]) != (3, *self.image_size):
+        if frames.ndim != 4 or frames.shape[1:] != (3, *self.image_size):
             raise ValueError(
                 f"frames have shape {tuple(frames.shape)}: this encoder takes (B, {(3, *self.image_size)})"
             )
@@ -166,8 +178,7 @@ class FrameEncoder(nn.Module):
         if features.shape[-1] != self.features:
             raise self._unfit(f"{features.shape[-1]} features come, its strides promise {self.features}")
         # One head for all tokens: its batch normalisation takes the statistics of all of them together.
-        embeddings = self.head(rearrange(features, "b ... f -> (b ...) f"))
-        return embeddings.view(*features.shape[:-1], -1)
+        return self.head(features.flatten(0, -2)).view(*features.shape[:-1], -1)
 
     @torch.no_grad()
     def embed(self, frames: Tensor) -> Tensor:
@@ -195,13 +206,11 @@ class FrameEncoder(nn.Module):
     def _features(self, images: Tensor) -> Tensor:
         """Features of normalised images, (B, F) or (B, rows, columns, F)."""
         if not self.levels:
-            if self.config.pooling == "native":
-                return self.backbone(images)
-            return self.backbone.forward_features(images)[:, 0]
+            return self.backbone(images)
         maps = self.backbone.forward_intermediates(
             images, indices=self.levels, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
-        if any(self.config.grid):
+        if self.is_grid:
             return torch.cat([resize_map(level, self.config.grid) for level in maps], dim=-1)
         if self.config.pooling == "average":
             return torch.cat([level.mean(dim=(2, 3)) for level in maps], dim=-1)
@@ -226,50 +235,27 @@ def create_encoder(config: EncoderConfig, weights_file: Path | None = None) -> F
     Raises:
         ConfigurationError: as `FrameEncoder`; or the weights cannot be had, or are another model's.
     """
-    load = config.weights != "scratch"
-    return FrameEncoder(
-        config, build_backbone(config.backbone, config.image_size, load=load, weights_file=weights_file)
-    )
+    published = config.weights != "scratch"
+    backbone = build_backbone(config.backbone, config.image_size, load=published, weights_file=weights_file)
+    return FrameEncoder(config, backbone)
 
 
 def resize_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
     """Feature map (B, C, h, w) on another grid (B, rows, columns, C).
 
-    Adaptive average pooling along an axis that shrinks, linear interpolation along one that grows. Both are linear: as
-    matrices they are deterministic on any device, backwards too.
+    Adaptive average pooling along an axis that shrinks, linear interpolation along one that grows: as matrices, which
+    are deterministic on any device, backwards too.
     """
     for axis, length in ((2, grid[0]), (3, grid[1])):
-        if features.shape[axis] != length:
-            matrix = _resizing(features.shape[axis], length).to(features)
-            features = (features.movedim(axis, -1) @ matrix).movedim(-1, axis)
+        identity = torch.eye(features.shape[axis])[None]
+        if length < features.shape[axis]:
+            matrix = functional.adaptive_avg_pool1d(identity, length)
+        else:
+            matrix = functional.interpolate(identity, length, mode="linear")
+        if length != features.shape[axis]:
+            features = (features.movedim(axis, -1) @ matrix[0].to(features)).movedim(-1, axis)
     return rearrange(features, "b c rows columns -> b rows columns c")
 
 
-def _resizing(length: int, wanted: int) -> Tensor:
-    """Matrix (length, wanted)."""
-    identity = torch.eye(length)[None]
-    if wanted < length:
-        return functional.adaptive_avg_pool1d(identity, wanted)[0]
-    return functional.interpolate(identity, wanted, mode="linear")[0]
-
-
-def _plan(backbone: Any, config: EncoderConfig) -> tuple[list[int], int]:
-    """The levels that are taken, none for the end of the backbone, and the length of their features, as it says."""
-    info: Any = backbone.feature_info
-    if not any(config.grid) and config.pooling in ("native", "class_token"):
-        if config.pooling == "class_token" and getattr(backbone, "cls_token", None) is None:
-            raise ConfigurationError("pooling", f"is class_token: backbone {config.backbone} has none: take average")
-        return [], backbone.head_hidden_size if config.pooling == "native" else backbone.num_features
-    if not all(-len(info) <= level < len(info) for level in config.levels):
-        raise ConfigurationError("levels", f"is {_shown(config.levels)}: {config.backbone} has 0 to {len(info) - 1}")
-    levels = sorted(level % len(info) for level in config.levels)
-    flattened = not any(config.grid) and config.pooling == "flatten"
-    features = 0
-    for level in levels:
-        cells = math.prod(-(-side // info[level]["reduction"]) for side in config.image_size) if flattened else 1
-        features += cells * info[level]["num_chs"]
-    return levels, features
-
-
-def _shown(numbers: Iterable[int]) -> str:
+def _shown(numbers: tuple[int, ...]) -> str:
     return " ".join(map(str, numbers))
