@@ -80,21 +80,18 @@ def main(options: Options) -> None:
     """Check the videos, build the encoder, train it until views agree and frames differ, save it."""
     run = Run(options, "pretrain_encoder", ("encoder",))
     videos = usable_videos(run, options)
-    encoder = build_encoder(options)
+    encoder = make_encoder(options)
     length = CONTEXT + options.prediction_steps if options.prediction_weight else 2
-    inputs = {
-        "videos": summary([(str(video.path), video.duration_s) for video in videos.videos]),
-        "initial_encoder": encoder.fingerprint if options.initial_encoder else None,
-    }
-    weights = sum(weight.numel() for weight in encoder.parameters())
+    inputs: dict[str, object] = {"videos": summary([(str(video.path), video.duration_s) for video in videos.videos])}
+    if options.initial_encoder is not None:
+        inputs["initial_encoder"] = encoder.fingerprint
     run.begin(
         inputs,
-        f"{encoder.config.backbone} ({weights:,} weights)",
-        f"{options.batch_size} clips of {length} frames on each",
+        f"{encoder.config.backbone}, {options.batch_size} clips of {length} frames in a batch on each",
         f"{counted(len(videos.videos), 'video')}, {len(videos.refused)} refused",
     )
-    network = synchronise_batch_norm(Pretraining(encoder, options).to(run.device))
-    network = run.prepare(network, options.optimizer)
+    pretraining = synchronise_batch_norm(Pretraining(encoder, options).to(run.device))
+    network = run.prepare(pretraining, options.optimizer)
     clips = FrameClips(
         videos.videos, encoder.image_size, fps=options.fps, batch_size=options.batch_size, length=length,
         seed=options.seed, rank=run.rank, ranks=run.ranks, memory_bytes=1e9 * options.shuffle_memory,
@@ -111,17 +108,14 @@ def main(options: Options) -> None:
         weighted = {f"weighted_{name}": term for name, term in terms.weighted.items()}
         run.update(terms.loss, {**terms.unweighted, **weighted}, batch.videos)
         if run.due:
-            run.log(*diagnose(run.weights, watched), show=("loss", *terms.unweighted))
+            run.log(*diagnose(pretraining, watched), show=("loss", *terms.unweighted))
 
     clips.close()
     account = videos.account()
     account.merge([clips.account])
+    counts = {"videos": len(videos.videos), "refused_videos": len(videos.refused)}
     run.finish(
-        {
-            "encoder_fingerprint": encoder.fingerprint,
-            "videos": len(videos.videos),
-            "refused_videos": len(videos.refused),
-        },
+        {"encoder_fingerprint": encoder.fingerprint, **counts},
         {"encoder": ("encoder", asdict(encoder.config), encoder)},
         account=account,
         next=f"{LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "
@@ -157,7 +151,7 @@ def usable_videos(run: Run, options: Options) -> VideoList:
     )
 
 
-def build_encoder(options: Options) -> FrameEncoder:
+def make_encoder(options: Options) -> FrameEncoder:
     """A new encoder, or the one to go on from.
 
     Raises:

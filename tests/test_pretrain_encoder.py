@@ -28,7 +28,7 @@ from pipelines.pretrain_encoder import (
     Dynamics,
     Options,
     Pretraining,
-    build_encoder,
+    make_encoder,
     diagnose,
     loss_of,
     main,
@@ -175,7 +175,7 @@ def test_a_value_out_of_bounds_is_named(monkeypatch, arguments, message):
 def network(encoder=VECTOR, prediction_weight=1.0):
     torch.manual_seed(0)
     options = Options(videos=(), encoder=encoder, expander=ExpanderConfig((8, 8)), prediction_weight=prediction_weight)
-    built = Pretraining(build_encoder(options), options)
+    built = Pretraining(make_encoder(options), options)
     if built.dynamics is not None:
         nn.init.normal_(built.dynamics.change[-1].weight, std=0.1)  # it would copy
     return built
