@@ -1,7 +1,7 @@
 r"""Decoding and resizing: CPU time against ffmpeg's own command line, torchcodec and decord, in one run.
 
   pip install --no-deps torchcodec decord     # if they are to be compared; ffmpeg must be on the path
-  python benchmarks/decode.py --rounds 7
+  python -m benchmarks.decode --rounds 7
 
 Ratios of CPU time (user and system, this process and its children) to `ffmpeg -threads 1 -vf scale=...:flags=bilinear
 -pix_fmt rgb24 -f rawvideo`, contestants taking turns, medians of several rounds; above 1 is faster than ffmpeg. Each
@@ -26,8 +26,10 @@ import torch.nn.functional as functional
 from av.video.reformatter import Interpolation, VideoReformatter
 from einops import rearrange
 
-from data.video import probe_video, read_clips, read_frames, read_on_clock
-from pipelines.stage import require, run_stage, write_json
+from benchmarks.reading import read_clips, read_frames
+from data.video import probe_video, read_on_clock
+from pipelines.run.command import require, run_command
+from pipelines.run.folder import write_json
 
 ROOT = Path(__file__).parent.parent
 CASES = {"960x540 to 224": ((540, 960), 224), "320x180 to 64": ((180, 320), 64)}
@@ -134,7 +136,7 @@ def every_5th_frame(video: Path, target: int) -> dict[str, Run]:
     until_s = probe_video(video).duration_s - 0.5 / fps  # a tick after the last frame is not one of every five
     chain = f"select='not(mod(n\\,5))',scale={target}:{target}:flags=bilinear"
     return {
-        "ours": lambda: sum(1 for _ in read_on_clock(video, (target, target), fps / 5, end_s=until_s)),
+        "ours": lambda: sum(1 for _ in read_on_clock(video, (target, target), fps=fps / 5, end_s=until_s)),
         "ffmpeg": lambda: ffmpeg(video, chain, target, "-fps_mode", "passthrough"),
         **rivals(video, target, lambda count, fps: list(range(0, count, 5))),
     }
@@ -144,7 +146,7 @@ def random_clips(video: Path, target: int, starts_s: list[float]) -> dict[str, R
     """Clips of consecutive frames from random places, all in one call."""
 
     def ours() -> int:
-        return sum(len(frames) for frames, _ in read_clips(video, (target, target), starts_s, CLIP_FRAMES))
+        return sum(len(frames) for frames, _ in read_clips(video, (target, target), starts_s, length=CLIP_FRAMES))
 
     def clips(count: int, fps: float) -> list[int]:
         return [round(start_s * fps) + at for start_s in starts_s for at in range(CLIP_FRAMES)]
@@ -207,4 +209,4 @@ def cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)
