@@ -39,7 +39,7 @@ from pipelines.run.run import Run
 
 CONTEXT, WIDTH = 4, 512
 """Embeddings that the predictor of joint training starts from, and its width."""
-WATCHED_CLIPS, WATCHED_FRAMES = 32, 16
+WATCHED_CLIPS, WATCHED_FRAMES = 16, 16
 """Clips that collapse is looked for in, and their least length."""
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from jepa.diagnostics import (
+    MOST_ROWS,
     collapse_stats,
     effective_rank,
     encoder_alarms,
@@ -22,13 +23,14 @@ def test_effective_rank_counts_dimensions():
     assert collapse_stats(torch.randn(1, 4)) == (0, 1)  # which would not be a number, and is written to metrics.json
 
 
-@pytest.mark.parametrize("shape", [(7, 30), (30, 7), (9000, 6)])
+@pytest.mark.parametrize("shape", [(7, 30), (30, 7), (9000, 6), (30_000, 6)])
 def test_effective_rank_is_the_entropy_of_the_singular_values(shape):
     samples = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, shape[1] + 1)
     values = torch.linalg.svdvals((samples - samples.mean(dim=0)).double())
     share = values / values.sum()
     expected = (-(share * share.clamp_min(1e-30).log()).sum()).exp()
-    assert effective_rank(samples) == pytest.approx(float(expected), rel=1e-5)
+    every = len(samples) <= MOST_ROWS
+    assert effective_rank(samples) == pytest.approx(float(expected), rel=1e-5 if every else 0.01)
 
 
 def test_the_floor_under_deviations_is_that_of_the_features_that_vary():
