@@ -17,7 +17,8 @@ from jepa.fingerprint import fingerprint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of the pixels that V-JEPA 2 was trained on, by channel."""
-EXTRA = "pip install 'video-jepa[clips]'"
+NOT_THE_MODEL = ("transformers_version", "architectures", "dtype")
+"""Fields of transformers' configurations that change nothing in an embedding."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,32 @@ class ClipEncoderConfig(Bounded):
 class ClipEncoder(nn.Module):
     """Frames (B, window, 3, H, W), uint8 or float in [0, 1], to embeddings (B, *tokens, D), float32; never trained.
 
+    Args:
+        config: what to build.
+        model: a `VJEPA2Model` to take, with its weights; by default a new one is made.
+
     Raises:
-        ConfigurationError: transformers is not installed, or its configuration does not fit the window.
+        ConfigurationError: transformers is not installed, or the window does not fit the model.
     """
 
-    mean: Tensor
-    std: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, config: ClipEncoderConfig, model: Any = None) -> None:
         super().__init__()
-        model = model or _transformers().VJEPA2Model(_transformers().VJEPA2Config(**config.model))
+        if model is None:
+            transformers = _transformers()
+            model = transformers.VJEPA2Model(transformers.VJEPA2Config(**config.model))
         self.config, self.backbone, described = config, model.encoder, model.config
         if config.window % described.tubelet_size:
             raise ConfigurationError("window", f"is {config.window}: it must be a multiple of {described.tubelet_size}")
-        self.window = config.window
-        self.image_size = (described.crop_size, described.crop_size)
+        self.window, self.image_size = config.window, (described.crop_size, described.crop_size)
         self.side, self.features = described.crop_size // described.patch_size, described.hidden_size
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        dimension = config.embedding_dimension
-        self.head = nn.Sequential(*([nn.Linear(self.features, dimension)] if dimension else []))
+        self.register_buffer("pixel_mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.head = nn.Sequential()
+        if config.embedding_dimension:
+            self.head.append(nn.Linear(self.features, config.embedding_dimension))
         self.requires_grad_(False).eval()
 
     @property
@@ -68,55 +75,44 @@ class ClipEncoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights and the configuration."""
+        """Hash of weights and configuration."""
         return fingerprint(self, asdict(self.config))
 
-    def train(self, mode: bool = True) -> "ClipEncoder":
-        """Stay in evaluation: there is nothing here to train."""
-        return super().train(False)
-
-    def forward(self, frames: Tensor) -> Tensor:
+    @torch.no_grad()
+    def embed(self, frames: Tensor) -> Tensor:
         """Embed windows of frames.
 
         Args:
             frames: (B, window, 3, H, W), uint8 in [0, 255] or float in [0, 1]; the last one is the tick's own.
 
         Returns:
-            (B, *tokens, D) embeddings.
+            (B, *tokens, D) embeddings, float32.
 
         Raises:
             ValueError: the frames have another shape.
         """
         expected = (self.window, 3, *self.image_size)
-        if frames.ndim != 5 or tuple(frames.shape[1:]) != expected:
+        if frames.ndim != 5 or frames.shape[1:] != expected:
             raise ValueError(f"frames have shape {tuple(frames.shape)}: this encoder takes (B, {expected})")
         if frames.dtype == torch.uint8:
             frames = frames.float() / 255
-        tokens = self.backbone((frames - self.mean) / self.std).last_hidden_state  # (B, slots h w, F)
+        tokens = self.backbone((frames - self.pixel_mean) / self.pixel_std).last_hidden_state  # (B, slots h w, F)
         last = rearrange(tokens[:, -(self.side**2) :], "b (h w) f -> b h w f", h=self.side)
-        return self.head(last if self.config.tokens == "grid" else last.mean(dim=(1, 2)))
-
-    @torch.no_grad()
-    def embed(self, frames: Tensor) -> Tensor:
-        """Embeddings (B, *tokens, D), float32, of frames (B, window, 3, H, W)."""
-        return self(frames).float()
+        return self.head(last if self.config.tokens == "grid" else last.mean(dim=(1, 2))).float()
 
     def replace_head(self, head: nn.Linear) -> None:
         """Put a fitted linear head, such as principal components, in the place of the present one."""
-        self.head = nn.Sequential(head).requires_grad_(False)
+        self.head = nn.Sequential(head.requires_grad_(False))
         self.config = replace(self.config, embedding_dimension=head.out_features)
 
 
-def load_clip_encoder(
-    name: str, *, tokens: Literal["vector", "grid"] = "vector", window: int = 0, image_size: int = 0
-) -> ClipEncoder:
+def load_clip_encoder(name: str, *, tokens: Literal["vector", "grid"] = "vector", window: int = 0) -> ClipEncoder:
     """Published clip encoder.
 
     Args:
         name: of a V-JEPA 2 on the hub, or a folder that holds one.
         tokens: mean of the tokens, or the grid of them.
         window: frames; 0: as many as it was trained on.
-        image_size: height and width in pixels; 0: those that it was trained on.
 
     Raises:
         ConfigurationError: as `ClipEncoder`; or the encoder cannot be had, or is none.
@@ -125,28 +121,23 @@ def load_clip_encoder(
     try:
         described = transformers.AutoConfig.from_pretrained(name)
         if described.model_type != "vjepa2":
-            raise ConfigurationError("encoder", f"{name} is a {described.model_type}: only V-JEPA 2 is known here")
-        described.crop_size = image_size or described.crop_size
-        if described.crop_size % described.patch_size:
-            raise ConfigurationError("image_size", f"is {image_size}: it must be a multiple of {described.patch_size}")
+            raise ValueError(f"it is a {described.model_type}, and only vjepa2 is known here")
         model, loading = transformers.VJEPA2Model.from_pretrained(
             name, config=described, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except ConfigurationError:
-        raise
+        if lost := [str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading[kind]]:
+            raise ValueError(f"it lacks weights, such as {lost[0]}")
     except Exception as error:  # of the hub's client, safetensors, torch or the configuration
-        reason = " ".join(str(error).split())
-        raise ConfigurationError("encoder", f"{name} cannot be had from the hub ({reason[:240]})") from error
-    wrong = {key for kind in ("missing_keys", "mismatched_keys") for key in loading[kind] if "encoder." in str(key)}
-    if wrong:
-        raise ConfigurationError("encoder", f"{name} lacks weights, such as {min(map(str, wrong))}: copy it again")
-    config = ClipEncoderConfig(described.to_diff_dict(), window or described.frames_per_clip, tokens)
-    return ClipEncoder(config, model)
+        reason = " ".join(str(error).split())[:240]
+        raise ConfigurationError("encoder", f"{name} cannot be had or used: {reason}") from error
+    fields = {key: value for key, value in described.to_diff_dict().items() if key not in NOT_THE_MODEL}
+    return ClipEncoder(ClipEncoderConfig(fields, window or described.frames_per_clip, tokens), model)
 
 
 def _transformers() -> Any:
     try:
         import transformers  # here: it takes seconds, and is not always there
     except ImportError as error:
-        raise ConfigurationError("encoder", f"needs transformers, which is not installed: {EXTRA}") from error
+        mend = "pip install 'video-jepa[clips]'"
+        raise ConfigurationError("encoder", f"needs transformers, which is not installed: {mend}") from error
     return transformers

@@ -13,7 +13,6 @@ gap in the recording, the first frame there is repeated.
 Run the same command again after a kill, or after adding videos: only what is missing is embedded.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,23 +28,20 @@ from data.errors import DataError
 from data.manifest import Account, VideoList, check_videos, file_state, is_there
 from data.sidecar import read_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, clock_offsets_s
-from jepa.config import Bounded, NotNegativeInt, Positive, PositiveInt
+from jepa.config import Bounded, Positive, PositiveInt
 from pipelines.run.command import LAUNCH, require, run_command
-from pipelines.run.components import keep_encoder
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
-from pipelines.run.encoders import AnyEncoder, find_encoder
+from pipelines.run.encoders import AnyEncoder, PublishedOptions, find_encoder, keep_encoder, sample_windows
 from pipelines.run.folder import MARK, read_json, to_json, versions, write_json
 
-WRITES_AHEAD = 8
-"""Videos that may wait to be written."""
 NUMBER = Column("float64")
 """What a CSV says of a tick."""
 
 
-@dataclass(frozen=True)
-class Options(Bounded):
-    """Embed videos and keep the embeddings on disk."""
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(Bounded):
+    """Options of a cache."""
 
     videos: tuple[Path, ...]
     """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
@@ -59,20 +55,6 @@ class Options(Bounded):
     """Clocks, shifted against each other, that each video is sampled on: more training windows from the same video."""
     columns: tuple[str, ...] = ()
     """Columns of the CSV beside each video to keep, too, such as `speed steering`."""
-    tokens: Literal["vector", "grid"] = "vector"
-    """Embeddings of a frame by a published encoder: a single one, or a grid of them."""
-    grid: tuple[NotNegativeInt, NotNegativeInt] = (0, 0)
-    """ROWS COLUMNS of the grid. 0 0: those of the feature level."""
-    levels: tuple[int, ...] = ()
-    """Feature levels of a timm model, counted as its `out_indices`. None: the last."""
-    pca: NotNegativeInt = 0
-    """Principal components to keep of a published encoder's features, fitted on these videos. 0: all features."""
-    image_size: tuple[NotNegativeInt, NotNegativeInt] = (0, 0)
-    """HEIGHT WIDTH of the frames for a published encoder. 0 0: as it was trained."""
-    window: NotNegativeInt = 0
-    """Frames that a clip encoder sees. 0: as it was trained."""
-    encoder_weights: Path | None = None
-    """File of safetensors with a timm model's weights, where the hub is out of reach."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type of the stored embeddings."""
     precision: Literal["launched", "fp32", "bf16", "fp16"] = "launched"
@@ -87,38 +69,40 @@ class Options(Bounded):
     """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(PublishedOptions, CacheOptions):
+    """Embed videos and keep the embeddings on disk."""
+
+
 def main(options: Options) -> None:
-    """Check, see what is missing, decode, embed and write side by side, account."""
+    """Check, see what is missing, embed it, account."""
     accelerator = start_accelerator(options.precision)
     is_main = accelerator.is_main_process
     videos = main_first(accelerator, lambda: usable_videos(options, is_main))
     encoder = main_first(accelerator, lambda: chosen_encoder(options, accelerator, videos))
-    provenance = provenance_of(encoder, options, accelerator.mixed_precision.replace("no", "fp32"))
+    provenance = Provenance(
+        encoder=options.encoder, encoder_fingerprint=encoder.fingerprint, fps=options.fps, image_fps=options.image_fps,
+        image_size=encoder.image_size, window=encoder.window, transform=TRANSFORM,
+        precision=accelerator.mixed_precision.replace("no", "fp32"),
+        columns={"embeddings": Column(options.dtype, encoder.shape), **dict.fromkeys(options.columns, NUMBER)},
+        versions=versions(),
+    )  # fmt: skip
     writer = main_first(
         accelerator,
         lambda: CacheWriter(options.output_dir, provenance, clips_per_shard=options.clips_per_shard, is_main=is_main),
     )
-    account = videos.account()
+    account, read = videos.account(), Account()
     tasks = missing_clips(options, accelerator, videos, account=account)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
-    rates = {str(video.path): min(options.fps, video.average_fps or options.fps) for video in videos.videos}
-    seconds = {str(video.path): video.duration_s for video in videos.videos}
-    expected = sum(seconds[str(task.source)] * rates[str(task.source)] * len(task.keys) for task in mine)
-    bar = tqdm(total=round(expected) or None, unit="frame", desc="embedding", disable=not is_main)
-    embedded = embed_videos(
-        accelerator, encoder, mine, fps=options.fps, image_fps=options.image_fps, batch_size=options.batch_size,
-        strict=options.strict, bar=bar,
-    )  # fmt: skip
-    read = Account()
-    with writer, ThreadPoolExecutor(1) as writing:
-        writes = []
-        for task in embedded:
-            writes.append(writing.submit(keep, writer, task, options, account=read))
-            if len(writes) > WRITES_AHEAD:
-                writes.pop(0).result()
-        for write in writes:
-            write.result()
-    bar.close()
+    durations_s = {str(video.path): video.duration_s for video in videos.videos}
+    expected = round(options.fps * sum(durations_s[str(task.source)] * len(task.keys) for task in mine))
+    bar = tqdm(total=expected or None, unit="frame", desc="embedding", disable=not is_main)
+    with writer, bar:
+        for task in embed_videos(
+            accelerator, encoder, mine, fps=options.fps, image_fps=options.image_fps, batch_size=options.batch_size,
+            strict=options.strict, bar=bar,
+        ):  # fmt: skip
+            keep(writer, task, options, account=read)
     account.merge(gather_object([read]))
     if is_main:
         leave_account(account, options.output_dir)
@@ -141,29 +125,14 @@ def usable_videos(options: Options, is_main: bool) -> VideoList:
 
 def chosen_encoder(options: Options, accelerator: Accelerator, videos: VideoList) -> AnyEncoder:
     """The encoder on its device; a published one is left in the cache's folder, with its principal components."""
-    encoder = find_encoder(
-        options.encoder, weights=options.encoder_weights, tokens=options.tokens, grid=options.grid,
-        levels=options.levels, image_size=options.image_size, window=options.window,
-    ).to(accelerator.device)  # fmt: skip
+    encoder = find_encoder(options.encoder, options).to(accelerator.device)
     # What it does not take is said before all work.
     encoder.embed(torch.zeros(1, encoder.window, 3, *encoder.image_size, device=accelerator.device))
     if Path(options.encoder).is_dir():
-        require(not options.pca, f"--pca is for published encoders: {options.encoder} has a head of its own")
         return encoder
-    return keep_encoder(
-        encoder, options.pca, options.output_dir / "encoder", videos=videos.videos, fps=options.fps,
-        batch_size=options.batch_size, accelerator=accelerator,
-    )  # fmt: skip
-
-
-def provenance_of(encoder: AnyEncoder, options: Options, precision: str) -> Provenance:
-    """What the embeddings in the cache are."""
-    return Provenance(
-        encoder=options.encoder, encoder_fingerprint=encoder.fingerprint, fps=options.fps, image_fps=options.image_fps,
-        image_size=encoder.image_size, window=encoder.window, transform=TRANSFORM, precision=precision,
-        columns={"embeddings": Column(options.dtype, encoder.shape), **dict.fromkeys(options.columns, NUMBER)},
-        versions=versions(),
-    )  # fmt: skip
+    windows = sample_windows(encoder, videos.videos, fps=options.fps, batch_size=options.batch_size)
+    folder = options.output_dir / "encoder"
+    return keep_encoder(encoder, options.pca, folder, windows=windows, accelerator=accelerator)
 
 
 def missing_clips(options: Options, accelerator: Accelerator, videos: VideoList, *, account: Account) -> list[Task]:

@@ -7,12 +7,13 @@ gives the same embeddings whatever else is embedded, and wherever a run was inte
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from jepa.encoder import Encoder
 from pipelines.run.devices import cores_of_this_process
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """A video to embed, and what has become of it."""
 
@@ -41,12 +42,19 @@ class Task:
     ticks: list[tuple[int, int, float, int]] = field(default_factory=list)
     """(clock, tick, time in seconds, row in `embeddings`)."""
     rows: int = 0
-    """Embeddings; a frame that several clocks share has one, where the encoder sees single frames."""
+    """Embeddings so far; a frame that several clocks share has one, where the encoder sees single frames."""
+    is_read: bool = False
+    """Whether there are no more to come."""
     embeddings: list[np.ndarray] = field(default_factory=list)
     """float32 (n, *tokens, D) each, together (rows, *tokens, D)."""
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all of it is embedded."""
+        return self.is_read and sum(map(len, self.embeddings)) == self.rows
+
     def clips(self) -> list[EmbeddedClip]:
-        """Clips for the cache, once all is embedded; clocks that fell on no frame are left out."""
+        """Clips for the cache; clocks that fell on no frame are left out."""
         if not self.ticks:
             return []
         embeddings = np.concatenate(self.embeddings)
@@ -58,15 +66,12 @@ class Task:
         ]
 
 
-Window = tuple[np.ndarray, ...]
-"""Frames that an encoder sees of a tick, each uint8 (3, H, W), the last one the tick's own."""
-
-
 class Chunk(NamedTuple):
-    """Windows of some consecutive ticks of a video."""
+    """Some consecutive ticks of a video."""
 
     task: Task
-    windows: list[Window]
+    windows: list[tuple[np.ndarray, ...]]
+    """Frames that the encoder sees of a tick, each uint8 (3, H, W), the last one the tick's own."""
     is_last: bool
 
 
@@ -97,8 +102,41 @@ def embed_videos(
         VideoError: with `strict`, a video cannot be read or is damaged.
     """
     decode_one = partial(decode, encoder=encoder, fps=fps, image_fps=image_fps, chunk_size=batch_size, strict=strict)
-    chunks = stream_ahead(decode_one, tasks, workers=cores_of_this_process())
-    yield from embed(accelerator, encoder, chunks, batch_size=batch_size, bar=bar)
+    is_gpu = accelerator.device.type == "cuda"
+    # On a CPU each batch has a thread to itself: threads that share a batch wait for each other in busy loops, and
+    # decoding lacks what they waste.
+    workers = 2 if is_gpu else torch.get_num_threads()
+    shape = (batch_size, encoder.window, 3, *encoder.image_size)
+    # One to be filled, the others on their way.
+    buffers = deque(torch.zeros(shape, dtype=torch.uint8, pin_memory=is_gpu) for _ in range(workers + 2))
+    in_flight: deque[tuple[Future[Tensor], list[Task]]] = deque()
+    owners: list[Task] = []  # of each row that is filled
+    if is_gpu:
+        torch.cuda.synchronize()  # the weights were copied on another stream
+
+    with ThreadPoolExecutor(workers, initializer=_prepare_thread, initargs=(accelerator.device,)) as pool:
+
+        def send() -> None:
+            in_flight.append((pool.submit(_embed, accelerator, encoder, buffers[0]), list(owners)))
+            bar.update(len(owners))
+            owners.clear()
+            buffers.rotate(-1)
+
+        for task, windows, is_last in stream_ahead(decode_one, tasks, workers=cores_of_this_process()):
+            for window in windows:
+                np.stack(window, out=buffers[0][len(owners)].numpy())
+                owners.append(task)
+                if len(owners) == batch_size:
+                    send()
+                    if len(in_flight) > workers:
+                        yield from _hand_out(*in_flight.popleft())
+            task.is_read = is_last
+            if task.is_done:
+                yield task
+        if owners:
+            send()
+        while in_flight:
+            yield from _hand_out(*in_flight.popleft())
 
 
 def decode(
@@ -112,7 +150,7 @@ def decode(
     offsets_s = [key.offset_s for key in task.keys]
     histories: list[deque[np.ndarray]] = [deque(maxlen=encoder.window) for _ in offsets_s]
     last_ticks = [-1] * len(offsets_s)
-    waiting: list[Window] = []
+    waiting: list[tuple[np.ndarray, ...]] = []
     last_time_s = -np.inf
     damage = None if strict else task.damage
     try:
@@ -138,94 +176,27 @@ def decode(
     yield Chunk(task, waiting, is_last=True)
 
 
-Owners = list[tuple[Task, int, bool]]
-"""Owners of a batch's rows: the task, how many, and whether they are its last."""
+def _prepare_thread(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # one batch is copied while another is computed
+    else:
+        torch.set_num_threads(1)
 
 
 @torch.inference_mode()
-def embed(
-    accelerator: Accelerator, encoder: Encoder, chunks: Iterable[Chunk], *, batch_size: int, bar: "tqdm[None]"
-) -> Iterator[Task]:
-    """Embed the windows of all chunks, and yield each task when its last embedding has come."""
-    device = Device(accelerator, encoder)
-    shape = (batch_size, encoder.window, 3, *encoder.image_size)
-    # One to be filled, the others on their way.
-    buffers = deque(torch.zeros(shape, dtype=torch.uint8, pin_memory=device.is_gpu) for _ in range(device.depth + 1))
-    in_flight: deque[tuple[Future[Tensor], Owners]] = deque()
-    owners: Owners = []
-    filled = 0
-    with device:
-        for task, windows, is_last in chunks:
-            taken, is_done = 0, False
-            while not is_done:
-                part = windows[taken : taken + batch_size - filled]
-                for row, window in enumerate(part, start=filled):
-                    np.stack(window, out=buffers[0][row].numpy())
-                taken, filled = taken + len(part), filled + len(part)
-                is_done = taken == len(windows)
-                owners.append((task, len(part), is_done and is_last))
-                if filled == batch_size:
-                    in_flight.append((device.embed(buffers[0]), owners))
-                    bar.update(filled)
-                    owners, filled = [], 0
-                    buffers.rotate(-1)
-                    if len(in_flight) > device.depth - 1:
-                        yield from hand_out(*in_flight.popleft())
-        if owners:
-            in_flight.append((device.embed(buffers[0]), owners))
-            bar.update(filled)
-        while in_flight:
-            yield from hand_out(*in_flight.popleft())
+def _embed(accelerator: Accelerator, encoder: Encoder, frames: Tensor) -> Tensor:
+    """Embeddings of uint8 frames (B, window, 3, H, W), as float32 (B, *tokens, D) on the CPU."""
+    with accelerator.autocast():
+        return encoder.embed(frames.to(accelerator.device, non_blocking=True)).float().cpu()
 
 
-def hand_out(embedded: "Future[Tensor]", owners: Owners) -> Iterator[Task]:
+def _hand_out(embedded: "Future[Tensor]", owners: list[Task]) -> Iterator[Task]:
     """Give each task its embeddings; yield those that have all of them."""
-    embeddings = embedded.result().numpy()
-    start = 0
-    for task, count, is_last in owners:
-        task.embeddings.append(embeddings[start : start + count].copy())
-        start += count
-        if is_last:
+    embeddings, start = embedded.result().numpy(), 0
+    for task, rows in groupby(owners):
+        end = start + len(list(rows))
+        task.embeddings.append(embeddings[start:end].copy())
+        start = end
+        if task.is_done:
             yield task
-
-
-class Device:
-    """Embeds batches, several at a time.
-
-    On a GPU two threads take turns, each with a stream of its own: while one batch is computed, the next is copied. On
-    a CPU each batch has one thread to itself: threads that share a batch wait for each other in busy loops, and
-    decoding lacks what they waste.
-    """
-
-    def __init__(self, accelerator: Accelerator, encoder: Encoder) -> None:
-        self.accelerator, self.encoder = accelerator, encoder
-        self.is_gpu = accelerator.device.type == "cuda"
-        workers = 2 if self.is_gpu else torch.get_num_threads()
-        self.depth = workers + 1
-        """Batches that are worked on or wait."""
-        self.pool = ThreadPoolExecutor(workers, initializer=self._prepare_thread)
-
-    def _prepare_thread(self) -> None:
-        if self.is_gpu:
-            torch.cuda.set_device(self.accelerator.device)
-            torch.cuda.set_stream(torch.cuda.Stream())
-        else:
-            torch.set_num_threads(1)
-
-    def __enter__(self) -> Self:
-        if self.is_gpu:
-            torch.cuda.synchronize()  # the weights were copied on another stream
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def embed(self, frames: Tensor) -> "Future[Tensor]":
-        """Embeddings of uint8 frames (B, window, 3, H, W), as float32 (B, *tokens, D) on the CPU."""
-        return self.pool.submit(self._embed, frames)
-
-    @torch.inference_mode()
-    def _embed(self, frames: Tensor) -> Tensor:
-        with self.accelerator.autocast():
-            embeddings = self.encoder.embed(frames.to(self.accelerator.device, non_blocking=True))
-        return embeddings.float().cpu()
