@@ -213,7 +213,9 @@ def find_peaks(scores: Scores) -> list[int]:
 
 def picture_name(video: Path, folder: Path) -> str:
     """A new name for a video's picture, short enough for any file system."""
-    stem = video.stem.encode()[:200].decode(errors="ignore").encode("ascii", "backslashreplace").decode()[:200]
+    text = video.stem.encode(errors="backslashreplace").decode()
+    text = "".join(letter if letter.isprintable() and letter not in '\\/:*?"<>|' else "_" for letter in text)
+    stem = text.encode()[:200].decode(errors="ignore") or "video"
     names = (f"{stem}_{number}.png" if number > 1 else f"{stem}.png" for number in count(1))
     return next(name for name in names if not (folder / name).exists())
 

@@ -174,7 +174,7 @@ class Losses(nn.Module):
         came = self.predictor.standardise(future)
         if self.predictor.latent_dimension:
             drawn = self.predictor.standardise(rollout(self.predictor, sequence, ticks, 2, generator=generator))
-            error = energy_score(drawn, came).flatten(2).mean(dim=2) / self.unit[:steps].sqrt()  # (B, steps)
+            error = energy_score(drawn.flatten(3), came.flatten(2)) / self.unit[:steps].sqrt()  # (B, steps)
         else:
             rolled = self.predictor.standardise(rollout(self.predictor, sequence, ticks))
             error = (rolled - came).square().flatten(2).mean(dim=2) / self.unit[:steps]  # (B, steps)

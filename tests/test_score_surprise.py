@@ -1,0 +1,146 @@
+"""Surprise: scored from caches, peaks shown with their frames, a video that is unlike the others said to be so."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data.cache import CacheWriter, ClipKey, EmbeddedClip, EmbeddingCache
+from jepa.networks import MLPConfig
+from jepa.rollout import rollout
+from jepa.sequence import Future, Sequence
+from pipelines import score_surprise, train_predictor
+from pipelines.run.command import UserError
+from pipelines.run.models import load_predictor
+from pipelines.run.pictures import Scores, plain
+from tests.test_train_predictor import turning
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, make_provenance, encode_video):
+    """A trained predictor, and a cache of two videos that are there, one with an event; the last is too short."""
+    folder = tmp_path_factory.mktemp("world")
+    for split, clips in (("train", 12), ("val", 8)):
+        with CacheWriter(folder / split, make_provenance()) as writer:
+            for clip in range(clips):
+                key = ClipKey(f"/videos/{split}_{clip}.mp4", 1, 1, 0.0)
+                embeddings = turning(40, seed=len(split) * 100 + clip)
+                writer.add(EmbeddedClip(key, {"embeddings": embeddings}, np.arange(40) / 4, np.arange(40)))
+    train_predictor.main(
+        train_predictor.Options(
+            train_cache=folder / "train", validation_cache=folder / "val", output_dir=folder / "predictor",
+            steps=100, batch_size=16, rollout_steps=2, validation_horizon=4, tracker=("none",),
+            predictor=MLPConfig(context=4, width=32, depth=1),
+        )
+    )  # fmt: skip
+    with CacheWriter(folder / "test", make_provenance()) as writer:
+        for name, frames in (("a $plain", 40), ("event", 40), ("short", 3)):
+            video = encode_video(folder / f"{name}.mp4", np.arange(frames) / 4)
+            embeddings = turning(frames, seed=7)
+            if name == "event":
+                embeddings[25:] += 1.5
+            ticks = np.arange(frames)
+            if name == "a $plain":
+                ticks[20:] += 5  # a gap in the recording
+            writer.add(EmbeddedClip(ClipKey(str(video), 1, 1, 0.0), {"embeddings": embeddings}, ticks / 4, ticks))
+    return folder
+
+
+def score(world, output, **changes):
+    values = {"cache": world / "test", "predictor": world / "predictor", "output_dir": output}
+    score_surprise.main(score_surprise.Options(**values | changes))
+    with (output / "surprise.csv").open() as table, (output / "peaks.csv").open() as peaks:
+        return list(csv.DictReader(table)), list(csv.DictReader(peaks))
+
+
+def test_an_event_is_the_highest_peak_and_its_echo_is_none(world, tmp_path, capsys):
+    rows, peaks = score(world, tmp_path / "run", peaks=2)
+    event = [row for row in peaks if "event" in row["video"]]
+    assert float(event[0]["time_s"]) == 25 / 4
+    assert float(event[0]["percentile"]) > 99
+    assert all(abs(float(row["time_s"]) - 25 / 4) > 1 for row in event[1:])  # the context is four ticks
+    # After the gap there is no forecast until a whole past has been seen again.
+    times = [float(row["time_s"]) for row in rows if "plain" in row["video"]]
+    assert times == [tick / 4 for tick in (*range(4, 20), *range(29, 45))]
+    for kind in ("pictures", "peaks"):
+        assert {path.name for path in (tmp_path / "run" / kind).iterdir()} == {"a $plain.png", "event.png"}
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["videos"], metrics["too_short_videos"]) == (2, 1)
+    assert "1 video without 5 frames in a row: not scored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_energies_are_those_of_the_calibrated_forecast(world, tmp_path, horizon):
+    rows, _ = score(world, tmp_path / "run", horizon=horizon)
+    predictor, calibration = load_predictor(world / "predictor")
+    cache = EmbeddingCache(world / "test")
+    (clip,) = [clip for clip in cache.clips if "event" in clip.key.source]
+    embeddings = torch.from_numpy(cache.clip_embeddings(clip))
+    past = Sequence.on_clock(embeddings[None, 10:14], 4.0)
+    with torch.no_grad():
+        believed = rollout(predictor, past, Future.ticks(horizon, 4.0), calibration=calibration)
+    came = embeddings[None, 14 : 14 + horizon]
+    expected = calibration.energy(believed, came, torch.arange(1, horizon + 1))[0, -1]
+    (row,) = [row for row in rows if "event" in row["video"] and float(row["time_s"]) == (13 + horizon) / 4]
+    assert float(row["energy"]) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_batches_change_nothing(world, tmp_path, monkeypatch):
+    rows, _ = score(world, tmp_path / "one")
+    monkeypatch.setattr(score_surprise, "BATCH", 7)
+    again, _ = score(world, tmp_path / "two")
+    assert [row["video"] for row in rows] == [row["video"] for row in again]
+    energies = [[float(row["energy"]) for row in table] for table in (rows, again)]
+    np.testing.assert_allclose(*energies, rtol=1e-3, atol=1e-4)
+
+
+def test_a_video_unlike_all_others_is_said_to_be_so(world, tmp_path, make_provenance, capsys):
+    with CacheWriter(tmp_path / "strange", make_provenance()) as writer:
+        noise = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32) * 3
+        key = ClipKey("/videos/gone.mp4", 1, 1, 0.0)
+        writer.add(EmbeddedClip(key, {"embeddings": noise}, np.arange(60) / 4, np.arange(60)))
+    score(world, tmp_path / "run", cache=tmp_path / "strange")
+    said = capsys.readouterr().out
+    assert "its ordinary level is far above what the calibration calls ordinary" in said
+    assert "no pictures of its peaks" in said  # the video is not there: its scores are, all the same
+
+
+def test_an_unfinished_run_is_replaced_and_a_finished_one_kept(world, tmp_path):
+    score(world, tmp_path / "run")
+    with pytest.raises(UserError, match="--overwrite"):
+        score(world, tmp_path / "run")
+    score(world, tmp_path / "run", overwrite=True)
+    assert len(list((tmp_path / "run" / "pictures").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"videos": ("x.mp4",)}, "give --videos, or --cache"),
+        ({"cache": None}, "give --videos, or --cache"),
+        ({"horizon": 9}, "the calibration knows what is usual up to 4"),
+    ],
+)
+def test_mistakes_are_named(world, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        score(world, tmp_path / "run", **changes)
+
+
+def test_peaks_are_the_highest_within_reach():
+    energies = np.array([0, 5, 4, 3, 1, 1, 6, 1, 1, 2.0])
+    ticks = np.arange(10)
+    scores = Scores("v", ticks, ticks, ticks / 4, energies, energies, energies, level=50.0, reach=2)
+    assert score_surprise.find_peaks(scores) == [6, 1, 9]
+
+
+def test_any_name_makes_a_picture_and_a_title(tmp_path):
+    names = []
+    for name in ("a.mp4", "a.avi", "x" * 300 + ".mp4", "bad\udcff.mp4", "ü\n$.mp4"):
+        path = tmp_path / score_surprise.picture_name(tmp_path / name, tmp_path)
+        path.touch()
+        names.append(path.name)
+    assert names[:2] == ["a.png", "a_2.png"]
+    assert len(set(names)) == 5
+    assert plain(tmp_path / "a\n$b").endswith("a?\\$b")
