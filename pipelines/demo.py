@@ -1,6 +1,6 @@
 r"""The whole journey on videos made here: bouncing balls, from frames to an imagined future.
 
-  python pipelines/demo.py
+  video-jepa demo
 
 Renders and encodes clips of two balls in front of flickering backgrounds, runs every stage on them by the very
 commands that one runs on one's own videos, and draws the imagined future beside the real one. Interrupted, it goes on
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,10 @@ from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
-from pipelines.run.command import LAUNCH, require, run_command
+from pipelines.run.command import require, run_command
 from pipelines.run.evaluation import Readout, fit_readout
 from pipelines.run.models import load_predictor
 
-TRAIN = LAUNCH.split()
 SPLITS = {"train": 0, "val": 1, "test": 2}
 SHOWN_CLIPS = 4
 SCALE = 3
@@ -59,75 +59,57 @@ def main(options: Options) -> None:
         clips = options.train_clips if split == "train" else min(100, max(10, options.train_clips // 10))
         write_ball_videos(videos[split], clips, world, seed=3 * options.seed + number)
 
-    seed, clock = ["--seed", options.seed], ["--fps", world.fps]
     encoder, predictor, caches = folder / "encoder", folder / "predictor", folder / "cache"
-    run_stage(
-        [*TRAIN, "pipelines/pretrain_encoder.py", "--videos", videos["train"], "--output-dir", encoder, *clock, *seed],
-        ["--steps", options.encoder_steps, "--resume"],
-    )
+    evaluation, surprise = folder / "evaluation", folder / "surprise"
+    trainer = {"seed": options.seed, "resume": True}
+    made = {"videos": videos["train"], "fps": world.fps, "output-dir": encoder, "steps": options.encoder_steps}
+    run_stage("pretrain", made | trainer)
     for split in SPLITS:
-        run_stage(
-            [*TRAIN, "pipelines/cache_embeddings.py", "--videos", videos[split], "--encoder", encoder / "encoder"],
-            ["--output-dir", caches / split, *clock, "--columns", *STATE_COLUMNS],
-        )
-    run_stage(
-        [
-            *TRAIN,
-            "pipelines/train_predictor.py",
-            "--train-cache",
-            caches / "train",
-            "--validation-cache",
-            caches / "val",
-        ],
-        ["--output-dir", predictor, "--steps", options.predictor_steps, "--resume", *seed],
-    )
-    run_stage(
-        [
-            "python",
-            "pipelines/evaluate_rollout.py",
-            "--cache",
-            caches / "test",
-            "--predictor",
-            predictor,
-            "--overwrite",
-        ],
-        ["--output-dir", folder / "evaluation", "--probe-cache", caches / "train", "--probe-columns", *STATE_COLUMNS],
-    )
-    run_stage(
-        ["python", "pipelines/score_surprise.py", "--videos", videos["test"] / "clip_00000.mp4", "--encoder"],
-        [encoder / "encoder", "--predictor", predictor, "--output-dir", folder / "surprise", "--overwrite"],
-    )
+        made = {"videos": videos[split], "encoder": encoder / "encoder", "fps": world.fps, "columns": STATE_COLUMNS}
+        run_stage("embed", made | {"output-dir": caches / split})
+    made = {"train-cache": caches / "train", "validation-cache": caches / "val", "output-dir": predictor}
+    run_stage("train", made | {"steps": options.predictor_steps} | trainer)
+    judge = {"predictor": predictor, "overwrite": True}
+    probe = {"probe-cache": caches / "train", "probe-columns": STATE_COLUMNS}
+    run_stage("evaluate", {"cache": caches / "test", "output-dir": evaluation} | judge | probe)
+    strange = {"videos": videos["test"] / "clip_00000.mp4", "encoder": encoder / "encoder", "output-dir": surprise}
+    run_stage("surprise", strange | judge)
     draw_futures(EmbeddingCache(caches / "train"), EmbeddingCache(caches / "test"), predictor, folder=folder)
     print(f"""
 Look at {folder}/imagined_future.gif (and .png), {folder}/evaluation/rollout.png and {folder}/surprise/pictures.
 On your own videos, in folders for training, validation and test:
 
-  {LAUNCH} pipelines/pretrain_encoder.py --videos TRAIN --output-dir runs/encoder
-  {LAUNCH} pipelines/cache_embeddings.py --videos TRAIN --encoder runs/encoder/encoder --output-dir cache/train
+  video-jepa pretrain --videos TRAIN --output-dir runs/encoder
+  video-jepa embed --videos TRAIN --encoder runs/encoder/encoder --output-dir cache/train
   (the same with VALIDATION to cache/val, and with TEST to cache/test)
-  {LAUNCH} pipelines/train_predictor.py --train-cache cache/train --validation-cache cache/val
-  python pipelines/evaluate_rollout.py --cache cache/test
-  python pipelines/score_surprise.py --videos TEST""")
+  video-jepa train --train-cache cache/train --validation-cache cache/val --output-dir runs/predictor
+  video-jepa evaluate --cache cache/test --predictor runs/predictor --output-dir runs/evaluation
+  video-jepa surprise --cache cache/test --predictor runs/predictor --output-dir runs/surprise""")
 
 
-def run_stage(command: list[object], options: list[object]) -> None:
+def run_stage(command: str, options: dict[str, Any]) -> None:
     """Show a command and run it, its messages on this screen; Ctrl-C reaches both, and we wait for it to save.
+
+    Args:
+        command: a word of `video-jepa`.
+        options: by name; True for a switch, a tuple for several values.
 
     Raises:
         UserError: it stopped with an error, which it has explained itself.
     """
-    words = [str(word) for word in (*command, *options)]
-    print(f"\n$ {' '.join(words)}", flush=True)
-    # `accelerate launch` by its other name, which starts two seconds sooner; our own Python stands for `python`.
-    words = ["-m", "accelerate.commands.launch", *words[2:]] if words[:2] == TRAIN[:2] else words[1:]
-    process = subprocess.Popen([sys.executable, *words], cwd=Path(__file__).parent.parent)
+    words = [command]
+    for name, value in options.items():
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        words += [f"--{name}", *map(str, values)]
+    print(f"\n$ video-jepa {' '.join(words)}", flush=True)
+    # In the folder of our packages, which Python then finds first; all paths are absolute.
+    process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *words], cwd=Path(__file__).parents[1])
     try:
         status = process.wait()
     except KeyboardInterrupt:  # after which subprocess.run would kill it
         process.wait()
         raise
-    script = next(word for word in words if word.endswith(".py"))
-    require(status == 0, f"{script} stopped as it says above (exit code {status}): run this again to go on")
+    require(status == 0, f"{command} stopped as it says above (exit code {status}): run this again to go on")
 
 
 def draw_futures(train: EmbeddingCache, test: EmbeddingCache, predictor_folder: Path, *, folder: Path) -> None:
