@@ -1,4 +1,4 @@
-"""Predictors, baselines and rollouts: causal, with a state, over tokens and actions, on the clock and between its ticks."""
+"""Predictors, baselines and rollouts: causal, with a state, over tokens and actions, on the clock and off it."""
 
 import pytest
 import torch
@@ -202,7 +202,7 @@ def test_impossible_networks_are_refused(build, words):
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (lambda: rollout(make(), Sequence(torch.zeros(1, 3, 5), torch.tensor([[0.0, 0.25, 0.75]])), Future.ticks(1, FPS)),
+        (lambda: rollout(make(), Sequence(torch.zeros(1, 3, 5), torch.tensor([[0, 0.25, 0.75]])), Future.ticks(1, FPS)),
          "the past jumps by 2.00 ticks"),
         (lambda: rollout(make(actions=2), sequence(), Future.ticks(1, FPS)), "takes 2 actions"),
         (lambda: rollout(make(actions=2), sequence(actions=2), Future.ticks(3, FPS, torch.zeros(3, 2, 2))),

@@ -161,10 +161,10 @@ def test_what_cannot_be_learned_from_is_refused_in_a_line(caches, tmp_path, make
     with pytest.raises(UserError, match="no embedding ever changes"):
         train_predictor.main(options(caches, tmp_path / "b", train_cache=still))
     broken = damage_cache(write_cache(tmp_path / "broken", [clip]))
-    with pytest.raises(UserError, match="not finite, first of /videos/x.mp4"):
+    with pytest.raises(UserError, match=r"not finite, first of /videos/x\.mp4"):
         train_predictor.main(options(caches, tmp_path / "c", train_cache=broken))
-    with pytest.raises(Exception, match="no clip in .* is long enough"):
+    with pytest.raises(Exception, match=r"no clip in .* is long enough"):
         train_predictor.main(options(caches, tmp_path / "d", validation_horizon=100))
+    other = write_cache(tmp_path / "other", [clip], encoder_fingerprint="another")
     with pytest.raises(Exception, match="made by encoder"):
-        other = write_cache(tmp_path / "other", [clip], encoder_fingerprint="another")
         train_predictor.main(options(caches, tmp_path / "e", validation_cache=other))
