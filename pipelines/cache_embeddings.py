@@ -1,7 +1,6 @@
-r"""Stage 2: embed videos on a clock and keep the embeddings on disk.
+r"""Embed videos on a clock and keep the embeddings on disk.
 
-  accelerate launch --quiet --config_file accelerate_config.yaml pipelines/cache_embeddings.py \
-      --videos DIR --encoder runs/encoder/encoder --fps 4 --output-dir cache/train
+  video-jepa embed --videos DIR --encoder runs/encoder/encoder --fps 4 --output-dir cache/train
 
 A published encoder needs no training: `--encoder timm:vit_small_patch14_dinov2.lvd142m --tokens grid --pca 64`, with
 `--encoder-weights FILE.safetensors` where there is no network, or a clip encoder, `--encoder hf:facebook/vjepa2-...`.
@@ -29,7 +28,7 @@ from data.manifest import Account, VideoList, check_videos, file_state, is_there
 from data.sidecar import read_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, clock_offsets_s
 from jepa.config import Bounded, Positive, PositiveInt
-from pipelines.run.command import LAUNCH, require, run_command
+from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
 from pipelines.run.encoders import AnyEncoder, PublishedOptions, find_encoder, keep_encoder, sample_windows
@@ -193,7 +192,7 @@ def summarise(options: Options) -> None:
     print(
         f"wrote {folder}: {len(cache.clips)} clips, {cache.frames:,} embeddings of shape {cache.shape} at "
         f"{options.fps:g} fps. Next, with a cache of other videos in cache/val (--encoder {kept}):\n"
-        f"  {LAUNCH} pipelines/train_predictor.py --train-cache {folder} --validation-cache cache/val "
+        f"  video-jepa train --train-cache {folder} --validation-cache cache/val "
         "--output-dir runs/predictor"
     )
 

@@ -1,6 +1,6 @@
 r"""Calibrate a predictor anew, on other validation videos than it was trained with.
 
-  python pipelines/calibrate.py --predictor runs/predictor --cache cache/more
+  video-jepa calibrate --predictor runs/predictor --cache cache/more
 
 Replaces `calibration/` beside the predictor: how far to believe its rollouts, what errors are usual, what is ordinary.
 The more clips, the more its percentiles say. `train_predictor` has done this on its validation cache.

@@ -1,6 +1,6 @@
 r"""Evaluate a predictor: by how much does it beat the trivial guesses, and how far into the future?
 
-  python pipelines/evaluate_rollout.py --cache cache/test --predictor runs/predictor --output-dir runs/evaluation
+  video-jepa evaluate --cache cache/test --predictor runs/predictor --output-dir runs/evaluation
 
 Leaves `rollout.json`, `rollout.csv` and `rollout.png`: for each forecast and horizon its error, also relative to
 copying the last embedding, to ridge regression and to the mean, with confidence intervals, retrieval and collapse; and
@@ -92,7 +92,7 @@ def main(options: Options) -> None:
     output.finish(flat_metrics(results))
     print(
         f"wrote {options.output_dir}/rollout.json, rollout.csv and rollout.png. Next:\n"
-        f"  python pipelines/score_surprise.py --cache {options.cache} --predictor {options.predictor} "
+        f"  video-jepa surprise --cache {options.cache} --predictor {options.predictor} "
         "--output-dir runs/surprise"
     )
 

@@ -1,7 +1,6 @@
-r"""Stage 1: train the frame encoder on a folder of videos, without labels.
+r"""Train the frame encoder on a folder of videos, without labels.
 
-  accelerate launch --quiet --config_file accelerate_config.yaml pipelines/pretrain_encoder.py \
-      --videos DIR --output-dir runs/encoder
+  video-jepa pretrain --videos DIR --output-dir runs/encoder
 
 Two neighbouring frames under different light are to have like embeddings, and all frames different ones (--objective).
 With `--prediction-weight 1` a small predictor is rolled out on the embeddings of longer clips, and its error trains the
@@ -31,7 +30,7 @@ from jepa.distributed import sum_over_ranks, world_size
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, Terms, VICReg
-from pipelines.run.command import LAUNCH, counted, require, run_command
+from pipelines.run.command import counted, require, run_command
 from pipelines.run.devices import cores_of_this_process, summary
 from pipelines.run.folder import load_module
 from pipelines.run.options import OptimizerOptions, RunOptions
@@ -118,7 +117,7 @@ def main(options: Options) -> None:
         {"encoder_fingerprint": encoder.fingerprint, **counts},
         {"encoder": ("encoder", asdict(encoder.config), encoder)},
         account=account,
-        next=f"{LAUNCH} pipelines/cache_embeddings.py --videos {' '.join(map(str, options.videos))} "
+        next=f"video-jepa embed --videos {' '.join(map(str, options.videos))} "
         f"--encoder {options.output_dir}/encoder --fps {options.fps:g} --output-dir cache/train",
     )
 

@@ -1,6 +1,6 @@
-r"""Stage 5: when does a video do what the world model did not expect?
+r"""When does a video do what the world model did not expect?
 
-  python pipelines/score_surprise.py --videos VIDEO... --encoder runs/encoder/encoder --predictor runs/predictor \
+  video-jepa surprise --videos VIDEO... --encoder runs/encoder/encoder --predictor runs/predictor \
       --output-dir runs/surprise
 
 Videos are embedded first, into OUTPUT/cache; `--cache cache/test` scores videos that have been. Leaves `surprise.csv`
@@ -109,7 +109,7 @@ class Scorer:
         if horizon > calibration.horizon:
             raise UserError(
                 f"--horizon is {horizon}, and the calibration knows what is usual up to {calibration.horizon} ticks "
-                "ahead: lower it, or run calibrate.py with a larger one"
+                "ahead: lower it, or run video-jepa calibrate with a larger one"
             )
         self.predictor, self.calibration, self.cache, self.horizon = predictor, calibration, cache, horizon
         self.windows = Windows(cache, predictor.config.context + horizon)

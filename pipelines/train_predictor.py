@@ -1,11 +1,10 @@
-r"""Stage 3: train a predictor of the next embedding on cached embeddings.
+r"""Train a predictor of the next embedding on cached embeddings.
 
-  accelerate launch --quiet --config_file accelerate_config.yaml pipelines/train_predictor.py \
-      --train-cache cache/train --validation-cache cache/val --output-dir runs/predictor
+  video-jepa train --train-cache cache/train --validation-cache cache/val --output-dir runs/predictor
 
-Leaves `predictor/` (the best on validation clips) and `calibration/` (how far to believe it; `calibrate.py` fits it
-anew), each `model.safetensors` and `config.json`, `metrics.json`, `curve.jsonl` and tracker logs. Ctrl-C saves; the
-same command with --resume goes on.
+Leaves `predictor/` (the best on validation clips) and `calibration/` (how far to believe it; `video-jepa calibrate`
+fits it anew), each `model.safetensors` and `config.json`, `metrics.json`, `curve.jsonl` and tracker logs. Ctrl-C saves;
+the same command with --resume goes on.
 """
 
 from collections.abc import Iterator
@@ -108,8 +107,7 @@ def main(options: Options) -> None:
     run.finish(
         {"encoder_fingerprint": provenance.encoder_fingerprint},
         artefacts,
-        next=f"python pipelines/evaluate_rollout.py --cache cache/test --predictor {options.output_dir} "
-        "--output-dir runs/evaluation",
+        next=f"video-jepa evaluate --cache cache/test --predictor {options.output_dir} --output-dir runs/evaluation",
     )
 
 

@@ -19,8 +19,6 @@ from pipelines.run.options import name_option, parse
 
 Options = TypeVar("Options")
 
-LAUNCH = "accelerate launch --quiet --config_file accelerate_config.yaml"
-"""The launcher; `--quiet` keeps its own traceback away from our one-line errors."""
 GO_ON = "what was complete before is kept: start all of them again, trainers with --resume"
 LOST_CONTACT = re.compile(
     r"connection (closed|reset|refused|was likely closed|abort)|broken pipe|caused pair closure|timed out waiting \d+ms"

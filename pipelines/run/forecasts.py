@@ -34,7 +34,7 @@ def calibrate(predictor: Predictor, ridge: Ridge, cache: EmbeddingCache, *, hori
     clips, names = ordinary_clips(windows, chosen)
     said = f"calibrated on {counted(len(chosen), 'window')} of {names}"
     if len(np.unique(clips)) < FEW_CLIPS:
-        said += ": few, so percentiles are cautious; calibrate.py with more ordinary videos sharpens them"
+        said += ": few, so percentiles are cautious; video-jepa calibrate with more ordinary videos sharpens them"
     return fit_calibration(ridge, forecasts._replace(groups=clips), drawn), said
 
 

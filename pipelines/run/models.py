@@ -33,7 +33,7 @@ def load_predictor(folder: Path) -> tuple[Predictor, Calibration]:
     calibration = load_module(folder / "calibration", "calibration", build_calibration)
     require(
         owners[0] == fingerprint(predictor, predictor.description()),
-        f"{folder}/calibration is that of another predictor: run calibrate.py --predictor {folder}",
+        f"{folder}/calibration is that of another predictor: run video-jepa calibrate --predictor {folder}",
     )
     return predictor, calibration
 
