@@ -172,8 +172,8 @@ class FrameEncoder(nn.Module):
         try:
             features = self._features((frames - self.pixel_mean) / self.pixel_std)  # (B, *tokens, F)
         except (AssertionError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search("(kernel|output) size", str(error), re.IGNORECASE):
-                raise
+            if isinstance(error, RuntimeError) and not re.search(r"\b(size|shape)", str(error)):
+                raise  # such as that memory ran out
             raise self._unfit(str(error).splitlines()[0]) from error
         if features.shape[-1] != self.features:
             raise self._unfit(f"{features.shape[-1]} features come, its strides promise {self.features}")

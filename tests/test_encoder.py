@@ -1,87 +1,256 @@
-"""The frame encoder: any backbone, any input, the same embeddings after saving and loading."""
+"""The frame encoder: vectors and grids from any backbone, published weights or none, the same after saving."""
 
 import dataclasses
 
+import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
+from torch import nn
+from torch.nn import functional
 
-from jepa.encoder import ConfigurationError, EncoderConfig, FrameEncoder, create_encoder
-from jepa.expander import Expander, ExpanderConfig
+from jepa.components import principal_components
+from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder, resize_map
+from jepa.errors import ConfigurationError
+from pipelines.run.command import UserError
+from pipelines.run.encoders import build_encoder
+from pipelines.run.folder import load_module, save_artefact
 
 
-def frames(count: int, height: int, width: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
+def frames(count, height=64, width=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def normalised(encoder, images):
+    return (images / 255 - encoder.pixel_mean) / encoder.pixel_std
+
+
+def unsettle(network):
+    """Normalisation statistics that are not those of a new network."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.eval()
 
 
 @pytest.mark.parametrize(
-    ("backbone", "size"),
+    ("changes", "shape"),
     [
-        ("small_conv", (32, 64)),
-        ("resnet18", (64, 64)),
-        ("vit_tiny_patch16_224", (64, 96)),
-        ("vgg16", (32, 32)),
-        ("mobilenetv3_small_050", (64, 64)),
-        ("swin_tiny_patch4_window7_224", (56, 56)),
+        ({}, (16,)),
+        ({"levels": (0, 1), "grid": (6, 8)}, (6, 8, 16)),
+        ({"backbone": "resnet18", "pooling": "average"}, (16,)),
+        ({"backbone": "resnet18", "grid": (2, 3), "embedding_dimension": 0}, (2, 3, 512)),
+        ({"backbone": "resnet18", "levels": (1,), "pooling": "average", "embedding_dimension": 0}, (64,)),
+        ({"backbone": "test_vit", "pooling": "native", "embedding_dimension": 0}, (64,)),
+        ({"backbone": "test_vit", "levels": (2, -1), "grid": (4, 6), "head_widths": (8,)}, (4, 6, 16)),
+        ({"backbone": "test_vit3"}, (16,)),  # a register token, and no class token
+        ({"backbone": "swin_tiny_patch4_window7_224", "image_size": (56, 56), "grid": (2, 2)}, (2, 2, 16)),
+        ({"backbone": "vgg11", "pooling": "average"}, (16,)),
+        ({"backbone": "mobilenetv3_small_050", "pooling": "native", "embedding_dimension": 0}, (1024,)),
+        ({"backbone": "test_convnext", "head_widths": (8,)}, (16,)),
     ],
 )
-@pytest.mark.parametrize("pooling", ["flatten", "average"])
-def test_save_and_load_gives_the_same_embeddings(backbone, size, pooling, tmp_path):
-    config = EncoderConfig(backbone=backbone, image_size=size, embedding_dimension=8, pooling=pooling)
-    encoder = create_encoder(config).eval()
+def test_a_trained_encoder_is_the_same_after_saving(changes, shape, tmp_path):
+    torch.manual_seed(0)
+    config = EncoderConfig(**{"image_size": (64, 96), "embedding_dimension": 16} | changes)
+    encoder, images = create_encoder(config), frames(3, *config.image_size)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    weights = [weight for weight in encoder.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=1e-3)
+    encoder(images).square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in weights)  # none is idle
+    optimizer.step()
+    assert any(not torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    embeddings = encoder.embed(images[:, None])
+    save_artefact(tmp_path / "encoder", "encoder", dataclasses.asdict(config), encoder)
+    loaded = load_module(tmp_path / "encoder", "encoder", build_encoder)
+    assert embeddings.shape == (3, *shape) == (3, *encoder.shape)
+    assert torch.equal(embeddings, loaded.embed(images[:, None]))
+    assert not torch.equal(embeddings[0], embeddings[1])
+    assert (loaded.config, loaded.fingerprint) == (encoder.config, encoder.fingerprint)
+
+
+def test_building_an_encoder_computes_nothing():
+    encoder = FrameEncoder(EncoderConfig("resnet18", image_size=(2048, 2048)))
+    assert encoder.backbone.bn1.num_batches_tracked == 0
+    assert (encoder.backbone.bn1.running_var == 1).all()
+    random = torch.get_rng_state()
+    encoder.fingerprint  # noqa: B018
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("backbone", "size"), [("resnet18", (64, 96)), ("tf_efficientnet_lite0", (64, 64))])
+def test_a_grid_of_a_level_is_what_timm_calls_its_features(backbone, size):
+    whole = unsettle(timm.create_model(backbone))
+    reference = timm.create_model(backbone, features_only=True, out_indices=(2, 3)).eval()
+    assert reference.load_state_dict(whole.state_dict(), strict=False).missing_keys == []
     images = frames(2, *size)
-    encoder.save_pretrained(tmp_path)
-    loaded = FrameEncoder.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(encoder(images), loaded(images))
-    assert loaded.fingerprint() == encoder.fingerprint()
-    assert loaded.config == encoder.config
+        fine, coarse = reference((images / 255 - whole_mean(whole)) / whole_std(whole))
+    whole.reset_classifier(0)
+    cells = tuple(fine.shape[2:])
+    encoder = FrameEncoder(EncoderConfig(backbone, "frozen", size, cells, (2, 3), embedding_dimension=0), whole).eval()
+    coarse = functional.interpolate(coarse, cells, mode="bilinear")
+    expected = torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(encoder.embed(images[:, None]), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_every_weight_that_is_trained_has_a_gradient():
-    # DistributedDataParallel refuses weights without one.
-    # cait's class token and the layers that are its own have no part in the patches.
-    for backbone in ("small_conv", "resnet18", "vgg16", "vit_tiny_patch16_224", "test_convnext", "cait_xxs24_224"):
-        encoder = create_encoder(EncoderConfig(backbone=backbone))
-        encoder(frames(2, 64, 64)).sum().backward()
-        without = [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
-        assert without == [], backbone
+def whole_mean(network):
+    return torch.tensor(network.pretrained_cfg["mean"]).view(3, 1, 1)
 
 
-def test_uint8_and_float_frames_mean_the_same():
-    encoder = create_encoder(EncoderConfig()).eval()
-    images = frames(4, 64, 64)
+def whole_std(network):
+    return torch.tensor(network.pretrained_cfg["std"]).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "test_vit", "tf_efficientnet_lite0"])
+def test_native_pooling_is_timms_own(backbone):
+    encoder = create_encoder(EncoderConfig(backbone, image_size=(64, 64), pooling="native", embedding_dimension=0))
+    images = frames(2)
+    sizes = {"img_size": 64} if backbone == "test_vit" else {}
+    reference = timm.create_model(backbone, num_classes=0, **sizes).eval()
+    reference.load_state_dict(encoder.backbone.state_dict())
     with torch.no_grad():
-        assert torch.allclose(encoder(images), encoder(images.float() / 255))
+        expected = reference(normalised(encoder, images))
+    torch.testing.assert_close(encoder.embed(images[:, None]), expected)
 
 
-def test_an_embedding_depends_on_its_own_frame_only():
+def test_patches_of_a_transformer_are_those_of_its_end_without_other_tokens():
+    encoder = create_encoder(EncoderConfig("test_vit", image_size=(64, 96), grid=(4, 6), embedding_dimension=0)).eval()
+    images = frames(2, 64, 96)
+    with torch.no_grad():
+        tokens = encoder.backbone.forward_features(normalised(encoder, images))
+    assert tokens.shape == (2, 1 + 4 * 6, 64)
+    torch.testing.assert_close(encoder.embed(images[:, None]), tokens[:, 1:].unflatten(1, (4, 6)))
+
+
+@pytest.mark.parametrize("grid", [(15, 22), (5, 11), (30, 44), (5, 44), (15, 7)])
+def test_maps_shrink_by_averages_and_grow_by_interpolation(grid):
+    features = torch.randn(2, 3, 15, 22)
+    rows = functional.adaptive_avg_pool2d(features, (min(15, grid[0]), min(22, grid[1])))
+    expected = functional.interpolate(rows, grid, mode="bilinear").permute(0, 2, 3, 1)
+    torch.testing.assert_close(resize_map(features, grid), expected)
+
+
+def test_the_head_normalises_over_all_tokens_of_a_batch():
+    torch.manual_seed(0)
+    encoder = create_encoder(EncoderConfig(grid=(8, 8), head_widths=(12,), embedding_dimension=5)).train()
+    images = frames(4)
+    with torch.no_grad():
+        maps = encoder.backbone.forward_intermediates(normalised(encoder, images), [2])[0]
+        hidden = encoder.head[0](maps.permute(0, 2, 3, 1))
+        flat = hidden.reshape(-1, 12)
+        hidden = (hidden - flat.mean(0)) / (flat.var(0, unbiased=False) + 1e-5).sqrt()
+        expected = encoder.head[3](hidden.relu())
+        torch.testing.assert_close(encoder(images), expected, rtol=1e-3, atol=1e-4)
+    assert [type(layer).__name__ for layer in encoder.head] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+
+
+def test_uint8_and_float_frames_mean_the_same_and_each_frame_stands_alone():
     encoder = create_encoder(EncoderConfig()).eval()
-    images = frames(6, 64, 64)
+    images = frames(6)
     changed = images.clone()
     changed[3:] = 255 - changed[3:]
     with torch.no_grad():
         before, after = encoder(images), encoder(changed)
+        torch.testing.assert_close(before, encoder(images.float() / 255))
     assert torch.equal(before[:3], after[:3])
     assert not torch.equal(before[3:], after[3:])
 
 
+def test_embedding_is_evaluation_whatever_the_mode():
+    encoder = create_encoder(EncoderConfig(head_widths=(8,)))
+    images, state = frames(4)[:, None], encoder.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    training = encoder.train().embed(images)
+    assert encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert torch.equal(training, encoder.eval().embed(images))
+    assert training.grad_fn is None
+
+
 def test_fingerprint_tells_encoders_apart():
     encoder = create_encoder(EncoderConfig())
-    before = encoder.fingerprint()
-    assert encoder.fingerprint() == before
+    before = encoder.fingerprint
+    assert encoder.fingerprint == before
     with torch.no_grad():
-        encoder.head.bias[0] += 1e-3
-    assert encoder.fingerprint() != before
+        encoder.head[-1].bias[0] += 1e-3
+    assert encoder.fingerprint != before
 
 
-def test_unknown_backbone_gets_suggestions():
-    with pytest.raises(ConfigurationError, match=r"unknown backbone 'resnet_18'.*resnet18"):
-        create_encoder(EncoderConfig(backbone="resnet_18"))
+def test_a_frozen_backbone_does_not_move():
+    backbone = timm.create_model("resnet18", num_classes=0)
+    config = EncoderConfig("resnet18", "frozen", embedding_dimension=4, pooling="average")
+    encoder = FrameEncoder(config, backbone).train()
+    before = {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.1)
+    encoder(frames(4)).square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in encoder.backbone.state_dict().items())
+    assert {name for name, weight in encoder.named_parameters() if weight.grad is not None} == {
+        "head.0.weight", "head.0.bias",
+    }  # fmt: skip
 
 
-def test_impossible_size_names_the_mend():
-    with pytest.raises(ConfigurationError, match=r"--encoder\.image-size"):
-        create_encoder(EncoderConfig(backbone="vit_tiny_patch16_224", image_size=(8, 8)))
+def test_principal_components_are_those_of_the_singular_value_decomposition():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(40, 6, 5, 8, generator=generator) * torch.arange(1.0, 9) + 1000
+    head = principal_components(tokens.split(7), 3)
+    rows = tokens.reshape(-1, 8).double().numpy()
+    centred = rows - rows.mean(axis=0)
+    _, _, components = np.linalg.svd(centred, full_matrices=False)
+    signs = np.sign(components[np.arange(8), np.abs(components).argmax(axis=1)])
+    expected = centred @ (components * signs[:, None])[:3].T
+    reduced = head.double()(tokens.double()).reshape(-1, 3).detach().numpy()
+    np.testing.assert_allclose(reduced, expected, atol=2e-3)  # the weights are float32, the mean is 1000
+    with pytest.raises(ConfigurationError, match="pca is 9: 1200 tokens of 8 features have at most 8"):
+        principal_components([tokens], 9)
+
+
+def test_components_take_the_place_of_the_head(tmp_path):
+    encoder = create_encoder(EncoderConfig("test_vit", image_size=(64, 64), grid=(4, 4), embedding_dimension=0))
+    features = encoder.embed(frames(9)[:, None])
+    encoder.replace_head(principal_components([features], 6))
+    assert encoder.shape == (4, 4, 6)
+    save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
+    loaded = load_module(tmp_path / "encoder", "encoder", build_encoder)
+    reduced = loaded.embed(frames(9)[:, None])
+    assert torch.equal(reduced, encoder.embed(frames(9)[:, None]))
+    torch.testing.assert_close(reduced.mean(dim=(0, 1, 2)), torch.zeros(6), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"backbone": "resnet_18"}, r"backbone is resnet_18, which timm does not know: perhaps .*resnet18"),
+        ({"embedding_dimension": -1}, r"embedding_dimension is -1: it must be at least 0"),
+        ({"head_widths": (8, 0)}, r"head_widths is 8 0: it must be at least 1"),
+        ({"head_widths": (8,), "embedding_dimension": 0}, r"head_widths need a head: give an embedding_dimension"),
+        ({"grid": (4, 0)}, r"grid is 4 0: rows and columns must both be positive, or 0 0"),
+        ({"levels": (3,)}, r"levels is 3: small_conv has 0 to 2"),
+        ({"levels": (1, 1)}, r"levels is 1 1: name each level once"),
+        ({"levels": ()}, r"levels is empty: name each level once"),
+        ({"weights": "published"}, r"weights is published: small_conv has no published weights"),
+        ({"backbone": "resnet18.no_such_tag", "weights": "published"}, r"weights the hub does not give .*no_such_tag"),
+    ],
+)
+def test_what_cannot_be_built_names_the_field_and_the_mend(changes, complaint):
+    with pytest.raises(ConfigurationError, match=complaint) as raised:
+        create_encoder(EncoderConfig(**changes))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [("vit_tiny_patch16_224", (8, 8)), ("vgg11", (16, 16)), ("vgg11", (48, 48)), ("levit_128s", (70, 70))],
+)
+def test_what_a_backbone_does_not_take_is_one_line_at_the_first_frame(backbone, size):
+    with pytest.raises(ConfigurationError, match=r"image_size is \d+ \d+, .*choose multiples of \d\d") as raised:
+        create_encoder(EncoderConfig(backbone, image_size=size)).embed(frames(1, *size)[:, None])
+    assert "\n" not in str(raised.value)
 
 
 def test_frames_of_another_size_are_refused():
@@ -89,112 +258,54 @@ def test_frames_of_another_size_are_refused():
         create_encoder(EncoderConfig())(frames(2, 32, 32))
 
 
-def test_frozen_backbone_does_not_move():
-    encoder = create_encoder(EncoderConfig(frozen_backbone=True)).train()
-    before = {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.1)
-    encoder(frames(4, 64, 64)).square().mean().backward()
-    optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in encoder.backbone.state_dict().items())
-    assert encoder.head.weight.grad is not None
-
-
-def test_configuration_survives_json():
-    encoder = create_encoder(EncoderConfig(image_size=[32, 64]))  # type: ignore[arg-type]
-    assert encoder.config.image_size == (32, 64)
-    assert dataclasses.asdict(encoder.config)["pretrained"] is False
-
-
-@pytest.mark.parametrize(("pooling", "features"), [("average", 512), ("flatten", 512 * 2 * 2)])
-def test_without_a_head_the_embedding_is_the_features(pooling, features, tmp_path):
-    encoder = create_encoder(EncoderConfig("resnet18", 0, pooling=pooling)).eval()
-    encoder.save_pretrained(tmp_path)
-    loaded = FrameEncoder.from_pretrained(tmp_path).eval()
-    images = frames(2, 64, 64)
-    with torch.no_grad():
-        maps = encoder.backbone.forward_features((images / 255 - encoder.pixel_mean) / encoder.pixel_std)
-        expected = maps.mean(dim=(2, 3)) if pooling == "average" else maps.flatten(1)
-        assert torch.equal(loaded(images), expected)
-    assert encoder.embedding_dimension == loaded.embedding_dimension == features
-    assert loaded.config == encoder.config
-    assert loaded.fingerprint() == encoder.fingerprint()
-
-
-def test_the_head_has_the_layers_that_it_says(tmp_path):
-    config = EncoderConfig(
-        "vgg16", 50, (32, 32), "average", head_widths=(128, 32), head_dropout=0.3, frozen_backbone=True
-    )
-    encoder = create_encoder(config).train()
-    layers = [*encoder.head_layers, encoder.head]
-    assert [type(layer).__name__ for layer in layers] == 2 * ["Linear", "BatchNorm1d", "ReLU", "Dropout"] + ["Linear"]
-    linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
-    assert [(layer.in_features, layer.out_features) for layer in linear] == [(512, 128), (128, 32), (32, 50)]
-    assert [layer.p for layer in layers if isinstance(layer, torch.nn.Dropout)] == [0.3, 0.3]
-    assert encoder.embedding_dimension == 50
-
-    images = frames(4, 32, 32)
-    assert not torch.equal(encoder(images), encoder(images))  # dropout
-    encoder(images).sum().backward()
-    assert {name for name, weight in encoder.named_parameters() if weight.grad is not None} == {
-        name for name, _ in encoder.named_parameters() if name.startswith("head")
-    }
-    encoder.eval().save_pretrained(tmp_path)
-    loaded = FrameEncoder.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        assert torch.equal(encoder(images), loaded(images))
-    assert loaded.config == encoder.config
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"embedding_dimension": -1}, r"--encoder\.embedding-dimension is -1: it must be 0 or more"),
-        ({"register_tokens": -1}, r"--encoder\.register-tokens is -1: it must be 0 or more"),
-        ({"head_widths": (8, 0)}, r"--encoder\.head-widths has 0: widths must be positive"),
-        ({"head_widths": (8,), "embedding_dimension": 0}, r"give an --encoder\.embedding-dimension"),
-        ({"head_widths": (8,), "head_dropout": 1.0}, r"--encoder\.head-dropout is 1: it must be at least 0, below 1"),
-        ({"head_dropout": 0.5}, r"--encoder\.head-dropout needs hidden layers: give --encoder\.head-widths"),
-        ({"stem": "cifar"}, r"small_conv has no cifar stem: .* resnet18"),
-        ({"backbone": "vgg11", "stem": "cifar"}, r"vgg11 has no cifar stem"),
-        ({"pooling": "class_token"}, r"small_conv has no class token: take --encoder\.pooling average"),
-        ({"backbone": "test_vit3", "pooling": "class_token"}, r"test_vit3 has no class token"),  # a register token only
-        ({"backbone": "pit_ti_224", "pooling": "average"}, r"pit_ti_224 has no patches .* --encoder\.pooling class_t"),
-        ({"register_tokens": 2}, r"small_conv has no place for register tokens: drop --encoder\.register-tokens"),
-        ({"backbone": "test_resnet", "register_tokens": 2}, r"test_resnet has no place for register tokens"),
-        ({"backbone": "test_byobnet", "register_tokens": 2}, r"test_byobnet has no place for register tokens"),
-        ({"pretrained": True}, r"small_conv has no published weights: drop --encoder\.pretrained"),
-        ({"pretrained": True, "backbone": "resnet18", "stem": "cifar"}, r"--encoder\.pretrained, or --encoder\.stem"),
-        ({"pretrained": True, "backbone": "test_vit", "register_tokens": 1}, r"and --encoder\.register-tokens"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_built_names_the_mend(changes, complaint):
-    with pytest.raises(ConfigurationError, match=complaint) as raised:
-        create_encoder(EncoderConfig(**changes))
-    assert "\n" not in str(raised.value)
-
-
 def test_published_weights_that_cannot_be_had_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        ConfigurationError, match=r"weights of test_resnet cannot be had .*--encoder\.pretrained"
-    ) as raised:
-        create_encoder(EncoderConfig("test_resnet", pretrained=True))
+    with pytest.raises(ConfigurationError, match=r"the hub does not give the weights of test_resnet") as raised:
+        create_encoder(EncoderConfig("test_resnet", "published"))
     assert "\n" not in str(raised.value)
+    assert raised.value.field == "weights"
 
 
-@pytest.mark.parametrize(("output", "expected"), [(0, 80), (100, 100)])
-def test_expander_has_the_layers_that_it_says(output, expected):
-    expander = Expander(50, ExpanderConfig(width=80, hidden_layers=2, output_dimension=output))
-    assert expander(torch.randn(4, 50)).shape == (4, expected)
-    assert sum(isinstance(layer, torch.nn.BatchNorm1d) for layer in expander) == 2
-    linear = [layer for layer in expander if isinstance(layer, torch.nn.Linear)]
-    assert [layer.out_features for layer in linear] == [80, 80, expected]
+def test_weights_from_a_file_are_those_of_the_whole_model_and_nothing_less(tmp_path):
+    torch.manual_seed(0)
+    published = unsettle(timm.create_model("test_resnet"))
+    state, config = published.state_dict(), EncoderConfig("test_resnet", "frozen", pooling="native")
+    path = tmp_path / "weights.safetensors"
 
+    def load(tensors):
+        safetensors.torch.save_file(tensors, path)
+        return create_encoder(config, path)
 
-@pytest.mark.parametrize(("option", "value"), [("width", 0), ("hidden_layers", -1), ("output_dimension", -1)])
-def test_an_impossible_expander_is_one_line(option, value):
-    with pytest.raises(
-        ConfigurationError, match=rf"--expander\.{option.replace('_', '-')} is {value}: it must be at lea"
+    encoder = load(state)
+    classifier = {name for name in state if name.startswith(published.default_cfg["classifier"])}
+    assert set(encoder.backbone.state_dict()) == state.keys() - classifier
+    assert all(torch.equal(value, state[name]) for name, value in encoder.backbone.state_dict().items())
+    first, *others = state
+    for wrong in (
+        {name: state[name] for name in others},
+        {**state, "stranger.weight": torch.zeros(1)},
+        {**state, first: torch.zeros(1)},
+        {name: value for name, value in state.items() if name not in classifier},
+        timm.create_model("test_vit").state_dict(),
     ):
-        Expander(8, ExpanderConfig(**{option: value}))
+        with pytest.raises(ConfigurationError, match=r"does not hold the weights of test_resnet") as raised:
+            load(wrong)
+        assert "\n" not in str(raised.value)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ConfigurationError, match=r"does not hold the weights of test_resnet"):
+        create_encoder(config, path)
+    with pytest.raises(ConfigurationError, match=r"there is no such safetensors file"):
+        create_encoder(config, tmp_path / "weights.bin")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"embedding_dimension": 10**9}, {"backbone": "resnet18"}, {"head_widths": [3]}, {"colour": "red"}, {"levels": 3}],
+)
+def test_an_artefact_with_another_configuration_is_no_random_encoder(change, tmp_path):
+    encoder = create_encoder(EncoderConfig())
+    config = dataclasses.asdict(encoder.config) | change
+    save_artefact(tmp_path / "encoder", "encoder", config, encoder)
+    with pytest.raises(UserError, match=r"/encoder: (.* its configuration wants|the encoder here cannot be loaded)"):
+        load_module(tmp_path / "encoder", "encoder", build_encoder)
