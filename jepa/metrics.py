@@ -1,9 +1,8 @@
-"""How good is a forecast? Errors, retrieval, spread and proper scores, with confidence intervals by groups.
+"""How good is a forecast? Errors, retrieval and proper scores, with confidence intervals by groups.
 
 Neighbouring windows of one video are not independent, so intervals are of a bootstrap over *groups* of windows: videos
-where there are many, parts of a video where there are few. Nothing but sums over each group is kept, so memory does
-not grow with the number of windows. All that is measured on the same windows is resampled alike, so ratios are of the
-same groups above and below the line. What is not defined is NaN.
+where there are many, parts of a video where there are few. All that is measured on the same windows is resampled
+alike, so ratios are of the same groups above and below the line. What is not defined is NaN.
 
 Embeddings are standardised here: (B, H, *tokens, D), for B windows and H horizons.
 """
@@ -21,75 +20,51 @@ ROUNDING = 1e-12
 """Share of a second moment up to which a float64 variance is rounding."""
 TIE = 1e-5
 """Difference up to which two distances are equal, relative and in standard deviations."""
-RESAMPLES_AT_ONCE = 64
-
-
-class GroupSums:
-    """Sums of a measure over the windows of each group.
-
-    Args:
-        groups: their number.
-    """
-
-    def __init__(self, groups: int) -> None:
-        self.sums, self.windows = np.zeros(groups), np.zeros(groups)
-
-    def add(self, values: Tensor, groups: np.ndarray) -> None:
-        """More windows, (B, *shape), and their groups, int (B,)."""
-        if self.sums.ndim < values.ndim:  # the first ones
-            self.sums = np.zeros((len(self.windows), *values.shape[1:]))
-        np.add.at(self.sums, groups, values.double().cpu().numpy())
-        np.add.at(self.windows, groups, 1)
-
-    @property
-    def mean(self) -> np.ndarray:
-        """The mean over all windows, (*shape)."""
-        return divide(self.sums.sum(axis=0), self.windows.sum())
 
 
 class Bootstrap:
-    """Resamples of groups (Efron 1979), drawn once.
+    """Resamples of groups of windows (Efron 1979), drawn once.
 
     Args:
-        groups: their number.
+        groups: int (N,), the group of each window, numbered from 0.
         resamples: how many resamples.
         seed: of the draws.
     """
 
-    def __init__(self, groups: int, resamples: int = 1000, *, seed: int = 0) -> None:
-        self.groups, self.enough = groups, groups >= LEAST_GROUPS
-        generator = np.random.default_rng(seed)
-        draws = [np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(resamples)]
+    def __init__(self, groups: np.ndarray, resamples: int = 1000, *, seed: int = 0) -> None:
+        self.groups, self.count = groups, int(groups.max()) + 1
+        generator, size = np.random.default_rng(seed), self.count
+        draws = [np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples)]
         self.draws = np.array(draws, dtype=np.uint16)  # (resamples, groups): how often each group is in each
 
-    def sums(self, by_group: np.ndarray) -> np.ndarray:
-        """Sums in each resample, (groups, ...) -> (resamples, ...)."""
-        flat = by_group.reshape(self.groups, -1)
-        parts = np.split(self.draws, range(RESAMPLES_AT_ONCE, len(self.draws), RESAMPLES_AT_ONCE))
-        sums = np.concatenate([part.astype(np.float64) @ flat for part in parts])
-        return sums.reshape(-1, *by_group.shape[1:])
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the windows in each resample, (N, ...) -> (resamples, ...); of fewer values the first windows."""
+        by_group = np.zeros((self.count, *values.shape[1:]))
+        np.add.at(by_group, self.groups[: len(values)], values)
+        parts = np.array_split(self.draws, max(1, len(self.draws) // 64))  # a part at a time in float64
+        sums = np.concatenate([part.astype(np.float64) @ by_group.reshape(self.count, -1) for part in parts])
+        return sums.reshape(-1, *values.shape[1:])
 
-    def means(self, measure: GroupSums) -> np.ndarray:
-        """Means in each resample, (resamples, *shape)."""
-        windows = self.sums(measure.windows)
-        return divide(self.sums(measure.sums), windows.reshape(-1, *[1] * (measure.sums.ndim - 1)))
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """Means over the windows in each resample, (N, ...) -> (resamples, ...)."""
+        windows = self.sums(np.ones(len(values)))
+        return divide(self.sums(values), windows.reshape(-1, *[1] * (values.ndim - 1)))
 
     def interval(self, resampled: np.ndarray) -> np.ndarray:
-        """The middle 95 % of the resamples in which a number is defined, (resamples, ...) -> (..., 2).
+        """The middle 95 % of the resamples in which a number is defined, (resamples, ...) -> (2, ...).
 
         NaN of fewer than `LEAST_GROUPS` groups.
         """
-        if not self.enough:
-            return np.full((*resampled.shape[1:], 2), np.nan)
+        if self.count < LEAST_GROUPS:
+            return np.full((2, *resampled.shape[1:]), np.nan)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN slice")
-            return np.moveaxis(np.nanquantile(resampled, [0.025, 0.975], axis=0), 0, -1)
+            return np.nanquantile(resampled, [0.025, 0.975], axis=0)
 
     def describe(self, grouped_by: str) -> str:
         """What intervals are of, or why there are none; such as `grouped_by` "videos"."""
-        if self.enough:
-            return f"95 %, bootstrap over {self.groups} {grouped_by}"
-        return f"too few {grouped_by} ({self.groups}) for an interval"
+        few = f"too few {grouped_by} ({self.count}) for an interval"
+        return few if self.count < LEAST_GROUPS else f"95 %, bootstrap over {self.count} {grouped_by}"
 
 
 def divide(above: np.ndarray, below: np.ndarray | float) -> np.ndarray:
@@ -121,17 +96,16 @@ def change_cosine(forecast: Tensor, came: Tensor, last: Tensor) -> Tensor:
     return functional.cosine_similarity(foreseen, true, dim=2)
 
 
-def useful_steps(relative: np.ndarray, interval: np.ndarray) -> int:
+def useful_steps(relative: np.ndarray, high: np.ndarray) -> int:
     """The useful horizon: how many steps from the first on are better than the mean, without interruption.
 
-    Better means that the whole interval lies below 1 or, where none is claimed, the number itself. Beyond it, to know
-    the video's past is worth nothing that can be shown on these windows.
+    Beyond it, to know the video's past is worth nothing that can be shown on these windows.
 
     Args:
         relative: (H,), error relative to that of the mean.
-        interval: (H, 2), of it.
+        high: (H,), upper end of its interval, which has to lie below 1; NaN where none is claimed.
     """
-    better = np.where(np.isnan(interval[:, 1]), relative, interval[:, 1]) < 1
+    better = np.where(np.isnan(high), relative, high) < 1
     return len(better) if better.all() else int(better.argmin())
 
 

@@ -12,12 +12,13 @@ state, columns of the caches, can be read off forecasts.
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, run_command
-from pipelines.run.devices import start_accelerator
-from pipelines.run.evaluation import Evaluation, Judged, fit_readout
+from pipelines.run.evaluation import Judged, evaluate, fit_readout
 from pipelines.run.folder import RunFolder, write_json
 from pipelines.run.models import load_predictor, require_no_video_in_both
 from pipelines.run.report import draw, flat_metrics, table, write_table
@@ -60,7 +61,7 @@ def main(options: Options) -> None:
     require(both, "--probe-cache and --probe-columns belong together: give both or neither")
     enough = options.samples == 0 or options.samples >= LEAST_SAMPLES
     require(enough, f"--samples is {options.samples}: a central interval of 90 % takes at least {LEAST_SAMPLES}")
-    accelerator = start_accelerator()
+    accelerator = Accelerator()
     require(accelerator.num_processes == 1, "evaluate_rollout takes one process: launch it with --num_processes 1")
     output = RunFolder(options, "evaluate_rollout", ("rollout.json", "rollout.csv", "rollout.png"))
     predictor, calibration = load_predictor(options.predictor)
@@ -76,7 +77,7 @@ def main(options: Options) -> None:
         readout = fit_readout(probe_cache, options.probe_columns, predictor)
     output.begin({"provenance": cache.provenance, "calibration": calibration.description()})
 
-    evaluation = Evaluation(
+    results = evaluate(
         Judged(predictor, calibration, windows, accelerator.autocast),
         most=options.windows,
         samples=options.samples,
@@ -84,7 +85,6 @@ def main(options: Options) -> None:
         resamples=options.resamples,
         seed=options.seed,
     )
-    results = evaluation.run()
     write_json(options.output_dir / "rollout.json", results)
     write_table(results, options.output_dir / "rollout.csv")
     draw(results, options.output_dir / "rollout.png")

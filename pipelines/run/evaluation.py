@@ -1,8 +1,8 @@
 """Judges a predictor on the windows of a cache: what the command, the demo and the notebook share.
 
-Windows go through in batches, on the predictor's device, and leave sums by group (`jepa.metrics`): memory is flat in
-their number. Errors are of all windows; the rest, which costs more, is of at most `DETAILED` of them, retrieval and
-collapse at a few horizons and, of a grid of tokens, on the mean of its tokens.
+Windows go through in batches, on the predictor's device; of each a few numbers are kept. Errors are of all windows; the
+rest, which costs more, is of at most `DETAILED` of them, retrieval and collapse at a few horizons and, of a grid of
+tokens, on the mean of its tokens.
 """
 
 from collections import defaultdict
@@ -23,7 +23,6 @@ from jepa.calibration import Calibration
 from jepa.diagnostics import CollapseStats, collapse_stats
 from jepa.metrics import (
     Bootstrap,
-    GroupSums,
     best_of,
     change_cosine,
     coverage,
@@ -62,21 +61,23 @@ class Judged:
     """Context of the networks' arithmetic."""
 
     @property
-    def context(self) -> int:
-        """Embeddings that are shown."""
-        return self.predictor.config.context
-
-    @property
     def future(self) -> Future:
         """The ticks that are forecast."""
-        return Future.ticks(self.windows.length - self.context, self.predictor.fps)
+        return Future.ticks(self.windows.length - self.predictor.config.context, self.predictor.fps)
+
+    def standardised(self, windows: Windows, indices: np.ndarray) -> Tensor:
+        """Some windows of embeddings, (N, length, *tokens, D). Raises `UserError` where they are not finite."""
+        embeddings, cache = windows.take(indices).to(self.predictor.mean.device), windows.cache
+        for row in np.flatnonzero(~embeddings.isfinite().flatten(1).all(dim=1).cpu().numpy())[:1]:
+            require_finite(cache, cache.clips[windows.clip_of(indices)[row]], embeddings[row])
+        return self.predictor.standardise(embeddings)
 
 
 class Batch(NamedTuple):
     """Some windows, what is forecast for them and what came; standardised."""
 
-    past: Sequence
-    """Raw embeddings (B, context, *tokens, D)."""
+    past: Tensor
+    """(B, context, *tokens, D)"""
     forecasts: dict[str, Tensor]
     """(B, H, *tokens, D) by name: `model` is the believed forecast, `rollout` that of the bare network."""
     came: Tensor
@@ -96,40 +97,34 @@ def shown_horizons(horizon: int) -> list[int]:
 
 
 @torch.no_grad()
-def forecast_windows(judged: Judged, indices: np.ndarray) -> Batch:
+def forecast_batch(judged: Judged, indices: np.ndarray) -> Batch:
     """Forecasts of some windows. Raises `UserError` where embeddings are not finite."""
-    predictor, calibration, windows, fps = judged.predictor, judged.calibration, judged.windows, judged.predictor.fps
-    embeddings, future = windows.take(indices).to(predictor.mean.device), judged.future
-    for row in np.flatnonzero(~embeddings.isfinite().flatten(1).all(dim=1).cpu().numpy())[:1]:
-        require_finite(windows.cache, windows.cache.clips[windows.clip_of(indices)[row]], embeddings[row])
-    past = Sequence.on_clock(embeddings[:, : judged.context], fps)
+    predictor, calibration, fps, future = judged.predictor, judged.calibration, judged.predictor.fps, judged.future
+    embeddings = judged.standardised(judged.windows, indices)
+    seen, came = embeddings.split([predictor.config.context, len(future.times)], dim=1)
+    past = Sequence.on_clock(predictor.unstandardise(seen), fps)
     with judged.autocast():
         rolled, ridged = expected_rollout(predictor, past, future), rollout(calibration.ridge, past, future)
     # As rollout(..., calibration=calibration), which would roll both out again.
-    believed = calibration.believe(rolled, ridged, past, (future.times * fps).to(embeddings.device))
+    believed = calibration.believe(rolled, ridged, past, (future.times * fps).to(rolled.device))
     forecasts = {"model": believed, "rollout": rolled, "ridge": ridged}
-    guesses = {
-        "copy_last": CopyLast(fps),
-        "linear_extrapolation": LinearExtrapolation(fps),
-        "mean": Mean(fps, predictor.mean),
-    }
-    forecasts |= {name: rollout(guess, past, future) for name, guess in guesses.items()}
-    return Batch(
-        past=past,
-        forecasts={name: predictor.standardise(value.float()) for name, value in forecasts.items()},
-        came=predictor.standardise(embeddings[:, judged.context :]),
-    )
+    for name, guess in (
+        ("copy_last", CopyLast(fps)),
+        ("linear_extrapolation", LinearExtrapolation(fps)),
+        ("mean", Mean(fps, predictor.mean)),
+    ):
+        forecasts[name] = rollout(guess, past, future)
+    return Batch(seen, {name: predictor.standardise(value.float()) for name, value in forecasts.items()}, came)
 
 
 def sample_futures(judged: Judged, batch: Batch, samples: int, generator: torch.Generator) -> Tensor:
     """Futures (samples, B, H, *tokens, D), standardised; without a latent the forecast with Gaussian usual errors."""
-    calibration, believed = judged.calibration, batch.forecasts["model"]
-    if judged.predictor.latent_dimension:
+    predictor, calibration, believed = judged.predictor, judged.calibration, batch.forecasts["model"]
+    if predictor.latent_dimension:
+        past = Sequence.on_clock(predictor.unstandardise(batch.past), predictor.fps)
         with judged.autocast():
-            drawn = rollout(
-                judged.predictor, batch.past, judged.future, samples, generator=generator, calibration=calibration
-            )
-        return judged.predictor.standardise(drawn.float())
+            drawn = rollout(predictor, past, judged.future, samples, generator=generator, calibration=calibration)
+        return predictor.standardise(drawn.float())
     steps = torch.arange(believed.shape[1], device=believed.device).clamp(max=calibration.horizon - 1)
     noise = torch.randn(samples, *believed.shape, generator=generator, device=believed.device)
     roots = torch.linalg.inv(calibration.whitening[steps])  # (H, D, D)
@@ -139,21 +134,20 @@ def sample_futures(judged: Judged, batch: Batch, samples: int, generator: torch.
 
 def fit_readout(cache: EmbeddingCache, columns: tuple[str, ...], predictor: Predictor) -> Readout:
     """A probe of single frames, fitted on a cache. Raises `UserError` where it lacks a column, or says too little."""
-    windows = Windows(cache, 1)
-    indices = windows.evenly(PROBE_FRAMES)
-    true = read_columns(windows, indices, columns)[:, 0]  # (N, C)
+    frames = Windows(cache, 1)
+    indices = frames.evenly(PROBE_FRAMES)
+    true = read_columns(frames, indices, columns)[:, 0]  # (N, C)
     known = true.isfinite().all(dim=1).numpy()
     indices, true = indices[known], true[known]
     shown = ", ".join(columns)
     require(len(true) >= FOLDS, f"{cache.folder}: only {len(true)} frames say {shown}, and {FOLDS} are needed")
-    _, groups = np.unique([cache.clips[clip].key.source for clip in windows.clip_of(indices)], return_inverse=True)
-    if groups.max() + 1 < FOLDS:  # of few videos their parts, one after the other
-        order = np.lexsort((windows.times_s(indices)[:, 0], groups))
-        groups[order] = np.arange(len(order)) * FOLDS // len(order)
+    _, groups = np.unique([cache.clips[clip].key.source for clip in frames.clip_of(indices)], return_inverse=True)
+    if groups.max() + 1 < FOLDS:  # of few videos parts, one after the other
+        groups = np.arange(len(indices)) * FOLDS // len(indices)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for part in in_parts(0, len(indices), numbers=int(np.prod(cache.shape))):
-            embeddings = windows.take(indices[part])[:, 0].to(predictor.mean.device)
+            embeddings = frames.take(indices[part])[:, 0].to(predictor.mean.device)
             yield predictor.standardise(embeddings), true[part], torch.from_numpy(groups[part])
 
     return Readout(columns, fit_probe(batches(), predictor.shape))
@@ -179,8 +173,17 @@ def pool(embeddings: Tensor) -> Tensor:
     return reduce(embeddings, "b h ... d -> b h d", "mean")
 
 
-class Evaluation:
-    """An evaluation of a predictor.
+@torch.no_grad()
+def evaluate(
+    judged: Judged,
+    *,
+    most: int = 20_000,
+    samples: int = 0,
+    readout: Readout | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All that is said of a predictor, as JSON values; NaN where a number is not defined.
 
     Args:
         judged: what is judged on which windows.
@@ -189,146 +192,121 @@ class Evaluation:
         readout: what is read off forecasts.
         resamples: of the bootstrap.
         seed: of the bootstrap and of the samples.
+
+    Raises:
+        UserError: embeddings are not finite or never change, or the cache lacks a column.
     """
+    windows, predictor, fps, horizon = judged.windows, judged.predictor, judged.predictor.fps, len(judged.future.times)
+    indices = windows.evenly(most)
+    first = np.linspace(0, len(indices) - 1, min(DETAILED, len(indices))).astype(int)
+    indices, detailed = np.concatenate([indices[first], np.delete(indices, first)]), len(first)
+    groups, grouped_by = group_windows(windows, indices)
+    details = Details(judged, samples=samples, readout=readout, seed=seed)
+    numbers = horizon * int(np.prod(predictor.shape)) * (10 + 4 * samples)
+    parts = [*in_parts(0, detailed, numbers=numbers), *in_parts(detailed, len(indices), numbers=numbers)]
+    kept: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    for part in tqdm(parts, desc="forecasting", unit="batch", leave=False):
+        batch = forecast_batch(judged, indices[part])
+        found = details.measure(batch, indices[part]) if part.start < detailed else {}
+        for name, forecast in batch.forecasts.items():
+            found[name, "mse"] = squared_error(forecast, batch.came)
+            found[name, "change_cosine"] = change_cosine(forecast, batch.came, batch.past[:, -1])
+        for key, values in found.items():
+            kept[key].append(values.cpu())
+    bootstrap = Bootstrap(groups, resamples, seed=seed)
+    measures = {key: torch.cat(values).numpy() for key, values in kept.items()}
+    require_changing(windows.cache, bool((measures["copy_last", "mse"] > 0).any()))
+    records = summarise(measures, bootstrap, fps=fps, columns=readout.columns if readout else ())
+    truth, useful = records.pop("truth"), {}
+    for name, rows in records.items():
+        relative, high = ([row[f"relative_to_mean{end}"] for row in rows] for end in ("", "_high"))
+        steps = useful_steps(np.array(relative), np.array(high))
+        useful[name] = {"steps": steps, "time_s": steps / fps, "exceeds_longest": steps == horizon}
+    return {
+        "fps": fps,
+        "context": predictor.config.context,
+        "windows": len(indices),
+        "clips": len(windows.cache.clips),
+        "interval": bootstrap.describe(grouped_by),
+        "samples": samples,
+        "probe_columns": list(readout.columns) if readout else [],
+        "useful_horizon": useful,
+        "truth": truth,
+        "predictors": records,
+    }
 
-    def __init__(
-        self,
-        judged: Judged,
-        *,
-        most: int = 20_000,
-        samples: int = 0,
-        readout: Readout | None = None,
-        resamples: int = 1000,
-        seed: int = 0,
-    ) -> None:
+
+class Details:
+    """Measures beside errors of some windows."""
+
+    def __init__(self, judged: Judged, *, samples: int, readout: Readout | None, seed: int) -> None:
         self.judged, self.samples, self.readout = judged, samples, readout
-        self.horizon = len(judged.future.times)
-        self.shown = [step - 1 for step in shown_horizons(self.horizon)]
-        windows, device = judged.windows, judged.predictor.mean.device
-        indices = windows.evenly(most)
-        first = np.linspace(0, len(indices) - 1, min(DETAILED, len(indices))).astype(int)
-        self.detailed = len(first)
-        self.indices = np.concatenate([indices[first], np.delete(indices, first)])
-        self.groups, self.grouped_by = group_windows(windows, self.indices)
-        self.bootstrap = Bootstrap(int(self.groups.max()) + 1, resamples, seed=seed)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.sums: dict[tuple[str, str], GroupSums] = defaultdict(lambda: GroupSums(self.bootstrap.groups))
-        self.pooled: dict[str, list[Tensor]] = defaultdict(list)
+        self.generator = torch.Generator(judged.predictor.mean.device).manual_seed(seed)
+        frames, numbers = Windows(judged.windows.cache, 1), int(np.prod(judged.predictor.shape))
+        rows = frames.evenly(BANK)
+        parts = in_parts(0, len(rows), numbers=numbers)
+        self.bank = torch.cat([pool(judged.standardised(frames, rows[part])) for part in parts])[:, 0]  # (frames, D)
+        self.live = live_features(judged.standardised(frames, frames.evenly(LIVE_FRAMES)))
 
-    def run(self) -> dict[str, Any]:
-        """All that is said of the predictor, as JSON values; NaN where a number is not defined.
+    def measure(self, batch: Batch, indices: np.ndarray) -> dict[tuple[str, str], Tensor]:
+        """By forecast, or `truth`, and measure: (B, H, ...), retrieval and what collapses at the shown horizons."""
+        found, shown = dict[tuple[str, str], Tensor](), [step - 1 for step in shown_horizons(batch.came.shape[1])]
+        pooled = {name: pool(value[:, shown]) for name, value in (batch.forecasts | {"truth": batch.came}).items()}
+        for name, value in pooled.items():
+            found[name, "pooled"] = value
+            if name != "truth":
+                hits = retrieved(value.flatten(0, 1), pooled["truth"].flatten(0, 1), self.bank)
+                found[name, "retrieval_at_1"] = hits.unflatten(0, value.shape[:2])
+        if self.samples:
+            drawn = sample_futures(self.judged, batch, self.samples, self.generator)
+            found["model", "energy_score"] = energy_score(drawn.flatten(3), batch.came.flatten(2))
+            found["model", "best_of"] = best_of(drawn.flatten(3), batch.came.flatten(2))
+            for share in (50, 90):
+                inside = coverage(drawn[..., self.live], batch.came[..., self.live], share / 100)  # (B, H, *tokens)
+                found["model", f"coverage_{share}"] = reduce(inside, "b h ... -> b h", "mean")
+        if self.readout is not None:
+            columns, probe = self.readout
+            true = read_columns(self.judged.windows, indices, columns)[:, batch.past.shape[1] :].to(probe.mean)
+            known = true.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True)
+            true = (true - probe.target_mean) / probe.target_std
+            for name, value in (batch.forecasts | {"truth": batch.came}).items():
+                moments = reading_moments((probe(value) - probe.target_mean) / probe.target_std, true)
+                found[name, "moments"] = moments.where(known[..., None], 0)  # (B, H, C, 6)
+        return found
 
-        Raises:
-            UserError: embeddings are not finite or never change, or the cache lacks a column.
-        """
-        bank, live = self._lay_out_bank()
-        numbers = self.horizon * int(np.prod(self.judged.predictor.shape)) * (10 + 4 * self.samples)
-        ends = ((0, self.detailed), (self.detailed, len(self.indices)))
-        parts = [part for first, last in ends for part in in_parts(first, last, numbers=numbers)]
-        for part in tqdm(parts, desc="forecasting", unit="batch", leave=False):
-            batch = forecast_windows(self.judged, self.indices[part])
-            self._add_errors(batch, part)
-            if part.start < self.detailed:
-                self._add_retrieval(batch, part, bank)
-                self._add_samples(batch, part, live)
-                self._add_readings(batch, part)
-        return self._results()
 
-    def _lay_out_bank(self) -> tuple[Tensor, Tensor]:
-        """Frames of the cache, evenly, pooled over tokens: (frames, D); and which features move, bool (D,)."""
-        frames, predictor = Windows(self.judged.windows.cache, 1), self.judged.predictor
+def summarise(
+    measures: dict[tuple[str, str], np.ndarray], bootstrap: Bootstrap, *, fps: float, columns: tuple[str, ...]
+) -> dict[str, list[dict[str, float]]]:
+    """Records by forecast, one for each horizon, with the ends of intervals as `_low` and `_high`."""
+    horizon = measures["model", "mse"].shape[1]
+    records = {
+        name: [{"horizon": step, "time_s": step / fps} for step in range(1, horizon + 1)] for name, _ in measures
+    }
 
-        def take(indices: np.ndarray) -> Tensor:
-            return predictor.standardise(frames.take(indices).to(predictor.mean.device))
+    def put(name: str, measure: str, *, point: np.ndarray, resampled: np.ndarray | None = None) -> None:
+        low, high = (None, None) if resampled is None else bootstrap.interval(resampled)
+        for place, step in enumerate(shown_horizons(horizon) if len(point) < horizon else range(1, horizon + 1)):
+            for end, values in (("", point), ("_low", low), ("_high", high)):
+                if values is not None:
+                    records[name][step - 1][f"{measure}{end}"] = float(values[place])
 
-        rows, numbers = frames.evenly(BANK), int(np.prod(predictor.shape))
-        bank = torch.cat([pool(take(rows[part])) for part in in_parts(0, len(rows), numbers=numbers)])
-        return bank[:, 0], live_features(take(frames.evenly(LIVE_FRAMES)))
-
-    def _add_errors(self, batch: Batch, part: slice) -> None:
-        last = self.judged.predictor.standardise(batch.past.embeddings[:, -1])
-        for name, forecast in batch.forecasts.items():
-            self.sums[name, "mse"].add(squared_error(forecast, batch.came), self.groups[part])
-            self.sums[name, "change_cosine"].add(change_cosine(forecast, batch.came, last), self.groups[part])
-
-    def _add_retrieval(self, batch: Batch, part: slice, bank: Tensor) -> None:
-        """Hits at the shown horizons, NaN at others; and what collapse is measured on."""
-        self.pooled["truth"].append(came := pool(batch.came[:, self.shown]))
-        for name, forecast in batch.forecasts.items():
-            self.pooled[name].append(pooled := pool(forecast[:, self.shown]))
-            hits = torch.full(batch.came.shape[:2], np.nan)
-            found = retrieved(pooled.flatten(0, 1), came.flatten(0, 1), bank)
-            hits[:, self.shown] = found.unflatten(0, pooled.shape[:2]).float().cpu()
-            self.sums[name, "retrieval_at_1"].add(hits, self.groups[part])
-
-    def _add_samples(self, batch: Batch, part: slice, live: Tensor) -> None:
-        if not self.samples:
-            return
-        drawn = sample_futures(self.judged, batch, self.samples, self.generator)
-        flat, came = drawn.flatten(3), batch.came.flatten(2)
-        scores = {"energy_score": energy_score(flat, came), "best_of": best_of(flat, came)}
-        for share in (50, 90):
-            covered = coverage(drawn[..., live], batch.came[..., live], share / 100)  # (B, H, *tokens)
-            scores[f"coverage_{share}"] = reduce(covered, "b h ... -> b h", "mean")
-        for measure, values in scores.items():
-            self.sums["model", measure].add(values, self.groups[part])
-
-    def _add_readings(self, batch: Batch, part: slice) -> None:
-        """Moments of what is read off forecasts and off what came, in windows whose columns are all known."""
-        if self.readout is None:
-            return
-        columns, probe = self.readout
-        true = read_columns(self.judged.windows, self.indices[part], columns)[:, self.judged.context :]
-        known = true.isfinite().flatten(1).all(dim=1)
-        true = (true[known].to(probe.mean) - probe.target_mean) / probe.target_std
-        for name, value in (batch.forecasts | {"truth": batch.came}).items():
-            read = (probe(value[known]) - probe.target_mean) / probe.target_std
-            self.sums[name, "moments"].add(reading_moments(read, true), self.groups[part][known.numpy()])
-
-    def _results(self) -> dict[str, Any]:
-        fps, cache, rows = self.judged.predictor.fps, self.judged.windows.cache, self._rows()
-        require_changing(cache, bool((rows["copy_last"]["mse"] > 0).any()))
-        ticks = [{"horizon": step, "time_s": step / fps} for step in range(1, self.horizon + 1)]
-        records = {
-            name: [
-                tick | {key: values[step].tolist() for key, values in row.items()} for step, tick in enumerate(ticks)
-            ]
-            for name, row in rows.items()
-        }
-        truth, useful = records.pop("truth"), {}
-        for name in records:
-            steps = useful_steps(rows[name]["relative_to_mean"], rows[name]["relative_to_mean_interval"])
-            useful[name] = {"steps": steps, "time_s": steps / fps, "exceeds_longest": steps == self.horizon}
-        return {
-            "fps": fps,
-            "context": self.judged.context,
-            "windows": len(self.indices),
-            "clips": len(cache.clips),
-            "interval": self.bootstrap.describe(self.grouped_by),
-            "samples": self.samples,
-            "probe_columns": list(self.readout.columns) if self.readout else [],
-            "useful_horizon": useful,
-            "truth": truth,
-            "predictors": records,
-        }
-
-    def _rows(self) -> dict[str, dict[str, np.ndarray]]:
-        """Measures and their intervals, (H, ...), of each forecast and of the truth."""
-        rows: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-        for (name, measure), sums in self.sums.items():
-            if measure == "moments":
-                scores = r2_and_r(sums.sums.sum(axis=0)), r2_and_r(self.bootstrap.sums(sums.sums))
-                found = dict(zip(("probe_r2", "probe_r"), zip(*scores, strict=True), strict=True))
-            else:
-                found = {measure: (sums.mean, self.bootstrap.means(sums))}
-            for to in REFERENCES if measure == "mse" else ():
-                other = self.sums[to, "mse"]
-                below = other.mean, self.bootstrap.means(other)
-                found[f"relative_to_{to}"] = divide(found["mse"][0], below[0]), divide(found["mse"][1], below[1])
-            for key, (point, resampled) in found.items():
-                rows[name] |= {key: point, f"{key}_interval": self.bootstrap.interval(resampled)}
-        for name, parts in self.pooled.items():
-            collapse = np.full((self.horizon, len(CollapseStats._fields)), np.nan)
-            collapse[self.shown] = [collapse_stats(step) for step in torch.cat(parts).unbind(dim=1)]
-            rows[name] |= dict(zip(CollapseStats._fields, collapse.T, strict=True))
-        return rows
+    for (name, measure), values in measures.items():
+        if measure == "pooled":
+            stats = np.array([collapse_stats(torch.from_numpy(step)) for step in values.swapaxes(0, 1)])
+            for field, point in zip(CollapseStats._fields, stats.T, strict=True):
+                put(name, field, point=point)
+        elif measure == "moments":
+            scores = r2_and_r(values.sum(axis=0)), r2_and_r(bootstrap.sums(values))
+            for score, point, resampled in zip(("probe_r2", "probe_r"), *scores, strict=True):
+                there = np.isfinite(point)
+                put(name, score, point=divide(np.where(there, point, 0).sum(axis=1), there.sum(axis=1)))
+                for place, column in enumerate(columns):
+                    put(name, f"{score}_{column}", point=point[:, place], resampled=resampled[..., place])
+        else:
+            put(name, measure, point=values.mean(axis=0), resampled=bootstrap.means(values))
+        for to in REFERENCES if measure == "mse" else ():
+            other = measures[to, "mse"]
+            resampled = divide(bootstrap.means(values), bootstrap.means(other))
+            put(name, f"relative_to_{to}", point=divide(values.mean(axis=0), other.mean(axis=0)), resampled=resampled)
+    return records

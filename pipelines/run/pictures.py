@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from data.cache import EmbeddingCache
-from pipelines.run.report import read_pictures
+from pipelines.run.stills import read_pictures
 
 SHOWN_FRAMES = 5
 """Frames shown of a peak: itself, and as many before it as after it."""
