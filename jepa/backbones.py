@@ -63,6 +63,8 @@ def build_backbone(
         ConfigurationError: no such backbone, image size or weights.
     """
     if name == SMALL_CONV:
+        if load:
+            raise ConfigurationError("weights", f"are published for models of timm, not for {SMALL_CONV}")
         return SmallConv()
     import timm  # here, because it takes seconds, and every command would wait for it
 

@@ -77,8 +77,6 @@ class EncoderConfig(Bounded):
             raise ConfigurationError("grid", f"is {_shown(self.grid)}: rows and columns must both be positive, or 0 0")
         if not self.levels or len(set(self.levels)) < len(self.levels):
             raise ConfigurationError("levels", f"is {_shown(self.levels) or 'empty'}: name each level once")
-        if self.backbone == SMALL_CONV and self.weights != "scratch":
-            raise ConfigurationError("weights", f"is {self.weights}: {SMALL_CONV} has no published weights")
 
 
 class FrameEncoder(nn.Module):

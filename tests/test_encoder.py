@@ -233,7 +233,7 @@ def test_components_take_the_place_of_the_head(tmp_path):
         ({"levels": (3,)}, r"levels is 3: small_conv has 0 to 2"),
         ({"levels": (1, 1)}, r"levels is 1 1: name each level once"),
         ({"levels": ()}, r"levels is empty: name each level once"),
-        ({"weights": "published"}, r"weights is published: small_conv has no published weights"),
+        ({"weights": "published"}, r"weights are published for models of timm, not for small_conv"),
         ({"backbone": "resnet18.no_such_tag", "weights": "published"}, r"weights the hub does not give .*no_such_tag"),
     ],
 )

@@ -1,0 +1,304 @@
+"""From videos and an encoder to a cache: published encoders by name and file, columns, precision, what is refused."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from accelerate.state import AcceleratorState
+
+from data.cache import CacheError, EmbeddingCache
+from data.errors import DataError
+from data.synthetic import BallWorld, write_ball_clip
+from data.video import read_on_clock
+from jepa.encoder import EncoderConfig, create_encoder
+from jepa.errors import ConfigurationError
+from jepa.expander import Expander, ExpanderConfig
+from pipelines import cache_embeddings
+from pipelines.cache_embeddings import Options
+from pipelines.run.command import UserError
+from pipelines.run.encoders import PublishedOptions, build_encoder, find_encoder
+from pipelines.run.folder import load_module, save_artefact, write_json
+
+ROOT = Path(__file__).parent.parent
+CLIPS = 4
+CLIP = "clip_00002.mp4"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Videos with tables, an encoder of ours, and published weights of `test_resnet`."""
+    folder = tmp_path_factory.mktemp("material")
+    (folder / "videos").mkdir()
+    for index in range(CLIPS):
+        write_ball_clip(folder / "videos", index, BallWorld(size=32, radius=3, frames=60, fps=10), seed=0)
+    encoder = create_encoder(EncoderConfig(embedding_dimension=8, image_size=(32, 32)))
+    save_artefact(folder / "encoder", "encoder", encoder.config, encoder)
+    torch.manual_seed(0)
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), folder / "weights.safetensors")
+    return folder
+
+
+@pytest.fixture
+def embed(material, tmp_path):
+    """Run the command in this process, with other options than those for the encoder of ours."""
+
+    def run(output="cache", **changes):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        values = {"videos": (material / "videos",), "encoder": str(material / "encoder"), "fps": 10.0, "batch_size": 16}
+        cache_embeddings.main(Options(**values | {"output_dir": tmp_path / output} | changes))
+        return EmbeddingCache(tmp_path / output)
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def published(material, **changes):
+    """Options for 3x4 tokens of two levels of `test_resnet`."""
+    values = {"encoder": "timm:test_resnet", "encoder_weights": material / "weights.safetensors", "tokens": "grid",
+              "grid": (3, 4), "levels": (1, 2), "image_size": (48, 64), "pca": 6}  # fmt: skip
+    return values | changes
+
+
+def read_account(folder):
+    return json.loads((folder / "account.json").read_text())
+
+
+@pytest.mark.parametrize("tokens", ["vector", "grid"])
+def test_a_published_backbone_gives_what_timm_gives(embed, shared, tokens, tmp_path):
+    weights, size = shared / "weights" / "tf_efficientnet_lite0.safetensors", (240, 352)
+    videos = sorted((shared / "ped2" / "train").glob("*.mp4"))[:1]
+    cache = embed(
+        videos=tuple(videos), encoder="timm:tf_efficientnet_lite0", encoder_weights=weights, image_size=size,
+        tokens=tokens, levels=(3,) if tokens == "grid" else (), fps=0.5, dtype="float32", batch_size=2,
+    )  # fmt: skip
+    assert cache.shape == ((15, 22, 112) if tokens == "grid" else (1280,))
+    # Strictly into the plain model, whose features are then asked for.
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(safetensors.torch.load_file(weights))
+    features = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(3,)).eval()
+    features.load_state_dict({name: model.state_dict()[name] for name in features.state_dict()})
+    timed = list(read_on_clock(videos[0], size, fps=0.5))
+    images = (torch.from_numpy(np.stack([one.frame for one in timed])) / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        if tokens == "grid":
+            expected = features(images)[0].permute(0, 2, 3, 1)
+        else:
+            expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    np.testing.assert_allclose(cache.clip_embeddings(cache.clips[0]), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(cache.clip_times_s(cache.clips[0]), [one.time_s for one in timed])
+    # The folder that is left is an encoder like any other.
+    assert find_encoder(str(tmp_path / "cache" / "encoder"), PublishedOptions()).fingerprint == (
+        cache.provenance.encoder_fingerprint
+    )
+
+
+def test_components_are_fitted_once_and_serve_other_videos(embed, material, tmp_path, capsys):
+    first = embed(**published(material))
+    assert first.shape == (3, 4, 6)
+    encoder = tmp_path / "cache" / "encoder"
+    assert f"--encoder {encoder}" in capsys.readouterr().out
+    written = (encoder / "model.safetensors").stat().st_mtime_ns
+    again = embed(**published(material))
+    assert f"{CLIPS} of {CLIPS} clips are in the cache already" in capsys.readouterr().out
+    assert (encoder / "model.safetensors").stat().st_mtime_ns == written
+    others = embed("others", encoder=str(encoder))
+    for one, other, third in zip(first.clips, again.clips, others.clips, strict=True):
+        assert one == other
+        assert np.array_equal(first.clip_embeddings(one), others.clip_embeddings(third))
+    # Components are of the features of all tokens, about their mean.
+    values = np.concatenate([first.clip_embeddings(clip) for clip in first.clips]).reshape(-1, 6)
+    spread = values.std(axis=0)
+    assert (np.diff(spread) < 0.05 * spread[:-1]).all()
+    for change in ({"pca": 5}, {"grid": (4, 4)}, {"levels": (2,)}, {"image_size": (64, 64)}):
+        with pytest.raises(UserError, match="encoder holds another encoder than the one asked for: take another --out"):
+            embed(**published(material, **change))
+
+
+def test_killed_and_resumed_is_bit_equal(embed, material, tmp_path):
+    whole = embed("whole", **published(material))
+    shutil.copytree(tmp_path / "whole" / "encoder", tmp_path / "cache" / "encoder")
+    command = [sys.executable, ROOT / "pipelines" / "cache_embeddings.py", "--videos", material / "videos", "--fps", 10,
+               "--encoder", tmp_path / "cache" / "encoder", "--output-dir", tmp_path / "cache", "--clips-per-shard", 1,
+               "--batch-size", 16]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cache").glob("shards/[!.]*.json")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(EmbeddingCache(tmp_path / "cache").clips) <= CLIPS
+    resumed = embed(encoder=str(tmp_path / "cache" / "encoder"))
+    assert [(clip.key, clip.crc32) for clip in resumed.clips] == [(clip.key, clip.crc32) for clip in whole.clips]
+    assert all(resumed.is_intact(clip) for clip in resumed.clips)
+
+
+def test_columns_are_on_the_clock_and_gaps_are_gaps(embed, material, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(material / "videos", videos)
+    table = videos / "clip_00000.csv"
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header, *rows[:20], *rows[30:]]) + "\n")
+    (videos / "clip_00001.csv").unlink()
+    names = tuple(header.split(",")[2:4])
+    cache = embed(videos=(videos,), columns=names, fps=5.0)
+    assert [Path(clip.key.source).name for clip in cache.clips] == [f"clip_{index:05d}.mp4" for index in (0, 2, 3)]
+    ((source, reason),) = read_account(tmp_path / "cache")["refused"].items()
+    assert source == str(videos / "clip_00001.mp4")
+    assert "there is no such file; it would hold the columns" in reason
+    given = np.array([[float(value) for value in row.split(",")] for row in rows])
+    values = np.stack([cache.take(cache.clips[0].rows, name) for name in names], axis=1)
+    assert values.dtype == np.float64
+    assert np.isnan(values[10:15]).all()
+    np.testing.assert_array_equal(
+        np.delete(values, range(10, 15), axis=0), np.delete(given[::2, 2:4], range(10, 15), 0)
+    )
+    with pytest.raises(DataError, match=r"clip_00001\.csv: there is no such file"):
+        embed("strict", videos=(videos,), columns=names, strict=True)
+    with pytest.raises(CacheError, match="holds embeddings with columns"):
+        embed(videos=(videos,), columns=names[:1], fps=5.0)
+    for name in ("ticks", "embeddings", "a/b", ""):
+        with pytest.raises(UserError, match="a cache has no place for a column of this name"):
+            embed("refused", columns=(name,))
+
+
+def test_a_cache_holds_one_precision(embed):
+    cache = embed(precision="bf16", dtype="float32")
+    assert cache.provenance.precision == "bf16"
+    exact = embed("exact", precision="fp32", dtype="float32")
+    difference = np.abs(cache.take(cache.clips[0].rows) - exact.take(exact.clips[0].rows)).max()
+    assert 1e-4 < difference < 0.5
+    with pytest.raises(CacheError, match="holds embeddings with precision bf16, not fp32"):
+        embed(precision="fp32", dtype="float32")
+
+
+def test_what_is_no_encoder_is_refused(embed, material, tmp_path):
+    expander = Expander(8, ExpanderConfig())
+    save_artefact(tmp_path / "expander", "expander", dataclasses.asdict(ExpanderConfig()), expander)
+    with pytest.raises(UserError, match=r"this is no encoder; its config\.json says expander"):
+        embed(encoder=str(tmp_path / "expander"))
+    part = tmp_path / "part"
+    shutil.copytree(material / "encoder", part)
+    weights = safetensors.torch.load_file(part / "model.safetensors")
+    safetensors.torch.save_file(dict(list(weights.items())[1:]), part / "model.safetensors")
+    with pytest.raises(UserError, match="is missing"):
+        embed(encoder=str(part))
+    with pytest.raises(UserError, match="there is no encoder here"):
+        embed(encoder=str(tmp_path / "nowhere"))
+    assert not list(tmp_path.glob("cache/cache.json"))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "changes", "complaint"),
+    [
+        ("{ours}", {"tokens": "grid"}, r"--tokens is not for --encoder .*, which is a folder: drop it"),
+        ("{ours}", {"pca": 3}, r"--pca is not for"),
+        ("timm:test_resnet", {"window": 4}, r"--window is not for --encoder timm:test_resnet, which is timm: drop it"),
+        ("timm:test_resnet", {"grid": (3, 4)}, r"--grid needs --tokens grid"),
+        ("timm:test_resnt", {}, r"encoder is test_resnt, which timm does not know: perhaps you meant test_resnet"),
+        ("timm:small_conv", {}, r"encoder_weights are published for models of timm, not for small_conv"),
+        ("timm:test_vit", {"image_size": (0, 0)}, r"encoder_weights .*does not hold the weights of test_vit"),
+        ("timm:test_resnet", {"tokens": "grid", "levels": (7,)}, r"levels is 7: test_resnet has 0 to 4"),
+        ("timm:test_resnet", {"encoder_weights": None}, r"encoder the hub does not give the weights of test_resnet"),
+    ],
+)
+def test_what_an_encoder_does_not_take_names_the_option(material, encoder, changes, complaint, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    weights = {} if encoder.startswith("{") else {"encoder_weights": material / "weights.safetensors"}
+    with pytest.raises((UserError, ConfigurationError), match=complaint) as raised:
+        find_encoder(encoder.format(ours=material / "encoder"), PublishedOptions(**weights | changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_defaults_of_a_published_model_are_its_own(material):
+    encoder = find_encoder(
+        "timm:test_resnet", PublishedOptions(encoder_weights=material / "weights.safetensors", tokens="grid")
+    )
+    assert encoder.image_size == timm.get_pretrained_cfg("test_resnet").input_size[1:]
+    assert encoder.shape == (5, 5, encoder.backbone.feature_info[-1]["num_chs"])
+
+
+def test_a_video_that_vanishes_or_is_locked_is_listed_and_the_others_are_embedded(
+    embed, material, tmp_path, monkeypatch
+):
+    videos = tmp_path / "videos"
+    shutil.copytree(material / "videos", videos)
+    look = cache_embeddings.missing_clips
+
+    def look_and_lose(*args, **kwargs):
+        (videos / "clip_00000.mp4").unlink()  # before it is looked at again
+        tasks = look(*args, **kwargs)
+        (videos / CLIP).unlink()  # before it is read
+        return tasks
+
+    monkeypatch.setattr(cache_embeddings, "missing_clips", look_and_lose)
+    cache = embed(videos=(videos,))
+    assert [Path(clip.key.source).name for clip in cache.clips] == ["clip_00001.mp4", "clip_00003.mp4"]
+    refused = read_account(tmp_path / "cache")["refused"]
+    assert set(refused) == {str(videos / "clip_00000.mp4"), str(videos / CLIP)}
+    assert all("o such file" in reason for reason in refused.values())
+
+
+def test_another_commands_folder_is_no_place_for_a_cache(embed, tmp_path):
+    (tmp_path / "cache").mkdir()
+    write_json(tmp_path / "cache" / "run.json", {})
+    with pytest.raises(UserError, match=r"cache holds a run \(run.json\), no cache: take another one"):
+        embed()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["run.json"]
+
+
+def test_embeddings_are_those_of_frames_at_their_times(embed, material):
+    cache = embed(fps=4.0, clocks=2, dtype="float32", batch_size=7)
+    encoder = load_module(material / "encoder", "encoder", build_encoder)
+    assert len(cache.clips) == 2 * CLIPS
+    for clip in cache.clips:
+        timed = list(read_on_clock(Path(clip.key.source), (32, 32), fps=4.0, offsets_s=(clip.key.offset_s,)))
+        expected = encoder.embed(torch.from_numpy(np.stack([one.frame for one in timed]))[:, None])
+        np.testing.assert_allclose(cache.clip_embeddings(clip), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(cache.clip_times_s(clip), [one.time_s for one in timed])
+        np.testing.assert_array_equal(cache.clip_ticks(clip), [one.tick for one in timed])
+
+
+def test_several_clocks_in_one_pass_give_what_each_gives_alone(embed, capsys):
+    both = embed("both", fps=4.0, clocks=2)
+    embed("alone", fps=4.0)
+    alone = embed("alone", fps=4.0, clocks=2)
+    assert f"{CLIPS} of {2 * CLIPS} clips are in the cache already" in capsys.readouterr().out
+    assert [(clip.key, clip.crc32) for clip in both.clips] == [(clip.key, clip.crc32) for clip in alone.clips]
+
+
+def test_damaged_videos_are_kept_as_far_as_they_go_and_accounted_for(embed, material, tmp_path, damage_video, capsys):
+    videos = tmp_path / "videos"
+    shutil.copytree(material / "videos", videos)
+    broken = damage_video(videos / "clip_00000.mp4", first=40)
+    (videos / "clip_00001.mp4").write_bytes(b"no video")
+    cache = embed(videos=(videos,))
+    account, said = read_account(tmp_path / "cache"), capsys.readouterr().out
+    assert list(account["refused"]) == [str(videos / "clip_00001.mp4")]
+    assert list(account["damaged"]) == [str(broken)]
+    assert f"read {CLIPS - 1} videos" in said
+    assert "clip_00000.mp4: decoding failed after" in said
+    frames = {Path(clip.key.source).name: clip.frames for clip in cache.clips}
+    assert 30 <= frames["clip_00000.mp4"] <= 40
+    assert "clip_00001.mp4" not in frames
+    # Nothing is left to do, and the account still tells of both.
+    embed(videos=(videos,))
+    assert f"{CLIPS - 1} of {CLIPS - 1} clips are in the cache already" in capsys.readouterr().out
+    assert read_account(tmp_path / "cache") == account
+    with pytest.raises(DataError, match=r"clip_00001\.mp4: not a readable video"):
+        embed("strict", videos=(videos,), strict=True)
+    (videos / "clip_00001.mp4").unlink()
+    with pytest.raises(DataError, match=r"clip_00000\.mp4: decoding failed"):
+        embed("strict", videos=(videos,), strict=True)
