@@ -12,6 +12,7 @@ run or a model it says what that says of itself.
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -22,8 +23,8 @@ from data.counting import count_frames
 from data.manifest import MANIFEST_SUFFIX, Record, file_state, index_videos
 from data.video import IMAGE_FPS, probe_video
 from jepa.config import Bounded, Positive
-from pipelines.run.command import UserError, counted, require, run_command
-from pipelines.run.folder import MARK, flat, read_json
+from pipelines.run.command import counted, require, run_command
+from pipelines.run.folder import MARK, flat, read_json, to_json
 
 SHOWN = 10
 
@@ -52,15 +53,10 @@ def main(options: Options) -> None:
         if (path / "cache.json").is_file():
             inspect_cache(EmbeddingCache(path), options.verify)
         elif (path / MARK).is_file():
-            record = read_json(path / MARK)
-            models = ", ".join(sorted(file.parent.name for file in path.glob("*/model.safetensors"))) or "no models"
-            state = "finished" if record.get("finished") else "not finished"
-            print(f"{path}: a run of {record.get('command')}, {state}, by code {record.get('code')}; holds {models}")
-            print_facts({"option": record.get("options"), "input": record.get("inputs")})
+            models = ", ".join(sorted(file.parent.name for file in path.glob("*/model.safetensors"))) or "none"
+            print_facts(f"{path}: a run, with models: {models}", read_json(path / MARK))
         elif (path / "model.safetensors").is_file():
-            record = read_json(path / "config.json")
-            print(f"{path}: a model, {record.get('kind')}, {(path / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
-            print_facts(record.get("config"))
+            print_facts(f"{path}: a model", read_json(path / "config.json"))
         else:
             videos.append(path)
     if videos:
@@ -85,20 +81,21 @@ def inspect_videos(paths: list[Path], options: Options) -> None:
 def print_videos(records: list[Record]) -> None:
     """What there is, and of what is wrong the first few."""
     videos = [record.video for record in records if record.video]
-    refused = [record.refused for record in records if not record.video]
-    damaged = [f"{video.path}: {video.damage}" for video in videos if video.damage]
-    gaps = [
-        f"{video.path}: {counted(len(video.gaps_s), 'gap')}, the first of {length:.2f} s at {begin:.2f} s"
-        for video in videos
-        for begin, length in video.gaps_s[:1]
-    ]
+    found = {
+        "refused": [record.refused for record in records if not record.video],
+        "damaged": [f"{video.path}: {video.damage}" for video in videos if video.damage],
+        "with gaps": [
+            f"{video.path}: {counted(len(video.gaps_s), 'gap')}, the first of {length:.2f} s at {begin:.2f} s"
+            for video in videos
+            for begin, length in video.gaps_s[:1]
+        ],
+    }
     hours, frames = sum(video.duration_s for video in videos) / 3600, sum(video.frames or 0 for video in videos)
-    summary = f"{counted(len(videos), 'video')}, {hours:.2f} h; refused {len(refused):,}"
-    if videos and all(video.frames is not None for video in videos):
-        summary += f"; counted {frames:,} frames; damaged {len(damaged):,}; with gaps in time {len(gaps):,}"
-    print(summary)
-    for title, found in (("refused", refused), ("damaged", damaged), ("gap", gaps)):
-        print_some(title, found)
+    found = found if frames else {"refused": found["refused"]}  # the others show when all is decoded
+    faults = "; ".join(f"{title} {len(lines):,}" for title, lines in found.items())
+    print(f"{counted(len(videos), 'video')}, {hours:.2f} h{f', {frames:,} frames' if frames else ''}; {faults}")
+    for title, lines in found.items():
+        print_some(title, lines)
 
 
 def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
@@ -107,15 +104,14 @@ def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
     Raises:
         UserError: a clip is not what was written.
     """
+    gaps = sum(len(cache.unbroken_runs(clip)) - 1 for clip in cache.clips)
     sources = {clip.key.source for clip in cache.clips}
-    print(
+    print_facts(
         f"{cache.folder}: a cache, {counted(len(cache.clips), 'clip')} of {counted(len(sources), 'video')}, "
         f"{counted(cache.frames, 'embedding')}, {cache.frames / cache.provenance.fps / 3600:.2f} h, "
-        f"{counted(sum(len(cache.unbroken_runs(clip)) - 1 for clip in cache.clips), 'gap')} in time"
+        f"{counted(gaps, 'gap')} in time",
+        to_json(cache.provenance),
     )
-    print_facts({name: value for name, value in vars(cache.provenance).items() if name != "columns"})
-    columns = {name: f"{column.dtype} {column.shape}" for name, column in cache.provenance.columns.items()}
-    print_facts({"column": columns})
     states: dict[str, list[str]] = defaultdict(list)
     for clip in cache.clips:
         states[compare_with_video(clip)].append(clip.key.source)
@@ -127,11 +123,11 @@ def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
         damaged = [one for one in bar if not (cache.is_intact(one) and np.isfinite(cache.clip_embeddings(one)).all())]
         print_some("damaged", [clip.key.source for clip in damaged])
         files = [f"{shard} {shard.with_suffix('.json')}" for shard in sorted({clip.shard for clip in damaged})]
-        if damaged:
-            raise UserError(
-                f"{len(damaged)} of {counted(len(cache.clips), 'clip')} in {cache.folder} are not what was written: "
-                f"delete {' '.join(files)} and embed the videos again"
-            )
+        require(
+            not damaged,
+            f"{len(damaged)} of {counted(len(cache.clips), 'clip')} in {cache.folder} are not what was written: "
+            f"delete {' '.join(files)} and embed the videos again",
+        )
         print(f"  verified: {counted(len(cache.clips), 'clip')} as written")
 
 
@@ -144,8 +140,9 @@ def compare_with_video(clip: CachedClip) -> str:
     return "is unchanged" if unchanged else "has changed since: embed it again"
 
 
-def print_facts(record: object) -> None:
+def print_facts(title: str, record: dict[str, Any]) -> None:
     """A record, a line each."""
+    print(title)
     for name, value in flat(record).items():
         print(f"  {name}: {value}")
 

@@ -81,7 +81,7 @@ def test_videos_are_counted_and_listed_in_a_manifest(folder, tmp_path, start):
     status, output, errors = finish(start(folder, manifest, ROOT / "pipelines" / "inspect_folder.py"))
     assert status == 0, errors
     lines = output.splitlines()
-    assert lines[0] == "12 videos, 0.00 h; refused 1; counted 126 frames; damaged 0; with gaps in time 0"
+    assert lines[0] == "12 videos, 0.00 h, 126 frames; refused 1; damaged 0; with gaps 0"
     assert lines[1] == f"  refused: {folder}/text.mp4: not a readable video (Invalid data found when processing input)"
     assert lines[-1].startswith(f"wrote {manifest}: ")
     records = read_manifest(manifest)
@@ -137,9 +137,9 @@ def test_gone_and_damaged_and_new_videos_are_told(folder, tmp_path, capsys, dama
     inspect_folder.main(options)
     output = capsys.readouterr().out
     assert output.startswith("12 videos, ")
-    assert re.search(r"refused 0; counted 15\d frames; damaged 1; with gaps in time 1\n", output)
+    assert re.search(r"12 videos, 0.01 h, 15\d frames; refused 0; damaged 1; with gaps 1\n", output)
     assert f"  damaged: {folder}/05.mp4: decoding failed after 0." in output
-    assert f"  gap: {folder}/gap.mp4: 1 gap, the first of 3.10 s at 1.90 s\n" in output
+    assert f"  with gaps: {folder}/gap.mp4: 1 gap, the first of 3.10 s at 1.90 s\n" in output
     assert f"  no longer there, or not under these paths: {folder}/03.mp4\n" in output
     assert [record for record in read_manifest(manifest) if record.state.path.endswith("03.mp4")] == []
     inspect_folder.main(options)
@@ -166,7 +166,7 @@ def test_a_cache_says_what_it_holds_and_what_became_of_its_videos(cache, capsys)
     output = capsys.readouterr().out
     assert output.startswith(f"{cache}: a cache, 2 clips of 2 videos, 12 embeddings, 0.00 h, 1 gap in time\n")
     assert "  encoder_fingerprint: 0123abcd\n" in output
-    assert "  column.embeddings: float32 (5,)\n" in output
+    assert "  columns.embeddings.dtype: float32\n" in output
     assert "  1 clip whose video is gone\n  video is gone: " in output
     assert "  1 clip whose video has changed since: embed it again\n" in output
     assert output.endswith("  verified: 2 clips as written\n")
@@ -189,9 +189,9 @@ def test_a_run_and_a_model_say_what_they_are(tmp_path, capsys):
     save_artefact(run / "encoder", "encoder", {"backbone": "small_conv"}, torch.nn.Linear(2, 3))
     inspect_folder.main(Options((run, run / "encoder")))
     output = capsys.readouterr().out
-    assert f"{run}: a run of pretrain_encoder, finished, by code abc; holds encoder\n" in output
-    assert "  option.encoder.backbone: small_conv\n  input.videos: 3\n" in output
-    assert f"{run}/encoder: a model, encoder, 0.0 MB\n  backbone: small_conv\n" in output
+    assert f"{run}: a run, with models: encoder\n  command: pretrain_encoder\n  finished: True\n" in output
+    assert "  options.encoder.backbone: small_conv\n  inputs.videos: 3\n" in output
+    assert f"{run}/encoder: a model\n  kind: encoder\n  config.backbone: small_conv\n" in output
 
 
 def test_mistakes_are_named(folder, tmp_path, start):
