@@ -170,7 +170,10 @@ class Life:
         """Whether all of its processes are gone."""
         self.launcher.poll()
         self.seen |= set(descendants(self.launcher.pid))
-        return not any(map(is_alive, self.seen))
+        over = not any(map(is_alive, self.seen))
+        if over:
+            self.launcher.wait()
+        return over
 
     def wait(self, seconds: float, until: Callable[[], bool] = lambda: False, poll_s: float = 0.005) -> bool:
         """Wait for all of its processes to be gone, or for something else; False if nothing came in time."""

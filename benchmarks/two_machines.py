@@ -43,7 +43,7 @@ ENVIRONMENT = {
     # No name server answers in a namespace, and c10d warns that it cannot name the other side.
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-ENCODER = "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.width 16 --batch-size 16"
+ENCODER = "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.widths 16 16 --batch-size 16"
 
 Loss = Literal["kill_second", "kill_first", "cut_cable"]
 

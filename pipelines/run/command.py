@@ -19,7 +19,8 @@ from pipelines.run.options import name_option, parse
 
 Options = TypeVar("Options")
 
-GO_ON = "what was complete before is kept: start all of them again, trainers with --resume"
+LAUNCH = "accelerate launch --quiet --config_file accelerate_config.yaml"
+"""The launcher; `--quiet` keeps its own traceback away from our one-line errors."""
 LOST_CONTACT = re.compile(
     r"connection (closed|reset|refused|was likely closed|abort)|broken pipe|caused pair closure|timed out waiting \d+ms"
     r"|connectFullMesh failed|failed to recv|ncclRemoteError|communicator was aborted|collective operation timeout",
@@ -90,40 +91,37 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
 def explain(error: BaseException, options_type: type) -> tuple[int, str]:
     """The exit code and the one line that an error deserves; an error of our own making keeps its traceback."""
     rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    # A line of its own, also after a progress bar.
-    prefix = ("\n" if getattr(tqdm, "_instances", ()) else "") + (f"[rank {rank}] " if rank else "") + "error: "
-    first_line = (str(error) or repr(error)).splitlines()[0].removesuffix(".")
-    silent = rank and (getattr(error, "on_all_ranks", False) or isinstance(error, Interrupted | KeyboardInterrupt))
-    status, line = 1, ""
+    said = (str(error) or repr(error)).splitlines()[0].removesuffix(".")
+    kept = "what was complete before is kept"
     match error:
         case SystemExit():
             raise error
         case Finished():
-            status, line = 0, str(error)
+            return 0, "" if rank else said
         case Interrupted():
-            status, line = error.exit_code, f"\n{error}"
+            return error.exit_code, "" if rank else f"\n{said}"
         case KeyboardInterrupt():
             again = "interrupted: run the same command again to continue, a trainer with --resume"
-            status, line = 128 + signal.SIGINT, f"\n{again}"
+            return 128 + signal.SIGINT, "" if rank else f"\n{again}"
         case ConfigurationError():
-            line = f"{prefix}{name_option(error.field, options_type)} {error.message}"
+            line = f"{name_option(error.field, options_type)} {error.message}"
         case UserError() | DataError():
-            line = f"{prefix}{error}"
+            line = str(error)
         case OSError():
             # h5py puts the system's reason ("No space left on device") into the text alone.
-            place, reason = error.filename or "writing", error.strerror or first_line
-            line = f"{prefix}{place}: {reason}: what was complete before is kept"
+            line = f"{error.filename or 'writing'}: {error.strerror or said}: {kept}"
         case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            advice = "lower what says how much is held at a time, such as --batch-size"
-            line = f"{prefix}out of memory ({first_line}): {advice}; what was complete before is kept"
+            line = f"out of memory ({said}): lower how much is held at a time, such as --batch-size; {kept}"
         case RuntimeError() if several and NOT_MET.search(str(error)):
-            advice = "start as many as each was told, and see whether one has ended or cannot reach the first machine"
-            line = f"{prefix}not all processes have met ({first_line}): {advice}"
+            line = f"not all processes have met ({said}): has one ended already, or can it not reach the first machine?"
         case RuntimeError() if several and LOST_CONTACT.search(str(error)):
-            line = f"{prefix}another process has ended ({first_line}), its own message says why: {GO_ON}"
+            line = f"another process has ended, its own message says why ({said}); {kept}: start all with --resume"
         case _:
             traceback.print_exception(error)
-    return status, "" if silent else line
+            return 1, ""
+    # A line of its own, also after a progress bar.
+    prefix = ("\n" if getattr(tqdm, "_instances", ()) else "") + (f"[rank {rank}] " if rank else "")
+    return 1, "" if rank and getattr(error, "on_all_ranks", False) else f"{prefix}error: {line}"
 
 
 def _leave_at_once(status: int) -> NoReturn:

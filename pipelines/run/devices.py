@@ -1,7 +1,6 @@
 """Processes and devices: one or many, alike on all."""
 
 import datetime
-import difflib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -13,15 +12,11 @@ import torch
 import torch.distributed as distributed
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from pipelines.run.command import UserError, require, said_by_all
-from pipelines.run.folder import flat, to_json
+from pipelines.run.folder import differences, to_json
 
 Result = TypeVar("Result")
 
@@ -47,19 +42,22 @@ def start_accelerator(
         UserError: accelerate sees other processes than were started, or there is no such tracker.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    known = [*map(str, get_available_trackers()), "none"]  # accelerate passes silently over what it does not find
+    for name in trackers:
+        require(name in known, f"--tracker {name} is not installed or does not exist: there are {', '.join(known)}")
     if execution == "deterministic":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(
         cpu=processes > 1 and not torch.cuda.is_available(),  # or else each would take itself for the only one
         mixed_precision=PRECISIONS.get(precision),
-        log_with=_known_trackers(trackers) or None,
+        log_with=[name for name in trackers if name != "none"] or None,
         project_dir=logs,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=LONGEST_START),
             # Backbones may have weights that get no gradient. Looking for them also keeps gradients from being
             # rearranged after the first step: ranks would add them up in another order after each start.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True),
+            DDPKwargs(gradient_as_bucket_view=True, find_unused_parameters=True),
         ],
     )
     require(
@@ -73,23 +71,13 @@ def start_accelerator(
         set_timeout(LONGEST_WAIT)
     on_gpu = accelerator.device.type == "cuda"
     require(
-        accelerator.mixed_precision != "fp16" or on_gpu, "precision fp16 needs a GPU: take --precision bf16 or fp32"
+        on_gpu or accelerator.mixed_precision != "fp16", "precision fp16 needs a GPU: take --precision bf16 or fp32"
     )
     if on_gpu:
-        torch.set_float32_matmul_precision("high")  # TF32, and so in convolutions
+        torch.set_float32_matmul_precision("high")  # TF32, as in convolutions
     elif processes == 1 and not _threads_are_chosen():
         torch.set_num_threads(cores_of_this_process())
     return accelerator
-
-
-def _known_trackers(names: Sequence[str]) -> list[str]:
-    # Accelerate passes silently over a tracker that it does not find.
-    available = list(map(str, get_available_trackers()))
-    for name in names:
-        near = difflib.get_close_matches(name, available, n=1)
-        hint = f"perhaps you meant {near[0]}" if near else f"installed are {', '.join(available)}"
-        require(name in (*available, "none"), f"--tracker {name} is not installed, or does not exist: {hint}")
-    return [name for name in names if name != "none"]
 
 
 def cores_of_this_process() -> int:
@@ -132,20 +120,12 @@ def main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
 
 
 def require_agreement(accelerator: Accelerator, **facts: Any) -> None:
-    """Make sure that all ranks were started with the same options and see the same data. Collective.
-
-    Raises:
-        UserError: on all ranks alike, naming the first rank and fact that differ.
-    """
-    everyone = gather_object([{name: to_json(value) for name, value in facts.items()}])
+    """Raises `UserError` on all ranks if they were started with other options or see other data. Collective."""
+    everyone = gather_object([to_json(facts)])
     for rank, theirs in enumerate(everyone):
-        mine, other = flat(everyone[0]), flat(theirs)
-        for name in [*mine, *other]:
-            if name not in mine or name not in other or mine[name] != other[name]:
-                raise said_by_all(UserError(
-                    f"rank {rank} has {name} = {other.get(name)}, rank 0 has {mine.get(name)}: "
-                    "start all of them with the same command, code and data"
-                ))  # fmt: skip
+        for name, mine, other in differences(everyone[0], theirs):
+            same = "start all of them with the same command, code and data"
+            raise said_by_all(UserError(f"rank {rank} has {name} = {other}, rank 0 has {mine}: {same}"))
 
 
 def summary(names: Sequence[Any]) -> str:

@@ -159,9 +159,10 @@ def _read_preset(path: Path, command: str) -> dict[str, Any]:
         raise ConfigurationError("preset", f"is {path}: this is no file of at most {LARGEST_PRESET // 1024} kB")
     try:
         text = path.read_text()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the other one takes minutes for brackets in brackets
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
             raise ValueError("it has aliases, a few of which can stand for more than fits in memory")
-        sections = yaml.safe_load(text)
+        sections = yaml.load(text, loader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError("preset", f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):

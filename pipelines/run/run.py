@@ -24,16 +24,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data.parallel import stream_ahead
+from pipelines.run import devices
 from pipelines.run.checkpoints import Checkpoints, State
 from pipelines.run.command import Interrupted, UserError
-from pipelines.run.devices import (
-    LONGEST_WAIT,
-    describe_devices,
-    main_first,
-    on_main,
-    require_agreement,
-    start_accelerator,
-)
 from pipelines.run.folder import RunFolder, flat, save_artefact, to_json, write_text
 from pipelines.run.options import OptimizerOptions, RunOptions
 
@@ -60,24 +53,18 @@ Result = TypeVar("Result")
 
 @dataclass
 class Progress:
-    """What each rank remembers beside weights."""
+    """What each rank remembers beside weights; what is called last is of the last entry in the log."""
 
     place: dict[str, int] = field(default_factory=dict)
-    """Where in the data the next batch begins."""
     seconds: float = 0.0
-    """Wall-clock seconds so far, summed over restarts."""
     samples: int = 0
-    """Samples of all ranks so far."""
-    logged_step: int = -1
-    """Steps done at the last entry in the log."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """The last entry in the log."""
-    alarms: list[str] = field(default_factory=list)
-    """The last entry's signs of collapse."""
+    last_step: int = -1
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    last_alarms: list[str] = field(default_factory=list)
     first_alarms: list[str] = field(default_factory=list)
     first_alarm_step: int | None = None
     sums: dict[str, float | Tensor] = field(default_factory=dict)
-    """Sums of the loss and its terms over the steps since the last entry in the log."""
+    """Sums of the loss and its terms over the steps since the last entry."""
     summed_steps: int = 0
 
 
@@ -100,7 +87,7 @@ class Best:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the module."""
-        return {name: getattr(self, name) for name in ("step", "metrics", "weights", "collapsed")}
+        return {name: value for name, value in vars(self).items() if name not in ("module", "metric")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what another life found."""
@@ -122,14 +109,14 @@ class Run:
 
     def __init__(self, options: RunOptions, command: str, artefacts: tuple[str, ...]) -> None:
         self.options, self.command, self.path = options, command, options.output_dir
-        self.accelerator = start_accelerator(
+        self.accelerator = devices.start_accelerator(
             options.precision, options.execution, trackers=options.tracker, logs=self.path / "logs"
         )
         self.device: torch.device = self.accelerator.device
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
-        require_agreement(self.accelerator, options=options)
-        self.folder = on_main(self.accelerator, lambda: RunFolder(options, command, artefacts))
+        devices.require_agreement(self.accelerator, options=options)
+        self.folder = devices.on_main(self.accelerator, lambda: RunFolder(options, command, artefacts))
         self.checkpoints = Checkpoints(self.accelerator, self.path / "training_state")
         set_seed(options.seed)
         self.step, self.saved_step, self.received = 0, -1, 0
@@ -141,30 +128,30 @@ class Run:
         self._count_anew()
         several_gpus = self.ranks > 1 and self.device.type == "cuda"
         # Agreed upon through the CPU: nobody has to wait for the GPU's queue of work to run empty.
-        self.group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT) if several_gpus else None
+        self.group = distributed.new_group(backend="gloo", timeout=devices.LONGEST_WAIT) if several_gpus else None
 
     def main_first(self, work: Callable[[], Result]) -> Result:
         """Do something on the main process and then on the others; what fails there fails on all alike. Collective."""
-        return main_first(self.accelerator, work)
+        return devices.main_first(self.accelerator, work)
 
     def begin(self, inputs: dict[str, Any], *facts: str) -> None:
-        """Make the folder or resume the run in it, and say what is trained on what. Collective.
+        """Make the folder or resume the run in it, and print `facts`. Collective.
 
         Args:
-            inputs: what the run learns from, in short; of a resumed run it must be the same.
-            facts: for the line that says so.
+            inputs: what the run learns from, in short.
+            facts: what is trained on what.
 
         Raises:
             UserError: ranks see other inputs, or a resumed run began with others.
         """
-        require_agreement(self.accelerator, inputs=inputs)
-        on_main(self.accelerator, lambda: self.folder.begin(inputs))  # type: ignore[union-attr]
+        devices.require_agreement(self.accelerator, inputs=inputs)
+        devices.on_main(self.accelerator, lambda: self.folder.begin(inputs))  # type: ignore[union-attr]
         if self.options.resume and (state := self.checkpoints.load_newest()) is not None:
             self.step = self.saved_step = state.step
             self.restored, self.progress = state.shared, Progress(**state.own)
-        on_main(self.accelerator, self._start_log)
+        devices.on_main(self.accelerator, self._start_log)
         if self.is_main:
-            print(f"{self.command} on {describe_devices(self.accelerator)}: {'; '.join(facts)}")
+            print(f"{self.command} on {devices.describe_devices(self.accelerator)}: {'; '.join(facts)}")
 
     def prepare(
         self, network: nn.Module, optimizer: OptimizerOptions, *, clip_norm: float = math.inf, ema_decay: float = 0.0,
@@ -316,20 +303,20 @@ class Run:
             alarms: signs of collapse, in words; the first are said loudly.
             show: names of what stands beside the progress bar.
         """
-        if self.step == self.progress.logged_step:
+        if self.step == self.progress.last_step:
             return  # in an earlier life
         self._require_finite()
         rates = self._rates()
         values = {**metrics, **self._means()}
         progress = self.progress
-        progress.logged_step, progress.metrics = self.step, values
-        progress.alarms = list(alarms) if self.step >= FIRST_ALARM_STEP else []
+        progress.last_step, progress.last_metrics = self.step, values
+        progress.last_alarms = list(alarms) if self.step >= FIRST_ALARM_STEP else []
         if self.best is not None:
-            self.best.consider(self.step, values, progress.alarms)
-        if progress.alarms and progress.first_alarm_step is None:
-            progress.first_alarm_step, progress.first_alarms = self.step, progress.alarms
+            self.best.consider(self.step, values, progress.last_alarms)
+        if progress.last_alarms and progress.first_alarm_step is None:
+            progress.first_alarm_step, progress.first_alarms = self.step, progress.last_alarms
             if self.is_main:
-                tqdm.write(f"COLLAPSE at step {self.step}: {'; '.join(progress.alarms)}")
+                tqdm.write(f"COLLAPSE at step {self.step}: {'; '.join(progress.last_alarms)}")
         if self.is_main:
             with (self.path / "curve.jsonl").open("a") as curve:
                 curve.write(json.dumps(to_json({"step": self.step, **values, **rates})) + "\n")
@@ -379,7 +366,7 @@ class Run:
         if account is not None:
             account, *others = gather_object([account])
             account.merge(others)
-        on_main(self.accelerator, lambda: self._leave(metrics, artefacts, account))
+        devices.on_main(self.accelerator, lambda: self._leave(metrics, artefacts, account))
         if self.is_main:
             print(f"wrote {', '.join(f'{self.path}/{name}' for name in (*artefacts, 'metrics.json'))}")
             if next:
@@ -395,8 +382,8 @@ class Run:
             save_artefact(self.path / name, kind, config, module)
         progress, best = self.progress, self.best
         self.folder.finish({
-            **(progress.metrics if best is None else {**best.metrics, "best_step": best.step}),
-            "collapsed": bool(progress.alarms) if best is None else best.collapsed,
+            **(progress.last_metrics if best is None else {**best.metrics, "best_step": best.step}),
+            "collapsed": bool(progress.last_alarms) if best is None else best.collapsed,
             "collapse_alarms": progress.first_alarms,
             "first_collapse_step": progress.first_alarm_step,
             "steps": self.step,
@@ -450,8 +437,7 @@ class Run:
             there.record_stream(torch.cuda.default_stream(self.device))  # not reused before that is done with it
             return there
 
-        # Of this thread and those that it starts. Two pools of threads on the same cores wait for each other in busy
-        # loops: training from a cache ran at .69 of what it does with one.
+        # Two pools of threads on the same cores wait for each other in busy loops, at .69 of the speed.
         torch.set_num_threads(1)
         for batch in batches:
             there = type(batch)(*map(moved, batch))  # type: ignore[call-overload]
