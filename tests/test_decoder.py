@@ -263,12 +263,6 @@ def test_skipping_saves_decoding(tmp_path, encode_video, decoded, suffix):
     assert decoded[0] <= 2 * 30
 
 
-def test_neighbouring_clips_are_decoded_once(tmp_path, encode_video, decoded):
-    video = encode_video(tmp_path / "a.mp4", np.arange(300) / 25, rate=25, ticks_per_second=25, options={"g": "250"})
-    read_clips(video, SIZE, np.arange(10) / 5, length=16)
-    assert decoded[0] <= 45 + 16 + 2
-
-
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
 def test_several_clocks_in_one_pass_are_those_clocks_one_by_one(tmp_path, encode_video, suffix):
     times_s = uneven_times(100) if suffix == ".mp4" else np.arange(100) / 10

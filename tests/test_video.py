@@ -175,19 +175,6 @@ def test_a_tick_on_an_edge_belongs_to_one_stretch(tmp_path, encode_video, on_clo
     assert list(chain(*parts)) == whole
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
-def test_frames_from_a_time_on(tmp_path, encode_video, suffix):
-    video = encode_video(
-        tmp_path / f"even{suffix}", np.arange(80) / 25, rate=25, ticks_per_second=25, options={"g": "30", "bf": "3"}
-    )
-    whole = list(read_frames(video, SIZE))
-    for start_s in (0.04, 1.0, 1.23, 3.1, 50):
-        expected = [(frame, time_s) for frame, time_s in whole if time_s >= start_s]
-        got = list(read_frames(video, SIZE, start_s=start_s))
-        assert [time_s for _, time_s in got] == [time_s for _, time_s in expected]
-        assert all(np.array_equal(one, other) for (one, _), (other, _) in zip(got, expected, strict=True))
-
-
 @pytest.mark.parametrize(
     ("name", "codec", "first_s"),
     [
@@ -268,13 +255,6 @@ def test_resize_is_antialiased_bilinear(tmp_path, encode_video, size):
     for (frame, _), raw in zip(read_frames(video, size), decoded, strict=True):
         reference = antialiased(exact_rgb(raw), size)
         assert (torch.from_numpy(frame).float() - reference).abs().mean() <= 0.5
-
-
-def test_resize_of_a_real_video(shared):
-    path, size = shared / "clips" / "bikes.mp4", (72, 128)
-    with av.open(str(path)) as container:
-        for (frame, _), raw, _ in zip(read_frames(path, size), container.decode(video=0), range(5), strict=False):
-            assert (torch.from_numpy(frame).float() - antialiased(exact_rgb(raw), size)).abs().mean() <= 0.5
 
 
 def test_colours_keep_their_channels(tmp_path, encode_video):
@@ -370,24 +350,6 @@ def test_a_title_that_is_not_utf8_does_no_harm(tmp_path, encode_video):
     path.write_bytes(path.read_bytes().replace(b"Fahrt im Maerz", b"Fahrt im M\xe4rz "))
     assert probe_video(path).codec == "h264"
     assert len(list(read_frames(path, SIZE))) == 3
-
-
-def test_a_damaged_video_breaks_off_after_its_good_frames(tmp_path, encode_video, damage_video, read_number):
-    video = damage_video(encode_video(tmp_path / "broken.mp4", np.arange(40) / 10, options={"bf": "0"}), first=25)
-    numbers = []
-    with pytest.raises(VideoError, match=r"broken\.mp4: decoding failed after 2\.40 s"):  # noqa: PT012
-        for frame, _ in read_frames(video, SIZE):
-            numbers.append(read_number(frame))
-    assert numbers == list(range(25))
-
-
-def test_a_corrupted_clip_breaks_off_after_its_good_frames(shared):
-    times_s = []
-    with pytest.raises(VideoError, match=r"corrupted\.mp4: decoding failed after"):  # noqa: PT012
-        for _, time_s in read_frames(shared / "clips" / "corrupted.mp4", SIZE):
-            times_s.append(time_s)
-    assert len(times_s) == 28
-    assert times_s == sorted(times_s)
 
 
 @pytest.mark.parametrize(
