@@ -17,6 +17,7 @@ holds a whole cache. Nor is it trusted: what does not fit is a `CacheError`.
 """
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -232,10 +233,13 @@ class CacheWriter:
         shard = self.folder / "shards" / f"{name}.h5"
         columns = {column: np.concatenate([clip.arrays[column] for clip in self._buffer]) for column in self.columns}
         columns["shard"] = np.frombuffer(name.encode(), np.uint8)
-        with _synced(shard) as unfinished, h5py.File(unfinished, "x") as file:
+        image = io.BytesIO()  # not on the disk: where that is full, HDF5 crashes the process
+        with h5py.File(image, "w") as file:
             offsets = {
                 column: file.create_dataset(column, data=data).id.get_offset() for column, data in columns.items()
             }
+        with _synced(shard) as unfinished, unfinished.open("xb") as raw:
+            raw.write(image.getbuffer())
         clips = [[*clip.key, len(clip.ticks), _checksum(clip.arrays.values())] for clip in self._buffer]
         # Later than all that is there, even if that was written by a clock that was ahead.
         self.written_ns = max(time.time_ns(), self.written_ns + 1)
