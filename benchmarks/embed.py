@@ -1,97 +1,96 @@
 r"""Embedding videos end to end: against decoding alone and the encoder alone.
 
-  python benchmarks/embed.py --rounds 5 --backbone resnet18 --size 112
+  python -m benchmarks.embed --rounds 5 --backbone resnet18 --size 112
 
-Wall-clock seconds on the driving clips of `$JEPA_SHARED/driving` (default `../shared/driving`), taking turns, medians:
-of decoding as the stage does it, of embedding frames that are there already, and of the whole stage with writing. Where
-decoder and encoder have hardware of their own (a GPU), the whole can be as fast as the slower of the two; where they
-share cores, their times add up. A ratio of 1 is that ideal; in CPU time it shows through other load.
+Wall-clock seconds on the driving clips of `$JEPA_SHARED/driving`, taking turns, medians: of decoding as the command
+does it, of embedding frames that are there already, and of the whole with writing. Where decoder and encoder have
+hardware of their own (a GPU), the whole can be as fast as the slower of the two; where they share cores, their times
+add up. A ratio of 1 is that ideal; in CPU time it shows through other load.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
-from data.embedding_cache import CacheWriter, ClipKey, Provenance
+from benchmarks.common import shared
+from data.cache import CacheWriter, ClipKey, Column, Provenance
 from data.manifest import file_state
-from data.map_ahead import stream_ahead
+from data.parallel import stream_ahead
 from data.video import IMAGE_FPS, TRANSFORM
-from jepa.encoder import SMALL_CONV, EncoderConfig, FrameEncoder, create_encoder
-from pipelines.compute import start_accelerator
-from pipelines.embed_videos import Chunk, Task, decode, embed, embed_videos
-from pipelines.stage import require, run_stage, write_json
-
-ROOT = Path(__file__).parent.parent
+from jepa.config import Bounded, Positive, PositiveInt
+from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
+from pipelines.run.command import run_command
+from pipelines.run.devices import cores_of_this_process, start_accelerator
+from pipelines.run.embed import Task, decode, embed_videos
+from pipelines.run.folder import write_json
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Bounded):
     """Time the embedding of videos."""
 
-    rounds: int = 5
+    rounds: PositiveInt = 5
     """Turns of each contestant; the median counts."""
-    backbone: str = SMALL_CONV
-    """Of the encoder."""
-    size: int = 64
+    backbone: str = "small_conv"
+    """Backbone of the encoder."""
+    size: PositiveInt = 64
     """Height and width of the frames in pixels."""
-    fps: float = 8.0
+    fps: Positive = 8.0
     """Ticks per second."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Frames that are embedded together."""
     videos: tuple[Path, ...] = ()
     """Other videos than the driving clips."""
     output_dir: Path = Path("runs/benchmarks/embed")
-    """Where results.json is left."""
+    """Folder for results.json."""
 
 
 def main(options: Options) -> None:
     """The story: decode alone, embed alone, do both and write; compare."""
-    require(options.rounds > 0, f"--rounds is {options.rounds}: it must be positive")
-    folder = Path(os.environ.get("JEPA_SHARED", ROOT.parent / "shared")) / "driving"
-    paths = options.videos or tuple(sorted(folder.glob("*.mp4")))
-    require(bool(paths), f"{folder}: the clips to measure on are not there; set JEPA_SHARED")
+    paths = options.videos or tuple(sorted(shared("driving").glob("*.mp4")))
     accelerator = start_accelerator()
-    torch.set_num_threads(joblib.cpu_count())
+    torch.set_num_threads(cores_of_this_process())
     encoder = create_encoder(EncoderConfig(backbone=options.backbone, image_size=(options.size, options.size)))
     encoder = encoder.to(accelerator.device).eval()
 
-    seconds: dict[str, list[tuple[float, float]]] = {"decode": [], "encode": [], "both": []}
-    chunks = list(decode_all(paths, options))
-    frames = sum(len(chunk.frames) for chunk in chunks)
+    frames = decode_all(paths, encoder, options)
+    contestants: dict[str, Callable[[], object]] = {
+        "decode": lambda: decode_all(paths, encoder, options),
+        "encode": lambda: embed_all(accelerator, encoder, frames),
+        "both": lambda: embed_and_write(accelerator, encoder, paths, options),
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for _ in range(options.rounds):
-        seconds["decode"].append(timed(lambda: list(decode_all(paths, options))))
-        seconds["encode"].append(timed(lambda: embed_chunks(accelerator, encoder, chunks, options)))
-        seconds["both"].append(timed(lambda: whole_stage(accelerator, encoder, paths, options)))
-    medians, cpu = (
-        {name: float(np.median([value[which] for value in values])) for name, values in seconds.items()}
-        for which in range(2)
+        for name, work in contestants.items():
+            before = time.monotonic(), time.process_time()
+            work()
+            seconds[name].append((time.monotonic() - before[0], time.process_time() - before[1]))
+    (decode_s, encode_s, both_s), (decode_cpu_s, encode_cpu_s, both_cpu_s) = (
+        [float(np.median([turn[clock] for turn in turns])) for turns in seconds.values()] for clock in range(2)
     )
-    results = {f"{name}: frames per second": frames / value for name, value in medians.items()}
-    apart, together = max(medians["decode"], medians["encode"]), medians["decode"] + medians["encode"]
-    results["of the slower of decoder and encoder alone"] = apart / medians["both"]
-    results["of both, one after the other (shared cores)"] = together / medians["both"]
-    results["the same in CPU time"] = (cpu["decode"] + cpu["encode"]) / cpu["both"]
-    print(f"{options.backbone}, {options.size}x{options.size}, {frames:,} frames, on {accelerator.device.type}")
+    count = sum(map(len, frames))
+    results = {
+        "decode: frames per second": count / decode_s,
+        "encode: frames per second": count / encode_s,
+        "both: frames per second": count / both_s,
+        "of the slower of decoder and encoder alone": max(decode_s, encode_s) / both_s,
+        "of both, one after the other (shared cores)": (decode_s + encode_s) / both_s,
+        "the same in CPU time": (decode_cpu_s + encode_cpu_s) / both_cpu_s,
+    }
+    print(f"{options.backbone}, {options.size}x{options.size}, {count:,} frames, on {accelerator.device.type}")
     for name, value in results.items():
         print(f"  {name:50} {value:.3g}")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(options.output_dir / "results.json", results)
-
-
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock seconds, and CPU seconds of all threads."""
-    before = time.monotonic(), time.process_time()
-    work()
-    return time.monotonic() - before[0], time.process_time() - before[1]
 
 
 def new_tasks(paths: tuple[Path, ...]) -> list[Task]:
@@ -99,30 +98,32 @@ def new_tasks(paths: tuple[Path, ...]) -> list[Task]:
     return [Task(path, [ClipKey(*file_state(path), 0.0)]) for path in paths]
 
 
-def decode_all(paths: tuple[Path, ...], options: Options) -> list[Chunk]:
-    """All frames, decoded by as many threads as the stage takes."""
-    size = (options.size, options.size)
+def decode_all(paths: tuple[Path, ...], encoder: FrameEncoder, options: Options) -> list[Tensor]:
+    """All frames in batches uint8 (n, 1, 3, H, W), decoded by as many threads as the command takes."""
 
-    def decode_one(task: Task) -> list[Chunk]:
-        return list(decode(task, size, options.fps, IMAGE_FPS, options.batch_size, strict=False))
+    def decode_one(task: Task) -> list[Tensor]:
+        chunks = decode(
+            task, encoder=encoder, fps=options.fps, image_fps=IMAGE_FPS, chunk_size=options.batch_size, strict=False
+        )
+        return [torch.from_numpy(np.stack(chunk.windows)) for chunk in chunks if chunk.windows]
 
-    return list(stream_ahead(decode_one, new_tasks(paths)))
-
-
-def embed_chunks(accelerator: Accelerator, encoder: FrameEncoder, chunks: list[Chunk], options: Options) -> None:
-    """Frames that are in memory already."""
-    for chunk in chunks:
-        chunk.task.embeddings.clear()
-    with tqdm(disable=True) as bar:
-        for _ in embed(accelerator, encoder, chunks, options.batch_size, bar):
-            pass
+    return list(stream_ahead(decode_one, new_tasks(paths), workers=cores_of_this_process()))
 
 
-def whole_stage(accelerator: Accelerator, encoder: FrameEncoder, paths: tuple[Path, ...], options: Options) -> None:
+def embed_all(accelerator: Accelerator, encoder: FrameEncoder, batches: list[Tensor]) -> None:
+    """Frames that are in memory already, a batch on each core."""
+    is_gpu = accelerator.device.type == "cuda"
+    workers = 1 if is_gpu else cores_of_this_process()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(lambda batch: encoder.embed(batch.to(accelerator.device)).cpu(), batches))
+
+
+def embed_and_write(accelerator: Accelerator, encoder: FrameEncoder, paths: tuple[Path, ...], options: Options) -> None:
     """Decode, embed and write into a new cache."""
     provenance = Provenance(
-        encoder_fingerprint="benchmark", embedding_dimension=encoder.embedding_dimension, fps=options.fps,
-        image_fps=IMAGE_FPS, image_size=encoder.config.image_size, transform=TRANSFORM, dtype="float16", versions={},
+        encoder="benchmark", encoder_fingerprint="benchmark", fps=options.fps, image_fps=IMAGE_FPS,
+        image_size=encoder.image_size, window=1, transform=TRANSFORM, precision="fp32",
+        columns={"embeddings": Column("float16", encoder.shape)}, versions={},
     )  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -130,11 +131,12 @@ def whole_stage(accelerator: Accelerator, encoder: FrameEncoder, paths: tuple[Pa
         CacheWriter(Path(folder) / "cache", provenance) as writer,
     ):
         for task in embed_videos(
-            accelerator, encoder, new_tasks(paths), options.fps, IMAGE_FPS, options.batch_size, False, bar
-        ):
+            accelerator, encoder, new_tasks(paths), fps=options.fps, image_fps=IMAGE_FPS,
+            batch_size=options.batch_size, strict=False, bar=bar,
+        ):  # fmt: skip
             for clip in task.clips():
                 writer.add(clip)
 
 
 if __name__ == "__main__":
-    run_stage(main, Options)
+    run_command(main, Options)
