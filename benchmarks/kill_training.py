@@ -431,7 +431,7 @@ def spelled_out(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
     if isinstance(value, dict):
-        return {name: spelled_out(part) for name, part in value.items() if name not in TIMES}
+        return {name: spelled_out(part) for name, part in sorted(value.items(), key=str) if name not in TIMES}
     return [spelled_out(part) for part in value] if isinstance(value, list | tuple) else value
 
 
