@@ -10,7 +10,6 @@ import av
 import h5py
 import numpy as np
 import pytest
-from PIL import Image
 
 from data.cache import CacheWriter, ClipKey, Column, EmbeddedClip, Provenance
 
@@ -174,20 +173,3 @@ def forks():
         context.set_forkserver_preload(["pipelines.pretrain_encoder", "pipelines.train_predictor", "timm.optim.lars"])
         multiprocessing.forkserver.ensure_running()
         yield
-
-
-@pytest.fixture(scope="session")
-def write_images():
-    """An ImageFolder of noisy pictures, each class with a colour of its own: `folder/class/NNN.png`."""
-
-    def write(folder, counts, size=(20, 20), seed=0):
-        generator = np.random.default_rng(seed)
-        for name, count in counts.items():
-            (folder / name).mkdir(parents=True)
-            colour = np.array([int(digit) for digit in f"{2 ** (ord(name[-1]) % 3):03b}"]) * 120 + 40
-            for index in range(count):
-                pixels = np.clip(colour + generator.normal(0, 30, (*size, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / name / f"{index:03d}.png")
-        return folder
-
-    return write
