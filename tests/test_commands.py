@@ -1,0 +1,194 @@
+"""The commands one after the other, as a person calls them, and what slips they withstand together."""
+
+import dataclasses
+import gc
+import importlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from data.synthetic import BallWorld, write_ball_videos
+from jepa.errors import ConfigurationError
+from pipelines.cli import COMMANDS
+from pipelines.run.command import UserError, explain
+from pipelines.run.options import parse
+from tests.test_folder import everything
+
+ROOT = Path(__file__).parent.parent
+ENCODER = "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.widths 16 --batch-size 16"
+PREDICTOR = "--predictor.width 16 --predictor.context 3 --batch-size 8 --rollout-steps 2 --validation-horizon 5"
+
+
+def call(name, arguments):
+    """A command in this process; the help of its options if they are wrong."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module = importlib.import_module(f"pipelines.{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *arguments.split()])
+        module.main(parse(module.Options, name))
+
+
+def refusal(name, arguments):
+    """The one line that a mistake ends in."""
+    module = importlib.import_module(f"pipelines.{name}")
+    status, line = 0, ""
+    try:
+        call(name, arguments)
+    except Exception as error:
+        status, line = explain(error, module.Options)
+    gc.collect()  # the lock of a run that has failed in this process
+    assert status == 1
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Videos, encoder, caches, predictor, evaluation and surprise, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("world")
+    for seed, (split, clips) in enumerate({"train": 8, "val": 4, "test": 4}.items()):
+        write_ball_videos(folder / split, clips, BallWorld(size=32, radius=3, frames=24, fps=8), seed=seed)
+    (folder / "train" / "notes.mp4").write_text("this is no video")
+    run = f"--tracker none --log-every 2 --steps 4 --output-dir {folder}"
+    call("pretrain_encoder", f"--videos {folder}/train {ENCODER} {run}/encoder")
+    for split in ("train", "val", "test"):
+        made = f"--videos {folder}/{split} --encoder {folder}/encoder/encoder --fps 8"
+        call("cache_embeddings", f"{made} --output-dir {folder}/cache/{split}")
+    caches = f"--train-cache {folder}/cache/train --validation-cache {folder}/cache/val"
+    call("train_predictor", f"{caches} {PREDICTOR} {run}/predictor")
+    judge = f"--predictor {folder}/predictor --output-dir {folder}"
+    call("evaluate_rollout", f"--cache {folder}/cache/test --horizon 4 --resamples 20 {judge}/evaluation")
+    call("score_surprise", f"--videos {folder}/test --encoder {folder}/encoder/encoder {judge}/surprise")
+    return folder
+
+
+def test_the_journey_leaves_what_it_promises(world):
+    for artefact in ("encoder/encoder", "predictor/predictor", "predictor/calibration"):
+        assert {"model.safetensors", "config.json"} <= everything(world / artefact)
+    for run in ("encoder", "predictor", "evaluation", "surprise"):
+        assert json.loads((world / run / "run.json").read_text())["finished"]
+        json.loads((world / run / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert json.loads((world / "encoder" / "metrics.json").read_text())["refused_videos"] == 1
+    assert "notes.mp4" in (world / "encoder" / "account.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "complaint"),
+    [
+        ("pretrain_encoder", "--videos {world}/train --output-dir {world}", "holds cache, encoder, evaluation, and no"),
+        ("train_predictor", "{caches} --output-dir {world} --overwrite", "and no run of train_predictor"),
+        ("train_predictor", "{caches} --output-dir {world}/encoder --overwrite", "holds a run of pretrain_encoder"),
+        (
+            "evaluate_rollout",
+            "{judge} --cache {world}/cache/test --output-dir {world}/predictor",
+            "holds a run of train_",
+        ),
+        (
+            "score_surprise",
+            "{judge} --videos {world}/test --output-dir {world}/test",
+            "clip_00000.mp4, clip_00001.csv, and no",
+        ),
+        (
+            "score_surprise",
+            "{judge} --videos {world}/test --output-dir {world}/test --overwrite",
+            "and no run of score_",
+        ),
+        ("train_predictor", "{caches} --output-dir {world}/predictor --steps 4 {predictor}", "a finished run: add"),
+        ("pretrain_encoder", "--videos {world}/nowhere --output-dir {world}/new", "no such file or folder"),
+        ("pretrain_encoder", "--videos {world}/train --output-dir {world}/new --fps -1", "error: --fps is -1"),
+        ("cache_embeddings", "--videos {world}/train --encoder {world}/predictor/predictor", "this is no encoder"),
+        ("cache_embeddings", "--videos {world}/train --encoder {world}/val --output-dir {world}/new", "{world}/val"),
+        ("train_predictor", "--train-cache {world}/val --output-dir {world}/new", "{world}/val"),
+        ("evaluate_rollout", "--predictor {world}/encoder --output-dir {world}/new", "there is no predictor here"),
+    ],
+)
+def test_slips_and_mistakes_are_one_line_and_harm_nothing(name, arguments, complaint, world):
+    places = {
+        "world": world, "caches": f"--train-cache {world}/cache/train --validation-cache {world}/cache/val",
+        "judge": f"--predictor {world}/predictor", "predictor": PREDICTOR,
+    }  # fmt: skip
+    before = {path: (world / path).stat().st_mtime_ns for path in everything(world)}
+    assert complaint.format(**places) in refusal(name, arguments.format(**places))
+    shutil.rmtree(world / "new", ignore_errors=True)
+    assert {path: (world / path).stat().st_mtime_ns for path in everything(world)} == before
+
+
+def test_an_interrupted_trainings_folder_is_no_place_for_an_evaluation(world, tmp_path):
+    shutil.copytree(world / "predictor", tmp_path / "run")
+    mark = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(mark | {"finished": False}))
+    evaluate = f"--predictor {world}/predictor --cache {world}/cache/test --output-dir {tmp_path}/run"
+    assert "holds a run of train_predictor: take another" in refusal("evaluate_rollout", evaluate)
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+
+
+def test_a_run_does_not_go_on_with_caches_of_another_encoder(world, tmp_path):
+    call("pretrain_encoder", f"--videos {world}/train --output-dir {tmp_path}/other --steps 1 --seed 5 "
+         f"--tracker none {ENCODER}")  # fmt: skip
+    for split in ("train", "val"):
+        made = f"--videos {world}/{split} --encoder {tmp_path}/other/encoder --fps 8"
+        call("cache_embeddings", f"{made} --output-dir {tmp_path}/cache/{split}")
+    shutil.copytree(world / "predictor", tmp_path / "predictor")
+    mark = json.loads((tmp_path / "predictor" / "run.json").read_text())
+    caches = {"train_cache": f"{tmp_path}/cache/train", "validation_cache": f"{tmp_path}/cache/val"}
+    mark |= {"finished": False, "options": mark["options"] | caches}
+    (tmp_path / "predictor" / "run.json").write_text(json.dumps(mark))
+    caches = f"--train-cache {tmp_path}/cache/train --validation-cache {tmp_path}/cache/val"
+    again = f"{caches} {PREDICTOR} --steps 4 --log-every 2 --tracker none --output-dir {tmp_path}/predictor --resume"
+    assert re.search(
+        r"began with provenance\.encoder\w* = .*: resume with the same data", refusal("train_predictor", again)
+    )
+
+
+def explained(options_type, prefix=""):
+    """Each option of a command as it is declared, in its first kind where there are several."""
+    for field in dataclasses.fields(options_type):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default):
+            yield from explained(type(default), f"{prefix}{field.name}.")
+        elif default is not None or "Config" not in str(field.type):
+            yield f"--{prefix}{field.name}".replace("_", "-")
+
+
+@pytest.mark.parametrize("name", COMMANDS.values())
+def test_help_explains_every_option(name, monkeypatch, capsys):
+    module = importlib.import_module(f"pipelines.{name}")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        parse(module.Options, name, description=module.__doc__)
+    shown = capsys.readouterr().out
+    assert module.__doc__.splitlines()[0] in shown
+    lines = re.sub(r"[│╭╮╰╯─]", " ", shown)
+    for option in explained(module.Options):
+        if option == "--paths":  # positional
+            continue
+        found = re.search(rf"{re.escape(option)}\b[^\n]*\n?\s*(.*?)\(", lines, flags=re.DOTALL)
+        assert found, option
+        assert len(" ".join(found[0].split())) > len(option) + 15, f"{option} is not explained"
+
+
+def test_a_typing_error_is_answered_with_the_right_name(capsys):
+    with pytest.raises(SystemExit):
+        call("pretrain_encoder", "--videos x --objective.variance-wieght 3")
+    assert "--objective.variance-weight" in capsys.readouterr().err
+
+
+def test_the_line_of_each_kind_of_error():
+    options = importlib.import_module("pipelines.train_predictor").Options
+    for error, line in [
+        (UserError("a is 1"), "error: a is 1"),
+        (ConfigurationError("width", "is 0"), "error: --predictor.width is 0"),
+        (OSError(28, "No space left on device", "a.json"), "error: a.json: No space left on device: what was complete"),
+        (OSError("h5py: No space left"), "error: writing: h5py: No space left: what was complete before is kept"),
+        (MemoryError(), "error: out of memory (MemoryError()): lower how much is held at a time"),
+        (RuntimeError("CUDA out of memory. Tried"), "error: out of memory (CUDA out of memory. Tried)"),
+    ]:
+        status, said = explain(error, options)
+        assert status == 1
+        assert said.startswith(line)
