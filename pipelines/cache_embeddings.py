@@ -31,8 +31,9 @@ from jepa.config import Bounded, Positive, PositiveInt
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
-from pipelines.run.encoders import AnyEncoder, PublishedOptions, find_encoder, keep_encoder, sample_windows
+from pipelines.run.encoders import AnyEncoder
 from pipelines.run.folder import MARK, read_json, to_json, versions, write_json
+from pipelines.run.published import PublishedOptions, find_encoder, keep_encoder, sample_windows
 
 NUMBER = Column("float64")
 """What a CSV says of a tick."""

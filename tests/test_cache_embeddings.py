@@ -27,8 +27,9 @@ from jepa.expander import Expander, ExpanderConfig
 from pipelines import cache_embeddings
 from pipelines.cache_embeddings import Options
 from pipelines.run.command import UserError
-from pipelines.run.encoders import PublishedOptions, build_encoder, find_encoder
-from pipelines.run.folder import load_module, save_artefact, write_json
+from pipelines.run.encoders import load_encoder
+from pipelines.run.folder import save_artefact, write_json
+from pipelines.run.published import PublishedOptions, find_encoder
 
 ROOT = Path(__file__).parent.parent
 CLIPS = 4
@@ -261,7 +262,7 @@ def test_another_commands_folder_is_no_place_for_a_cache(embed, tmp_path):
 
 def test_embeddings_are_those_of_frames_at_their_times(embed, material):
     cache = embed(fps=4.0, clocks=2, dtype="float32", batch_size=7)
-    encoder = load_module(material / "encoder", "encoder", build_encoder)
+    encoder = load_encoder(material / "encoder")
     assert len(cache.clips) == 2 * CLIPS
     for clip in cache.clips:
         timed = list(read_on_clock(Path(clip.key.source), (32, 32), fps=4.0, offsets_s=(clip.key.offset_s,)))

@@ -14,8 +14,8 @@ from jepa.components import principal_components
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder, resize_map
 from jepa.errors import ConfigurationError
 from pipelines.run.command import UserError
-from pipelines.run.encoders import build_encoder
-from pipelines.run.folder import load_module, save_artefact
+from pipelines.run.encoders import load_encoder
+from pipelines.run.folder import save_artefact
 
 
 def frames(count, height=64, width=64, seed=0):
@@ -66,7 +66,7 @@ def test_a_trained_encoder_is_the_same_after_saving(changes, shape, tmp_path):
     assert any(not torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     embeddings = encoder.embed(images[:, None])
     save_artefact(tmp_path / "encoder", "encoder", dataclasses.asdict(config), encoder)
-    loaded = load_module(tmp_path / "encoder", "encoder", build_encoder)
+    loaded = load_encoder(tmp_path / "encoder")
     assert embeddings.shape == (3, *shape) == (3, *encoder.shape)
     assert torch.equal(embeddings, loaded.embed(images[:, None]))
     assert not torch.equal(embeddings[0], embeddings[1])
@@ -216,7 +216,7 @@ def test_components_take_the_place_of_the_head(tmp_path):
     encoder.replace_head(principal_components([features], 6))
     assert encoder.shape == (4, 4, 6)
     save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
-    loaded = load_module(tmp_path / "encoder", "encoder", build_encoder)
+    loaded = load_encoder(tmp_path / "encoder")
     reduced = loaded.embed(frames(9)[:, None])
     assert torch.equal(reduced, encoder.embed(frames(9)[:, None]))
     torch.testing.assert_close(reduced.mean(dim=(0, 1, 2)), torch.zeros(6), atol=1e-5, rtol=0)
@@ -308,4 +308,4 @@ def test_an_artefact_with_another_configuration_is_no_random_encoder(change, tmp
     config = dataclasses.asdict(encoder.config) | change
     save_artefact(tmp_path / "encoder", "encoder", config, encoder)
     with pytest.raises(UserError, match=r"/encoder: (.* its configuration wants|the encoder here cannot be loaded)"):
-        load_module(tmp_path / "encoder", "encoder", build_encoder)
+        load_encoder(tmp_path / "encoder")

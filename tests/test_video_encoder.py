@@ -16,8 +16,9 @@ from jepa.errors import ConfigurationError
 from jepa.video_encoder import load_clip_encoder
 from pipelines.run.command import UserError
 from pipelines.run.embed import Task, embed_videos
-from pipelines.run.encoders import PublishedOptions, build_encoder, find_encoder
-from pipelines.run.folder import load_module, save_artefact
+from pipelines.run.encoders import load_encoder
+from pipelines.run.folder import save_artefact
+from pipelines.run.published import PublishedOptions, find_encoder
 
 SIZE, WINDOW, FPS = 32, 8, 10.0
 transformers = pytest.importorskip("transformers")
@@ -67,7 +68,7 @@ def test_embeddings_are_transformers_own_and_the_same_after_saving(published, to
     assert embeddings.shape == (3, *encoder.shape)
     encoder.replace_head(principal_components([embeddings], 2))
     save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
-    loaded = load_module(tmp_path / "encoder", "encoder", build_encoder)
+    loaded = load_encoder(tmp_path / "encoder")
     assert torch.equal(loaded.embed(windows(3)), encoder.embed(windows(3)))
     assert loaded.fingerprint == encoder.fingerprint
 

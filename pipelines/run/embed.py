@@ -7,7 +7,7 @@ gives the same embeddings whatever else is embedded, and wherever a run was inte
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,15 +43,8 @@ class Task:
     """(clock, tick, time in seconds, row in `embeddings`)."""
     rows: int = 0
     """Embeddings so far; a frame that several clocks share has one, where the encoder sees single frames."""
-    is_read: bool = False
-    """Whether there are no more to come."""
     embeddings: list[np.ndarray] = field(default_factory=list)
     """float32 (n, *tokens, D) each, together (rows, *tokens, D)."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all of it is embedded."""
-        return self.is_read and sum(map(len, self.embeddings)) == self.rows
 
     def clips(self) -> list[EmbeddedClip]:
         """Clips for the cache; clocks that fell on no frame are left out."""
@@ -86,15 +79,15 @@ def embed_videos(
     strict: bool,
     bar: "tqdm[None]",
 ) -> Iterator[Task]:
-    """Embed the videos, and yield each as it is done, in no particular order.
+    """Embed videos, and yield each as it is done, in no particular order.
 
     Args:
         accelerator: gives the device and the precision.
         encoder: on that device.
-        tasks: the videos, and the clocks that are wanted of each.
+        tasks: the videos.
         fps: rate of the clocks.
         image_fps: rate of image sequences.
-        batch_size: windows (single frames, for a frame encoder) that are embedded together.
+        batch_size: windows that are embedded together.
         strict: damage is an error; otherwise a task says what was wrong.
         bar: counts embeddings.
 
@@ -102,6 +95,7 @@ def embed_videos(
         VideoError: with `strict`, a video cannot be read or is damaged.
     """
     decode_one = partial(decode, encoder=encoder, fps=fps, image_fps=image_fps, chunk_size=batch_size, strict=strict)
+    chunks = stream_ahead(decode_one, tasks, workers=cores_of_this_process())
     is_gpu = accelerator.device.type == "cuda"
     # On a CPU each batch has a thread to itself: threads that share a batch wait for each other in busy loops, and
     # decoding lacks what they waste.
@@ -109,32 +103,17 @@ def embed_videos(
     shape = (batch_size, encoder.window, 3, *encoder.image_size)
     # One to be filled, the others on their way.
     buffers = deque(torch.zeros(shape, dtype=torch.uint8, pin_memory=is_gpu) for _ in range(workers + 2))
-    in_flight: deque[tuple[Future[Tensor], list[Task]]] = deque()
-    owners: list[Task] = []  # of each row that is filled
+    in_flight: deque[tuple[Future[Tensor] | None, list[Task], list[Task]]] = deque()
     if is_gpu:
         torch.cuda.synchronize()  # the weights were copied on another stream
-
     with ThreadPoolExecutor(workers, initializer=_prepare_thread, initargs=(accelerator.device,)) as pool:
-
-        def send() -> None:
-            in_flight.append((pool.submit(_embed, accelerator, encoder, buffers[0]), list(owners)))
-            bar.update(len(owners))
-            owners.clear()
+        for owners, ended in _fill(buffers, chunks):
+            embedded = pool.submit(_embed, accelerator, encoder, buffers[0]) if owners else None
+            in_flight.append((embedded, owners, ended))
             buffers.rotate(-1)
-
-        for task, windows, is_last in stream_ahead(decode_one, tasks, workers=cores_of_this_process()):
-            for window in windows:
-                np.stack(window, out=buffers[0][len(owners)].numpy())
-                owners.append(task)
-                if len(owners) == batch_size:
-                    send()
-                    if len(in_flight) > workers:
-                        yield from _hand_out(*in_flight.popleft())
-            task.is_read = is_last
-            if task.is_done:
-                yield task
-        if owners:
-            send()
+            bar.update(len(owners))
+            if len(in_flight) > workers:
+                yield from _hand_out(*in_flight.popleft())
         while in_flight:
             yield from _hand_out(*in_flight.popleft())
 
@@ -191,12 +170,27 @@ def _embed(accelerator: Accelerator, encoder: Encoder, frames: Tensor) -> Tensor
         return encoder.embed(frames.to(accelerator.device, non_blocking=True)).float().cpu()
 
 
-def _hand_out(embedded: "Future[Tensor]", owners: list[Task]) -> Iterator[Task]:
+def _fill(buffers: deque[Tensor], chunks: Iterable[Chunk]) -> Iterator[tuple[list[Task], list[Task]]]:
+    """Fill the first buffer again and again; yield whose each row is, and which tasks have no more rows to come."""
+    owners: list[Task] = []
+    ended: list[Task] = []
+    for task, windows, is_last in chunks:
+        for window in windows:
+            np.stack(window, out=buffers[0][len(owners)].numpy())
+            owners.append(task)
+            if len(owners) == len(buffers[0]):
+                yield owners, ended
+                owners, ended = [], []
+        if is_last:
+            ended.append(task)
+    yield owners, ended
+
+
+def _hand_out(embedded: "Future[Tensor] | None", owners: list[Task], ended: list[Task]) -> Iterator[Task]:
     """Give each task its embeddings; yield those that have all of them."""
-    embeddings, start = embedded.result().numpy(), 0
+    start = 0
     for task, rows in groupby(owners):
         end = start + len(list(rows))
-        task.embeddings.append(embeddings[start:end].copy())
+        task.embeddings.append(embedded.result()[start:end].numpy().copy())  # type: ignore[union-attr]
         start = end
-        if task.is_done:
-            yield task
+    yield from ended
