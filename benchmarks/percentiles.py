@@ -1,0 +1,92 @@
+r"""Do percentiles mean what they say? Ordinary clips that nothing was fitted on should be ordinary.
+
+  python -m benchmarks.percentiles --runs runs/benchmarks/balls/seed_0 runs/benchmarks/robot/seed_0
+
+The 16 training clips of UCSD Ped2 (Mahadevan et al. 2010, a walkway from above, nothing abnormal in them; needs them in
+`$JEPA_SHARED/ped2`) are left out in turn: encoder and predictor learn from the others, every fourth of these chooses
+and calibrates, and the one left out is scored. Of finished runs of other benchmarks the test clips are scored. Prints
+which share of the frames lies above the 99th and above the 90th percentile, in the mean over clips, for each part, and
+writes `results.json`.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import Recipe, embed, finished, markdown, run, shared, train
+from jepa.config import Bounded, PositiveInt
+from pipelines.run.command import run_command
+from pipelines.run.folder import write_json
+
+LEVELS = (99, 90)
+
+
+@dataclass(frozen=True)
+class Options(Bounded):
+    """Share of ordinary frames above percentiles, on clips that nothing was fitted on."""
+
+    runs: tuple[Path, ...] = ()
+    """Finished runs, each with `predictor/` and `cache/test`."""
+    walkway: bool = True
+    """Leave out the clips of the walkway in turn."""
+    parts: PositiveInt = 16
+    """Parts in which the clips of the walkway are left out; at 16 each alone."""
+    steps: tuple[PositiveInt, PositiveInt] = (500, 400)
+    """Steps of the encoder and of the predictor."""
+    horizon: PositiveInt = 1
+    """Ticks before a moment that it is forecast from."""
+    output_dir: Path = Path("runs/benchmarks/percentiles")
+    """Where all runs and the results are left."""
+
+
+def main(options: Options) -> None:
+    """The story: train without each part of the walkway and score it, score the runs, print."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    for folder in options.runs:
+        shares[str(folder)] = score(folder, options.output_dir / f"{folder.parent.name}_{folder.name}", options)
+    if options.walkway:
+        clips = sorted((shared("ped2") / "train").glob("*.mp4"))
+        shares["walkway"] = {}
+        for part, left_out in enumerate(np.array_split(np.array(clips), options.parts)):
+            folder = options.output_dir / f"walkway_{part:02}"
+            train_without(clips, left_out.tolist(), folder, options)
+            shares["walkway"] |= score(folder, folder / "surprise", options)
+    write_json(options.output_dir / "results.json", shares)
+    rows: list[list[object]] = [["clips", "number", *(f"above {level}, %" for level in LEVELS), "worst clip"]]
+    for name, of_clips in shares.items():
+        values = 100 * np.array(list(of_clips.values()))  # (clips, levels)
+        rows.append(
+            [name, len(values), *map(float, values.mean(axis=0)), f"{values[:, 0].max():.1f} above {LEVELS[0]}"]
+        )
+    print(markdown(rows))
+
+
+def train_without(clips: Sequence[Path], left_out: Sequence[Path], folder: Path, options: Options) -> None:
+    """Encoder, caches and predictor of all clips but those left out, which are the test."""
+    others = [clip for clip in clips if clip not in left_out]
+    videos = {"train": [clip for index, clip in enumerate(others) if index % 4], "val": others[::4], "test": left_out}
+    train("pretrain_encoder", folder / "encoder", {"videos": videos["train"], "fps": 10, "steps": options.steps[0]},
+          {"encoder.image-size": (64, 96)})  # fmt: skip
+    embed(folder, videos, Recipe(fps=10))
+    caches = {"train-cache": folder / "cache" / "train", "validation-cache": folder / "cache" / "val"}
+    train("train_predictor", folder / "predictor", caches, {"steps": options.steps[1]})
+
+
+def score(folder: Path, output: Path, options: Options) -> dict[str, list[float]]:
+    """Shares of the frames of each test clip of a run above each of `LEVELS`."""
+    if not finished(output):
+        run("score_surprise", {"cache": folder / "cache" / "test", "predictor": folder / "predictor",
+            "horizon": options.horizon, "peaks": 1}, "--output-dir", output, "--overwrite")  # fmt: skip
+    percentiles: dict[str, list[float]] = {}
+    with (output / "surprise.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            percentiles.setdefault(row["video"], []).append(float(row["percentile"]))
+    return {clip: [float(np.mean(np.array(values) > level)) for level in LEVELS]
+            for clip, values in percentiles.items()}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(main, Options)
