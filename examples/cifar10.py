@@ -105,9 +105,9 @@ def main(options: Options) -> None:
     metrics: dict[str, Any] = {}
     artefacts: dict[str, tuple[str, Any, nn.Module]] = {}
     if run.is_main:
-        accuracy, embeddings = probe(network, untrained, (train, test), run.device)
+        accuracy, probed = probe(network, untrained, (train, test), run.device)
         write_json(options.output_dir / "accuracy.json", accuracy)
-        draw_tsne(embeddings, test, options.output_dir / "tsne.png")
+        draw_tsne(probed, test, options.output_dir / "tsne.png")
         metrics = {f"{name}_{kind}": value for name, row in accuracy.items() for kind, value in row.items()}
         for name, row in accuracy.items():
             print(f"{name:20}" + "".join(f"{kind:>8} {100 * value:6.2f} %" for kind, value in row.items()))
@@ -268,7 +268,8 @@ def draw_tsne(embeddings: np.ndarray, images: Images, path: Path) -> None:
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axis = figure.subplots()
     for number, name in enumerate(images.classes):
-        axis.scatter(*plane[labels == number].T, s=5, color=f"C{number % 10}", label=name)
+        x, y = plane[labels == number].T
+        axis.scatter(x, y, s=5, color=f"C{number % 10}", label=name)
     axis.set(xticks=[], yticks=[], title=f"t-SNE of {len(shown):,} test images")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
     figure.savefig(path, dpi=120)

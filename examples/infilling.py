@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def main(options: Options) -> None:
             best.consider(step + 1, metrics, [])
             run.log(metrics, [], show=("loss", CHOSEN_BY))
 
-    artefacts = {}
+    artefacts: dict[str, tuple[str, Any, nn.Module]] = {}
     if run.is_main:
         best.restore()
         results = evaluate(infiller.cpu().eval(), measured, held_out, test.take(test.evenly(MEASURED)))

@@ -100,7 +100,7 @@ class CausalTransformer(Network):
     def forward(
         self, features: Tensor, last: int, state: tuple[int, list[tuple[Tensor, Tensor]]] | None = None
     ) -> tuple[Tensor, tuple[int, list[tuple[Tensor, Tensor]]]]:
-        seen, memories = state or (0, [None] * len(self.blocks))
+        seen, memories = state if state else (0, [None] * len(self.blocks))
         hidden, kept = self.embed(features), []
         for block, memory in zip(self.blocks, memories, strict=True):
             hidden, keys_values = block(hidden, seen, memory)

@@ -88,7 +88,7 @@ def draw_peaks(scores: Scores, peaks: Sequence[int], cache: EmbeddingCache, path
         zip(figure.subplots(len(peaks), squeeze=False)[:, 0], peaks, around, strict=True), start=1
     ):
         shown = [next(waiting) for _ in places]
-        draw_strip(shown, axes, captions=[caption(scores, place) for place in places], marked=peak - places[0])
+        draw_strip(shown, axes, captions=[caption(scores, int(place)) for place in places], marked=peak - places[0])
         axes.set_title(f"{row}. at {scores.times_s[peak]:.2f} s", fontsize=9, loc="left")
     figure.savefig(path, dpi=120)
 
