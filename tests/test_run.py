@@ -94,8 +94,7 @@ def differing(one, other, name=""):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Whole runs, by the decay of their averages."""
-    return {decay: train(tmp_path_factory.mktemp("run") / "whole", ema_decay=decay) for decay in (0.0, 0.9)}
+    return train(tmp_path_factory.mktemp("run") / "whole")
 
 
 def test_schedule_warms_up_over_a_tenth_and_ends_at_zero():
@@ -128,7 +127,7 @@ def test_biases_and_normalisation_do_not_decay_and_only_what_is_trained_is_moved
 
 
 def test_a_run_leaves_what_it_promises(undisturbed):
-    path = undisturbed[0.0]
+    path = undisturbed
     metrics = json.loads((path / "metrics.json").read_text())
     rows = [json.loads(row) for row in (path / "curve.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 4, 8, 12]
@@ -142,24 +141,17 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert toy_trainer.judge(network)["validation"] == pytest.approx(best["validation"], rel=1e-6)
 
 
-def test_averaged_weights_are_other_weights(undisturbed):
-    plain, averaged = (left(undisturbed[decay]) for decay in (0.0, 0.9))
-    assert torch.equal(plain["state"]["network"]["0.weight"], averaged["state"]["network"]["0.weight"])
-    assert not torch.equal(plain["weights"]["0.weight"], averaged["weights"]["0.weight"])
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_was_stopped_and_resumed_equals_an_undisturbed_one(number, decay, undisturbed, tmp_path):
+def test_a_run_that_was_stopped_and_resumed_equals_an_undisturbed_one(number, undisturbed, tmp_path):
     for step in (2, 6):
         with pytest.raises(Interrupted, match=f"stopped and saved after step {step + 1}: add --resume") as stopped:
-            train(tmp_path, f"{number.name} {step} 0", ema_decay=decay, resume=step > 2)
+            train(tmp_path, f"{number.name} {step} 0", resume=step > 2)
         assert stopped.value.exit_code == 128 + number
         assert states(tmp_path)[-1] == step + 1
     with (tmp_path / "curve.jsonl").open("a") as curve:
         curve.write('{"step": 8, "loss": 1}\n{"step": 12, "lo')  # logged before a kill, and torn by it
-    train(tmp_path, ema_decay=decay, resume=True)
-    assert differing(left(tmp_path), left(undisturbed[decay])) == []
+    train(tmp_path, resume=True)
+    assert differing(left(tmp_path), left(undisturbed)) == []
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -186,7 +178,7 @@ def test_a_run_that_was_killed_while_it_left_its_results_leaves_them_when_resume
     assert not json.loads((tmp_path / "run.json").read_text())["finished"]
     monkeypatch.setattr(run.Run, "finish", with_account)
     train(tmp_path, resume=True)
-    assert differing(left(tmp_path), left(undisturbed[0.0])) == []
+    assert differing(left(tmp_path), left(undisturbed)) == []
     assert json.loads((tmp_path / "account.json").read_text())["read_s"] == {"a.mp4": 2.0}
     with pytest.raises(Finished):
         train(tmp_path, resume=True)
@@ -405,7 +397,7 @@ class TestProcesses:
         half.mkdir()
         (half / "state.pt").write_bytes(b"half")
         Process(f"--output-dir {tmp_path}/run --resume", tmp_path / "log").ends()
-        assert differing(left(tmp_path / "run"), left(undisturbed[0.0])) == []
+        assert differing(left(tmp_path / "run"), left(undisturbed)) == []
         assert states(tmp_path / "run") == [10, 12]
 
     def test_a_full_disk_is_one_line_and_costs_nothing_that_was_whole(self, undisturbed, tmp_path):
@@ -415,7 +407,7 @@ class TestProcesses:
         assert re.search(r"error: .*: what was complete before is kept", said)
         assert not find_fault(tmp_path / "run" / "training_state" / "step_00000003")
         Process(f"{options} --resume", tmp_path / "c.log").ends()
-        assert differing(left(tmp_path / "run"), left(undisturbed[0.0])) == []
+        assert differing(left(tmp_path / "run"), left(undisturbed)) == []
 
     def test_a_second_live_resume_is_one_line(self, tmp_path):
         options = f"--output-dir {tmp_path}/run --resume"
@@ -456,13 +448,14 @@ def test_a_trainer_elsewhere_needs_no_more_than_this(tmp_path):
     toy = Run(Least(output_dir=tmp_path, steps=3, tracker=("none",)), "mine", ("net",))
     toy.begin({})
     network = toy.prepare(
-        nn.Linear(8, 1), OptimizerOptions(), optimizer_of=lambda groups: torch.optim.SGD(groups, lr=1.0)
+        nn.Linear(8, 1),
+        OptimizerOptions(),
     )
     for step, batch in toy.steps(batches):
         toy.update(network(batch.numbers).square().mean(), {})
         assert toy.due == (step == 2)
     toy.log({}, [])
-    toy.finish({"mine": 1}, {"net": ("linear", {}, toy.weights)})
+    toy.finish({"mine": 1}, {"net": ("linear", {}, network)})
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["mine"] == 1
     assert metrics["loss"] < 1

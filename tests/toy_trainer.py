@@ -50,8 +50,6 @@ class Options(RunOptions):
     """Optimiser steps."""
     noise: Positive = 0.1
     """Noise on what is learned from."""
-    ema_decay: float = 0.0
-    """Decay of averaged weights."""
     data: str = "sums"
     """Name of the data."""
     size: tuple[int, int] = (64, 64)
@@ -85,10 +83,10 @@ def main(options: Options) -> None:
     run = Run(options, "toy_trainer", ("sum",))
     run.begin({"data": options.data}, "sums")
     network = make_network(options)
-    trained = run.prepare(network, options.optimizer, clip_norm=1.0, ema_decay=options.ema_decay)
-    best = run.keep_best(run.weights, "validation")
+    trained = run.prepare(network, options.optimizer, clip_norm=1.0)
+    best = run.keep_best(network, "validation")
     if run.step == 0:
-        run.log(judge(run.weights))
+        run.log(judge(network))
     disturbance, at, rank = os.environ.get("TOY_DISTURBED", "none -1 0").split()  # NAME STEP RANK
     for step, batch in run.steps(lambda place: draw_batches(options.seed, run.rank, place)):
         noise = options.noise * torch.randn(batch.numbers.shape, generator=run.generator(step))
@@ -101,9 +99,9 @@ def main(options: Options) -> None:
                 os.kill(os.getpid(), getattr(signal, disturbance))
         run.update(loss, {"bias": errors.mean()}, batch.videos)
         if run.due:
-            run.log(judge(run.weights), ["no spread"] if options.data == "collapsing" else [])
+            run.log(judge(network), ["no spread"] if options.data == "collapsing" else [])
     best.restore()
-    run.finish({"undefined": float("nan")}, {"sum": ("toy", {"width": options.network.width}, run.weights)}, next="sum")
+    run.finish({"undefined": float("nan")}, {"sum": ("toy", {"width": options.network.width}, network)}, next="sum")
 
 
 @torch.no_grad()

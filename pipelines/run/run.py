@@ -20,7 +20,6 @@ import torch
 import torch.distributed as distributed
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data.parallel import stream_ahead
@@ -95,7 +94,7 @@ class Best:
 
 
 class Run:
-    """The run of a trainer, on this rank.
+    """The run of a trainer, on this rank. Collective.
 
     Args:
         options: of the command.
@@ -122,7 +121,6 @@ class Run:
         self.step, self.saved_step, self.received = 0, -1, 0
         self.progress, self.parts, self.restored = Progress(), dict[str, Any](), dict[str, Any]()
         self.best: Best | None = None
-        self.averaged: AveragedModel | None = None
         self.unseen: list[tuple[int, Sequence[Any], Tensor]] = []
         self.lived = self.saved_at = time.monotonic()
         self._count_anew()
@@ -153,39 +151,25 @@ class Run:
         if self.is_main:
             print(f"{self.command} on {devices.describe_devices(self.accelerator)}: {'; '.join(facts)}")
 
-    def prepare(
-        self, network: nn.Module, optimizer: OptimizerOptions, *, clip_norm: float = math.inf, ema_decay: float = 0.0,
-        optimizer_of: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
-    ) -> nn.Module:  # fmt: skip
+    def prepare(self, network: nn.Module, optimizer: OptimizerOptions, *, clip_norm: float = math.inf) -> nn.Module:
         """The network on its device and ready for several ranks, with its weights restored; after `begin`.
 
         Args:
             network: with batch normalisation already synchronised, where there is any.
             optimizer: learning rate and weight decay.
             clip_norm: longest gradient.
-            ema_decay: of an exponential moving average of the weights, which `weights` then is; 0 for none.
-            optimizer_of: makes another optimiser than AdamW from groups of parameters.
         """
         network = network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.network, self.peak, self.clip_norm = network, optimizer.learning_rate, clip_norm
-        if ema_decay:
-            self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
-            self._keep("averaged", self.averaged)
+        self.peak, self.clip_norm = optimizer.learning_rate, clip_norm
         if self.options.execution == "compiled":
             network.compile()
-        make = optimizer_of or (lambda groups: torch.optim.AdamW(groups, lr=self.peak, fused=True))
-        made = make(decayed_groups(network, optimizer.weight_decay))
-        self.trained, self.optimizer = self.accelerator.prepare(network, made)
+        adamw = torch.optim.AdamW(decayed_groups(network, optimizer.weight_decay), lr=self.peak, fused=True)
+        self.trained, self.optimizer = self.accelerator.prepare(network, adamw)
         self._keep("network", network)
         self._keep("optimizer", self.optimizer)
         if self.accelerator.scaler is not None:
             self._keep("scaler", self.accelerator.scaler)
         return self.trained
-
-    @property
-    def weights(self) -> nn.Module:
-        """The network itself, or the moving average of it."""
-        return self.network if self.averaged is None else self.averaged.module
 
     def keep_best(self, module: nn.Module, metric: str) -> Best:
         """From now on, keep the weights for which a logged metric is lowest; after `prepare`."""
@@ -270,8 +254,6 @@ class Run:
             self._require_finite()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.network)
         for name, value in {"loss": loss, **terms}.items():
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value.detach()
         self.progress.summed_steps += 1
