@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import signal
@@ -55,7 +56,9 @@ def train(path, disturbed=None, **options):
             patch.setenv("TOY_DISTURBED", disturbed)
         try:
             toy_trainer.main(toy_trainer.Options(**(defaults | options)))
-        except Exception as error:
+        except BaseException as error:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
             raise error.with_traceback(None) from None  # which would keep the run, and its lock, alive
         finally:
             gc.collect()
@@ -160,6 +163,17 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     toy._receive(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         toy._receive(signal.SIGINT, None)
+
+
+def test_a_signal_after_the_last_step_stops_at_once_for_all_is_saved(undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.run.run.save_artefact", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="stopped and saved after step 12: add --resume") as stopped:
+            train(tmp_path)
+        assert pickle.loads(pickle.dumps(stopped.value)).exit_code == 128 + signal.SIGTERM
+        del stopped
+    train(tmp_path, resume=True)
+    assert differing(left(tmp_path), left(undisturbed)) == []
 
 
 @pytest.mark.parametrize("cut", ["save_artefact", "RunFolder.leave_account", "RunFolder.finish"])

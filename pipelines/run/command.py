@@ -45,8 +45,11 @@ class Interrupted(Exception):
     """The command was asked to stop and has saved its work."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, signal_number)
         self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def require(condition: bool, message: str) -> None:

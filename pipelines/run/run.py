@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -208,10 +208,9 @@ class Run:
                 began = time.monotonic()
                 batch = next(ahead)
                 self.waited_s += time.monotonic() - began
-                if signal.getsignal(signal.SIGTERM) != self._receive:
-                    # Not before: decoding the first frames may take long, and there is nothing to save yet.
-                    signal.signal(signal.SIGINT, self._receive)
-                    signal.signal(signal.SIGTERM, self._receive)
+                # Not before: decoding the first frames may take long, and there is nothing to save yet.
+                signal.signal(signal.SIGINT, self._receive)
+                signal.signal(signal.SIGTERM, self._receive)
                 samples = next(len(value) for value in batch if isinstance(value, Tensor))  # type: ignore[attr-defined]
                 self.samples += samples * self.ranks
                 self.progress.samples += samples * self.ranks
@@ -223,9 +222,9 @@ class Run:
                 self.progress.place = dict(batch.place)
                 self.bar.update()
                 self._after_step()
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        except BaseException:
+            self._stop_listening()
+            raise
         self.bar.close()
         ahead.close()  # type: ignore[attr-defined]
         self._save()
@@ -355,6 +354,7 @@ class Run:
                 print(f"Next:\n  {next}")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        self._stop_listening()
 
     def _leave(self, metrics: dict[str, Any], artefacts: dict[str, tuple[str, Any, nn.Module]], account: Any) -> None:
         assert self.folder is not None
@@ -394,18 +394,27 @@ class Run:
         if received or due or self.step % self.options.checkpoint_every == 0:
             self._save()
         if received:
-            if self.folder is not None:
-                self.folder.release()
             self.accelerator.end_training()
-            raise Interrupted(f"stopped and saved after step {self.step}: add --resume to go on", received)
+            self._stop(received)
+
+    def _stop(self, signal_number: int) -> NoReturn:
+        if self.folder is not None:
+            self.folder.release()
+        raise Interrupted(f"stopped and saved after step {self.step}: add --resume to go on", signal_number)
 
     def _receive(self, signal_number: int, frame: FrameType | None) -> None:
         if self.received and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal_number
+        if self.step == self.saved_step == self.options.steps:  # what follows is done again in no time
+            self._stop(signal_number)
         if self.is_main:
             # Not by print: the progress bar may be writing at this moment, and streams refuse to be entered twice.
             os.write(2, b"\nsaving after this step; Ctrl-C again to stop at once\n")
+
+    def _stop_listening(self) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _feed(self, batches: Iterable[AnyBatch]) -> Iterator[AnyBatch]:
         """Batches with their tensors on the device; for a thread ahead, which waits for the copies."""
