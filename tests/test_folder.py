@@ -165,7 +165,10 @@ def test_an_unfinished_run_is_resumed_with_the_same_options_and_inputs(tmp_path,
 def test_a_finished_run_that_is_resumed_has_nothing_to_do_unless_it_gets_more_steps(run):
     with pytest.raises(Finished, match="is finished: nothing to do"):
         take(run, resume=True)
+    with pytest.raises(UserError, match="steps = 3, not 2"):
+        take(run, resume=True, steps=2)
     take(run, resume=True, steps=4).begin({})
+    assert not (run / "metrics.json").exists()
     assert not json.loads((run / "run.json").read_text())["finished"]
 
 
@@ -208,7 +211,10 @@ def test_links_are_not_followed_when_writing(tmp_path):
     assert mine.read_text() == "precious"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"format": "other"}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", "[" * 100_000, '{"format": "other"}', "\xff", '{"format": "video-jepa run 1", "inputs": {}}'],
+)
 def test_a_damaged_mark_is_one_line(run, content):
     (run / "run.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"run\.json") as raised:

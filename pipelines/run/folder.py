@@ -63,8 +63,13 @@ class RunFolder:
         self._hold()
         mark = self.path / MARK
         self.record: dict[str, Any] = read_json(mark) if mark.exists() else {"format": FORMAT, "finished": False}
-        require(self.record.get("format") == FORMAT, f"{mark} is not of this version: take another --output-dir")
-        if "inputs" in self.record:
+        fields = {"command": str, "finished": bool, "options": dict, "inputs": dict} if "inputs" in self.record else {}
+        known = all(isinstance(self.record.get(name), kind) for name, kind in fields.items())
+        require(
+            known and self.record.get("format") == FORMAT,
+            f"{mark} is damaged, or of another version: take another --output-dir",
+        )
+        if fields:
             self._require_consent()
         else:  # nothing has begun here
             self.record["command"] = command
@@ -106,17 +111,15 @@ class RunFolder:
                 f"{path} holds {'a finished' if finished else 'an unfinished'} run: add {go_on}--overwrite to replace "
                 "it, or take another --output-dir",
             )
-        elif finished and getattr(self.options, "steps", 0) <= before.get("steps", 0):
+            return
+        changed = differences(before, to_json(self.options))
+        if finished and "steps" not in [name for name, _, _ in changed]:
             raise Finished(f"{path} is finished: nothing to do")
-        else:
-            self._require_same_options(before)
-
-    def _require_same_options(self, before: dict[str, Any]) -> None:
-        for name, was, now in differences(before, to_json(self.options)):
-            more = name == "steps" and now > was
+        for name, was, now in changed:
+            more = name == "steps" and isinstance(was, int) and now > was
             require(
                 more or bool(MAY_CHANGE.fullmatch(name)),
-                f"{self.path} was started with {name} = {was}, not {now}: resume with the same options (--steps may be "
+                f"{path} was started with {name} = {was}, not {now}: resume with the same options (--steps may be "
                 "raised), or add --overwrite to start again",
             )
             if more or name.endswith("learning_rate"):
@@ -128,6 +131,7 @@ class RunFolder:
         Raises:
             UserError: a run that is resumed began with other inputs.
         """
+        (self.path / "metrics.json").unlink(missing_ok=True)
         if "inputs" in self.record and self.resume:
             for name, was, now in differences(self.record["inputs"], to_json(inputs)):
                 raise UserError(
