@@ -450,7 +450,7 @@ def _read_shards(folder: Path, columns: dict[str, Column]) -> tuple[list[_Shard]
 
 def _read_manifest(path: Path, columns: dict[str, Column]) -> tuple[_Shard, list[CachedClip]]:
     """A shard, and its clips at their rows in it."""
-    shard = _Shard(path.with_suffix(".h5"), 0, 0, b"", 0, {})
+    shard = _Shard(path.with_suffix(".h5"), rows=0, size_bytes=0, id=b"", written_ns=0, offsets={})
     try:
         record = json.loads(path.read_bytes())
         clips, rows = [], 0
@@ -458,7 +458,12 @@ def _read_manifest(path: Path, columns: dict[str, Column]) -> tuple[_Shard, list
             clips.append(CachedClip(ClipKey(*key), rows, frames, crc32, shard.path))
             rows += frames
         shard = _Shard(
-            shard.path, rows, record["bytes"], record["shard"].encode(), record["written_ns"], dict(record["offsets"])
+            shard.path,
+            rows=rows,
+            size_bytes=record["bytes"],
+            id=record["shard"].encode(),
+            written_ns=record["written_ns"],
+            offsets=dict(record["offsets"]),
         )
         begins = [shard.offsets[name] for name in (*columns, "shard")]
         if not _are_sizes(shard.size_bytes, shard.written_ns, *begins, *(clip.frames for clip in clips)):

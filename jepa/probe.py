@@ -22,7 +22,7 @@ class Probe:
     """A fitted linear probe for each column."""
 
     shape: tuple[int, ...]
-    """Of an embedding, (*tokens, D)."""
+    """Shape of an embedding, (*tokens, D)."""
     mean: Tensor
     """float64 (F,), of the features."""
     std: Tensor
