@@ -32,7 +32,7 @@ def check_packages() -> str | None:
         raise ForeignPackageError(
             f"{ROOT / lost[0]} is not the file that {NAME} installed (nor are {len(lost) - 1} more): another "
             f"distribution has overwritten it or taken it away{': ' if shared else ''}{', '.join(shared)}; give {NAME} "
-            f"an environment of its own, or install it again (pip's --force-reinstall --no-deps), which breaks the other"
+            f"an environment of its own, or install it again (pip --force-reinstall --no-deps), which breaks the other"
         )
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
