@@ -1,5 +1,6 @@
 """What benchmarks share: the material beside the project, commands as a person runs them, tables over seeds."""
 
+import csv
 import json
 import os
 import re
@@ -215,6 +216,15 @@ def forecasts(evaluation: Path, measure: str, horizons: Sequence[int]) -> dict[s
     found = read_json(evaluation / "rollout.json")["predictors"]
     return {name: [float(np.mean(records[horizon - 1][measure])) for horizon in horizons]
             for name, records in found.items() if measure in records[0]}  # fmt: skip
+
+
+def read_scores(path: Path, column: str) -> dict[str, np.ndarray]:
+    """Times and a column of `surprise.csv` for each video, (N, 2)."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["video"], []).append((float(row["time_s"]), float(row[column])))
+    return {video: np.array(scores) for video, scores in found.items()}
 
 
 def make_encoder(folder: Path, size: int, dimension: int = 32) -> Path:

@@ -6,8 +6,8 @@ r"""Real video: recorded laps of a driving simulator, trained on three recording
 Needs the recordings (`a_00 b_00 b_01 b_02`, mp4 and csv) in `$JEPA_SHARED/driving`. At 4 fps and by the plain recipe:
 encoder and predictor learn from the first four fifths of a_00, b_00 and b_01, the last fifth of each chooses and
 calibrates, and b_02 is the test; the forecasts' speed and steering are read off by ridge regression. Then scores b_02
-with ten seconds played backwards, at many places, and with ten seconds of a_00 spliced in. Prints tables in Markdown
-and writes `results.json`. Whatever is to be found out goes by the second command, which never reads b_02.
+with ten seconds played backwards, at many places. Prints tables in Markdown and writes `results.json`. Whatever is to
+be found out goes by the second command, which never reads b_02.
 """
 
 import csv
@@ -19,7 +19,17 @@ import av
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.common import Recipe, finished, forecasts, make_model, run, shared, table_by_horizon, table_of_measures
+from benchmarks.common import (
+    Recipe,
+    finished,
+    forecasts,
+    make_model,
+    read_scores,
+    run,
+    shared,
+    table_by_horizon,
+    table_of_measures,
+)
 from benchmarks.robot import compare_with_the_best
 from data.synthetic import write_video
 from data.video import read_on_clock
@@ -29,7 +39,7 @@ from pipelines.run.folder import write_json
 RECORDINGS = ("a_00", "b_00", "b_01")
 FPS = 4
 SEGMENT = 40
-"""Frames that are reversed or spliced in."""
+"""Frames that are reversed."""
 HELD_OUT, GAP_S = 0.2, 2.0
 """Share of each training recording that is validation, and what is left out before it: one context."""
 RECIPE = Recipe(
@@ -56,7 +66,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """The story: cut and manipulate the videos, run each seed, gather, print."""
+    """The story: cut and reverse the videos, run each seed, gather, print."""
     recordings = shared("driving")
     folder = options.output_dir.absolute() / options.test
     (folder / "cut").mkdir(parents=True, exist_ok=True)
@@ -64,8 +74,8 @@ def main(options: Options) -> None:
     halves = [cut_recording(recordings / f"{name}.mp4", folder / "cut") for name in names]
     test = recordings / f"{options.test}.mp4"
     videos = {"train": [head for head, _ in halves], "val": [tail for _, tail in halves], "test": [test]}
-    reversals, splice = write_manipulated(test, recordings / f"{names[0]}.mp4", folder)
-    results = [measure_seed(folder / f"seed_{seed}", videos, reversals, splice, seed=seed) for seed in options.seeds]
+    reversals = write_reversed(test, folder)
+    results = [measure_seed(folder / f"seed_{seed}", videos, reversals, seed) for seed in options.seeds]
     write_json(folder / "results.json", results)
     for name in results[0]["forecasts"]:
         print(f"\n{name}\n\n{table_by_horizon([result['forecasts'][name] for result in results], HORIZONS)}")
@@ -104,60 +114,36 @@ def cut_recording(path: Path, folder: Path) -> tuple[Path, Path]:
     return parts
 
 
-def write_manipulated(test: Path, other: Path, folder: Path) -> tuple[dict[Path, float], tuple[Path, float]]:
-    """The test on its clock with one segment played backwards, at several places, and with a splice of the other.
-
-    Returns:
-        The reversed videos with the second at which the segment begins, and the spliced one with its second.
-    """
-    true, foreign = (
-        np.stack([timed.frame.transpose(1, 2, 0) for timed in read_on_clock(video, (160, 320), fps=FPS)])
-        for video in (test, other)
-    )
-    middle, inserted = len(true) // 2, foreign[500 : 500 + SEGMENT]
-    made = {folder / "spliced.mp4": np.concatenate([true[:middle], inserted, true[middle:]])}
+def write_reversed(test: Path, folder: Path) -> dict[Path, float]:
+    """The test on its clock with one segment played backwards, at several places; the second at which each begins."""
+    true = np.stack([timed.frame.transpose(1, 2, 0) for timed in read_on_clock(test, (160, 320), fps=FPS)])
     reversals = {}
     for start in range(100, len(true) - 2 * SEGMENT, 60):
-        path, segment = folder / f"reversed_at_{start}.mp4", slice(start, start + SEGMENT)
-        made[path], reversals[path] = true.copy(), start / FPS
-        made[path][segment] = true[segment][::-1]
-    for path, frames in made.items():
+        path, frames = folder / f"reversed_at_{start}.mp4", true.copy()
+        frames[start : start + SEGMENT] = true[start : start + SEGMENT][::-1]
         if not path.exists():
             write_video(path, frames, FPS)
-    return reversals, (folder / "spliced.mp4", middle / FPS)
+        reversals[path] = start / FPS
+    return reversals
 
 
 def measure_seed(
-    folder: Path,
-    videos: dict[str, list[Path]],
-    reversals: dict[Path, float],
-    splice: tuple[Path, float],
-    *,
-    seed: int,
+    folder: Path, videos: dict[str, list[Path]], reversals: dict[Path, float], seed: int
 ) -> dict[str, Any]:
     """All figures of one seed: of forecasts at each of `HORIZONS`, and the others."""
     measures = make_model(folder, videos, RECIPE, seed) | compare_with_the_best(folder / "evaluation")
-    for name, given in (("reversed", list(reversals)), ("spliced", [splice[0]])):
-        if not finished(folder / name):
-            run("score_surprise", {"videos": given, "encoder": folder / "encoder" / "encoder",
-                "predictor": folder / "predictor"}, "--output-dir", folder / name, "--overwrite")  # fmt: skip
-    measures["reversed segments"] = float(len(reversals))
+    if not finished(folder / "reversed"):
+        run("score_surprise", {"videos": list(reversals), "encoder": folder / "encoder" / "encoder",
+            "predictor": folder / "predictor"}, "--output-dir", folder / "reversed", "--overwrite")  # fmt: skip
     scores = read_scores(folder / "reversed" / "surprise.csv", "energy")
-    measures |= {f"reversed, AUROC of {of}": value for of, value in notice_reversals(scores, reversals).items()}
-    energies = read_scores(folder / "spliced" / "surprise.csv", "energy")
-    measures["splice: rank among all moments, by energy"] = notice_splice(energies, splice)
+    cosines = read_scores(folder / "reversed" / "surprise.csv", "change_cosine")
+    against = {video: rows * [1, -1] for video, rows in cosines.items()}
+    for name, values in {"energy": scores, "disagreement": against}.items():
+        noticed = notice_reversals(values, reversals)
+        measures |= {f"reversed, AUROC of {of}, by {name}": value for of, value in noticed.items()}
     tables = {name: forecasts(folder / "evaluation", name, HORIZONS)
               for name in ("relative_to_copy_last", "relative_to_ridge", "probe_r2")}  # fmt: skip
     return {"forecasts": tables, "measures": measures}
-
-
-def read_scores(path: Path, column: str) -> dict[str, np.ndarray]:
-    """Times and scores of each video, (N, 2)."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["video"], []).append((float(row["time_s"]), float(row[column])))
-    return {video: np.array(scores) for video, scores in found.items()}
 
 
 def notice_reversals(scores: dict[str, np.ndarray], reversals: dict[Path, float]) -> dict[str, float]:
@@ -179,16 +165,6 @@ def notice_reversals(scores: dict[str, np.ndarray], reversals: dict[Path, float]
         name: float(roc_auc_score(*zip(*labelled, strict=True)))
         for name, labelled in (("moments", moments), ("10 s", segments))
     }
-
-
-def notice_splice(energies: dict[str, np.ndarray], splice: tuple[Path, float]) -> float:
-    """The rank of the splice among all moments, by energy."""
-    path, start_s = splice
-    times_s, values = energies[str(path)].T
-    edges_s = np.array([start_s, start_s + SEGMENT / FPS])
-    # The frame after an edge is the first that does not follow from its past.
-    at_edge = (np.abs(times_s[:, None] - edges_s) < 0.5 / FPS).any(axis=1)
-    return float(1 + (values > values[at_edge].max()).sum())
 
 
 if __name__ == "__main__":

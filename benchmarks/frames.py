@@ -1,13 +1,11 @@
-r"""Frames for encoder training: rate against plain decoding, memory, and how well they are shuffled.
+r"""Frames for encoder training: rate against plain decoding, and memory.
 
   python -m benchmarks.frames --rounds 5
 
 On the driving clips of `$JEPA_SHARED/driving` (default `../shared/driving`), with so little memory that they are
 streamed through it. The rate is CPU time of reading every video once in order, divided by that of an epoch of shuffled
 pairs, both on the same clock and by as many threads, taking turns, medians. Memory is the process's, watched over
-several epochs. The shuffle is measured on the batches themselves, by recognising their frames: how often neighbours in
-a batch come from the same video, and how far apart in time they then are; beside it what perfect and no shuffling would
-give.
+several epochs.
 """
 
 import resource
@@ -52,7 +50,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """The story: index the clips, compare rates, watch memory, look at the order."""
+    """The story: index the clips, compare rates, watch memory."""
     require(options.rounds > 0, f"--rounds is {options.rounds}: it must be positive")
     paths = sorted(shared("driving").glob("*.mp4"))
     memory = int(1e6 * options.shuffle_megabytes)
@@ -73,7 +71,6 @@ def main(options: Options) -> None:
         "pairs, of all there are": pairs / (frames - len(videos) * options.clocks),
     }
     results |= watch_memory(videos, options, memory)
-    results |= shuffle_quality(videos, options, memory)
     for name, value in results.items():
         print(f"{name:60} {value:.3g}")
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -125,31 +122,6 @@ def watch_memory(videos: list[VideoInfo], options: Options, memory: int) -> dict
     return {"bound on decoded frames in MB": memory / 1e6} | {
         f"process above its size before, epoch {number}, in MB": value / 1e6 for number, value in enumerate(greatest)
     }
-
-
-def shuffle_quality(videos: list[VideoInfo], options: Options, memory: int) -> dict[str, float]:
-    """Neighbours in a batch: the share from one video, and their median distance in time there."""
-    where: dict[bytes, tuple[int, int]] = {}
-    for index, video in enumerate(videos):
-        for position, frame in enumerate(sequence(video, options)):
-            where.setdefault(frame.tobytes(), (index, position))
-    places = [
-        np.array([where[frame.tobytes()] for frame in batch])
-        for _, batch in epochs(make_loader(videos, options, memory), 1)
-    ]
-    everything = np.concatenate(places)
-    generator = np.random.default_rng(0)
-    perfect = np.array_split(generator.permutation(everything), len(places))
-    unshuffled = np.array_split(everything[np.lexsort(everything.T[::-1])], len(places))
-    period_s = 1 / options.fps / options.clocks
-    results = {}
-    for name, batches in {"ours": places, "perfect": perfect, "none": unshuffled}.items():
-        same = np.concatenate([batch[1:, 0] == batch[:-1, 0] for batch in batches])
-        apart_s = np.concatenate([np.abs(np.diff(batch[:, 1])) for batch in batches])[same] * period_s
-        results[f"shuffle, {name}: neighbours from one video"] = float(same.mean())
-        results[f"shuffle, {name}: their median distance in seconds"] = float(np.median(apart_s))
-        results[f"shuffle, {name}: videos in a batch"] = float(np.mean([len(set(batch[:, 0])) for batch in batches]))
-    return results
 
 
 def resident_bytes() -> int:

@@ -9,14 +9,13 @@ which share of the frames lies above the 99th and above the 90th percentile, in 
 writes `results.json`.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Recipe, embed, finished, markdown, run, shared, train
+from benchmarks.common import Recipe, embed, finished, markdown, read_scores, run, shared, train
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import run_command
 from pipelines.run.folder import write_json
@@ -80,12 +79,8 @@ def score(folder: Path, output: Path, options: Options) -> dict[str, list[float]
     if not finished(output):
         run("score_surprise", {"cache": folder / "cache" / "test", "predictor": folder / "predictor",
             "horizon": options.horizon, "peaks": 1}, "--output-dir", output, "--overwrite")  # fmt: skip
-    percentiles: dict[str, list[float]] = {}
-    with (output / "surprise.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            percentiles.setdefault(row["video"], []).append(float(row["percentile"]))
-    return {clip: [float(np.mean(np.array(values) > level)) for level in LEVELS]
-            for clip, values in percentiles.items()}  # fmt: skip
+    found = read_scores(output / "surprise.csv", "percentile")
+    return {clip: [float((values[:, 1] > level).mean()) for level in LEVELS] for clip, values in found.items()}
 
 
 if __name__ == "__main__":

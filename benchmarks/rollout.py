@@ -4,8 +4,8 @@ r"""What does imagining cost? Rollouts with and without remembering, and imagine
 
 For each kind of predictor, at its default size: a rollout of 256 clips over 100 steps, with the state that networks
 carry along (keys and values, hidden states) against reading the sequence again at each step, as far back as it can
-matter, in turn, in one run; imagined frames a second, in float32 and in bf16; and how much memory tensors hold at once
-for 100 and for 400 steps, beside what is returned. Prints a table in Markdown and writes `results.json`.
+matter, in turn, in one run; and imagined frames a second, in float32 and in bf16. Prints a table in Markdown and writes
+`results.json`.
 """
 
 import statistics
@@ -17,7 +17,6 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import markdown
 from jepa.config import Bounded, PositiveInt
@@ -86,9 +85,6 @@ def measure(config: NetworkConfig, options: Options) -> dict[str, str | float]:
         "times faster": statistics.median(reading) / cost if reading else "",
         "imagined frames a second": frames / cost,
         "the same in bf16": frames / statistics.median(halved),
-        "MB held at once, 100 steps": memory_mb(predictor, past, 100),
-        "MB held at once, 400 steps": memory_mb(predictor, past, 400),
-        "MB returned, 100 steps": options.clips * 100 * options.dimension * 4 / 1e6,
     }
 
 
@@ -106,18 +102,6 @@ def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def memory_mb(predictor: Predictor, past: Sequence, horizon: int) -> float:
-    """The most memory that tensors of one rollout hold at the same time, in MB, what it returns included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        rollout(predictor, past, Future.ticks(horizon, FPS))
-    held = peak = 0
-    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 1e6
 
 
 if __name__ == "__main__":

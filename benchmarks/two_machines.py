@@ -6,23 +6,24 @@ Two network namespaces, joined by a virtual cable, stand for the machines: each 
 and reaches the other over that cable alone; the output folder is shared, as it must be between real machines. In each
 the encoder is trained by the command of `configs/accelerate/multi_node.yaml`, one process a side, on the CPU.
 
-First undisturbed. Then, after the first checkpoint, one side is lost: every process of the second or of the first is
-killed, or the cable is cut, which no socket notices. Whoever is left must end by itself within a minute, with an
-error. With --resume the two then finish, and the weights must be
+First undisturbed. Then, after the first checkpoint, every process of the second side or of the first is killed. The
+other must end by itself within a minute, with an error. With --resume the two then finish, and the weights must be
 those of the undisturbed run, bit for bit.
 """
 
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from signal import SIGKILL
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -43,17 +44,13 @@ ENVIRONMENT = {
     # No name server answers in a namespace, and c10d warns that it cannot name the other side.
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-ENCODER = "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.widths 16 16 --batch-size 16"
-
-Loss = Literal["kill_second", "kill_first", "cut_cable"]
+ENCODER = "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.widths 16 --batch-size 16"
 
 
 @dataclass(frozen=True)
 class Options(Bounded):
     """Rehearse a run on two machines."""
 
-    losses: tuple[Loss, ...] = ("kill_second", "kill_first", "cut_cable")
-    """How a side is lost, each in a run of its own."""
     steps: PositiveInt = 200
     """Optimiser steps of a run; there is a checkpoint after each tenth of them."""
     limit_s: Positive = 60
@@ -62,168 +59,120 @@ class Options(Bounded):
     """Where results.json is left."""
 
 
-@dataclass(frozen=True)
-class Stop:
-    """How a side ended that had lost the other."""
-
-    side: int
-    seconds: float | None  # None: it never did
-    exit_code: int | None
-    said: list[str]
-    """Lines that begin with "error:"."""
-
-    @property
-    def complaint(self) -> str:
-        """What is wrong with it; empty if nothing."""
-        if self.seconds is None:
-            return f"side {self.side} hung"
-        return f"side {self.side} ended as if all were well" if self.exit_code == 0 else ""
-
-
-class TwoMachines:
-    """Two network namespaces and the cable between them; nothing of them is left afterwards."""
-
-    def __init__(self, logs: Path) -> None:
-        self.names = [f"jepa-{os.getpid()}-{side}" for side in (0, 1)]
-        self.logs = logs
-
-    def __enter__(self) -> Self:
-        try:
-            for name in self.names:
-                ip("netns", "add", name)
-            ip("link", "add", "eth0", "netns", self.names[0], "type", "veth", "peer", "eth0", "netns", self.names[1])
-            for name, address in zip(self.names, ADDRESSES, strict=True):
-                ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
-                ip("-n", name, "link", "set", "lo", "up")
-            self.set_cable("up")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for side, name in enumerate(self.names):
-            if Path("/run/netns", name).exists():
-                self.kill(side)
-                ip("netns", "delete", name)  # its end of the cable goes with it, and so does the other end
-
-    def set_cable(self, state: Literal["up", "down"]) -> None:
-        """Plug the cable in or out."""
-        for name in self.names:
-            ip("-n", name, "link", "set", "eth0", state)
-
-    def kill(self, side: int) -> None:
-        """SIGKILL to every process of a side."""
-        for process in ip("netns", "pids", self.names[side]).split():
-            os.kill(int(process), signal.SIGKILL)
-
-    def launch(self, side: int, arguments: list[str]) -> "subprocess.Popen[bytes]":
-        """Start training on a side with the shipped configuration; what it says goes to its log."""
-        command = [
-            *["ip", "netns", "exec", self.names[side], sys.executable, "-m", "accelerate.commands.accelerate_cli"],
-            *["launch", "--config_file", "configs/accelerate/multi_node.yaml", "--num_machines", "2"],
-            *["--num_processes", "2", "--machine_rank", str(side), "--main_process_ip", ADDRESSES[0]],
-            *["pipelines/pretrain_encoder.py", *arguments],
-        ]
-        with self.log(side).open("wb") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
-
-    def log(self, side: int) -> Path:
-        """Where a side's output goes."""
-        return self.logs / f"side_{side}.log"
-
-    def said(self, side: int) -> str:
-        """What a side has said; progress bars leave carriage returns."""
-        return self.log(side).read_text(errors="replace").replace("\r", "\n")
-
-
 def main(options: Options) -> None:
-    """The story: train undisturbed, then lose a side in each way, resume, and compare."""
+    """The story: train undisturbed, then lose each side, resume, and compare."""
     require(shutil.which("ip") is not None and os.geteuid() == 0, "network namespaces need root and the `ip` command")
     results: dict[str, Any] = {}
-    complaints: list[str] = []
-    with tempfile.TemporaryDirectory() as scratch, TwoMachines(Path(scratch)) as machines:
+    with tempfile.TemporaryDirectory() as scratch, two_namespaces() as names:
         folder = Path(scratch)
         write_ball_videos(folder / "videos", 8, BallWorld(size=32, radius=3, frames=24, fps=8), seed=0)
-        arguments = words("--videos", folder / "videos", ENCODER.split(), "--tracker", "none", "--steps",
-                          options.steps, "--checkpoint-every", max(1, options.steps // 10))  # fmt: skip
-        results["undisturbed: seconds"] = train(machines, [*arguments, *words("--output-dir", folder / "undisturbed")])
-        print(f"undisturbed: 2 ranks, one on each side, {options.steps} steps", flush=True)
-        for loss in options.losses:
-            run = [*arguments, *words("--output-dir", folder / loss)]
-            for stop in lose(machines, loss, run, folder / loss / "training_state", options.limit_s):
-                results[f"{loss}: side {stop.side}"] = vars(stop)
-                when = "never ended" if stop.seconds is None else f"ended after {stop.seconds:.1f} s"
-                print(
-                    f"{loss}: side {stop.side} {when}, exit code {stop.exit_code}", *stop.said, sep="\n  ", flush=True
-                )
-                complaints += [f"{loss}: {stop.complaint}"] if stop.complaint else []
-            train(machines, [*run, "--resume"])
-            equal = same_weights(folder / "undisturbed", folder / loss)
-            results[f"{loss}: same weights"] = equal
-            complaints += [] if equal else [f"{loss}: other weights than undisturbed"]
-            print(f"{loss}: resumed and finished, weights {'bit-equal' if equal else 'DIFFERENT'}", flush=True)
+        common = words("--videos", folder / "videos", ENCODER.split(), "--tracker", "none", "--steps", options.steps,
+                       "--checkpoint-every", max(1, options.steps // 10), "--output-dir")  # fmt: skip
+        results["undisturbed: seconds"] = train(names, [*common, str(folder / "undisturbed")], folder)
+        for lost in (1, 0):
+            output = folder / f"lost_{lost}"
+            seconds, code, said = lose(names, lost, [*common, str(output)], output, limit_s=options.limit_s)
+            train(names, [*common, str(output), "--resume"], folder)
+            equal = same_weights(folder / "undisturbed", output)
+            results[f"side {lost} lost"] = {"seconds": seconds, "exit code": code, "said": said, "bit-equal": equal}
+            print(
+                f"side {lost} lost: the other ended after {seconds:.1f} s with {code} ({'; '.join(said)})", flush=True
+            )
+            print(f"  resumed: the weights are {'bit-equal' if equal else 'DIFFERENT'}", flush=True)
+            require(code not in (None, 0) and equal, f"side {lost} lost: this is not as it should be")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(options.output_dir / "results.json", results)
-    require(not complaints, "; ".join(complaints))
-    print(f"as it should be: {', '.join(options.losses)}")
 
 
-def train(machines: TwoMachines, arguments: list[str], limit_s: float = 300) -> float:
+@contextmanager
+def two_namespaces() -> Iterator[list[str]]:
+    """Two network namespaces and a cable between them; nothing of them is left afterwards."""
+    names = [f"jepa-{os.getpid()}-{side}" for side in (0, 1)]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "eth0", "netns", names[1])
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+            for link in ("lo", "eth0"):
+                ip("-n", name, "link", "set", link, "up")
+        yield names
+    finally:
+        for name in names:
+            if Path("/run/netns", name).exists():
+                kill(name)
+                ip("netns", "delete", name)  # its end of the cable goes with it, and so does the other end
+
+
+def kill(name: str) -> None:
+    """SIGKILL to every process of a side."""
+    for process in ip("netns", "pids", name).split():
+        os.kill(int(process), SIGKILL)
+
+
+def launch(names: list[str], arguments: list[str], logs: Path) -> list["subprocess.Popen[bytes]"]:
+    """Start training on both sides with the shipped configuration; what they say goes to a log of each."""
+    sides = []
+    for side, name in enumerate(names):
+        command = [
+            *["ip", "netns", "exec", name, sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"],
+            *["--config_file", "configs/accelerate/multi_node.yaml", "--num_machines", "2", "--num_processes", "2"],
+            *["--machine_rank", str(side), "--main_process_ip", ADDRESSES[0], "pipelines/pretrain_encoder.py"],
+        ]
+        with (logs / f"side_{side}.log").open("wb") as log:
+            sides.append(subprocess.Popen([*command, *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT,
+                                          stdout=log, stderr=log))  # fmt: skip
+    return sides
+
+
+def said(logs: Path, side: int) -> str:
+    """What a side has said; progress bars leave carriage returns."""
+    return (logs / f"side_{side}.log").read_text(errors="replace").replace("\r", "\n")
+
+
+def train(names: list[str], arguments: list[str], logs: Path, limit_s: float = 300) -> float:
     """Train on both sides to the end; the seconds it took."""
     began = time.monotonic()
-    sides = [machines.launch(side, arguments) for side in (0, 1)]
-    for side, process in enumerate(sides):
+    for side, process in enumerate(launch(names, arguments, logs)):
         try:
             process.wait(timeout=max(1, began + limit_s - time.monotonic()))
         except subprocess.TimeoutExpired:
-            machines.kill(0)
-            machines.kill(1)
-        require(process.returncode == 0, f"side {side} ended with {process.wait()}:\n{last_words(machines.said(side))}")
-    ranks = re.search(r" on (\d+) x ", machines.said(0))
-    require(ranks is not None and ranks[1] == "2", f"the run does not have 2 ranks:\n{last_words(machines.said(0))}")
+            kill(names[0])
+            kill(names[1])
+        require(process.wait() == 0, f"side {side} ended with {process.returncode}:\n{said(logs, side)[-2000:]}")
+    ranks = re.search(r" on (\d+) x ", said(logs, 0))
+    require(ranks is not None and ranks[1] == "2", f"the run does not have 2 ranks:\n{said(logs, 0)[-2000:]}")
     return time.monotonic() - began
 
 
-def lose(machines: TwoMachines, loss: Loss, arguments: list[str], checkpoints: Path, limit_s: float) -> list[Stop]:
-    """Train until there is a checkpoint, lose a side, and see how the others end. Nothing runs afterwards."""
-    sides = [machines.launch(side, arguments) for side in (0, 1)]
-    while not list(checkpoints.glob("step_*[1-9]*")):
+def lose(
+    names: list[str], lost: int, arguments: list[str], output: Path, *, limit_s: float
+) -> tuple[float, int | None, list[str]]:
+    """Train until there is a checkpoint, kill a side, and see how the other ends; seconds, exit code, error lines."""
+    logs = output.parent
+    sides = launch(names, arguments, logs)
+    while not list((output / "training_state").glob("step_*[1-9]*")):
         for side, process in enumerate(sides):
-            require(process.poll() is None, f"side {side} ended by itself:\n{last_words(machines.said(side))}")
+            require(process.poll() is None, f"side {side} ended by itself:\n{said(logs, side)[-2000:]}")
         time.sleep(0.05)
-    lost_at = time.monotonic()
-    if loss == "cut_cable":
-        machines.set_cable("down")
-        left = [0, 1]
-    else:
-        machines.kill(0 if loss == "kill_first" else 1)
-        left = [1 if loss == "kill_first" else 0]
-    ended: dict[int, float] = {}
-    while len(ended) < len(left) and time.monotonic() < lost_at + limit_s:
-        time.sleep(0.05)
-        ended |= {
-            side: time.monotonic() - lost_at for side in left if side not in ended and sides[side].poll() is not None
-        }
-    stops = [
-        Stop(side, ended.get(side), sides[side].poll(), re.findall(r"error: .*", machines.said(side))) for side in left
-    ]
-    for side, process in enumerate(sides):
-        machines.kill(side)  # also ranks that have outlived their launcher
+    began, left = time.monotonic(), sides[1 - lost]
+    kill(names[lost])
+    try:
+        left.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        print(f"side {1 - lost} is still there after {limit_s:g} s")
+    seconds, code = time.monotonic() - began, left.poll()
+    for name in names:
+        kill(name)  # also ranks that have outlived their launcher
+    for process in sides:
         process.wait()
-    machines.set_cable("up")
-    return stops
+    return seconds, code, re.findall(r"error: .*", said(logs, 1 - lost))
 
 
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two runs left the same encoder, bit for bit."""
     first, second = (load_file(run / "encoder" / "model.safetensors") for run in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def last_words(said: str) -> str:
-    """The last that a side said before its launcher began to speak."""
-    return "\n".join(re.split(r"\n.*torch/distributed/elastic", said)[0].strip().splitlines()[-20:])
 
 
 def ip(*arguments: str) -> str:
