@@ -33,12 +33,12 @@ from jepa.metrics import change_cosine
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
-from pipelines import cache_embeddings
 from pipelines.run.command import UserError, counted, require, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import load_predictor
 from pipelines.run.pictures import Scores, draw_peaks, draw_surprise
+from pipelines.run.stages import run_stage
 
 BATCH = 256
 
@@ -75,12 +75,7 @@ def main(options: Options) -> None:
     output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "pictures", "peaks"))
     predictor, calibration = load_predictor(options.predictor)
     if options.videos:
-        cache_embeddings.main(
-            cache_embeddings.Options(
-                videos=options.videos, encoder=options.encoder, output_dir=options.output_dir / "cache",
-                fps=predictor.fps, image_fps=options.image_fps, strict=options.strict,
-            )
-        )  # fmt: skip
+        embed(options, predictor.fps)
     cache = EmbeddingCache(options.cache or options.output_dir / "cache")
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
     device = start_accelerator().device
@@ -100,6 +95,15 @@ def main(options: Options) -> None:
     if silent:
         print(f"{counted(silent, 'video')} without {scorer.windows.length} frames in a row: not scored")
     print(f"wrote {options.output_dir}/surprise.csv and peaks.csv, and pictures of each video in pictures and peaks")
+
+
+def embed(options: Options, fps: float) -> None:
+    """Embed the videos into OUTPUT/cache; what is there already stays."""
+    chosen = {"videos": tuple(path.absolute() for path in options.videos), "fps": fps, "image-fps": options.image_fps}
+    encoder = Path(options.encoder)
+    chosen |= {"encoder": encoder.absolute() if encoder.is_dir() else options.encoder}
+    chosen |= {"output-dir": (options.output_dir / "cache").absolute()} | ({"strict": True} if options.strict else {})
+    run_stage("embed", chosen)
 
 
 class Scorer:
