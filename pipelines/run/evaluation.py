@@ -5,7 +5,6 @@ rest, which costs more, is of at most `DETAILED` of them, retrieval and collapse
 tokens, on the mean of its tokens.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -204,17 +203,13 @@ def evaluate(
     details = Details(judged, samples=samples, readout=readout, seed=seed)
     numbers = horizon * int(np.prod(predictor.shape)) * (10 + 4 * samples)
     parts = [*in_parts(0, detailed, numbers=numbers), *in_parts(detailed, len(indices), numbers=numbers)]
-    kept: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    measures: dict[tuple[str, str], np.ndarray] = {}
     for part in tqdm(parts, desc="forecasting", unit="batch", leave=False):
         batch = forecast_batch(judged, indices[part])
-        found = details.measure(batch, indices[part]) if part.start < detailed else {}
-        for name, forecast in batch.forecasts.items():
-            found[name, "mse"] = squared_error(forecast, batch.came)
-            found[name, "change_cosine"] = change_cosine(forecast, batch.came, batch.past[:, -1])
-        for key, values in found.items():
-            kept[key].append(values.cpu())
+        keep(measures, measure_errors(batch), part, windows=len(indices))
+        if part.start < detailed:
+            keep(measures, details.measure(batch, indices[part]), part, windows=detailed)
     bootstrap = Bootstrap(groups, resamples, seed=seed)
-    measures = {key: torch.cat(values).numpy() for key, values in kept.items()}
     require_changing(windows.cache, bool((measures["copy_last", "mse"] > 0).any()))
     records = summarise(measures, bootstrap, fps=fps, columns=readout.columns if readout else ())
     truth, useful = records.pop("truth"), {}
@@ -234,6 +229,26 @@ def evaluate(
         "truth": truth,
         "predictors": records,
     }
+
+
+def keep(
+    measures: dict[tuple[str, str], np.ndarray], found: dict[tuple[str, str], Tensor], part: slice, *, windows: int
+) -> None:
+    """Put the measures of a part of the windows into arrays for all of them, (windows, ...)."""
+    for key, tensor in found.items():
+        values = tensor.cpu().numpy()
+        if key not in measures:  # at once: small arrays kept between large ones that go would hold the heap open
+            measures[key] = np.zeros((windows, *values.shape[1:]), values.dtype)
+        measures[key][part] = values
+
+
+def measure_errors(batch: Batch) -> dict[tuple[str, str], Tensor]:
+    """Errors and cosines of changes (B, H) by forecast and measure."""
+    found = {}
+    for name, forecast in batch.forecasts.items():
+        found[name, "mse"] = squared_error(forecast, batch.came)
+        found[name, "change_cosine"] = change_cosine(forecast, batch.came, batch.past[:, -1])
+    return found
 
 
 class Details:
@@ -304,9 +319,14 @@ def summarise(
                 for place, column in enumerate(columns):
                     put(name, f"{score}_{column}", point=point[:, place], resampled=resampled[..., place])
         else:
-            put(name, measure, point=values.mean(axis=0), resampled=bootstrap.means(values))
+            put(name, measure, point=values.mean(axis=0, dtype=float), resampled=bootstrap.means(values))
         for to in REFERENCES if measure == "mse" else ():
             other = measures[to, "mse"]
             resampled = divide(bootstrap.means(values), bootstrap.means(other))
-            put(name, f"relative_to_{to}", point=divide(values.mean(axis=0), other.mean(axis=0)), resampled=resampled)
+            put(
+                name,
+                f"relative_to_{to}",
+                point=divide(values.mean(axis=0, dtype=float), other.mean(axis=0, dtype=float)),
+                resampled=resampled,
+            )
     return records
