@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.cache import CacheWriter, ClipKey, EmbeddedClip, EmbeddingCache
+from data.cache import ClipKey, EmbeddingCache
+from data.cache_writer import CacheWriter, EmbeddedClip
 from data.windows import Windows
 from jepa.networks import GRUConfig, MLPConfig, TransformerConfig
 from jepa.predictor import Predictor
@@ -109,7 +110,7 @@ def test_a_calibration_of_another_predictor_is_refused(caches, tmp_path):
         train_predictor.main(options(caches, tmp_path / str(seed), seed=seed, steps=2))
     (tmp_path / "0" / "calibration").rename(tmp_path / "aside")
     (tmp_path / "1" / "calibration").rename(tmp_path / "0" / "calibration")
-    with pytest.raises(UserError, match="is that of another predictor: run calibrate"):
+    with pytest.raises(UserError, match="is that of another predictor: run video-jepa calibrate"):
         load_predictor(tmp_path / "0")
 
 
