@@ -24,7 +24,8 @@ import h5py
 import numpy as np
 import torch
 
-from data.cache import CacheWriter, ClipKey, Column, EmbeddedClip, EmbeddingCache, Provenance
+from data.cache import ClipKey, Column, EmbeddingCache, Provenance
+from data.cache_writer import CacheWriter, EmbeddedClip
 from data.windows import Windows
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, run_command

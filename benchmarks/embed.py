@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.common import shared
-from data.cache import CacheWriter, ClipKey, Column, Provenance
+from data.cache import ClipKey, Column, Provenance
+from data.cache_writer import CacheWriter
 from data.manifest import file_state
 from data.parallel import stream_ahead
 from data.video import IMAGE_FPS, TRANSFORM

@@ -16,7 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.common import markdown, run_measured
-from data.cache import CacheWriter, ClipKey, Column, EmbeddedClip, EmbeddingCache, Provenance
+from data.cache import ClipKey, Column, EmbeddingCache, Provenance
+from data.cache_writer import CacheWriter, EmbeddedClip
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import run_command
 from pipelines.run.folder import write_json

@@ -32,7 +32,7 @@ from pipelines.run.folder import write_json
 
 WATCHED = """
 import os, runpy, sys
-from data.cache import CacheWriter
+from data.cache_writer import CacheWriter
 
 log = os.open(os.environ["KILL_LOG"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 add = CacheWriter.add

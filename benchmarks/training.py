@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import ROOT, script, shared, words
-from data.cache import CacheWriter, ClipKey, Column, EmbeddedClip, EmbeddingCache, Provenance
+from data.cache import ClipKey, Column, EmbeddingCache, Provenance
+from data.cache_writer import CacheWriter, EmbeddedClip
 from data.clips import FrameClips
 from data.manifest import check_videos
 from data.video import IMAGE_FPS, TRANSFORM

@@ -22,16 +22,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from data.cache import CacheWriter, ClipKey, Column, EmbeddingCache, Provenance, remaining_clips
+from data.cache import ClipKey, Column, EmbeddingCache, Provenance
+from data.cache_writer import CacheWriter, remaining_clips
 from data.errors import DataError
 from data.manifest import Account, VideoList, check_videos, file_state, is_there
 from data.sidecar import read_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, clock_offsets_s
 from jepa.config import Bounded, Positive, PositiveInt
+from jepa.encoder import Encoder
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
-from pipelines.run.encoders import AnyEncoder
 from pipelines.run.folder import MARK, read_json, to_json, versions, write_json
 from pipelines.run.published import PublishedOptions, find_encoder, keep_encoder, sample_windows
 
@@ -123,7 +124,7 @@ def usable_videos(options: Options, is_main: bool) -> VideoList:
     )  # fmt: skip
 
 
-def chosen_encoder(options: Options, accelerator: Accelerator, videos: VideoList) -> AnyEncoder:
+def chosen_encoder(options: Options, accelerator: Accelerator, videos: VideoList) -> Encoder:
     """The encoder on its device; a published one is left in the cache's folder, with its principal components."""
     encoder = find_encoder(options.encoder, options).to(accelerator.device)
     # What it does not take is said before all work.

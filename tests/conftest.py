@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from data.cache import CacheWriter, ClipKey, Column, EmbeddedClip, Provenance
+from data.cache import ClipKey, Column, Provenance
+from data.cache_writer import CacheWriter, EmbeddedClip
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (16, 40)

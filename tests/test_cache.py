@@ -15,17 +15,9 @@ import pytest
 import torch
 
 import data.cache
-from data.cache import (
-    FORMAT_VERSION,
-    CacheError,
-    CacheWriter,
-    ClipKey,
-    Column,
-    EmbeddedClip,
-    EmbeddingCache,
-    read_provenance,
-    remaining_clips,
-)
+import data.cache_writer
+from data.cache import FORMAT_VERSION, CacheError, ClipKey, Column, EmbeddingCache, read_provenance
+from data.cache_writer import CacheWriter, EmbeddedClip, remaining_clips
 from data.manifest import file_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -629,7 +621,7 @@ def test_a_clock_that_was_ahead_does_not_keep_a_stale_clip(tmp_path, write_cache
     now = time.time_ns()
     before, after = (make_clip("/a.mp4", 4, seed=seed, modified_ns=seed) for seed in (1, 2))
     with monkeypatch.context() as patch:
-        patch.setattr(data.cache.time, "time_ns", lambda: now + 3_600_000_000_000)
+        patch.setattr(data.cache_writer.time, "time_ns", lambda: now + 3_600_000_000_000)
         write_cache(tmp_path, [before])
     write_cache(tmp_path, [after])
     assert_holds(tmp_path, [after])
@@ -666,7 +658,8 @@ WRITE = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from data.cache import CacheError, CacheWriter, ClipKey, Column, EmbeddedClip, Provenance
+from data.cache import CacheError, ClipKey, Column, Provenance
+from data.cache_writer import CacheWriter, EmbeddedClip
 
 folder, stop_at = Path(sys.argv[1]), int(sys.argv[2])
 provenance = Provenance(
@@ -743,7 +736,7 @@ def test_a_second_writing_process_is_refused_and_nothing_is_lost(tmp_path, make_
 
 def test_large_clips_do_not_wait_for_others(tmp_path, write_cache, make_clip, monkeypatch):
     """Of patch tokens, 64 clips would be more than memory."""
-    monkeypatch.setattr(data.cache, "LARGEST_SHARD", 10 * 5 * 4)
+    monkeypatch.setattr(data.cache_writer, "LARGEST_SHARD", 10 * 5 * 4)
     clips = [make_clip(f"/{at}.mp4", frames) for at, frames in enumerate((4, 4, 4, 20, 3, 3))]
     folder = write_cache(tmp_path, clips, 64)
     assert_holds(folder, clips)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from data.cache import CacheWriter, ClipKey, Column, EmbeddedClip, EmbeddingCache, Provenance
+from data.cache import ClipKey, Column, EmbeddingCache, Provenance
+from data.cache_writer import CacheWriter, EmbeddedClip
 from data.decoder import VideoError
 from data.manifest import file_state
 from data.synthetic import BallWorld, write_ball_clip, write_video

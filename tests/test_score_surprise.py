@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.cache import CacheWriter, ClipKey, EmbeddedClip, EmbeddingCache
+from data.cache import ClipKey, EmbeddingCache
+from data.cache_writer import CacheWriter, EmbeddedClip
 from jepa.networks import MLPConfig
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence

@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from data.cache import ClipKey, EmbeddedClip
+from data.cache import ClipKey
+from data.cache_writer import EmbeddedClip
 from data.decoder import Damage, VideoError
 from data.parallel import stream_ahead
 from data.video import read_on_clock

@@ -1,0 +1,188 @@
+"""Writer of a cache of embeddings, so that a kill harms nothing.
+
+A shard is written under a temporary name, synced and renamed; its manifest follows in the same way, and is the commit:
+clips of a shard without one are embedded again. Many ranks write side by side without locks between them, and a resumed
+run may have another number of ranks.
+"""
+
+import fcntl
+import io
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Self
+
+import h5py
+import numpy as np
+import torch
+
+from data.cache import CLOCK, FORMAT_VERSION, CacheError, ClipKey, Provenance, checksum, read_provenance, read_shards
+
+LARGEST_SHARD = 1 << 28
+"""Bytes of embeddings at which a shard is written, however few clips they are: tokens are large."""
+NOT_COMPARED = ("encoder", "versions")
+"""Fields of the provenance in which embeddings of one cache may differ."""
+
+
+@dataclass(frozen=True)
+class EmbeddedClip:
+    """Embeddings of one video on one clock."""
+
+    key: ClipKey
+    columns: dict[str, np.ndarray]
+    """(T, *shape) for each column of the cache, in any floating type; NaN where a table says nothing."""
+    times_s: np.ndarray
+    """float64 (T,), exact presentation times in seconds."""
+    ticks: np.ndarray
+    """int64 (T,), strictly increasing; a jump by more than 1 is a gap in the recording."""
+
+
+class CacheWriter:
+    """Writer of one rank's clips. Use as a context manager; leaving it without an error commits what is buffered.
+
+    Args:
+        folder: the cache; made if missing.
+        provenance: what the embeddings are.
+        clips_per_shard: how many clips are buffered, and lost at most, when the process dies.
+        is_main: this rank makes the folder and holds its lock; the others must construct theirs after it.
+
+    Raises:
+        CacheError: the folder holds other embeddings, another format, or is being written by another process.
+    """
+
+    def __init__(
+        self, folder: Path, provenance: Provenance, *, clips_per_shard: int = 64, is_main: bool = True
+    ) -> None:
+        self.folder, self.clips_per_shard = folder, clips_per_shard
+        self._buffer: list[tuple[ClipKey, dict[str, np.ndarray]]] = []
+        self.lock: IO[bytes] | None = None
+        try:
+            if is_main:
+                (folder / "shards").mkdir(parents=True, exist_ok=True)
+                self.lock = _lock(folder)
+                for abandoned in (*folder.glob(".tmp.*"), *folder.glob("shards/.tmp.*")):
+                    abandoned.unlink()
+                if not (folder / "cache.json").exists():
+                    described = {"format_version": FORMAT_VERSION, **asdict(provenance)}
+                    _write(folder / "cache.json", json.dumps(described).encode())
+            stored = read_provenance(folder)
+            for name, ours in vars(provenance).items():
+                theirs = getattr(stored, name)
+                if theirs != ours and name not in NOT_COMPARED:
+                    raise CacheError(
+                        f"{folder} holds embeddings with {name} {theirs}, not {ours}: "
+                        "choose another folder, or delete that one"
+                    )
+            self.columns = stored.columns | CLOCK
+            shards, _ = read_shards(folder, self.columns)
+            self.written_ns = shards[-1].written_ns if shards else 0
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error_type is None:
+                self.commit()
+        finally:
+            self.close()
+
+    def add(self, clip: EmbeddedClip) -> None:
+        """Buffer a clip in the cache's types; `clips_per_shard` clips, or a large buffer, become a shard.
+
+        Raises:
+            ValueError: the clip is empty, or its arrays do not fit together or to the cache's columns.
+            CacheError: an embedding is not finite in the cache's type.
+        """
+        self._buffer.append((clip.key, self._as_stored(clip)))
+        size = sum(arrays["embeddings"].nbytes for _, arrays in self._buffer)
+        if len(self._buffer) >= self.clips_per_shard or size >= LARGEST_SHARD:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write the buffered clips as one shard, durably."""
+        if not self._buffer:
+            return
+        name = uuid.uuid4().hex
+        columns = {column: np.concatenate([arrays[column] for _, arrays in self._buffer]) for column in self.columns}
+        columns["shard"] = np.frombuffer(name.encode(), np.uint8)
+        image = io.BytesIO()  # not on the disk: where that is full, HDF5 crashes the process
+        with h5py.File(image, "w") as file:
+            offsets = {
+                column: file.create_dataset(column, data=data).id.get_offset() for column, data in columns.items()
+            }
+        _write(self.folder / "shards" / f"{name}.h5", image.getbuffer())
+        clips = [[*key, len(arrays["ticks"]), checksum(arrays.values())] for key, arrays in self._buffer]
+        # Later than all that is there, even if that was written by a clock that was ahead.
+        self.written_ns = max(time.time_ns(), self.written_ns + 1)
+        manifest = {
+            "shard": name, "bytes": len(image.getbuffer()), "written_ns": self.written_ns, "offsets": offsets,
+            "clips": clips,
+        }  # fmt: skip
+        _write(self.folder / "shards" / f"{name}.json", json.dumps(manifest).encode())
+        self._buffer = []
+
+    def close(self) -> None:
+        """Let go of the lock; what is still buffered is dropped."""
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+    def _as_stored(self, clip: EmbeddedClip) -> dict[str, np.ndarray]:
+        """The arrays as they are written: contiguous, in the types and the order of the cache's columns."""
+        given = clip.columns | {"times_s": clip.times_s, "ticks": clip.ticks}
+        shapes = {name: values.shape for name, values in given.items()}
+        length = len(clip.ticks)
+        if length == 0 or shapes != {name: (length, *column.shape) for name, column in self.columns.items()}:
+            raise ValueError(f"{clip.key.source}: arrays of shapes {shapes} do not fit the columns {self.columns}")
+        with np.errstate(over="ignore"):  # what a type cannot hold is infinite, and refused
+            stored = {name: np.require(given[name], column.dtype, ["C", "W"]) for name, column in self.columns.items()}
+        # Extremes tell of NaN and infinity alike, in a small part of the time that `np.isfinite` takes for float16.
+        if not all(map(math.isfinite, torch.aminmax(torch.from_numpy(stored["embeddings"])))):
+            dtype = self.columns["embeddings"].dtype
+            raise CacheError(f"the embeddings of {clip.key.source} are not finite in {dtype}: check the encoder")
+        return stored
+
+
+def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
+    """Clips of `wanted` missing in a cache, in order. Raises `CacheError` as opening does, but for an empty one."""
+    _, clips = read_shards(folder, read_provenance(folder).columns | CLOCK)
+    done = {clip.key for clip in clips}
+    return [key for key in wanted if key not in done]
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """Hold the folder until the file is closed or the process dies, however it dies."""
+    # Never through a link, which could lead to a file of somebody else's.
+    lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise CacheError(f"{folder} is being written by another process: wait for it, or stop it") from error
+    return lock
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that gets its own name only once it is safely on disk."""
+    unfinished = path.with_name(f".tmp.{uuid.uuid4().hex}")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
