@@ -10,6 +10,8 @@ one against a plain Gaussian around the forecasts of the other. Prints a table i
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.common import evaluate, read_json, run, table_of_measures, train
 from data.synthetic import BallWorld, write_ball_videos
 from pipelines.run.command import require, run_command
@@ -20,6 +22,29 @@ TRAINING = {"steps": 5000, "precision": "bf16"}
 PREDICTORS = {"latent": {"predictor.latent-dimension": 16}, "point": {}}
 HORIZONS = (1, 5, 10, 20)
 SAMPLES = 32
+WIDEST_BOUNCE = np.pi / 3
+"""A ball leaves a wall within this angle of the wall's normal, in radians."""
+
+
+class RandomWalls(BallWorld):
+    """Balls that leave walls at a random angle, their speed kept.
+
+    The angle is uniform within `WIDEST_BOUNCE` of the wall's inward normal; in a corner, of the diagonal between both
+    normals, as far as that leads into the box.
+    """
+
+    def leave_walls(
+        self, velocity: np.ndarray, below: np.ndarray, above: np.ndarray, generator: np.random.Generator
+    ) -> np.ndarray:
+        """Velocities (2, 2) after the walls."""
+        if not (below | above).any():
+            return velocity
+        inward = below.astype(float) - above  # (balls, 2), the sum of the normals
+        widest = np.where((inward != 0).all(axis=1), np.pi / 4, WIDEST_BOUNCE)
+        angle = np.arctan2(inward[:, 1], inward[:, 0]) + generator.uniform(-widest, widest)
+        speed = np.linalg.norm(velocity, axis=1)
+        leaving = speed[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        return np.where((below | above).any(axis=1, keepdims=True), leaving, velocity)
 
 
 @dataclass(frozen=True)
@@ -47,7 +72,7 @@ def main(options: Options) -> None:
 def measure_seed(seed: int, options: Options) -> dict[str, float]:
     """All figures of one seed."""
     folder = options.output_dir / f"seed_{seed}"
-    world = BallWorld(walls="random")
+    world = RandomWalls()
     for number, (split, clips) in enumerate(CLIPS.items()):
         write_ball_videos(folder / "videos" / split, clips, world, seed=5000 + 3 * seed + number)
         run("cache_embeddings", {"videos": folder / "videos" / split, "fps": world.fps},

@@ -29,8 +29,6 @@ STATE_COLUMNS = ("ball_1_x", "ball_1_y", "ball_2_x", "ball_2_y")
 VELOCITY_COLUMNS = ("ball_1_vx", "ball_1_vy", "ball_2_vx", "ball_2_vy")
 BALL_COLOURS = np.array([[0.95, 0.35, 0.20], [0.25, 0.55, 0.95]])
 """RGB in [0, 1], shape (balls, 3)."""
-WIDEST_BOUNCE = np.pi / 3
-"""A ball leaves a random wall within this angle of the wall's normal, in radians."""
 SUBSTEPS = 8
 """Steps of the simulation in a frame."""
 
@@ -53,16 +51,19 @@ class BallWorld:
     """Frame rate of the video."""
     background: Literal["plain", "textured", "full"] = "full"
     """`plain`: grey. `textured`: a texture for each clip. `full`: a texture that flickers in every frame."""
-    walls: Literal["mirror", "random"] = "mirror"
-    """`mirror`: balls leave walls as light leaves a mirror. `random`: at a random angle, their speed kept."""
+
+    def leave_walls(
+        self, velocity: np.ndarray, below: np.ndarray, above: np.ndarray, generator: np.random.Generator
+    ) -> np.ndarray:
+        """Velocities (2, 2) after the walls that balls are `below` or `above` of in x or y; `generator` is for chance.
+
+        Here balls leave walls as light leaves a mirror.
+        """
+        return np.where(below | above, -velocity, velocity)
 
 
 def simulate_balls(world: BallWorld, generator: np.random.Generator) -> np.ndarray:
-    """Simulate two equal balls in a box, elastic everywhere.
-
-    Args:
-        world: the box and the balls.
-        generator: draws how the balls begin, and how they leave random walls.
+    """Simulate two equal balls in a box, elastic everywhere, from a random beginning.
 
     Returns:
         float64 (frames, 2, 4): x, y in pixels and vx, vy in pixels per frame, of each ball in each frame.
@@ -94,10 +95,7 @@ def move_balls(motion: Motion, world: BallWorld, generator: np.random.Generator,
         position = position + velocity / SUBSTEPS
         below, above = position < low, position > high
         position = np.where(below, 2 * low - position, np.where(above, 2 * high - position, position))
-        if world.walls == "random" and (below | above).any():
-            velocity = leave_walls(velocity, below, above, generator=generator)
-        else:
-            velocity = np.where(below | above, -velocity, velocity)
+        velocity = world.leave_walls(velocity, below, above, generator)
         offset = position[0] - position[1]
         distance = np.linalg.norm(offset)
         approach = (velocity[0] - velocity[1]) @ offset
@@ -108,28 +106,8 @@ def move_balls(motion: Motion, world: BallWorld, generator: np.random.Generator,
     return position, velocity
 
 
-def leave_walls(
-    velocity: np.ndarray, below: np.ndarray, above: np.ndarray, *, generator: np.random.Generator
-) -> np.ndarray:
-    """Velocities (2, 2) after random walls: a ball that is `below` or `above` in x or y leaves at a random angle.
-
-    The angle is uniform within `WIDEST_BOUNCE` of the wall's inward normal; in a corner, of the diagonal between both
-    normals, as far as that leads into the box.
-    """
-    inward = below.astype(float) - above  # (balls, 2), the sum of the normals
-    widest = np.where((inward != 0).all(axis=1), np.pi / 4, WIDEST_BOUNCE)
-    angle = np.arctan2(inward[:, 1], inward[:, 0]) + generator.uniform(-widest, widest)
-    speed = np.linalg.norm(velocity, axis=1)
-    leaving = speed[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return np.where((below | above).any(axis=1, keepdims=True), leaving, velocity)
-
-
 def smooth_noise(generator: np.random.Generator, *, cells: int, size: int, amplitude: float) -> np.ndarray:
-    """Low-frequency noise: a `cells` x `cells` grid of uniform colours, bilinearly enlarged.
-
-    Returns:
-        float64 (3, size, size) in [-amplitude, amplitude].
-    """
+    """A `cells` x `cells` grid of uniform colours, bilinearly enlarged: float64 (3, size, size), up to +-amplitude."""
     grid = generator.uniform(-amplitude, amplitude, size=(3, cells, cells))
     at = np.linspace(0, cells - 1, size)
     left = np.minimum(at.astype(int), cells - 2)
@@ -139,16 +117,7 @@ def smooth_noise(generator: np.random.Generator, *, cells: int, size: int, ampli
 
 
 def render_balls(states: np.ndarray, world: BallWorld, generator: np.random.Generator) -> np.ndarray:
-    """Draw antialiased balls over the background.
-
-    Args:
-        states: (frames, 2, 4) as from `simulate_balls`.
-        world: their world.
-        generator: draws the background.
-
-    Returns:
-        uint8 (frames, size, size, 3), RGB.
-    """
+    """Antialiased balls over a random background, RGB uint8 (frames, size, size, 3)."""
     size = world.size
     still = np.full((3, size, size), 0.4)
     if world.background != "plain":

@@ -86,20 +86,12 @@ def clock_offsets_s(fps: float, clocks: int) -> list[float]:
 
 
 def open_video(path: Path, damage: Damage | None, image_fps: float = IMAGE_FPS) -> Decoder:
-    """A video file, a folder of images or a folder of images inside a zip file, ready to be decoded.
-
-    Raises:
-        VideoError: it cannot be opened.
-    """
+    """A video file, or a folder of images, be it inside a zip file, ready to be decoded. Raises `VideoError`."""
     return ImageSequenceDecoder(path, image_fps, damage) if is_image_sequence(path) else VideoDecoder(path, damage)
 
 
 def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
-    """Read the header and decode one frame, so that what is accepted can really be decoded.
-
-    Raises:
-        VideoError: the file is missing, empty, not a video, has no video stream, or not one frame decodes.
-    """
+    """Read the header and decode one frame, so that what is accepted can really be decoded. Raises `VideoError`."""
     with open_video(path, Damage(), image_fps) as decoder:
         frame, _ = next(decoder, (None, 0.0))
         if frame is None:
@@ -137,11 +129,11 @@ def read_on_clock(
 
     Args:
         path: the video.
-        size: (height, width) of the frames.
+        size: of the frames.
         fps: ticks per second.
         offsets_s: shift of each clock in seconds, non-negative; several clocks are decoded in one go.
-        start_s: ticks before this time are not sampled.
-        end_s: ticks at or after this time are not sampled.
+        start_s: time of the first ticks that are sampled.
+        end_s: time of the first ticks that are not sampled any more.
         damage: where to write down what is wrong inside; None: damage raises.
         image_fps: rate of an image sequence; videos have their own times.
 

@@ -5,15 +5,14 @@ import numpy as np
 import pytest
 
 from benchmarks.reading import read_frames
+from benchmarks.stochastic_walls import WIDEST_BOUNCE, RandomWalls
 from benchmarks.synthetic_events import simulate_pair, write_ball_pairs
 from data.sidecar import read_sidecar
 from data.synthetic import (
     BALL_COLOURS,
     STATE_COLUMNS,
     VELOCITY_COLUMNS,
-    WIDEST_BOUNCE,
     BallWorld,
-    leave_walls,
     render_balls,
     simulate_balls,
     smooth_noise,
@@ -88,7 +87,7 @@ def test_the_default_world_of_a_seed_stays_the_same():
 
 
 def test_random_walls_keep_speed_and_forget_direction():
-    world = BallWorld(frames=400, walls="random")
+    world = RandomWalls(frames=400)
     states = np.stack([simulate(seed, world) for seed in range(4)])
     position, energy = states[..., :2], (states[..., 2:] ** 2).sum(axis=(2, 3))
     assert position.min() >= world.radius
@@ -105,14 +104,15 @@ def test_balls_leave_random_walls_within_their_angle():
     velocity = np.array([[-3.0, 4.0], [1.0, 2.0]])
     left = np.array([[True, False], [False, False]])
     corner = np.array([[False, False], [True, False]]), np.array([[False, False], [False, True]])
-    leaving = np.stack([leave_walls(velocity, left, np.zeros_like(left), generator=generator) for _ in range(2000)])
+    leave_walls = RandomWalls().leave_walls
+    leaving = np.stack([leave_walls(velocity, left, np.zeros_like(left), generator) for _ in range(2000)])
     angle = np.arctan2(leaving[:, 0, 1], leaving[:, 0, 0])
     assert (leaving[:, 1] == velocity[1]).all()  # it touched no wall
     np.testing.assert_allclose(np.linalg.norm(leaving[:, 0], axis=1), 5)
     assert np.abs(angle).max() <= WIDEST_BOUNCE
     # Uniform: a quarter of them in each quarter of the range.
     assert (np.abs(np.histogram(angle, 4, (-WIDEST_BOUNCE, WIDEST_BOUNCE))[0] / 2000 - 0.25) < 0.05).all()
-    away = np.stack([leave_walls(velocity, *corner, generator=generator) for _ in range(200)])[:, 1]
+    away = np.stack([leave_walls(velocity, *corner, generator) for _ in range(200)])[:, 1]
     assert (away[:, 0] > 0).all()
     assert (away[:, 1] < 0).all()
 
