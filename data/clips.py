@@ -111,15 +111,12 @@ class FrameClips:
         first_batch = place.get("batch", 0)
         idle_blocks = idle_clips = 0
         for epoch, block, blocks, parts in self._decoded_blocks(place.get("epoch", 0), place.get("block", 0)):
-            with_segment = [np.insert(part.clips, 0, index, axis=1) for index, part in enumerate(parts)]
-            clips = np.concatenate(
-                [np.empty((0, 1 + self.length), np.int64), *with_segment]
-            )  # (C, 1 + T): segment, frames
-            clips = clips[np.random.default_rng([self.seed, epoch, block, self.rank]).permutation(len(clips))]
+            clips = [(part, rows) for part in parts for rows in part.clips]
+            order = np.random.default_rng([self.seed, epoch, block, self.rank]).permutation(len(clips))
             for batch in range(first_batch, len(clips) // self.batch_size):
-                rows = clips[batch * self.batch_size :][: self.batch_size]
-                frames = np.stack([parts[segment].frames[clip] for segment, *clip in rows])  # (B, T, 3, H, W)
-                videos = tuple(sorted({parts[segment].video for segment in rows[:, 0]}))
+                chosen = [clips[at] for at in order[batch * self.batch_size :][: self.batch_size]]
+                frames = np.stack([part.frames[rows] for part, rows in chosen])  # (B, T, 3, H, W)
+                videos = tuple(sorted({part.video for part, _ in chosen}))
                 yield Clips(torch.from_numpy(frames), videos, {"epoch": epoch, "block": block, "batch": batch + 1})
             first_batch = 0
             is_idle = len(clips) < self.batch_size
@@ -182,15 +179,10 @@ class FrameClips:
         """A segment, how many seconds of video it has, and what was wrong."""
         video, damage = segment.video, Damage()
         timed_frames = read_on_clock(
-            video.path,
-            self.size,
-            fps=self.fps,
-            offsets_s=self.offsets_s,
-            start_s=segment.start_s,
+            video.path, self.size, fps=self.fps, offsets_s=self.offsets_s, start_s=segment.start_s,
             end_s=segment.end_s + (self.length - 1) / self.fps,  # so that no clip is lost between two segments
-            damage=None if self.strict else damage,
-            image_fps=video.average_fps,
-        )
+            damage=None if self.strict else damage, image_fps=video.average_fps,
+        )  # fmt: skip
         frames = np.empty((segment.expected_frames, 3, *self.size), np.uint8)
         row_of: dict[tuple[int, int], int] = {}  # by clock and tick
         clips: list[list[int | None]] = []

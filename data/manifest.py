@@ -77,16 +77,15 @@ class Account:
     def __str__(self) -> str:
         minutes = sum(self.read_s.values()) / 60
         corrupt = sum(damage.corrupt_frames for damage in self.damaged.values())
-        lines = [
+        text = (
             f"read {len(self.read_s):,} videos, {minutes:,.1f} minutes; refused {len(self.refused):,}; "
             f"damaged {len(self.damaged):,}, {corrupt:,} corrupt frames left out"
-        ]
+        )
         faults = [f"{path}: {damage}" for path, damage in self.damaged.items()]
         for title, reasons in (("refused", list(self.refused.values())), ("damaged", faults)):
-            lines += [f"  {title}: {reason}" for reason in reasons[:EXAMPLES]]
-            if len(reasons) > EXAMPLES:
-                lines.append(f"  {title}: and {len(reasons) - EXAMPLES:,} more")
-        return "\n".join(lines)
+            more = [f"and {len(reasons) - EXAMPLES:,} more"] if len(reasons) > EXAMPLES else []
+            text += "".join(f"\n  {title}: {reason}" for reason in reasons[:EXAMPLES] + more)
+        return text
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,7 @@ def find_videos(paths: Sequence[Path]) -> list[Path]:
     """All videos under `paths`: files as they are named, folders searched recursively; sorted, without doubles.
 
     A folder that holds at least two images and no video file is an image sequence, as are such folders inside a zip.
-
-    Raises:
-        VideoError: a path does not exist, cannot be read, or is a folder without videos.
+    Raises `VideoError` if a path does not exist, or is a folder without videos.
     """
     by_target: dict[Path, Path] = {}
     for path in paths:
@@ -140,8 +137,8 @@ def _videos_inside(folder: Path) -> Iterator[Path]:
             continue
         visited.add(os.path.realpath(where))
         folders.sort()
-        videos = [name for name in names if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES | {".zip"}]
-        yield from (Path(where, name) for name in sorted(videos) if Path(where, name).is_file())
+        videos = [Path(where, name) for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES | {".zip"}]
+        yield from filter(Path.is_file, videos)
         if not videos and sum(map(is_image, names)) >= FEWEST_IMAGES:
             yield Path(where)
 
@@ -152,24 +149,16 @@ def is_there(path: Path) -> bool:
 
 
 def file_state(path: Path) -> FileState:
-    """A video as it lies on disk now; a change of any of its images changes a folder.
-
-    Raises:
-        OSError: it is gone, or cannot be read.
-    """
-    zip_file = split_zip(path)
+    """A video as it lies on disk now, or `OSError`; a change of any of its images changes a folder."""
+    split = split_zip(path)
+    status = (split[0] if split else path).stat()
     images = [image.stat() for image in path.iterdir() if is_image(image.name)] if path.is_dir() else []
-    status = zip_file[0].stat() if zip_file else path.stat()
-    size_bytes = sum(image.st_size for image in images) if images else status.st_size
+    size_bytes = sum(image.st_size for image in images or [status])
     return FileState(str(path.resolve()), size_bytes, max(file.st_mtime_ns for file in (status, *images)))
 
 
 def read_manifest(path: Path) -> list[Record]:
-    """The records of a manifest, of each file the last.
-
-    Raises:
-        VideoError: it is missing, no manifest, or of another version.
-    """
+    """The records of a manifest, of each file the last. Raises `VideoError`."""
     try:
         first, *lines = path.read_text().splitlines() or ["{}"]
         header = json.loads(first)
@@ -178,16 +167,16 @@ def read_manifest(path: Path) -> list[Record]:
     if not isinstance(header, dict) or header.get("format") != FORMAT["format"]:
         raise VideoError(f"{path}: not a manifest of videos")
     if header != FORMAT:
-        version = header.get("version")
-        raise VideoError(f"{path}: a manifest of version {version}, not {FORMAT['version']}: delete it and index again")
+        version, ours = header.get("version"), FORMAT["version"]
+        raise VideoError(f"{path}: a manifest of version {version}, not {ours}: delete it and index again")
     records = {}
     for number, line in enumerate(lines, start=2):
         try:
             record = _from_json(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines) + 1:
-                break  # the process died while it wrote this line
-            raise VideoError(f"{path}: line {number} is damaged ({error}): delete it and index again") from error
+            if number <= len(lines):  # or else the process died while it wrote this line
+                raise VideoError(f"{path}: line {number} is damaged ({error}): delete it and index again") from error
+            break
         records[record.state.path] = record
     return list(records.values())
 
@@ -222,9 +211,9 @@ def index_videos(
         except OSError as error:
             return Record(FileState(str(path.resolve()), 0, 0), None, f"{path}: {error.strerror}")
         record = by_state.get(state)
-        if record is not None and record.video is not None:  # what was refused is tried again
-            is_at_rate = record.video.codec != "images" or record.video.average_fps == image_fps
-            if is_at_rate and (record.video.frames is not None or look is probe_video):
+        if record and (known := record.video):  # what was refused is tried again
+            is_at_rate = known.codec != "images" or known.average_fps == image_fps
+            if is_at_rate and (known.frames is not None or look is probe_video):
                 return record
         try:
             return Record(state, look(Path(state.path), image_fps))
@@ -252,14 +241,18 @@ def check_videos(
     image_fps: float = IMAGE_FPS,
     strict: bool = False,
     progress: bool = True,
+    is_main: bool = True,
 ) -> VideoList:
     """The videos under `paths` that can be used: those that decode and are not slower than the clock.
 
-    A slower video could not give a frame for each tick. `manifest`, `image_fps` as in `index_videos`.
+    A slower video could not give a frame for each tick. `manifest`, `image_fps` as in `index_videos`. Of several
+    processes one is main and looks, the others then read its manifest.
 
     Raises:
         VideoError: nothing is there, or nothing of it can be used; with `strict`, any file cannot be used.
     """
+    if manifest and not is_main:
+        paths, manifest, progress = [manifest], None, False
     records, _ = index_videos(paths, manifest, image_fps=image_fps, progress=progress)
     videos, refused = [], {}
     for record in records:
