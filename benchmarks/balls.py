@@ -33,7 +33,7 @@ from benchmarks.common import (
 from benchmarks.robot import compare_with_the_best
 from data.cache import EmbeddingCache
 from data.synthetic import STATE_COLUMNS, BallWorld, write_ball_videos
-from jepa.metrics import r2_and_r, reading_moments
+from jepa.bootstrap import r2_and_r, reading_moments
 from jepa.probe import fit_probe
 from pipelines.run.command import run_command
 from pipelines.run.folder import write_json

@@ -33,8 +33,8 @@ from benchmarks.digits import FPS, SIZE, STATE_COLUMNS, read_digits, write_digit
 from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.baselines import CopyLast, Mean
+from jepa.bootstrap import Bootstrap
 from jepa.calibration import Calibration
-from jepa.metrics import Bootstrap
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence

@@ -87,12 +87,10 @@ class Ridge(Baseline):
         self.register_buffer("bias", torch.zeros(dimension))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        batch, tokens = len(embeddings), embeddings.shape[2:-1]
-        standardised = (embeddings - self.mean) / self.std
-        steps = rearrange(standardised, "b t ... d -> b t (...) d")
-        inputs = last_windows(rearrange(steps, "b t n d -> (b n) t d"), self.context, 1)
+        steps = rearrange((embeddings - self.mean) / self.std, "b t ... d -> (b ...) t d")
+        inputs = last_windows(steps, self.context, 1)
         outputs = (inputs @ self.weight + self.bias) * self.std + self.mean  # (B x places, 1, D)
-        return rearrange(outputs, "(b n) t d -> b t n d", b=batch).reshape(batch, 1, *tokens, -1)
+        return outputs.unflatten(0, (len(embeddings), *embeddings.shape[2:-1])).movedim(-2, 1)
 
 
 def ridge_context(context: int, dimension: int) -> int:
@@ -114,8 +112,7 @@ def fit_ridge(windows: Iterable[Tensor], like: Ridge, penalties: Ordered[float])
     moment = torch.zeros(size, dimension, dtype=torch.float64)
     samples = 0
     for part in windows:
-        steps = rearrange((part - like.mean) / like.std, "n k ... d -> n k (...) d")
-        flat = rearrange(steps, "n k p d -> (n p) k d").double()
+        flat = rearrange((part - like.mean) / like.std, "n k ... d -> (n ...) k d").double()
         inputs = functional.pad(rearrange(flat[:, :-1], "n k d -> n (k d)"), (0, 1), value=1.0)
         gram += inputs.T @ inputs
         moment += inputs.T @ flat[:, -1]

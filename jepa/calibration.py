@@ -4,17 +4,16 @@
 guesses, with weights that are not negative and sum to 1: the rollout, ridge regression, copying the last embedding, and
 the mean (Bates and Granger 1969; by least squares, Granger and Ramanathan 1984).
 
-*Energy.* What a user calls surprise: the squared error of the believed forecast in units of the errors that are usual
-so far ahead, whitened by their covariance (a squared Mahalanobis distance per dimension); ordinary video has 1.
+*Energy.* Surprise: the squared error of the believed forecast, whitened by the covariance of the errors that are usual
+so far ahead (a squared Mahalanobis distance per dimension); ordinary video has 1.
 
 *Percentile.* The share of ordinary moments with less energy. Clips differ in their ordinary level, and a new video is a
-new clip: its log energy is that of a new clip's level (Student's t over the levels of the clips that were seen) plus
-what moments differ from their own clip. So of few clips percentiles are cautious, of many they are those of the clips.
+new clip: its log energy is a new clip's level (Student's t over those seen) plus what moments differ from their own
+clip. So of few clips percentiles are cautious.
 
 Nothing is applied to what it was fitted on: clips are held out in turn.
 """
 
-from collections.abc import Sequence as Ordered
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,10 +194,11 @@ def cross_fit_blend(errors: Tensor, folds: np.ndarray) -> tuple[Tensor, Tensor]:
     Returns:
         float64 (4,) and (N, places, D).
     """
-    grams = torch.stack([torch.einsum("gnpd,knpd->gk", part, part) for part in _parts(errors, folds)])  # (F, 4, 4)
-    left, blends = torch.empty_like(errors[0]), best_blend(grams.sum(dim=0) - grams)
-    for fold, blend in enumerate(blends):
-        chosen = torch.from_numpy(folds == fold)
+    held_out, left = _held_out(folds), torch.empty_like(errors[0])
+    parts = (errors[:, chosen] for chosen in held_out)
+    grams = torch.stack([torch.einsum("gnpd,knpd->gk", part, part) for part in parts])  # (parts, 4, 4)
+    blends = best_blend(grams.sum(dim=0) - grams)
+    for chosen, blend in zip(held_out, blends, strict=True):
         left[chosen] = torch.einsum("g,gnpd->npd", blend, errors[:, chosen])
     return blends.mean(dim=0), left
 
@@ -232,19 +232,14 @@ def cross_fit_energy(errors: Tensor, folds: np.ndarray) -> tuple[tuple[Tensor, T
     Returns:
         Mean (D,) and whitening (D, D), for which held-out energies are 1 in the mean; and energies (N,).
     """
-    parts = _parts(errors[None], folds)
-    count = torch.tensor([part[0, ..., 0].numel() for part in parts], dtype=torch.float64)
-    total = torch.stack([part[0].sum(dim=(0, 1)) for part in parts])  # (F, D)
-    square = torch.stack([torch.einsum("npd,npk->dk", part[0], part[0]) for part in parts])  # (F, D, D)
+    held_out = _held_out(folds)
     energies = torch.empty(len(errors), dtype=torch.float64)
-    usual_mean, usual_precision = torch.zeros_like(total[0]), torch.zeros_like(square[0])
-    for fold in range(len(parts)):
-        chosen = torch.from_numpy(folds == fold)
-        mean, precision = _precision(*(value.sum(dim=0) - value[fold] for value in (count, total, square)))
-        held_out = errors[chosen] - mean
-        energies[chosen] = reduce(held_out @ precision * held_out, "n p d -> n", "sum") / held_out[0].numel()
-        usual_mean += mean / len(parts)
-        usual_precision += precision / len(parts)
+    usual_mean, usual_precision = torch.zeros(()), torch.zeros(())
+    for chosen in held_out:
+        mean, precision = _precision(errors[~chosen].flatten(0, 1))
+        centred = errors[chosen] - mean
+        energies[chosen] = reduce(centred @ precision * centred, "n p d -> n", "sum") / centred[0].numel()
+        usual_mean, usual_precision = usual_mean + mean / len(held_out), usual_precision + precision / len(held_out)
     # The mean of the parts' units, not the units of all: a new clip then meets units fitted on as little as were those
     # that each held-out clip met, and few clips make it no less surprising than they were.
     scale = energies.mean().clamp_min(1e-12)
@@ -252,10 +247,10 @@ def cross_fit_energy(errors: Tensor, folds: np.ndarray) -> tuple[tuple[Tensor, T
     return (usual_mean, vectors * values.clamp_min(0).sqrt() @ vectors.T), (energies / scale).numpy()
 
 
-def _precision(count: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and inverse covariance (D, D), from sums over samples of errors (D,) and of their products (D, D)."""
-    mean = total / count
-    covariance = square / count - torch.outer(mean, mean)
+def _precision(errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and inverse covariance (D, D) of errors (N, D)."""
+    mean = errors.mean(dim=0)
+    covariance = (errors - mean).mT @ (errors - mean) / len(errors)
     variance = covariance.diagonal().clamp_min(1e-12)
     shrunk = (1 - COVARIANCE_SHRINKAGE) * covariance + COVARIANCE_SHRINKAGE * torch.diag(variance)
     values, vectors = torch.linalg.eigh(shrunk)
@@ -300,6 +295,6 @@ def fit_spread(drawn: Tensor, came: Tensor) -> Tensor:
     return torch.tensor(SPREADS)[off.argmin(dim=0)]
 
 
-def _parts(values: Tensor, folds: np.ndarray) -> Ordered[Tensor]:
-    """The windows of each part, from (k, N, ...)."""
-    return [values[:, torch.from_numpy(folds == fold)] for fold in range(int(folds.max()) + 1)]
+def _held_out(folds: np.ndarray) -> list[Tensor]:
+    """For each part, whether each window is in it, bool (N,)."""
+    return [torch.from_numpy(folds == fold) for fold in range(int(folds.max()) + 1)]

@@ -7,9 +7,10 @@ nothing of the future can leak into an embedding of the past.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -22,27 +23,65 @@ from jepa.errors import ConfigurationError
 from jepa.fingerprint import fingerprint
 
 
-class Encoder(Protocol):
-    """Anything that turns the frames up to a tick into the embedding of that tick."""
+class Encoder(nn.Module):
+    """Frames up to a tick to the embedding of that tick: the base of all encoders.
 
-    @property
-    def window(self) -> int:
-        """Frames that one embedding is made of; the last of them is the tick's own."""
+    Args:
+        config: what can be built from again; its `embedding_dimension` is the head's, 0 for none.
+        backbone: gives the features.
+        window: frames that one embedding is made of; the last of them is the tick's own.
+        image_size: (height, width) of the frames in pixels.
+        tokens: () or (rows, columns).
+        features: length of a token before the head.
+        pixels: mean and standard deviation of the pixels that the backbone wants, by channel.
+    """
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the frames in pixels."""
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        config: Any,
+        backbone: Any,
+        *,
+        window: int,
+        image_size: tuple[int, int],
+        tokens: tuple[int, ...],
+        features: int,
+        pixels: tuple[Sequence[float], Sequence[float]],
+    ) -> None:
+        super().__init__()
+        self.config, self.backbone, self.window, self.image_size = config, backbone, window, image_size
+        self.tokens, self.features = tokens, features
+        for name, values in zip(("pixel_mean", "pixel_std"), pixels, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.head = nn.Sequential()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(*tokens, D): shape of one embedding."""
+        return (*self.tokens, self.config.embedding_dimension or self.features)
 
     @property
     def fingerprint(self) -> str:
         """Hash of weights and configuration; it tells the spaces of two encoders apart."""
+        return fingerprint(self, asdict(self.config))
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embeddings (B, *tokens, D), float32, of frames (B, window, 3, H, W), uint8 or float in [0, 1]."""
+        raise NotImplementedError
+
+    def normalise(self, frames: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Frames (B, *shape) as the backbone wants them. Raises `ValueError` where they have another shape."""
+        if frames.shape[1:] != shape:
+            raise ValueError(f"frames have shape {tuple(frames.shape)}: this encoder takes (B, {shape})")
+        frames = frames.float() / 255 if frames.dtype == torch.uint8 else frames
+        return (frames - self.pixel_mean) / self.pixel_std
+
+    def replace_head(self, head: nn.Linear) -> None:
+        """Put a fitted linear head, such as principal components, where there is none."""
+        self.head = nn.Sequential(head.requires_grad_(False))
+        self.config = replace(self.config, embedding_dimension=head.out_features)
 
 
 @dataclass(frozen=True)
@@ -79,7 +118,7 @@ class EncoderConfig(Bounded):
             raise ConfigurationError("levels", f"is {_shown(self.levels) or 'empty'}: name each level once")
 
 
-class FrameEncoder(nn.Module):
+class FrameEncoder(Encoder):
     """Frames (B, 3, H, W), uint8 or float in [0, 1], to embeddings (B, *tokens, D), float32.
 
     Args:
@@ -91,62 +130,26 @@ class FrameEncoder(nn.Module):
             at the first frame.
     """
 
-    window = 1
-    pixel_mean: Tensor
-    pixel_std: Tensor
+    config: EncoderConfig
 
     def __init__(self, config: EncoderConfig, backbone: Any = None) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = backbone or build_backbone(config.backbone, config.image_size)
-        self.is_grid = any(config.grid)
-        self.levels, self.features = self._plan()
-        """Levels that are taken, counted from 0; length of the features that the head sees of a token."""
-        if self.levels:
+        backbone = backbone or build_backbone(config.backbone, config.image_size)
+        levels, features = _plan(config, backbone)
+        if levels:
             # What comes after the last level would be trained by nothing, and kept for nothing.
-            self.backbone.prune_intermediate_layers(self.levels, prune_norm=False, prune_head=True)
-        pixels = self.backbone.pretrained_cfg
-        self.register_buffer("pixel_mean", torch.tensor(pixels["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixels["std"]).view(3, 1, 1), persistent=False)
+            backbone.prune_intermediate_layers(levels, prune_norm=False, prune_head=True)
+        tokens, pixels = config.grid if any(config.grid) else (), backbone.pretrained_cfg
+        super().__init__(
+            config, backbone, window=1, image_size=config.image_size, tokens=tokens, features=features,
+            pixels=(pixels["mean"], pixels["std"]),
+        )  # fmt: skip
+        self.levels = levels
         self.backbone.requires_grad_(config.weights != "frozen")
-        self.head = nn.Sequential()
-        inputs = self.features
         for outputs in config.head_widths:
-            self.head.extend([nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()])
-            inputs = outputs
+            self.head.extend([nn.Linear(features, outputs), nn.BatchNorm1d(outputs), nn.ReLU()])
+            features = outputs
         if config.embedding_dimension:
-            self.head.append(nn.Linear(inputs, config.embedding_dimension))
-
-    def _plan(self) -> tuple[list[int], int]:
-        """Levels and length of features, as the backbone says of itself."""
-        config, info = self.config, self.backbone.feature_info
-        if config.pooling == "native" and not self.is_grid:
-            return [], self.backbone.head_hidden_size
-        if not all(-len(info) <= level < len(info) for level in config.levels):
-            raise ConfigurationError(
-                "levels", f"is {_shown(config.levels)}: {config.backbone} has 0 to {len(info) - 1}"
-            )
-        levels, features = sorted(level % len(info) for level in config.levels), 0
-        for level in levels:
-            cells = math.prod(-(-side // info[level]["reduction"]) for side in config.image_size)
-            is_flat = config.pooling == "flatten" and not self.is_grid
-            features += info[level]["num_chs"] * (cells if is_flat else 1)
-        return levels, features
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the frames in pixels."""
-        return self.config.image_size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(D,), or (rows, columns, D)."""
-        return (*(self.config.grid if self.is_grid else ()), self.config.embedding_dimension or self.features)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of weights and configuration."""
-        return fingerprint(self, asdict(self.config))
+            self.head.append(nn.Linear(features, config.embedding_dimension))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Embed frames.
@@ -161,14 +164,9 @@ class FrameEncoder(nn.Module):
             ValueError: the frames have another shape.
             ConfigurationError: the backbone does not take frames of this size.
         """
-        if frames.ndim != 4 or frames.shape[1:] != (3, *self.image_size):
-            raise ValueError(
-                f"frames have shape {tuple(frames.shape)}: this encoder takes (B, {(3, *self.image_size)})"
-            )
-        if frames.dtype == torch.uint8:
-            frames = frames.float() / 255
+        images = self.normalise(frames, (3, *self.image_size))
         try:
-            features = self._features((frames - self.pixel_mean) / self.pixel_std)  # (B, *tokens, F)
+            features = self._features(images)  # (B, *tokens, F)
         except (AssertionError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not re.search(r"\b(size|shape)", str(error)):
                 raise  # such as that memory ran out
@@ -181,13 +179,12 @@ class FrameEncoder(nn.Module):
     @torch.no_grad()
     def embed(self, frames: Tensor) -> Tensor:
         """Embeddings (B, *tokens, D), float32, of frames (B, 1, 3, H, W); always as in evaluation."""
-        if self.training:
-            self.eval()
-            try:
-                return self.embed(frames)
-            finally:
-                self.train()
-        return self(rearrange(frames, "b 1 c h w -> b c h w")).float()
+        was_training = self.training
+        self.eval()
+        try:
+            return self(rearrange(frames, "b 1 c h w -> b c h w")).float()
+        finally:
+            self.train(was_training)
 
     def train(self, mode: bool = True) -> "FrameEncoder":
         """Switch to training, in which a frozen backbone keeps its normalisation statistics too."""
@@ -196,11 +193,6 @@ class FrameEncoder(nn.Module):
             self.backbone.eval()
         return self
 
-    def replace_head(self, head: nn.Linear) -> None:
-        """Put a fitted linear head, such as principal components, in the place of the present one."""
-        self.head = nn.Sequential(head)
-        self.config = replace(self.config, embedding_dimension=head.out_features, head_widths=())
-
     def _features(self, images: Tensor) -> Tensor:
         """Features of normalised images, (B, F) or (B, rows, columns, F)."""
         if not self.levels:
@@ -208,11 +200,11 @@ class FrameEncoder(nn.Module):
         maps = self.backbone.forward_intermediates(
             images, indices=self.levels, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
-        if self.is_grid:
-            return torch.cat([resize_map(level, self.config.grid) for level in maps], dim=-1)
-        if self.config.pooling == "average":
-            return torch.cat([level.mean(dim=(2, 3)) for level in maps], dim=-1)
-        return torch.cat([level.flatten(1) for level in maps], dim=-1)
+        if self.tokens:
+            maps = [resize_map(level, self.config.grid) for level in maps]
+        else:
+            maps = [level.mean(dim=(2, 3)) if self.config.pooling == "average" else level.flatten(1) for level in maps]
+        return torch.cat(maps, dim=-1)
 
     def _unfit(self, reason: str) -> ConfigurationError:
         stride = self.backbone.feature_info[-1]["reduction"]
@@ -226,12 +218,9 @@ class FrameEncoder(nn.Module):
 def create_encoder(config: EncoderConfig, weights_file: Path | None = None) -> FrameEncoder:
     """A new encoder, its backbone initialised from published weights if the configuration asks for them.
 
-    Args:
-        config: what to build.
-        weights_file: safetensors file under timm's names to take instead of asking the hub.
-
     Raises:
-        ConfigurationError: as `FrameEncoder`; or the weights cannot be had, or are another model's.
+        ConfigurationError: as `FrameEncoder`; or the weights cannot be had, from the hub or the safetensors file under
+            timm's names, or are another model's.
     """
     published = config.weights != "scratch"
     backbone = build_backbone(config.backbone, config.image_size, load=published, weights_file=weights_file)
@@ -253,6 +242,20 @@ def resize_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
         if length != features.shape[axis]:
             features = (features.movedim(axis, -1) @ matrix[0].to(features)).movedim(-1, axis)
     return rearrange(features, "b c rows columns -> b rows columns c")
+
+
+def _plan(config: EncoderConfig, backbone: Any) -> tuple[list[int], int]:
+    """Levels to take, counted from 0, and length of the features of a token, as the backbone says of itself."""
+    info, is_grid = backbone.feature_info, any(config.grid)
+    if config.pooling == "native" and not is_grid:
+        return [], backbone.head_hidden_size
+    if not all(-len(info) <= level < len(info) for level in config.levels):
+        raise ConfigurationError("levels", f"is {_shown(config.levels)}: {config.backbone} has 0 to {len(info) - 1}")
+    levels, features = sorted(level % len(info) for level in config.levels), 0
+    for level in levels:
+        cells = math.prod(-(-side // info[level]["reduction"]) for side in config.image_size)
+        features += info[level]["num_chs"] * (cells if config.pooling == "flatten" and not is_grid else 1)
+    return levels, features
 
 
 def _shown(numbers: tuple[int, ...]) -> str:

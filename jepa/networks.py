@@ -19,9 +19,9 @@ from jepa.errors import ConfigurationError
 class Network(nn.Module):
     """A causal map from steps to hidden states, with a state to go on from.
 
-    Called with features (B, T, F), the number of last steps to answer for, and the state after the steps before (None
-    at the beginning), it returns hidden states (B, last, width) and its state for the next step. Step by step it finds
-    the same hidden states as in the whole sequence, so a rollout costs one step for each imagined frame.
+    From features (B, T, F), the number of last steps to answer for, and the state after the steps before (None at the
+    beginning): hidden states (B, last, width) and the state for the next step. Step by step it finds the same hidden
+    states as in the whole sequence.
     """
 
     def forward(self, features: Tensor, last: int, state: Any = None) -> tuple[Tensor, Any]:
@@ -55,16 +55,7 @@ class ResidualMLP(Network):
         super().__init__()
         self.context = config.context
         self.embed = nn.Linear(features * config.context, config.width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(config.width),
-                nn.Linear(config.width, config.width),
-                nn.GELU(),
-                nn.Dropout(config.dropout),
-                nn.Linear(config.width, config.width),
-            )
-            for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(residual_branch(config, config.width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, features: Tensor, last: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -118,13 +109,7 @@ class CausalBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, 4 * width),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(4 * width, width),
-        )
+        self.mlp = residual_branch(config, 4 * width)
 
     def forward(
         self, hidden: Tensor, seen: int, memory: tuple[Tensor, Tensor] | None
@@ -135,13 +120,9 @@ class CausalBlock(nn.Module):
         queries, keys = (apply_rotary(part, positions, self.context) for part in (queries, keys))
         if memory is not None:
             keys, values = torch.cat([memory[0], keys], dim=2), torch.cat([memory[1], values], dim=2)
-        attended = functional.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=causal_mask(queries.shape[2], keys.shape[2], context=self.context, device=hidden.device),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        mask = causal_mask(queries.shape[2], keys.shape[2], context=self.context, device=hidden.device)
+        dropout = self.dropout if self.training else 0.0
+        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
         hidden = hidden + self.out_proj(rearrange(attended, "b h t c -> b t (h c)"))
         oldest = max(0, keys.shape[2] - self.context + 1)
         return hidden + self.mlp(hidden), (keys[:, :, oldest:], values[:, :, oldest:])
@@ -210,6 +191,12 @@ class GRUConfig(NetworkConfig):
 
 
 PredictorConfig = MLPConfig | TransformerConfig | GRUConfig
+
+
+def residual_branch(config: NetworkConfig, hidden: int) -> nn.Sequential:
+    """Normalisation and an MLP with one hidden layer, to be added to what it is shown, (..., width)."""
+    inner, outer = nn.Linear(config.width, hidden), nn.Linear(hidden, config.width)
+    return nn.Sequential(nn.LayerNorm(config.width), inner, nn.GELU(), nn.Dropout(config.dropout), outer)
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -1,8 +1,7 @@
 """Objectives of the encoder: two views of a frame alike, and not all frames alike.
 
-Each is a dataclass of its weights, called with the two views' outputs. To add one: a dataclass with a `kind` and a
-method `terms`, and its name in `Objective`. Every vector is a sample, whether of a frame or of a token. Statistics are
-those of the *whole* batch, over all ranks, with exact gradients: see `jepa.distributed`.
+To add one: a dataclass with a `kind` and a method `terms`, and its name in `Objective`. Every vector is a sample,
+whether of a frame or of a token. Statistics are those of the *whole* batch, over all ranks, with exact gradients.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ MARGIN, EPSILON = 1.0, 1e-4
 """Standard deviation that VICReg pushes features up to, and what it adds to the variance under the root."""
 KNOTS, LAST_KNOT = 17, 3.0
 """Points at which SIGReg compares characteristic functions, from 0 on, as published."""
-
 
 Weighted = dict[str, tuple[float, Tensor]]
 
@@ -75,9 +73,8 @@ class _Objective(Bounded):
 class VICReg(_Objective):
     """Variance, invariance, covariance (Bardes, Ponce, LeCun 2022, arXiv:2105.04906).
 
-    Convention: the authors' published code, with which the coefficients 25 / 25 / 1 were found. The paper differs in
-    two factors: its equation 5 sums over features instead of averaging, and equation 6 sums the two views' variance
-    terms. Other codebases have other conventions, so coefficients do not transfer unchanged.
+    Convention: the authors' published code, with which the coefficients 25 / 25 / 1 were found. The paper's equation 5
+    sums over features instead of averaging, its equation 6 sums the two views' variance terms.
     """
 
     kind: ClassVar[str] = "vicreg"
@@ -91,9 +88,8 @@ class VICReg(_Objective):
     def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
         """Variance (equation 1), invariance, and covariance (equations 3 and 4).
 
-        Only the sum of squares of the covariance (D, D) is needed, which is also that of the Gram matrix of the centred
-        samples (N, N). The smaller one is computed: below N = D global samples the Gram matrix, for which the ranks
-        exchange their samples, from there on the covariance, for which they exchange moments. At N = D both cost alike.
+        The covariance (D, D) and the Gram matrix of the centred samples (N, N) have the same sum of squares: the
+        smaller one is computed. For the first the ranks exchange moments, for the second their samples.
         """
         samples, features = sum(rows), views.shape[-1]
         # Two passes, the mean first: moments about zero would cancel where the mean is large.
@@ -165,17 +161,7 @@ class InfoNCE(_Objective):
         return {"infonce": (1.0, loss)}
 
 
-@dataclass(frozen=True)
-class Invariance(_Objective):
-    """The two views alike and nothing else, which a constant satisfies: it shows what the others are for."""
-
-    kind: ClassVar[str] = "invariance"
-
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
-        return {"invariance": (1.0, mean_square(views[0] - views[1], rows))}
-
-
-Objective = VICReg | SIGReg | InfoNCE | Invariance
+Objective = VICReg | SIGReg | InfoNCE
 
 
 def mean_square(values: Tensor, rows: Sequence[int]) -> Tensor:

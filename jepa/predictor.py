@@ -96,52 +96,51 @@ class Predictor(nn.Module):
         self.register_buffer("change_std", torch.ones(dimension))
 
     def forward(self, past: Sequence, last: int = 1, latent: Tensor | None = None) -> Tensor:
-        """What comes after each of the last embeddings; the prediction after embedding t depends on those up to t only.
+        """What comes after each of the last embeddings, (B, last, *tokens, D).
+
+        The prediction after embedding t depends on those up to t only.
 
         Args:
             past: embeddings (B, T, *tokens, D), with actions where the predictor takes them.
             last: how many predictions.
             latent: (B, last, Z), standard normal; None for the latent's mean.
-
-        Returns:
-            (B, last, *tokens, D).
         """
-        return self._predict(past, None, last=last, latent=latent)[0]
+        return self.step(past, None, latent, last=last)[0]
 
-    def step(self, newest: Sequence, state: State | None, latent: Tensor | None = None) -> tuple[Tensor, State]:
+    def step(
+        self, newest: Sequence, state: State | None, latent: Tensor | None = None, *, last: int = 1
+    ) -> tuple[Tensor, State]:
         """One step of a rollout.
 
         Args:
             newest: the past or, with a state, what was predicted last.
             state: what this returned for the embeddings before; None at the beginning.
-            latent: (B, 1, Z); None for the latent's mean.
+            latent: (B, last, Z); None for the latent's mean.
+            last: how many predictions.
 
         Returns:
-            (B, 1, *tokens, D), and the state for the next step.
-        """
-        return self._predict(newest, state, last=1, latent=latent)
+            (B, last, *tokens, D), and the state for the next step.
 
-    def _predict(
-        self, sequence: Sequence, state: State | None, *, last: int, latent: Tensor | None
-    ) -> tuple[Tensor, State]:
-        batch, tokens = len(sequence.embeddings), sequence.embeddings.shape[2:-1]
+        Raises:
+            ValueError: actions are missing.
+        """
+        batch, tokens = len(newest.embeddings), newest.embeddings.shape[2:-1]
         places = tokens.numel()
-        embeddings = self.standardise(rearrange(sequence.embeddings, "b t ... d -> b t (...) d"))
-        embeddings = rearrange(embeddings, "b t n d -> (b n) t d")
+        embeddings = rearrange(self.standardise(newest.embeddings), "b t ... d -> (b ...) t d")
         before = embeddings[:, :1] if state is None else state.last
         features = [embeddings, torch.diff(embeddings, dim=1, prepend=before) / self.change_std]
         if self.action_dimension:
-            if sequence.actions is None:
-                raise ValueError(f"the predictor takes {self.action_dimension} actions at each step, and none are given")
-            actions = (sequence.actions - self.action_mean) / self.action_std
+            if newest.actions is None:
+                raise ValueError(f"the predictor takes {self.action_dimension} actions a step, and none are given")
+            actions = (newest.actions - self.action_mean) / self.action_std
             features.append(actions.repeat_interleave(places, dim=0))
         hidden, kept = self.network(torch.cat(features, dim=2), last, None if state is None else state.network)
         if self.latent_block is not None:
             latent = hidden.new_zeros(batch, last, self.latent_dimension) if latent is None else latent
             hidden = self.latent_block(hidden, latent.repeat_interleave(places, dim=0))
         predicted = embeddings[:, -last:] + self.change_std * self.head(hidden)  # (B x places, last, D)
-        raw = self.unstandardise(rearrange(predicted, "(b n) t d -> b t n d", n=places))
-        return raw.unflatten(2, tokens) if tokens else raw[:, :, 0], State(embeddings[:, -1:], kept)
+        raw = self.unstandardise(predicted.unflatten(0, (batch, *tokens)).movedim(-2, 1))
+        return raw, State(embeddings[:, -1:], kept)
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Raw embeddings (..., D) in units of their standard deviation around their mean."""

@@ -4,7 +4,7 @@ The attention inside V-JEPA 2 (arXiv:2506.09985) looks both ways in time. So tha
 window ends at the tick, and the tokens kept are those of the window's last temporal slot.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
+from jepa.encoder import Encoder
 from jepa.errors import ConfigurationError
-from jepa.fingerprint import fingerprint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of the pixels that V-JEPA 2 was trained on, by channel."""
@@ -36,7 +36,7 @@ class ClipEncoderConfig(Bounded):
     """Length of a token after the head. 0: no head, the features as they are."""
 
 
-class ClipEncoder(nn.Module):
+class ClipEncoder(Encoder):
     """Frames (B, window, 3, H, W), uint8 or float in [0, 1], to embeddings (B, *tokens, D), float32; never trained.
 
     Args:
@@ -47,63 +47,31 @@ class ClipEncoder(nn.Module):
         ConfigurationError: transformers is not installed, or the window does not fit the model.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, config: ClipEncoderConfig, model: Any = None) -> None:
-        super().__init__()
         if model is None:
             transformers = _transformers()
             model = transformers.VJEPA2Model(transformers.VJEPA2Config(**config.model))
-        self.config, self.backbone, described = config, model.encoder, model.config
+        described = model.config
         if config.window % described.tubelet_size:
             raise ConfigurationError("window", f"is {config.window}: it must be a multiple of {described.tubelet_size}")
-        self.window, self.image_size = config.window, (described.crop_size, described.crop_size)
-        self.side, self.features = described.crop_size // described.patch_size, described.hidden_size
-        self.register_buffer("pixel_mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self.head = nn.Sequential()
+        side = described.crop_size // described.patch_size
+        super().__init__(
+            config, model.encoder, window=config.window, image_size=(described.crop_size, described.crop_size),
+            tokens=(side, side) if config.tokens == "grid" else (), features=described.hidden_size,
+            pixels=(MEAN, STD),
+        )  # fmt: skip
+        self.side = side
         if config.embedding_dimension:
             self.head.append(nn.Linear(self.features, config.embedding_dimension))
         self.requires_grad_(False).eval()
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(D,), or (rows, columns, D)."""
-        tokens = (self.side, self.side) if self.config.tokens == "grid" else ()
-        return (*tokens, self.config.embedding_dimension or self.features)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of weights and configuration."""
-        return fingerprint(self, asdict(self.config))
-
     @torch.no_grad()
     def embed(self, frames: Tensor) -> Tensor:
-        """Embed windows of frames.
-
-        Args:
-            frames: (B, window, 3, H, W), uint8 in [0, 255] or float in [0, 1]; the last one is the tick's own.
-
-        Returns:
-            (B, *tokens, D) embeddings, float32.
-
-        Raises:
-            ValueError: the frames have another shape.
-        """
-        expected = (self.window, 3, *self.image_size)
-        if frames.ndim != 5 or frames.shape[1:] != expected:
-            raise ValueError(f"frames have shape {tuple(frames.shape)}: this encoder takes (B, {expected})")
-        if frames.dtype == torch.uint8:
-            frames = frames.float() / 255
-        tokens = self.backbone((frames - self.pixel_mean) / self.pixel_std).last_hidden_state  # (B, slots h w, F)
+        """Embeddings (B, *tokens, D) of windows of frames, the last one the tick's own. Raises as `normalise`."""
+        images = self.normalise(frames, (self.window, 3, *self.image_size))
+        tokens = self.backbone(images).last_hidden_state  # (B, slots h w, F)
         last = rearrange(tokens[:, -(self.side**2) :], "b (h w) f -> b h w f", h=self.side)
-        return self.head(last if self.config.tokens == "grid" else last.mean(dim=(1, 2))).float()
-
-    def replace_head(self, head: nn.Linear) -> None:
-        """Put a fitted linear head, such as principal components, in the place of the present one."""
-        self.head = nn.Sequential(head.requires_grad_(False))
-        self.config = replace(self.config, embedding_dimension=head.out_features)
+        return self.head(last if self.tokens else last.mean(dim=(1, 2))).float()
 
 
 def load_clip_encoder(name: str, *, tokens: Literal["vector", "grid"] = "vector", window: int = 0) -> ClipEncoder:

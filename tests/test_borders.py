@@ -22,12 +22,13 @@ ARROWS = {  # what of jepa/ a module may rest on, all the way down; errors and c
     "networks": set(),
     "sequence": set(),
     "metrics": set(),
+    "bootstrap": set(),
     "probe": set(),
     "diagnostics": set(),
     "baselines": {"networks", "sequence"},
     "predictor": {"networks", "sequence"},
-    "rollout": {"predictor", "networks", "sequence"},
     "calibration": {"baselines", "networks", "sequence", "metrics"},  # never rolls out by itself
+    "rollout": {"predictor", "calibration", "baselines", "networks", "sequence", "metrics"},
 }
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -4,19 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from jepa.bootstrap import Bootstrap, divide, r2_and_r, reading_moments, useful_steps
 from jepa.metrics import (
-    Bootstrap,
     best_of,
     change_cosine,
     coverage,
-    divide,
     energy_score,
     nearest_rows,
-    r2_and_r,
-    reading_moments,
     retrieved,
     squared_error,
-    useful_steps,
 )
 
 

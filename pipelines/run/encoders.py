@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from jepa.encoder import EncoderConfig, FrameEncoder
+from jepa.encoder import Encoder, EncoderConfig, FrameEncoder
 from jepa.video_encoder import ClipEncoder, ClipEncoderConfig
 from pipelines.run.folder import load_module
 
-AnyEncoder = FrameEncoder | ClipEncoder
 
-
-def load_encoder(folder: Path) -> AnyEncoder:
+def load_encoder(folder: Path) -> Encoder:
     """The encoder that `pretrain_encoder` or `cache_embeddings` left, in evaluation mode.
 
     Raises:
@@ -19,7 +17,7 @@ def load_encoder(folder: Path) -> AnyEncoder:
     return load_module(folder, "encoder", build_encoder)
 
 
-def build_encoder(config: dict[str, Any]) -> AnyEncoder:
+def build_encoder(config: dict[str, Any]) -> Encoder:
     """An encoder with new weights, from the configuration of an artefact."""
     fields = dict(config)
     if fields.pop("kind", None) == ClipEncoderConfig.kind:

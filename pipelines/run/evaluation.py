@@ -18,21 +18,17 @@ from tqdm import tqdm
 from data.cache import EmbeddingCache
 from data.windows import Windows, group_windows
 from jepa.baselines import CopyLast, LinearExtrapolation, Mean
+from jepa.bootstrap import Bootstrap, divide, r2_and_r, reading_moments, useful_steps
 from jepa.calibration import Calibration
 from jepa.diagnostics import CollapseStats, collapse_stats
 from jepa.metrics import (
-    Bootstrap,
     best_of,
     change_cosine,
     coverage,
-    divide,
     energy_score,
     live_features,
-    r2_and_r,
-    reading_moments,
     retrieved,
     squared_error,
-    useful_steps,
 )
 from jepa.predictor import Predictor
 from jepa.probe import FOLDS, Probe, fit_probe

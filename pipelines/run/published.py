@@ -18,12 +18,12 @@ from data.video import VideoInfo, read_frames_at
 from jepa.backbones import build_backbone
 from jepa.components import principal_components
 from jepa.config import Bounded, NotNegativeInt
-from jepa.encoder import EncoderConfig, FrameEncoder
+from jepa.encoder import Encoder, EncoderConfig, FrameEncoder
 from jepa.errors import ConfigurationError
 from jepa.fingerprint import fingerprint
 from jepa.video_encoder import load_clip_encoder
 from pipelines.run.command import require
-from pipelines.run.encoders import AnyEncoder, load_encoder
+from pipelines.run.encoders import load_encoder
 from pipelines.run.folder import save_artefact, to_json
 
 FITTED_FRAMES = 1024
@@ -50,7 +50,7 @@ class PublishedOptions(Bounded):
     """Principal components to keep of a published encoder's features, fitted on these videos. 0: all features."""
 
 
-def find_encoder(name: str, options: PublishedOptions) -> AnyEncoder:
+def find_encoder(name: str, options: PublishedOptions) -> Encoder:
     """An encoder in evaluation mode, published ones without a head.
 
     Args:
@@ -102,8 +102,8 @@ def _timm_encoder(model: str, options: PublishedOptions) -> FrameEncoder:
 
 
 def keep_encoder(
-    encoder: AnyEncoder, components: int, folder: Path, *, windows: Iterator[Tensor], accelerator: Accelerator
-) -> AnyEncoder:
+    encoder: Encoder, components: int, folder: Path, *, windows: Iterator[Tensor], accelerator: Accelerator
+) -> Encoder:
     """A published encoder as an artefact, with a head of principal components if any are wanted.
 
     Args:
@@ -135,9 +135,7 @@ def keep_encoder(
     return encoder
 
 
-def sample_windows(
-    encoder: AnyEncoder, videos: Sequence[VideoInfo], *, fps: float, batch_size: int
-) -> Iterator[Tensor]:
+def sample_windows(encoder: Encoder, videos: Sequence[VideoInfo], *, fps: float, batch_size: int) -> Iterator[Tensor]:
     """Windows uint8 (n, window, 3, H, W) that end at times evenly over the videos; what does not decode is left out."""
     chosen = videos[:: -(-len(videos) // FITTED_FRAMES)]
     each = -(-FITTED_FRAMES // len(chosen))

@@ -1,0 +1,100 @@
+"""Numbers over many windows, with confidence intervals by groups; what is not defined is NaN.
+
+Neighbouring windows of one video are not independent, so intervals are of a bootstrap over *groups* of windows: videos
+where there are many, parts of a video where there are few. All that is measured on the same windows is resampled
+alike, so ratios are of the same groups above and below the line.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEAST_GROUPS = 5
+"""Smallest number of groups that an interval is claimed for: fewer say little of what another video would give."""
+ROUNDING = 1e-12
+"""Share of a second moment up to which a float64 variance is rounding."""
+
+
+class Bootstrap:
+    """Resamples of groups of windows (Efron 1979), drawn once.
+
+    Args:
+        groups: int (N,), the group of each window, numbered from 0.
+        resamples: how many resamples.
+        seed: of the draws.
+    """
+
+    def __init__(self, groups: np.ndarray, resamples: int = 1000, *, seed: int = 0) -> None:
+        self.groups, self.count = groups, int(groups.max()) + 1
+        generator, size = np.random.default_rng(seed), self.count
+        draws = [np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples)]
+        self.draws = np.array(draws, dtype=np.uint16)  # (resamples, groups): how often each group is in each
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the windows in each resample, (N, ...) -> (resamples, ...); of fewer values the first windows."""
+        by_group = np.zeros((self.count, *values.shape[1:]))
+        np.add.at(by_group, self.groups[: len(values)], values)
+        parts = np.array_split(self.draws, max(1, len(self.draws) // 64))  # a part at a time in float64
+        sums = np.concatenate([part.astype(np.float64) @ by_group.reshape(self.count, -1) for part in parts])
+        return sums.reshape(-1, *values.shape[1:])
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """Means over the windows in each resample, (N, ...) -> (resamples, ...)."""
+        windows = self.sums(np.ones(len(values)))
+        return divide(self.sums(values), windows.reshape(-1, *[1] * (values.ndim - 1)))
+
+    def interval(self, resampled: np.ndarray) -> np.ndarray:
+        """The middle 95 % of the resamples in which a number is defined, (resamples, ...) -> (2, ...).
+
+        NaN of fewer than `LEAST_GROUPS` groups.
+        """
+        if self.count < LEAST_GROUPS:
+            return np.full((2, *resampled.shape[1:]), np.nan)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All-NaN slice")
+            return np.nanquantile(resampled, [0.025, 0.975], axis=0)
+
+    def describe(self, grouped_by: str) -> str:
+        """What intervals are of, or why there are none; such as `grouped_by` "videos"."""
+        few = f"too few {grouped_by} ({self.count}) for an interval"
+        return few if self.count < LEAST_GROUPS else f"95 %, bootstrap over {self.count} {grouped_by}"
+
+
+def divide(above: np.ndarray, below: np.ndarray | float) -> np.ndarray:
+    """A quotient, NaN where its denominator is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.equal(below, 0), np.nan, above / below)
+
+
+def useful_steps(relative: np.ndarray, high: np.ndarray) -> int:
+    """The useful horizon: how many steps from the first on are better than the mean, without interruption.
+
+    Args:
+        relative: (H,), error relative to that of the mean.
+        high: (H,), upper end of its interval, which has to lie below 1; NaN where none is claimed.
+    """
+    better = np.where(np.isnan(high), relative, high) < 1
+    return len(better) if better.all() else int(better.argmin())
+
+
+def reading_moments(read: Tensor, true: Tensor) -> Tensor:
+    """Moments of what was read off embeddings and of the truth: 1, y, p, y², p² and yp; (...) twice -> (..., 6).
+
+    Their sums say R² and r; both should be centred near 0, so that the sums do not cancel.
+    """
+    y, p = true.double(), read.double()
+    return torch.stack([torch.ones_like(y), y, p, y * y, p * p, y * p], dim=-1)
+
+
+def r2_and_r(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """R² (1 - residual / variance) and Pearson's r from sums of `reading_moments`, (..., 6) -> (...) twice.
+
+    NaN where the truth does not vary and, for r, where what was read does not: a quotient of rounding says nothing.
+    """
+    n, y, p, yy, pp, yp = np.moveaxis(sums, -1, 0)
+    variance, read_variance, covariance = yy - divide(y * y, n), pp - divide(p * p, n), yp - divide(y * p, n)
+    variance = np.where(variance > ROUNDING * yy, variance, np.nan)
+    read_variance = np.where(read_variance > ROUNDING * pp, read_variance, np.nan)
+    return 1 - (yy - 2 * yp + pp) / variance, covariance / np.sqrt(variance * read_variance)
