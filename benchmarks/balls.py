@@ -36,7 +36,7 @@ from data.synthetic import STATE_COLUMNS, BallWorld, write_ball_videos
 from jepa.bootstrap import r2_and_r, reading_moments
 from jepa.probe import fit_probe
 from pipelines.run.command import run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 CLIPS = {"train": 4000, "val": 100, "test": 100}
 RECIPE = Recipe(

@@ -29,7 +29,7 @@ from data.cache_writer import CacheWriter, EmbeddedClip
 from data.windows import Windows
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 DIMENSION = 256
 LENGTH = 16

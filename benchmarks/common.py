@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from jepa.encoder import EncoderConfig, FrameEncoder
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError, require
-from pipelines.run.folder import save_artefact
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -29,7 +29,7 @@ from einops import rearrange
 from benchmarks.reading import read_clips, read_frames
 from data.video import probe_video, read_on_clock
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 ROOT = Path(__file__).parent.parent
 CASES = {"960x540 to 224": ((540, 960), 224), "320x180 to 64": ((180, 320), 64)}

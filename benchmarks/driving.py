@@ -34,7 +34,7 @@ from benchmarks.robot import compare_with_the_best
 from data.synthetic import write_video
 from data.video import read_on_clock
 from pipelines.run.command import run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 RECORDINGS = ("a_00", "b_00", "b_01")
 FPS = 4

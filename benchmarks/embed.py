@@ -32,7 +32,7 @@ from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from pipelines.run.command import run_command
 from pipelines.run.devices import cores_of_this_process, start_accelerator
 from pipelines.run.embed import Task, decode, embed_videos
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from data.cache import ClipKey, Column, EmbeddingCache, Provenance
 from data.cache_writer import CacheWriter, EmbeddedClip
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 FPS = 10.0
 CLIPS_PER_SHARD = 64

@@ -21,7 +21,7 @@ from data.counting import count_frames
 from data.parallel import map_ahead
 from data.video import VideoInfo, clock_offsets_s, read_on_clock
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 PAGE = resource.getpagesize()
 EPOCHS_TIMED = 3

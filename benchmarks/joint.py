@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.common import Recipe, forecasts, make_model, table_of_measures
 from data.synthetic import STATE_COLUMNS, BallWorld
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 HORIZONS = (1, 5, 10, 20)
 

@@ -28,7 +28,7 @@ from data.cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_videos
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 WATCHED = """
 import os, runpy, sys

@@ -36,7 +36,7 @@ from data.synthetic import BallWorld, write_ball_videos
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.checkpoints import SEAL, find_fault
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 Trainer = Literal["pretrain_encoder", "train_predictor"]
 Moment = Literal["start-up", "training", "saving"]

@@ -23,7 +23,7 @@ from data.synthetic import write_video
 from data.windows import Windows
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 FPS = 10
 WINDOW = 4

@@ -39,7 +39,7 @@ from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 from pipelines.run.models import load_predictor
 
 CONTEXT = 2

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from jepa.objectives import off_diagonal_by_gram, off_diagonal_by_moments
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.common import Recipe, embed, finished, markdown, read_scores, run, shared, train
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 LEVELS = (99, 90)
 

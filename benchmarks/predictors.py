@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.common import evaluate, forecasts, read_json, table_of_measures, train
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 HORIZONS = (1, 5, 10, 20)
 ANY_KIND = "examples/direct_predictor.py"

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.common import Recipe, forecasts, make_model, shared, table_by_horizon, table_of_measures
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 EPISODES, HELD_OUT = 64, 8
 HORIZONS = (1, 5, 10, 15, 20)

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.common import evaluate, read_json, run, table_of_measures, train
 from data.synthetic import BallWorld, write_ball_videos
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 CLIPS = {"train": 4000, "val": 200, "test": 1000}
 TRAINING = {"steps": 5000, "precision": "bf16"}

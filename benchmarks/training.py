@@ -35,7 +35,7 @@ from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from pipelines import pretrain_encoder, train_predictor
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 FPS = 8.0
 HELD_BATCHES = 8

@@ -32,7 +32,7 @@ from benchmarks.common import ROOT, words
 from data.synthetic import BallWorld, write_ball_videos
 from jepa.config import Bounded, Positive, PositiveInt
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 ENVIRONMENT = {

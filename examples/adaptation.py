@@ -32,7 +32,7 @@ from jepa.metrics import squared_error
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 from pipelines.run.models import load_predictor
 
 PRIOR = 50

@@ -44,8 +44,9 @@ from jepa.diagnostics import encoder_alarms
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, VICReg
+from pipelines.run.artefacts import load_module
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import load_module, write_json
+from pipelines.run.files import write_json
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run
 

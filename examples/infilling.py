@@ -31,7 +31,7 @@ from jepa.diagnostics import floor_std
 from jepa.networks import zero_linear
 from pipelines.run.command import run_command
 from pipelines.run.devices import summary
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 from pipelines.run.models import require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator

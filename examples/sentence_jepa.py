@@ -45,7 +45,7 @@ from jepa.diagnostics import collapse_stats
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import VICReg
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 PADDING, MASK, FIRST_BUCKET, BUCKETS = 0, 1, 2, 2048
 HEADS = 4

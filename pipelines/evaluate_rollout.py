@@ -19,7 +19,8 @@ from data.windows import Windows
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, run_command
 from pipelines.run.evaluation import Judged, evaluate, fit_readout
-from pipelines.run.folder import RunFolder, write_json
+from pipelines.run.files import write_json
+from pipelines.run.folder import RunFolder
 from pipelines.run.models import load_predictor, require_no_video_in_both
 from pipelines.run.report import draw, flat_metrics, table, write_table
 

@@ -24,7 +24,7 @@ from data.manifest import MANIFEST_SUFFIX, Record, file_state, index_videos
 from data.video import IMAGE_FPS, probe_video
 from jepa.config import Bounded, Positive
 from pipelines.run.command import counted, require, run_command
-from pipelines.run.folder import MARK, flat, read_json, to_json
+from pipelines.run.files import MARK, flat, read_json, to_json
 
 SHOWN = 10
 

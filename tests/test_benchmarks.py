@@ -15,7 +15,7 @@ from benchmarks.digits import DIGIT_SIZE, SIZE, SPEED, STATE_COLUMNS, render_dig
 from data.cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_videos
 from data.video import read_on_clock
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 
 def test_words_of_a_command_line():

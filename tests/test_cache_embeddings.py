@@ -26,9 +26,10 @@ from jepa.errors import ConfigurationError
 from jepa.expander import Expander, ExpanderConfig
 from pipelines import cache_embeddings
 from pipelines.cache_embeddings import Options
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
 from pipelines.run.encoders import load_encoder
-from pipelines.run.folder import save_artefact, write_json
+from pipelines.run.files import write_json
 from pipelines.run.published import PublishedOptions, find_encoder
 
 ROOT = Path(__file__).parent.parent

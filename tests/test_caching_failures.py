@@ -17,7 +17,7 @@ import pytest
 from data.cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_clip
 from jepa.encoder import EncoderConfig, create_encoder
-from pipelines.run.folder import save_artefact
+from pipelines.run.artefacts import save_artefact
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

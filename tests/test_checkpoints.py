@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from pipelines.run.checkpoints import SEAL, Checkpoints, State, find_fault
 from pipelines.run.command import UserError
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 
 @pytest.fixture

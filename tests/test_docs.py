@@ -19,7 +19,7 @@ from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from pipelines.calibrate import calibrate
 from pipelines.cli import COMMANDS
-from pipelines.run.folder import save_artefact
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.models import save_calibration
 from pipelines.run.options import parse
 

@@ -13,9 +13,9 @@ from torch.nn import functional
 from jepa.components import principal_components
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder, resize_map
 from jepa.errors import ConfigurationError
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
 from pipelines.run.encoders import load_encoder
-from pipelines.run.folder import save_artefact
 
 
 def frames(count, height=64, width=64, seed=0):

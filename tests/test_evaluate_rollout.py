@@ -19,9 +19,9 @@ from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines import evaluate_rollout
 from pipelines.run import evaluation
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
 from pipelines.run.evaluation import Judged, evaluate, fit_readout, forecast_batch, sample_futures
-from pipelines.run.folder import save_artefact
 from pipelines.run.models import save_calibration
 
 CONTEXT, HORIZON = 3, 4

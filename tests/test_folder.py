@@ -10,16 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipelines.run.artefacts import load_module, save_artefact
 from pipelines.run.command import Finished, UserError
-from pipelines.run.folder import (
-    RunFolder,
-    environment,
-    load_module,
-    read_json,
-    save_artefact,
-    to_json,
-    write_json,
-)
+from pipelines.run.files import read_json, to_json, write_json
+from pipelines.run.folder import RunFolder, environment
 
 
 @dataclass(frozen=True)

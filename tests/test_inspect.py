@@ -16,8 +16,9 @@ from data.decoder import VideoError
 from data.manifest import Record, read_manifest
 from pipelines import inspect_folder
 from pipelines.inspect_folder import Options, print_videos
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
-from pipelines.run.folder import save_artefact, write_json
+from pipelines.run.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 VIDEOS = 12

@@ -20,7 +20,7 @@ from jepa.baselines import Ridge
 from jepa.encoder import EncoderConfig, FrameEncoder
 from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
-from pipelines.run.folder import save_artefact
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.forecasts import calibrate
 from pipelines.run.models import save_calibration
 from pipelines.run.stills import clip_of_row, read_pictures

@@ -14,10 +14,10 @@ from data.video import read_on_clock
 from jepa.components import principal_components
 from jepa.errors import ConfigurationError
 from jepa.video_encoder import load_clip_encoder
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
 from pipelines.run.embed import Task, embed_videos
 from pipelines.run.encoders import load_encoder
-from pipelines.run.folder import save_artefact
 from pipelines.run.published import PublishedOptions, find_encoder
 
 SIZE, WINDOW, FPS = 32, 8, 10.0

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from pipelines.run.command import UserError, said_by_all
-from pipelines.run.folder import read_json, to_disk, write_json
+from pipelines.run.files import read_json, to_disk, write_json
 
 SEAL = "complete.json"
 """Written last into a checkpoint: the number of processes, and size and checksum of each file."""

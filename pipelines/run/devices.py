@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from pipelines.run.command import UserError, require, said_by_all
-from pipelines.run.folder import differences, to_json
+from pipelines.run.files import differences, to_json
 
 Result = TypeVar("Result")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from jepa.encoder import Encoder, EncoderConfig, FrameEncoder
 from jepa.video_encoder import ClipEncoder, ClipEncoderConfig
-from pipelines.run.folder import load_module
+from pipelines.run.artefacts import load_module
 
 
 def load_encoder(folder: Path) -> Encoder:

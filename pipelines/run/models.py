@@ -11,8 +11,8 @@ from jepa.calibration import Calibration
 from jepa.fingerprint import fingerprint
 from jepa.networks import PredictorConfig
 from jepa.predictor import Predictor
+from pipelines.run.artefacts import load_module, save_artefact
 from pipelines.run.command import UserError, require
-from pipelines.run.folder import load_module, save_artefact
 
 
 def load_predictor(folder: Path) -> tuple[Predictor, Calibration]:

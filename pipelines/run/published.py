@@ -22,9 +22,10 @@ from jepa.encoder import Encoder, EncoderConfig, FrameEncoder
 from jepa.errors import ConfigurationError
 from jepa.fingerprint import fingerprint
 from jepa.video_encoder import load_clip_encoder
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import require
 from pipelines.run.encoders import load_encoder
-from pipelines.run.folder import save_artefact, to_json
+from pipelines.run.files import to_json
 
 FITTED_FRAMES = 1024
 """Frames (windows, for a clip encoder) that principal components are fitted on, evenly over the videos."""

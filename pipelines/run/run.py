@@ -24,9 +24,11 @@ from tqdm import tqdm
 
 from data.parallel import stream_ahead
 from pipelines.run import devices
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.checkpoints import Checkpoints, State
 from pipelines.run.command import Interrupted, UserError
-from pipelines.run.folder import RunFolder, flat, save_artefact, to_json, write_text
+from pipelines.run.files import flat, to_json, write_text
+from pipelines.run.folder import RunFolder
 from pipelines.run.options import OptimizerOptions, RunOptions
 
 FIRST_ALARM_STEP = 50

@@ -1,0 +1,76 @@
+"""Artefacts: folders with `config.json` and `model.safetensors` that say what they are."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipelines.run.command import UserError, require
+from pipelines.run.files import discard, read_json, to_disk, write_json
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> None:
+    """Write an artefact; an older one gives way when the new one is whole.
+
+    Args:
+        folder: of the artefact.
+        kind: what it is: encoder, expander, predictor, calibration, ...
+        config: what the module can be built from again; what JSON knows.
+        module: whose weights and buffers are kept.
+    """
+    beside = folder.with_name(f".tmp.{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)  # of an earlier life
+    beside.mkdir()
+    write_json(beside / "config.json", {"kind": kind, "config": config})
+    weights = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    try:
+        save_file(weights, beside / "model.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{beside}: {error}") from error
+    to_disk(beside / "model.safetensors")
+    aside = Path(tempfile.mkdtemp(prefix=f".old.{folder.name}.", dir=folder.parent))
+    if folder.exists():
+        folder.rename(aside / folder.name)
+    beside.rename(folder)
+    discard(aside)
+    to_disk(folder.parent)
+
+
+def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Module]) -> Module:
+    """The module of an artefact in evaluation mode: every weight is there, none is left over, all shapes agree.
+
+    Args:
+        folder: of the artefact.
+        kind: what it must be.
+        build: makes the module from its configuration; called on the meta device first, where nothing is allocated,
+            so that a hostile configuration is found out by the shapes of the weights.
+
+    Raises:
+        UserError: it is missing, damaged, of another kind, or its weights are not those of its configuration.
+    """
+    for name in ("config.json", "model.safetensors"):
+        require((folder / name).is_file(), f"{folder}: there is no {kind} here ({name} is missing)")
+    content = read_json(folder / "config.json")
+    require("kind" in content and "config" in content, f"{folder}/config.json is not of this version: make it again")
+    require(content["kind"] == kind, f"{folder}: this is no {kind}; its config.json says {content['kind']}")
+    try:
+        state = load_file(folder / "model.safetensors")
+        with torch.device("meta"):
+            wanted = {name: tuple(value.shape) for name, value in build(content["config"]).state_dict().items()}
+        for name in wanted.keys() | state.keys():
+            want, have = wanted.get(name, "none"), tuple(state[name].shape) if name in state else "missing"
+            require(want == have, f"{folder}: {name} of this {kind} is {have}, its configuration wants {want}")
+        module = build(content["config"])
+        module.load_state_dict(state)
+        return module.eval()
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: the {kind} here cannot be loaded ({reason}): copy or make it again") from error

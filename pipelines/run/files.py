@@ -1,0 +1,107 @@
+"""Files that are whole or not there: JSON, and what is known about values in it."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pipelines.run.command import UserError, require
+
+MARK = "run.json"
+"""The file that says whose a folder is."""
+WRITTEN = re.compile(r".*\.(jsonl?|csv|safetensors|pt|png|gif)|events\.out\.tfevents\..*")
+"""Names of the files that commands write."""
+LARGEST_JSON = 1 << 28
+"""Bytes."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the new one, whole; NaN and infinity become null."""
+    write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the new one, whole and on the disk."""
+    unfinished = path.with_name(f".tmp.{path.name}")
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("x") as file:  # made anew: links are not followed
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `UserError` if the file holds none."""
+    try:
+        require(path.stat().st_size <= LARGEST_JSON, f"{path} is larger than any file of its kind")
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it, or make it again") from error
+    require(isinstance(value, dict), f"{path} holds no JSON object: restore it, or make it again")
+    return value
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, paths, tuples and numbers of NumPy and torch as what JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = {"kind": value.kind} if hasattr(value, "kind") else {}  # of a union
+        return kind | {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return to_json(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    if not isinstance(values, dict):
+        return {name: values}
+    inner = [flat(value, f"{name}.{part}".removeprefix(".")) for part, value in values.items()]
+    return {key: value for part in inner for key, value in part.items()}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Dotted names whose values differ between two nested dictionaries, with both values."""
+    old, new = flat(before), flat(now)
+    return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
+    names = ("torch", "torchvision", "av", "timm", "accelerate", "h5py", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder as far as a command wrote it: whatever else somebody put there stays."""
+    if path.is_dir() and not path.is_symlink():
+        for inner in path.iterdir():
+            discard(inner)
+        with suppress(OSError):
+            path.rmdir()
+    elif WRITTEN.fullmatch(path.name):
+        path.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
