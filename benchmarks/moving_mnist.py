@@ -149,7 +149,7 @@ def measure(
         return np.array([average_precision(logits[name][:, step], occupied[:, step], weights) for step in steps])
 
     precision = {name: by_horizon(name) for name in logits}
-    bootstrap = Bootstrap(len(windows), RESAMPLES)
+    bootstrap = Bootstrap(np.arange(len(windows)), RESAMPLES)
     resampled = [[by_horizon(name, draw.astype(float), PEER_HORIZON).mean() for name in ("model", "true frames")]
                  for draw in bootstrap.draws]  # fmt: skip
     ratios = np.array(resampled)[:, 0] / np.array(resampled)[:, 1]

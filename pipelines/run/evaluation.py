@@ -60,19 +60,19 @@ class Judged:
         """The ticks that are forecast."""
         return Future.ticks(self.windows.length - self.predictor.config.context, self.predictor.fps)
 
-    def standardised(self, windows: Windows, indices: np.ndarray) -> Tensor:
-        """Some windows of embeddings, (N, length, *tokens, D). Raises `UserError` where they are not finite."""
+    def take(self, windows: Windows, indices: np.ndarray) -> Tensor:
+        """Embeddings of some windows, (N, length, *tokens, D). Raises `UserError` where they are not finite."""
         embeddings, cache = windows.take(indices).to(self.predictor.mean.device), windows.cache
         for row in np.flatnonzero(~embeddings.isfinite().flatten(1).all(dim=1).cpu().numpy())[:1]:
             require_finite(cache, cache.clips[windows.clip_of(indices)[row]], embeddings[row])
-        return self.predictor.standardise(embeddings)
+        return embeddings
 
 
-class Batch(NamedTuple):
+class ForecastBatch(NamedTuple):
     """Some windows, what is forecast for them and what came; standardised."""
 
-    past: Tensor
-    """(B, context, *tokens, D)"""
+    past: Sequence
+    """Raw embeddings (B, context, *tokens, D)."""
     forecasts: dict[str, Tensor]
     """(B, H, *tokens, D) by name: `model` is the believed forecast, `rollout` that of the bare network."""
     came: Tensor
@@ -92,12 +92,11 @@ def shown_horizons(horizon: int) -> list[int]:
 
 
 @torch.no_grad()
-def forecast_batch(judged: Judged, indices: np.ndarray) -> Batch:
+def forecast_batch(judged: Judged, indices: np.ndarray) -> ForecastBatch:
     """Forecasts of some windows. Raises `UserError` where embeddings are not finite."""
     predictor, calibration, fps, future = judged.predictor, judged.calibration, judged.predictor.fps, judged.future
-    embeddings = judged.standardised(judged.windows, indices)
-    seen, came = embeddings.split([predictor.config.context, len(future.times)], dim=1)
-    past = Sequence.on_clock(predictor.unstandardise(seen), fps)
+    seen, came = judged.take(judged.windows, indices).split([predictor.config.context, len(future.times)], dim=1)
+    past = Sequence.on_clock(seen, fps)
     with judged.autocast():
         rolled, ridged = expected_rollout(predictor, past, future), rollout(calibration.ridge, past, future)
     # As rollout(..., calibration=calibration), which would roll both out again.
@@ -109,16 +108,16 @@ def forecast_batch(judged: Judged, indices: np.ndarray) -> Batch:
         ("mean", Mean(fps, predictor.mean)),
     ):
         forecasts[name] = rollout(guess, past, future)
-    return Batch(seen, {name: predictor.standardise(value.float()) for name, value in forecasts.items()}, came)
+    standardised = {name: predictor.standardise(value.float()) for name, value in forecasts.items()}
+    return ForecastBatch(past, standardised, predictor.standardise(came))
 
 
-def sample_futures(judged: Judged, batch: Batch, samples: int, generator: torch.Generator) -> Tensor:
+def sample_futures(judged: Judged, batch: ForecastBatch, samples: int, generator: torch.Generator) -> Tensor:
     """Futures (samples, B, H, *tokens, D), standardised; without a latent the forecast with Gaussian usual errors."""
     predictor, calibration, believed = judged.predictor, judged.calibration, batch.forecasts["model"]
     if predictor.latent_dimension:
-        past = Sequence.on_clock(predictor.unstandardise(batch.past), predictor.fps)
         with judged.autocast():
-            drawn = rollout(predictor, past, judged.future, samples, generator=generator, calibration=calibration)
+            drawn = rollout(predictor, batch.past, judged.future, samples, generator=generator, calibration=calibration)
         return predictor.standardise(drawn.float())
     steps = torch.arange(believed.shape[1], device=believed.device).clamp(max=calibration.horizon - 1)
     noise = torch.randn(samples, *believed.shape, generator=generator, device=believed.device)
@@ -168,6 +167,15 @@ def pool(embeddings: Tensor) -> Tensor:
     return reduce(embeddings, "b h ... d -> b h d", "mean")
 
 
+def lay_out_bank(judged: Judged) -> tuple[Tensor, np.ndarray]:
+    """Frames to find the one that came among, standardised (frames, D), and their rows in the cache, (frames,)."""
+    frames, numbers = Windows(judged.windows.cache, 1), int(np.prod(judged.predictor.shape))
+    indices = frames.evenly(BANK)
+    parts = (judged.take(frames, indices[part]) for part in in_parts(0, len(indices), numbers=numbers))
+    bank = torch.cat([pool(judged.predictor.standardise(part))[:, 0] for part in parts])
+    return bank, frames.rows(indices)[:, 0]
+
+
 @torch.no_grad()
 def evaluate(
     judged: Judged,
@@ -202,12 +210,12 @@ def evaluate(
     measures: dict[tuple[str, str], np.ndarray] = {}
     for part in tqdm(parts, desc="forecasting", unit="batch", leave=False):
         batch = forecast_batch(judged, indices[part])
-        keep(measures, measure_errors(batch), part, windows=len(indices))
+        store(measures, measure_errors(judged, batch), part, windows=len(indices))
         if part.start < detailed:
-            keep(measures, details.measure(batch, indices[part]), part, windows=detailed)
+            store(measures, details.measure(batch, indices[part]), part, windows=detailed)
     bootstrap = Bootstrap(groups, resamples, seed=seed)
     require_changing(windows.cache, bool((measures["copy_last", "mse"] > 0).any()))
-    records = summarise(measures, bootstrap, fps=fps, columns=readout.columns if readout else ())
+    records = make_records(measures, bootstrap, fps=fps, columns=readout.columns if readout else ())
     truth, useful = records.pop("truth"), {}
     for name, rows in records.items():
         relative, high = ([row[f"relative_to_mean{end}"] for row in rows] for end in ("", "_high"))
@@ -227,7 +235,7 @@ def evaluate(
     }
 
 
-def keep(
+def store(
     measures: dict[tuple[str, str], np.ndarray], found: dict[tuple[str, str], Tensor], part: slice, *, windows: int
 ) -> None:
     """Put the measures of a part of the windows into arrays for all of them, (windows, ...)."""
@@ -238,12 +246,12 @@ def keep(
         measures[key][part] = values
 
 
-def measure_errors(batch: Batch) -> dict[tuple[str, str], Tensor]:
+def measure_errors(judged: Judged, batch: ForecastBatch) -> dict[tuple[str, str], Tensor]:
     """Errors and cosines of changes (B, H) by forecast and measure."""
-    found = {}
+    found, last = {}, judged.predictor.standardise(batch.past.embeddings[:, -1])
     for name, forecast in batch.forecasts.items():
         found[name, "mse"] = squared_error(forecast, batch.came)
-        found[name, "change_cosine"] = change_cosine(forecast, batch.came, batch.past[:, -1])
+        found[name, "change_cosine"] = change_cosine(forecast, batch.came, last)
     return found
 
 
@@ -253,13 +261,11 @@ class Details:
     def __init__(self, judged: Judged, *, samples: int, readout: Readout | None, seed: int) -> None:
         self.judged, self.samples, self.readout = judged, samples, readout
         self.generator = torch.Generator(judged.predictor.mean.device).manual_seed(seed)
-        frames, numbers = Windows(judged.windows.cache, 1), int(np.prod(judged.predictor.shape))
-        rows = frames.evenly(BANK)
-        parts = in_parts(0, len(rows), numbers=numbers)
-        self.bank = torch.cat([pool(judged.standardised(frames, rows[part])) for part in parts])[:, 0]  # (frames, D)
-        self.live = live_features(judged.standardised(frames, frames.evenly(LIVE_FRAMES)))
+        self.bank, _ = lay_out_bank(judged)
+        frames = Windows(judged.windows.cache, 1)
+        self.live = live_features(judged.predictor.standardise(judged.take(frames, frames.evenly(LIVE_FRAMES))))
 
-    def measure(self, batch: Batch, indices: np.ndarray) -> dict[tuple[str, str], Tensor]:
+    def measure(self, batch: ForecastBatch, indices: np.ndarray) -> dict[tuple[str, str], Tensor]:
         """By forecast, or `truth`, and measure: (B, H, ...), retrieval and what collapses at the shown horizons."""
         found, shown = dict[tuple[str, str], Tensor](), [step - 1 for step in shown_horizons(batch.came.shape[1])]
         pooled = {name: pool(value[:, shown]) for name, value in (batch.forecasts | {"truth": batch.came}).items()}
@@ -277,7 +283,7 @@ class Details:
                 found["model", f"coverage_{share}"] = reduce(inside, "b h ... -> b h", "mean")
         if self.readout is not None:
             columns, probe = self.readout
-            true = read_columns(self.judged.windows, indices, columns)[:, batch.past.shape[1] :].to(probe.mean)
+            true = read_columns(self.judged.windows, indices, columns)[:, batch.past.length :].to(probe.mean)
             known = true.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True)
             true = (true - probe.target_mean) / probe.target_std
             for name, value in (batch.forecasts | {"truth": batch.came}).items():
@@ -286,43 +292,38 @@ class Details:
         return found
 
 
-def summarise(
+def make_records(
     measures: dict[tuple[str, str], np.ndarray], bootstrap: Bootstrap, *, fps: float, columns: tuple[str, ...]
 ) -> dict[str, list[dict[str, float]]]:
     """Records by forecast, one for each horizon, with the ends of intervals as `_low` and `_high`."""
     horizon = measures["model", "mse"].shape[1]
-    records = {
-        name: [{"horizon": step, "time_s": step / fps} for step in range(1, horizon + 1)] for name, _ in measures
-    }
+    ticks = range(1, horizon + 1)
+    records = {name: [{"horizon": tick, "time_s": tick / fps} for tick in ticks] for name, _ in measures}
 
-    def put(name: str, measure: str, *, point: np.ndarray, resampled: np.ndarray | None = None) -> None:
-        low, high = (None, None) if resampled is None else bootstrap.interval(resampled)
-        for place, step in enumerate(shown_horizons(horizon) if len(point) < horizon else range(1, horizon + 1)):
-            for end, values in (("", point), ("_low", low), ("_high", high)):
-                if values is not None:
-                    records[name][step - 1][f"{measure}{end}"] = float(values[place])
+    def put(name: str, measure: str, point: np.ndarray, *, resampled: np.ndarray | None = None) -> None:
+        ends = {"": point}
+        if resampled is not None:
+            ends |= dict(zip(("_low", "_high"), bootstrap.interval(resampled), strict=True))
+        for place, tick in enumerate(shown_horizons(horizon) if len(point) < horizon else ticks):
+            records[name][tick - 1] |= {f"{measure}{end}": float(values[place]) for end, values in ends.items()}
 
     for (name, measure), values in measures.items():
         if measure == "pooled":
             stats = np.array([collapse_stats(torch.from_numpy(step)) for step in values.swapaxes(0, 1)])
             for field, point in zip(CollapseStats._fields, stats.T, strict=True):
-                put(name, field, point=point)
+                put(name, field, point)
         elif measure == "moments":
             scores = r2_and_r(values.sum(axis=0)), r2_and_r(bootstrap.sums(values))
             for score, point, resampled in zip(("probe_r2", "probe_r"), *scores, strict=True):
                 there = np.isfinite(point)
-                put(name, score, point=divide(np.where(there, point, 0).sum(axis=1), there.sum(axis=1)))
+                put(name, score, divide(np.where(there, point, 0).sum(axis=1), there.sum(axis=1)))
                 for place, column in enumerate(columns):
-                    put(name, f"{score}_{column}", point=point[:, place], resampled=resampled[..., place])
+                    put(name, f"{score}_{column}", point[:, place], resampled=resampled[..., place])
         else:
-            put(name, measure, point=values.mean(axis=0, dtype=float), resampled=bootstrap.means(values))
-        for to in REFERENCES if measure == "mse" else ():
-            other = measures[to, "mse"]
-            resampled = divide(bootstrap.means(values), bootstrap.means(other))
-            put(
-                name,
-                f"relative_to_{to}",
-                point=divide(values.mean(axis=0, dtype=float), other.mean(axis=0, dtype=float)),
-                resampled=resampled,
-            )
+            point, resampled = values.mean(axis=0, dtype=float), bootstrap.means(values)
+            put(name, measure, point, resampled=resampled)
+            for to in REFERENCES if measure == "mse" else ():
+                other = measures[to, "mse"]
+                relative = divide(resampled, bootstrap.means(other))
+                put(name, f"relative_to_{to}", divide(point, other.mean(axis=0, dtype=float)), resampled=relative)
     return records
