@@ -33,7 +33,7 @@ from jepa.encoder import Encoder
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
-from pipelines.run.folder import MARK, read_json, to_json, versions, write_json
+from pipelines.run.files import MARK, read_json, to_json, versions, write_json
 from pipelines.run.published import PublishedOptions, find_encoder, keep_encoder, sample_windows
 
 NUMBER = Column("float64")
@@ -71,7 +71,7 @@ class CacheOptions(Bounded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(PublishedOptions, CacheOptions):
+class Options(PublishedOptions, CacheOptions):  # the cache's options first
     """Embed videos and keep the embeddings on disk."""
 
 
@@ -112,15 +112,14 @@ def main(options: Options) -> None:
 
 
 def usable_videos(options: Options, is_main: bool) -> VideoList:
-    """The main process looks at the videos, the others read what it left in the cache's folder."""
-    folder, manifest = options.output_dir, options.output_dir / "videos.jsonl"
+    """The videos to embed, once the cache has a place and its columns have names."""
+    folder = options.output_dir
     require(not (folder / MARK).exists(), f"--output-dir {folder} holds a run ({MARK}), no cache: take another one")
     for name in options.columns:
         require(NUMBER.is_valid(name), f"--columns {name}: a cache has no place for a column of this name")
     return check_videos(
-        options.videos if is_main else [manifest],
-        fps=options.fps, manifest=manifest if is_main else None, image_fps=options.image_fps, strict=options.strict,
-        progress=is_main,
+        options.videos, fps=options.fps, manifest=folder / "videos.jsonl", image_fps=options.image_fps,
+        strict=options.strict, is_main=is_main,
     )  # fmt: skip
 
 

@@ -3,9 +3,8 @@ r"""Train the frame encoder on a folder of videos, without labels.
   video-jepa pretrain --videos DIR --output-dir runs/encoder
 
 Two neighbouring frames under different light are to have like embeddings, and all frames different ones (--objective).
-With `--prediction-weight 1` a small predictor is rolled out on the embeddings of longer clips, and its error trains the
-encoder, too, through what is predicted as well as through what it is predicted from. That predictor only serves the
-encoder: train_predictor trains the one to keep, on cached embeddings.
+With `--prediction-weight 1` the error of a small predictor, rolled out on the embeddings of longer clips, trains the
+encoder, too. That predictor only serves the encoder: train_predictor trains the one to keep, on cached embeddings.
 
 Leaves `encoder/` (`model.safetensors` and `config.json`), `metrics.json`, `account.json` (what was read, what could not
 be), `curve.jsonl` and tracker logs. Ctrl-C saves; the same command with --resume goes on.
@@ -20,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data.clips import FrameClips, read_sequences
-from data.manifest import VideoList, check_videos
+from data.manifest import check_videos
 from data.video import IMAGE_FPS
 from data.views import Neighbours
 from jepa.batch_norm import synchronise_batch_norm
@@ -30,9 +29,9 @@ from jepa.distributed import sum_over_ranks, world_size
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, Terms, VICReg
+from pipelines.run.artefacts import load_module
 from pipelines.run.command import counted, require, run_command
 from pipelines.run.devices import cores_of_this_process, summary
-from pipelines.run.folder import load_module
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run
 
@@ -78,7 +77,12 @@ class Options(RunOptions):
 def main(options: Options) -> None:
     """Check the videos, build the encoder, train it until views agree and frames differ, save it."""
     run = Run(options, "pretrain_encoder", ("encoder",))
-    videos = usable_videos(run, options)
+    videos = run.main_first(
+        lambda: check_videos(
+            options.videos, fps=options.fps, manifest=options.output_dir / "videos.jsonl", image_fps=options.image_fps,
+            strict=options.strict, is_main=run.is_main,
+        )
+    )  # fmt: skip
     encoder = make_encoder(options)
     length = CONTEXT + options.prediction_steps if options.prediction_weight else 2
     inputs: dict[str, object] = {"videos": summary([(str(video.path), video.duration_s) for video in videos.videos])}
@@ -133,21 +137,6 @@ def loss_of(outputs: Tensor, error: Tensor | None, options: Options, generator: 
     weighted = options.prediction_weight * prediction
     unweighted = {"prediction": prediction, **terms.unweighted}
     return Terms(terms.loss + weighted, unweighted, {"prediction": weighted, **terms.weighted})
-
-
-def usable_videos(run: Run, options: Options) -> VideoList:
-    """The main process looks at the videos, the others read what it left in the run's folder. Collective."""
-    manifest = options.output_dir / "videos.jsonl"
-    return run.main_first(
-        lambda: check_videos(
-            options.videos if run.is_main else [manifest],
-            fps=options.fps,
-            manifest=manifest if run.is_main else None,
-            image_fps=options.image_fps,
-            strict=options.strict,
-            progress=run.is_main,
-        )
-    )
 
 
 def make_encoder(options: Options) -> FrameEncoder:

@@ -14,9 +14,9 @@ by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a 
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from pipelines.run.pictures import Scores, draw_peaks, draw_surprise
 from pipelines.run.stages import run_stage
 
 BATCH = 256
+COLUMNS = ("time_s", "energy", "percentile", "change_cosine")
 
 
 @dataclass(frozen=True)
@@ -72,29 +73,36 @@ class Options(Bounded):
 def main(options: Options) -> None:
     """Embed what has no embeddings yet, score each video, say and show what is surprising."""
     require(bool(options.videos) != bool(options.cache), "give --videos, or --cache with their embeddings")
+    folder = options.output_dir
     output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "pictures", "peaks"))
     predictor, calibration = load_predictor(options.predictor)
     if options.videos:
         embed(options, predictor.fps)
-    cache = EmbeddingCache(options.cache or options.output_dir / "cache")
+    cache = EmbeddingCache(options.cache or folder / "cache")
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
     device = start_accelerator().device
     scorer = Scorer(predictor.to(device), calibration.to(device), cache, horizon=options.horizon)
     output.begin({"provenance": cache.provenance, "clips": len(cache.clips)})
-    summaries = [write_video(scores, options, cache) for scores in start_tables(scorer, options.output_dir)]
-    silent = len(cache.clips) - len(summaries)
-    frames = sum(summary.frames for summary in summaries)
-    output.finish(
-        {
-            "videos": len(summaries),
-            "too_short_videos": silent,
-            "far_from_calibration": sum(summary.level > FAR_LEVEL for summary in summaries),
-            "mean_energy": sum(summary.frames * summary.mean_energy for summary in summaries) / frames,
-        }
-    )
+    for name in ("pictures", "peaks"):
+        (folder / name).mkdir(exist_ok=True)
+    frames, energy, videos, far = 0, 0.0, 0, 0
+    with (folder / "surprise.csv").open("w", newline="") as every, (folder / "peaks.csv").open("w", newline="") as best:
+        moments, highest = csv.writer(every), csv.writer(best)
+        moments.writerow(["video", *COLUMNS])
+        highest.writerow(["video", "rank", *COLUMNS])
+        for scores in scorer:
+            peaks = find_peaks(scores)[: options.peaks]
+            moments.writerows([scores.video, *scores.as_text(place)] for place in range(len(scores.rows)))
+            highest.writerows([scores.video, rank, *scores.as_text(peak)] for rank, peak in enumerate(peaks, start=1))
+            show(scores, peaks, folder, cache)
+            frames, energy = frames + len(scores.rows), energy + float(scores.energies.sum())
+            videos, far = videos + 1, far + (scores.level > FAR_LEVEL)
+    silent = len(cache.clips) - videos
+    counts = {"videos": videos, "too_short_videos": silent, "far_from_calibration": far}
+    output.finish({**counts, "mean_energy": energy / frames})
     if silent:
         print(f"{counted(silent, 'video')} without {scorer.windows.length} frames in a row: not scored")
-    print(f"wrote {options.output_dir}/surprise.csv and peaks.csv, and pictures of each video in pictures and peaks")
+    print(f"wrote {folder}/surprise.csv and peaks.csv, and pictures of each video in pictures and peaks")
 
 
 def embed(options: Options, fps: float) -> None:
@@ -120,18 +128,14 @@ class Scorer:
 
     def __iter__(self) -> Iterator[Scores]:
         """The scores of each clip that is long enough."""
-        clip, parts = -1, list[np.ndarray]()
-        order = np.arange(0, len(self.windows), BATCH)
-        for start in tqdm(order, desc="scoring", unit="batch", leave=False):
+        for clip, rows in groupby(self.rows(), key=itemgetter(0)):
+            yield self.gather(clip, np.stack([row for _, row in rows]))
+
+    def rows(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The clip and the scores (3,) of each window, one after the other."""
+        for start in tqdm(range(0, len(self.windows), BATCH), desc="scoring", unit="batch", leave=False):
             indices = np.arange(start, min(start + BATCH, len(self.windows)))
-            rows, clips = self.score(indices), self.windows.clip_of(indices)
-            for part in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(clips)) + 1):
-                if clips[part[0]] != clip and parts:
-                    yield self.gather(clip, parts)
-                    parts = []
-                clip = int(clips[part[0]])
-                parts.append(rows[part])
-        yield self.gather(clip, parts)
+            yield from zip(self.windows.clip_of(indices).tolist(), self.score(indices), strict=True)
 
     @torch.no_grad()
     def score(self, indices: np.ndarray) -> np.ndarray:
@@ -147,60 +151,36 @@ class Scorer:
         rows = torch.from_numpy(self.windows.rows(indices)[:, -1])
         return torch.stack([rows.double(), energy.double().cpu(), cosine.double().cpu()], dim=1).numpy()
 
-    def gather(self, clip: int, parts: list[np.ndarray]) -> Scores:
-        """The scores of a clip."""
-        rows, energies, cosines = np.concatenate(parts).T
-        rows, found = rows.astype(np.int64), torch.from_numpy(energies)
+    def gather(self, clip: int, found: np.ndarray) -> Scores:
+        """The scores of a clip, from those of its windows (N, 3)."""
+        rows, energies, cosines = found[:, 0].astype(np.int64), found[:, 1].copy(), found[:, 2]
+        tensor = torch.from_numpy(energies)
         return Scores(
             video=Path(self.cache.clips[clip].key.source),
             rows=rows,
             ticks=self.cache.take(rows, "ticks"),
             times_s=self.cache.take(rows, "times_s"),
             energies=energies,
-            percentiles=self.calibration.percentile(found.float(), self.horizon).cpu().numpy(),
+            percentiles=self.calibration.percentile(tensor.float(), self.horizon).cpu().numpy(),
             cosines=cosines,
-            level=self.calibration.level(found, self.horizon),
+            level=self.calibration.level(tensor, self.horizon),
             reach=self.windows.length - 1,
         )
 
 
-class Summary(NamedTuple):
-    """What is kept of a video when it is done."""
-
-    frames: int
-    mean_energy: float
-    level: float
-
-
-def start_tables(scorer: Scorer, folder: Path) -> Iterator[Scores]:
-    """The scores of each video, after the tables have been begun."""
-    for name, columns in (("surprise.csv", ("video",)), ("peaks.csv", ("video", "rank"))):
-        with (folder / name).open("w", newline="") as table:
-            csv.writer(table).writerow([*columns, "time_s", "energy", "percentile", "change_cosine"])
-    for name in ("pictures", "peaks"):
-        (folder / name).mkdir(exist_ok=True)
-    yield from scorer
-
-
-def write_video(scores: Scores, options: Options, cache: EmbeddingCache) -> Summary:
-    """Rows in the tables, pictures, and a line on the screen."""
-    folder, chosen = options.output_dir, find_peaks(scores)[: options.peaks]
-    with (folder / "surprise.csv").open("a", newline="") as table:
-        csv.writer(table).writerows([scores.video, *scores.as_text(place)] for place in range(len(scores.rows)))
-    with (folder / "peaks.csv").open("a", newline="") as table:
-        csv.writer(table).writerows([scores.video, rank, *scores.as_text(at)] for rank, at in enumerate(chosen, 1))
-    name = picture_name(scores.video, folder / "pictures")
-    draw_surprise(scores, chosen, folder / "pictures" / name)
+def show(scores: Scores, peaks: list[int], folder: Path, cache: EmbeddingCache) -> None:
+    """Pictures of a video, and a line on the screen."""
+    name, highest = picture_name(scores.video, folder / "pictures"), peaks[0]
+    draw_surprise(scores, peaks, folder / "pictures" / name)
     try:
-        draw_peaks(scores, chosen, cache, folder / "peaks" / name)
+        draw_peaks(scores, peaks, cache, folder / "peaks" / name)
     except (DataError, OSError) as error:
         print(f"no pictures of its peaks: {error}")
-    peak = chosen[0]
-    said = f"  {scores.video}: most surprising at {scores.times_s[peak]:.2f} s (energy {scores.energies[peak]:.1f})"
+    time_s, energy = scores.times_s[highest], scores.energies[highest]
+    said = f"  {scores.video}: most surprising at {time_s:.2f} s (energy {energy:.1f})"
     if scores.level > FAR_LEVEL:
         said += "; its ordinary level is far above what the calibration calls ordinary: percentiles say little of it"
     tqdm.write(said)
-    return Summary(len(scores.rows), float(scores.energies.mean()), scores.level)
 
 
 def find_peaks(scores: Scores) -> list[int]:

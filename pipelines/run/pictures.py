@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from data.cache import EmbeddingCache
 from pipelines.run.stills import read_pictures
@@ -77,36 +76,26 @@ def draw_peaks(scores: Scores, peaks: Sequence[int], cache: EmbeddingCache, path
     Raises:
         VideoError: the video is gone, or cannot be decoded any more.
     """
-    beside = SHOWN_FRAMES // 2
-    around = [np.arange(max(0, peak - beside), min(len(scores.rows), peak + beside + 1)) for peak in peaks]
-    frames = read_pictures(cache, scores.rows[np.concatenate(around)], height=HEIGHT)
-    height, width = frames[0].shape[:2]
-    figure = Figure(figsize=(9, 0.4 + len(peaks) * (0.8 + 1.65 * height / width)), layout="constrained")
+    beside = np.arange(SHOWN_FRAMES) - SHOWN_FRAMES // 2
+    around = [np.unique((peak + beside).clip(0, len(scores.rows) - 1)) for peak in peaks]
+    frames = iter(read_pictures(cache, scores.rows[np.concatenate(around)], height=HEIGHT))
+    figure = Figure(figsize=(9, 0.4 + 1.9 * len(peaks)), layout="constrained")
     figure.suptitle(plain(scores.video), fontsize=9)
-    waiting = iter(frames)
-    for row, (axes, peak, places) in enumerate(
-        zip(figure.subplots(len(peaks), squeeze=False)[:, 0], peaks, around, strict=True), start=1
-    ):
-        shown = [next(waiting) for _ in places]
-        draw_strip(shown, axes, captions=[caption(scores, int(place)) for place in places], marked=peak - places[0])
-        axes.set_title(f"{row}. at {scores.times_s[peak]:.2f} s", fontsize=9, loc="left")
+    for row, peak, places in zip(figure.subplots(len(peaks), SHOWN_FRAMES, squeeze=False), peaks, around, strict=True):
+        for axes in row[len(places) :]:
+            axes.set_axis_off()
+        for axes, place in zip(row, places.tolist(), strict=False):
+            draw_frame(next(frames), axes, caption=caption(scores, place), is_peak=place == peak)
     figure.savefig(path, dpi=120)
 
 
-def draw_strip(frames: Sequence[np.ndarray], axes: Axes, *, captions: Sequence[str], marked: int) -> None:
-    """Frames uint8 (H, W, 3) side by side, one of them framed."""
-    height, width = frames[0].shape[:2]
-    between = max(1, width // 16)
-    tiles = [np.pad(frame, ((0, 0), (0, between), (0, 0)), constant_values=255) for frame in frames]
-    axes.imshow(np.concatenate(tiles, axis=1))
-    lefts = np.arange(len(frames)) * (width + between) - 0.5
-    corner = (lefts[marked], -0.5)
-    axes.add_patch(Rectangle(corner, width, height, fill=False, color="C3", linewidth=3, clip_on=False))
-    axes.set_xlim(-0.5, SHOWN_FRAMES * (width + between) - between - 0.5)
-    axes.set_xticks(lefts + width / 2, captions, fontsize=8)
-    axes.tick_params(length=0)
+def draw_frame(frame: np.ndarray, axes: Axes, *, caption: str, is_peak: bool) -> None:
+    """A frame uint8 (H, W, 3) and what is known of it; a peak is framed."""
+    axes.imshow(frame)
+    axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[:].set_visible(False)
+    axes.set_xlabel(caption, fontsize=8)
+    axes.spines[:].set(visible=is_peak, color="C3", linewidth=3)
 
 
 def caption(scores: Scores, place: int) -> str:
