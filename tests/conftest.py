@@ -49,12 +49,17 @@ def read_number():
 
 @pytest.fixture(scope="session")
 def encode_video():
-    """Encode pictures (height, width, 3), or numbers drawn as pictures, to be shown at known times in seconds."""
+    """Encode pictures (height, width, 3), or numbers drawn as pictures.
+
+    They are shown at known times in seconds; or there are only so many of them, `rate` in a second.
+    """
 
     def encode(
-        path, times_s, pictures=None, codec="libx264", options=None, rate=30, ticks_per_second=1000,
+        path, times_s, pictures=None, codec="libx264", options=None, rate=25, ticks_per_second=1000,
         pixel_format="yuv420p", container_options=None,
     ):  # fmt: skip
+        if isinstance(times_s, int):
+            times_s, ticks_per_second = np.arange(times_s) / rate, rate
         pictures = range(len(times_s)) if pictures is None else pictures
         with av.open(str(path), "w", options=container_options or {}) as container:
             stream = container.add_stream(codec, rate=rate, options=options or {})

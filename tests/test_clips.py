@@ -23,10 +23,9 @@ def videos(tmp_path_factory, encode_video):
     paths = [
         encode_video(
             folder / f"{video}.mp4",
-            np.arange(length) / 10,
+            length,
             range(100 * video, 100 * video + length),
             rate=10,
-            ticks_per_second=10,
             options={"g": "10", "bf": "2"},
         )
         for video, length in enumerate(LENGTHS)
@@ -146,7 +145,7 @@ def test_the_bound_on_memory_is_kept(videos, monkeypatch):
 
 def test_a_small_block_among_larger_ones_is_no_error(tmp_path, videos, encode_video, numbers_in):
     # Where the cut falls by chance, a short video is left in a block of its own, with fewer pairs than a batch.
-    short = encode_video(tmp_path / "short.mp4", np.arange(3) / 10, [900, 901, 902], rate=10, ticks_per_second=10)
+    short = encode_video(tmp_path / "short.mp4", 3, [900, 901, 902], rate=10)
     mixed = [*videos, probe_video(short)]
     for seed in range(6):
         batches = first_batches(
@@ -246,9 +245,7 @@ def test_too_few_pairs_for_a_batch(videos):
 def test_a_video_that_breaks_off_is_listed_and_its_good_frames_are_used(
     tmp_path, videos, encode_video, damage_video, numbers_in
 ):
-    broken = encode_video(
-        tmp_path / "broken.mp4", np.arange(30) / 10, range(200, 230), rate=10, ticks_per_second=10, options={"bf": "0"}
-    )
+    broken = encode_video(tmp_path / "broken.mp4", 30, range(200, 230), rate=10, options={"bf": "0"})
     info = probe_video(damage_video(broken, first=20))
     loader = loader_of([videos[0], info])
     pairs, _ = epoch_of(loader, numbers_in)

@@ -21,7 +21,7 @@ def folder(tmp_path, encode_video):
     """Three good videos of 10 fps, one of them deep inside, and a file that is not a video."""
     (tmp_path / "videos" / "deep" / "er").mkdir(parents=True)
     for name in ("b.mp4", "a.MKV", "deep/er/c.mov"):
-        encode_video(tmp_path / "videos" / name, np.arange(15) / 10, rate=10, ticks_per_second=10)
+        encode_video(tmp_path / "videos" / name, 15, rate=10)
     (tmp_path / "videos" / "notes.txt").write_text("not a video, and not called one")
     return tmp_path / "videos"
 
@@ -77,7 +77,7 @@ def test_unusable_files_are_refused_and_the_others_used(folder):
 
 
 def test_a_video_slower_than_the_clock_is_refused(folder, encode_video):
-    encode_video(folder / "slow.mp4", np.arange(8) / 2, rate=2, ticks_per_second=2)
+    encode_video(folder / "slow.mp4", 8, rate=2)
     checked = check_videos([folder], fps=5, progress=False)
     assert len(checked.videos) == 3
     assert list(checked.refused) == [folder / "slow.mp4"]
@@ -360,7 +360,7 @@ index_videos([Path(sys.argv[1])], Path(sys.argv[2]), look=slowly, progress=False
 
 def test_a_killed_process_keeps_what_was_done_and_the_next_finishes_it(folder, manifest, encode_video):
     for number in range(9):
-        encode_video(folder / f"{number}.mp4", np.arange(5) / 10, rate=10, ticks_per_second=10)
+        encode_video(folder / f"{number}.mp4", 5, rate=10)
     command = [sys.executable, "-c", SLOW, str(folder), str(manifest)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(video.__file__).parents[1]) as process:
         until = time.monotonic() + 60

@@ -107,7 +107,7 @@ def test_no_frame_stands_for_two_ticks(tmp_path, encode_video, on_clock):
 @pytest.mark.parametrize("fps", [10, 30])
 def test_a_clock_shifted_by_half_a_frame_has_no_gaps(tmp_path, encode_video, on_clock, fps, suffix):
     # Every tick lies half way between two frames: rounding, to milliseconds in mkv, must not send two ticks to one.
-    video = encode_video(tmp_path / f"even{suffix}", np.arange(120) / fps, rate=fps, ticks_per_second=fps)
+    video = encode_video(tmp_path / f"even{suffix}", 120, rate=fps)
     sampled = on_clock(video, fps, offset_s=0.5 / fps)
     assert [tick for tick, _ in sampled] == list(range(len(sampled)))
     assert len(sampled) >= 119
@@ -141,9 +141,7 @@ def test_offset_shifts_the_clock(tmp_path, encode_video, on_clock):
     ],
 )
 def test_stretches_together_are_one_pass(tmp_path, encode_video, on_clock, name, codec, options):
-    video = encode_video(
-        tmp_path / name, np.arange(100) / 25, codec=codec, rate=25, ticks_per_second=25, options=options
-    )
+    video = encode_video(tmp_path / name, 100, codec=codec, options=options)
     for fps in (4, 10, 25):
         whole = on_clock(video, fps, offset_s=0.007)
         assert_nearest(whole, np.arange(100) / 25, fps, 0.007)
@@ -197,9 +195,7 @@ def test_times_start_at_the_first_displayed_frame(tmp_path, encode_video, read_n
 
 def test_times_start_at_the_first_frame_that_decodes(tmp_path, encode_video, read_number):
     # A transport stream recorded from the middle of a group of pictures: what comes before a keyframe is lost.
-    video = encode_video(
-        tmp_path / "cut.ts", np.arange(100) / 25, rate=25, ticks_per_second=25, options={"g": "20", "bf": "2"}
-    )
+    video = encode_video(tmp_path / "cut.ts", 100, options={"g": "20", "bf": "2"})
     packets = video.read_bytes()
     video.write_bytes(packets[: 3 * 188] + packets[len(packets) // 188 // 3 * 188 :])
     frames = [(read_number(frame), time_s) for frame, time_s in read_frames(video, SIZE)]
@@ -214,14 +210,14 @@ def test_all_shared_clips_start_at_zero(shared):
 
 
 def test_probe_reads_the_header(tmp_path, encode_video):
-    info = probe_video(encode_video(tmp_path / "a.mp4", np.arange(50) / 25, rate=25, ticks_per_second=25))
+    info = probe_video(encode_video(tmp_path / "a.mp4", 50))
     assert (info.codec, info.height, info.width) == ("h264", 32, 80)
     assert info.duration_s == pytest.approx(2, abs=0.05)
     assert info.average_fps == pytest.approx(25, rel=0.02)
 
 
 def test_probe_of_a_stream_without_a_duration(tmp_path, encode_video):
-    path = encode_video(tmp_path / "raw.h264", np.arange(50) / 25, rate=25, ticks_per_second=25)
+    path = encode_video(tmp_path / "raw.h264", 50)
     assert probe_video(path).duration_s == 0
 
 
