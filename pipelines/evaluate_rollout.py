@@ -78,8 +78,9 @@ def main(options: Options) -> None:
         readout = fit_readout(probe_cache, options.probe_columns, predictor)
     output.begin({"provenance": cache.provenance, "calibration": calibration.description()})
 
+    judged = Judged(predictor, calibration, windows, accelerator.autocast)
     results = evaluate(
-        Judged(predictor, calibration, windows, accelerator.autocast),
+        judged,
         most=options.windows,
         samples=options.samples,
         readout=readout,

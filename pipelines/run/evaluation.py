@@ -17,19 +17,11 @@ from tqdm import tqdm
 
 from data.cache import EmbeddingCache
 from data.windows import Windows, group_windows
+from jepa import metrics
 from jepa.baselines import CopyLast, LinearExtrapolation, Mean
 from jepa.bootstrap import Bootstrap, divide, r2_and_r, reading_moments, useful_steps
 from jepa.calibration import Calibration
 from jepa.diagnostics import CollapseStats, collapse_stats
-from jepa.metrics import (
-    best_of,
-    change_cosine,
-    coverage,
-    energy_score,
-    live_features,
-    retrieved,
-    squared_error,
-)
 from jepa.predictor import Predictor
 from jepa.probe import FOLDS, Probe, fit_probe
 from jepa.rollout import expected_rollout, rollout
@@ -102,11 +94,8 @@ def forecast_batch(judged: Judged, indices: np.ndarray) -> ForecastBatch:
     # As rollout(..., calibration=calibration), which would roll both out again.
     believed = calibration.believe(rolled, ridged, past, (future.times * fps).to(rolled.device))
     forecasts = {"model": believed, "rollout": rolled, "ridge": ridged}
-    for name, guess in (
-        ("copy_last", CopyLast(fps)),
-        ("linear_extrapolation", LinearExtrapolation(fps)),
-        ("mean", Mean(fps, predictor.mean)),
-    ):
+    guesses = {"copy_last": CopyLast(fps), "linear_extrapolation": LinearExtrapolation(fps)}
+    for name, guess in (guesses | {"mean": Mean(fps, predictor.mean)}).items():
         forecasts[name] = rollout(guess, past, future)
     standardised = {name: predictor.standardise(value.float()) for name, value in forecasts.items()}
     return ForecastBatch(past, standardised, predictor.standardise(came))
@@ -188,13 +177,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """All that is said of a predictor, as JSON values; NaN where a number is not defined.
 
-    Args:
-        judged: what is judged on which windows.
-        most: windows at most, evenly over all.
-        samples: futures drawn of each window.
-        readout: what is read off forecasts.
-        resamples: of the bootstrap.
-        seed: of the bootstrap and of the samples.
+    It is judged on at most so many windows, evenly over all, by so many sampled futures of each (or none), and by what
+    is read off forecasts; the seed is that of the bootstrap and of the samples.
 
     Raises:
         UserError: embeddings are not finite or never change, or the cache lacks a column.
@@ -250,8 +234,8 @@ def measure_errors(judged: Judged, batch: ForecastBatch) -> dict[tuple[str, str]
     """Errors and cosines of changes (B, H) by forecast and measure."""
     found, last = {}, judged.predictor.standardise(batch.past.embeddings[:, -1])
     for name, forecast in batch.forecasts.items():
-        found[name, "mse"] = squared_error(forecast, batch.came)
-        found[name, "change_cosine"] = change_cosine(forecast, batch.came, last)
+        found[name, "mse"] = metrics.squared_error(forecast, batch.came)
+        found[name, "change_cosine"] = metrics.change_cosine(forecast, batch.came, last)
     return found
 
 
@@ -263,7 +247,7 @@ class Details:
         self.generator = torch.Generator(judged.predictor.mean.device).manual_seed(seed)
         self.bank, _ = lay_out_bank(judged)
         frames = Windows(judged.windows.cache, 1)
-        self.live = live_features(judged.predictor.standardise(judged.take(frames, frames.evenly(LIVE_FRAMES))))
+        self.live = metrics.live_features(judged.predictor.standardise(judged.take(frames, frames.evenly(LIVE_FRAMES))))
 
     def measure(self, batch: ForecastBatch, indices: np.ndarray) -> dict[tuple[str, str], Tensor]:
         """By forecast, or `truth`, and measure: (B, H, ...), retrieval and what collapses at the shown horizons."""
@@ -272,14 +256,16 @@ class Details:
         for name, value in pooled.items():
             found[name, "pooled"] = value
             if name != "truth":
-                hits = retrieved(value.flatten(0, 1), pooled["truth"].flatten(0, 1), self.bank)
+                hits = metrics.retrieved(value.flatten(0, 1), pooled["truth"].flatten(0, 1), self.bank)
                 found[name, "retrieval_at_1"] = hits.unflatten(0, value.shape[:2])
         if self.samples:
             drawn = sample_futures(self.judged, batch, self.samples, self.generator)
-            found["model", "energy_score"] = energy_score(drawn.flatten(3), batch.came.flatten(2))
-            found["model", "best_of"] = best_of(drawn.flatten(3), batch.came.flatten(2))
+            found["model", "energy_score"] = metrics.energy_score(drawn.flatten(3), batch.came.flatten(2))
+            found["model", "best_of"] = metrics.best_of(drawn.flatten(3), batch.came.flatten(2))
             for share in (50, 90):
-                inside = coverage(drawn[..., self.live], batch.came[..., self.live], share / 100)  # (B, H, *tokens)
+                inside = metrics.coverage(
+                    drawn[..., self.live], batch.came[..., self.live], share / 100
+                )  # (B, H, *tokens)
                 found["model", f"coverage_{share}"] = reduce(inside, "b h ... -> b h", "mean")
         if self.readout is not None:
             columns, probe = self.readout

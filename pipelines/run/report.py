@@ -2,7 +2,6 @@
 
 import csv
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,10 @@ def table(results: Results) -> str:
     """The results on one screen."""
     fps, shown = results["fps"], shown_horizons(len(results["truth"]))
     heads = [f"{step} ({step / fps:.3g} s)" for step in shown]
-    lines = [f"{how_much(results)}; horizon in steps (seconds)", _line("", [*heads, "useful for"])]
+    lines = [
+        f"{counted(results['windows'], 'rollout')} in {counted(results['clips'], 'clip')}; horizon in steps (seconds)",
+        _line("", [*heads, "useful for"]),
+    ]
     if results["interval"].startswith("too few"):
         lines.insert(1, f"{results['interval']}: how long they are useful is by point estimates")
     for measure, title in MEASURES.items():
@@ -67,17 +69,12 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _line(name: str, cells: Sequence[str]) -> str:
+def _line(name: str, cells: list[str]) -> str:
     return f"  {name:21}" + "".join(f"{cell:>13}" for cell in cells)
 
 
 def _curves(results: Results) -> dict[str, list[dict[str, float]]]:
     return {**results["predictors"], "truth": results["truth"]}
-
-
-def how_much(results: Results) -> str:
-    """How much was measured."""
-    return f"{counted(results['windows'], 'rollout')} in {counted(results['clips'], 'clip')}"
 
 
 def draw(results: Results, path: Path) -> None:
@@ -124,5 +121,5 @@ def draw_skill(results: Results, axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("horizon in seconds; dotted: the model is better than the mean until there")
     axes.set_ylabel("error relative to copying the last embedding")
-    axes.set_title(f"{how_much(results)}; {results['interval']}", fontsize=9)
+    axes.set_title(f"{counted(results['windows'], 'rollout')}; {results['interval']}", fontsize=9)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
