@@ -31,7 +31,7 @@ def read_sidecar(
     Args:
         video: the CSV lies beside it, under the same name.
         times_s: (T,), seconds since the first displayed frame.
-        columns: which columns.
+        columns: their names.
         tolerance_s: how near in time a row must be, in seconds; half a tick leaves no frame between two rows out.
         image_fps: rate of a folder of images.
 
@@ -77,16 +77,12 @@ def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:
                 if column not in known:
                     raise SidecarError(f"{path}: there is no column '{column}' among {', '.join(known)}")
             rows = np.array([[float(row[column]) for column in (clock, *columns)] for row in reader])
-    except UnicodeDecodeError as error:
-        raise SidecarError(f"{path}: this is not UTF-8 ({error.reason}): save it as UTF-8") from error
-    except csv.Error as error:
-        raise SidecarError(f"{path}: this is no CSV ({error})") from error
-    except (TypeError, ValueError) as error:
-        raise SidecarError(f"{path}: a value is not a number ({error})") from error
-    if len(rows) == 0:
-        raise SidecarError(f"{path}: there are no rows in it")
-    if not np.isfinite(rows).all():
-        raise SidecarError(f"{path}: a value is not a number (row {int((~np.isfinite(rows)).any(axis=1).argmax())})")
+        if len(rows) == 0:
+            raise ValueError("it has no rows")
+        if not np.isfinite(rows).all():
+            raise ValueError(f"row {(~np.isfinite(rows)).any(axis=1).argmax()} has a value that is not a number")
+    except (csv.Error, TypeError, ValueError) as error:
+        raise SidecarError(f"{path}: this is no table of numbers, saved as UTF-8 ({error})") from error
     return clock, rows
 
 
