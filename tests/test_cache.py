@@ -16,7 +16,7 @@ import torch
 
 import data.cache
 import data.cache_writer
-from data.cache import FORMAT_VERSION, CacheError, ClipKey, Column, EmbeddingCache, read_provenance
+from data.cache import FORMAT_VERSION, CacheError, ClipKey, Column, EmbeddingCache
 from data.cache_writer import CacheWriter, EmbeddedClip, remaining_clips
 from data.manifest import file_state
 
@@ -74,9 +74,10 @@ def clips_of_tokens(make_clip, columns):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("clips_per_shard", [1, 2, 64])
-def test_round_trip_is_exact(tmp_path, write_cache, clips, dtype, clips_per_shard):
+def test_round_trip_is_exact(tmp_path, write_cache, make_provenance, clips, dtype, clips_per_shard):
     folder = write_cache(tmp_path / "new" / "cache", clips, clips_per_shard, dtype=dtype)
     assert_holds(folder, clips)
+    assert EmbeddingCache(folder).provenance == make_provenance(dtype=dtype)
     assert len(shards(folder)) == len(shards(folder, ".json")) == -(-len(clips) // clips_per_shard)
     assert remaining_clips(folder, [clip.key for clip in clips]) == []
     assert {path.name for path in folder.iterdir()} == {"cache.json", "shards", ".lock"}
@@ -84,19 +85,14 @@ def test_round_trip_is_exact(tmp_path, write_cache, clips, dtype, clips_per_shar
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("clips_per_shard", [1, 64])
-def test_tokens_and_other_columns_come_back_exactly(
-    tmp_path, write_cache, clips_of_tokens, columns, dtype, clips_per_shard
-):
-    folder = write_cache(tmp_path, clips_of_tokens, clips_per_shard, shape=(3, 2, 5), dtype=dtype, columns=columns)
-    assert_holds(folder, clips_of_tokens)
-    cache = EmbeddingCache(folder)
+def test_tokens_and_other_columns_come_back_exactly(tmp_path, write_cache, clips_of_tokens, columns, dtype):
+    cache = EmbeddingCache(write_cache(tmp_path, clips_of_tokens, 2, shape=(3, 2, 5), dtype=dtype, columns=columns))
+    assert_holds(tmp_path, clips_of_tokens)
     assert cache.shape == (3, 2, 5)
     rows = np.array([[17, 0], [9, 9]])
     assert cache.take(rows).shape == (2, 2, 3, 2, 5)
     assert cache.take(rows, "steering").shape == (2, 2, 2)
-    assert cache.take(rows, "times_s").dtype == np.float64
-    assert cache.take(rows, "ticks").dtype == np.int64
+    assert [cache.take(rows, name).dtype for name in ("times_s", "ticks")] == [np.float64, np.int64]
     with pytest.raises(KeyError, match="brake"):
         cache.take(rows, "brake")
 
@@ -114,12 +110,6 @@ def test_shards_are_plain_hdf5(tmp_path, write_cache, clips):
             assert file[name].chunks is None
             assert file[name].id.get_offset() == offsets[name]
             np.testing.assert_array_equal(file[name][:], values)
-
-
-def test_provenance_is_kept(tmp_path, write_cache, clips, make_provenance):
-    folder = write_cache(tmp_path, clips, fps=29.97, versions={"av": "1", "torch": "2"})
-    assert read_provenance(folder) == make_provenance(fps=29.97, versions={"av": "1", "torch": "2"})
-    assert EmbeddingCache(folder).provenance == read_provenance(folder)
 
 
 @pytest.mark.parametrize("clips_per_shard", [1, 2, 64])
@@ -254,75 +244,41 @@ def test_swapped_shards_are_noticed(tmp_path, write_cache, make_clip):
             cache.clip_embeddings(clip)
 
 
-def changed(**changes):
-    """A manifest with other fields."""
-    return lambda manifest: json.dumps(manifest | changes).encode()
+JUNK = (b"", b"{", b"[]", b"null", b"{}", b"\0" * 100, b"\xff\xfe{\xe4", b"[" * 100_000)
+INFINITE, NAN = float("inf"), float("nan")
+CHANGED_CLIPS = (
+    {"source": None}, {"size_bytes": [1]}, {"offset_s": "0"}, {"offset_s": NAN}, {"frames": "4"}, {"frames": -4},
+    {"frames": 0}, {"frames": 4.5}, {"frames": 10**9},
+)  # fmt: skip
+CHANGED_MANIFESTS = (
+    {"clips": {}, "bytes": None}, {"clips": [3]}, {"clips": [["/a.mp4"]]}, {"bytes": None}, {"bytes": INFINITE},
+    {"shard": 7}, {"written_ns": "yesterday"}, {"written_ns": NAN}, {"offsets": {"embeddings": 2048}},
+    {"offsets": [2048]}, *({"first clip": changes} for changes in CHANGED_CLIPS),
+    *({"places": {name: place}} for name, place in [("embeddings", -8), ("embeddings", 2048.5), ("times_s", 10**30)]),
+    {"places": {"ticks": "near the end"}}, {"places": {"shard": None}},
+)  # fmt: skip
 
 
-def changed_clip(**changes):
-    """A manifest with other fields of its first clip."""
-
-    def change(manifest):
-        fields = dict(zip((*ClipKey._fields, "frames", "crc32"), manifest["clips"][0], strict=True)) | changes
-        return json.dumps(manifest | {"clips": [list(fields.values()), *manifest["clips"][1:]]}).encode()
-
-    return change
-
-
-def changed_offset(name, change):
-    """A manifest in which a dataset begins elsewhere."""
-
-    def moved(manifest):
-        offset = change(manifest["bytes"]) if callable(change) else change
-        return json.dumps(manifest | {"offsets": manifest["offsets"] | {name: offset}}).encode()
-
-    return moved
+def damaged_manifest(manifest, damage):
+    """A manifest with other fields: its own, those of its first clip, and where datasets begin."""
+    if isinstance(damage, bytes):
+        return damage
+    damage = dict(damage)
+    first = dict(zip((*ClipKey._fields, "frames", "crc32"), manifest["clips"][0], strict=True))
+    clips = [list((first | damage.pop("first clip", {})).values()), *manifest["clips"][1:]]
+    places = {name: manifest["bytes"] - 8 if at == "near the end" else at
+              for name, at in damage.pop("places", {}).items()}  # fmt: skip
+    changed = {"clips": clips, "offsets": manifest["offsets"] | places} | damage
+    return json.dumps(manifest | changed).encode()
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda manifest: b"",
-        lambda manifest: b"{",
-        lambda manifest: b"[]",
-        lambda manifest: b"null",
-        lambda manifest: b"{}",
-        lambda manifest: b"\0" * 100,
-        lambda manifest: b"\xff\xfe{\xe4",
-        lambda manifest: b"[" * 100_000,
-        lambda manifest: json.dumps(manifest).encode()[:-1],
-        changed(clips={}, bytes=None),
-        changed(clips=[3]),
-        changed(clips=[["/a.mp4"]]),
-        changed(bytes=None),
-        changed(bytes=float("inf")),
-        changed(shard=7),
-        changed(written_ns="yesterday"),
-        changed(written_ns=float("nan")),
-        changed(offsets={"embeddings": 2048}),
-        changed(offsets=[2048]),
-        changed_clip(source=None),
-        changed_clip(size_bytes=[1]),
-        changed_clip(offset_s="0"),
-        changed_clip(offset_s=float("nan")),
-        changed_clip(frames="4"),
-        changed_clip(frames=-4),
-        changed_clip(frames=0),
-        changed_clip(frames=4.5),
-        changed_clip(frames=10**9),
-        changed_offset("embeddings", -8),
-        changed_offset("embeddings", 2048.5),
-        changed_offset("ticks", lambda size: size - 8),
-        changed_offset("times_s", 10**30),
-        changed_offset("shard", None),
-    ],
-)
+@pytest.mark.parametrize("damage", [*JUNK, *CHANGED_MANIFESTS], ids=lambda damage: repr(damage)[:60])
 def test_a_damaged_manifest_is_named(tmp_path, write_cache, make_provenance, clips, damage):
     write_cache(tmp_path, clips[:2])
     (manifest,) = shards(tmp_path, ".json")
     shard = manifest.with_suffix(".h5")
     write_cache(tmp_path, clips[2:], 64)
-    manifest.write_bytes(damage(json.loads(manifest.read_text())))
+    manifest.write_bytes(damaged_manifest(json.loads(manifest.read_text()), damage))
     message = rf"{shard} has a damaged manifest \(.*\): delete it and {manifest.name}, and embed the videos again"
     uses = EmbeddingCache, lambda at: remaining_clips(at, []), lambda at: CacheWriter(at, make_provenance())
     for use in uses:
@@ -456,45 +412,24 @@ def test_other_formats_are_refused(tmp_path, write_cache, make_provenance, clips
             use(tmp_path)
 
 
-def described(**changes):
-    """A description with other fields."""
-    return lambda record: json.dumps(record | changes).encode()
+def of_embeddings(dtype, shape):
+    return {"columns": {"embeddings": {"dtype": dtype, "shape": shape}}}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda record: b"",
-        lambda record: b"{",
-        lambda record: b"[]",
-        lambda record: b"null",
-        lambda record: b'{"format_version": %d}' % FORMAT_VERSION,
-        lambda record: b"\0" * 100,
-        lambda record: b"\xff\xfe{\xe4",
-        lambda record: b"[" * 100_000,
-        described(format_version="4"),
-        described(fps=0.0),
-        described(fps=float("inf")),
-        described(fps="4"),
-        described(image_fps=float("nan")),
-        described(image_size=[16]),
-        described(image_size=16),
-        described(window=0),
-        described(precision="int8"),
-        described(columns={}),
-        described(columns=[]),
-        described(columns={"embeddings": {"dtype": "int8", "shape": [5]}}),
-        described(columns={"embeddings": {"dtype": "float64", "shape": [5]}}),
-        described(columns={"embeddings": {"dtype": "float32", "shape": []}}),
-        described(columns={"embeddings": {"dtype": "float32", "shape": [-5]}}),
-        described(columns={"embeddings": {"dtype": "float32", "shape": ["5"]}}),
-        described(codebook=7),
-    ],
-)
+CHANGED_DESCRIPTIONS = (
+    {"format_version": "4"}, {"fps": 0.0}, {"fps": INFINITE}, {"fps": "4"}, {"image_fps": NAN}, {"image_size": [16]},
+    {"image_size": 16}, {"window": 0}, {"precision": "int8"}, {"columns": {}}, {"columns": []}, {"codebook": 7},
+    of_embeddings("int8", [5]), of_embeddings("float64", [5]), of_embeddings("float32", []),
+    of_embeddings("float32", [-5]), of_embeddings("float32", ["5"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [*JUNK, *CHANGED_DESCRIPTIONS], ids=lambda damage: repr(damage)[:60])
 def test_a_damaged_description_is_named(tmp_path, write_cache, clips, damage):
     write_cache(tmp_path, clips)
     path = tmp_path / "cache.json"
-    path.write_bytes(damage(json.loads(path.read_text())))
+    record = json.loads(path.read_text())
+    path.write_bytes(damage if isinstance(damage, bytes) else json.dumps(record | damage).encode())
     with pytest.raises(CacheError, match=r"cache\.json is damaged .* embed the videos again") as refused:
         EmbeddingCache(tmp_path)
     assert "\n" not in str(refused.value)
