@@ -27,24 +27,18 @@ def folder(tmp_path, encode_video):
 
 
 def test_folders_are_searched_recursively_in_order(folder):
+    (folder / "holiday.mp4").mkdir()  # called like a video
+    (folder / "deep" / "back").symlink_to(folder)  # links may lead in circles
+    (folder / "deep" / "er" / "round").symlink_to(folder / "deep")
     assert find_videos([folder]) == [folder / "a.MKV", folder / "b.mp4", folder / "deep" / "er" / "c.mov"]
 
 
-def test_a_folder_that_is_called_like_a_video_is_no_video(folder):
-    (folder / "holiday.mp4").mkdir()
-    assert len(find_videos([folder])) == 3
-
-
-def test_several_paths_without_doubles(folder, tmp_path, monkeypatch):
-    paths = [folder / "deep", folder / "b.mp4", folder / "b.mp4", folder / "deep" / "er" / "c.mov"]
-    assert find_videos(paths) == [folder / "b.mp4", folder / "deep" / "er" / "c.mov"]
-
-
-def test_one_file_by_two_names_is_one_video(folder, tmp_path, monkeypatch):
+def test_one_file_by_several_names_is_one_video(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    absolute = folder / "b.mp4"
-    found = find_videos([absolute, absolute.relative_to(tmp_path), folder / "deep" / ".." / "b.mp4"])
-    assert [path.resolve() for path in found] == [absolute.resolve()]
+    one = folder / "b.mp4"
+    found = find_videos([folder / "deep", one, one, one.relative_to(tmp_path), folder / "deep" / ".." / "b.mp4"])
+    assert {path.resolve() for path in found} == {one, folder / "deep" / "er" / "c.mov"}
+    assert len(found) == 2
 
 
 def test_a_single_file_is_taken_as_it_is_named(folder):
@@ -55,15 +49,13 @@ def test_a_single_file_is_taken_as_it_is_named(folder):
     assert [video.path for video in videos.videos] == [folder / "clip.dat"]
 
 
-def test_a_missing_path_is_an_error_even_beside_good_ones(folder):
-    with pytest.raises(VideoError, match=r"nowhere: no such file or folder"):
+def test_where_there_is_nothing_it_is_said(folder, tmp_path):
+    with pytest.raises(VideoError, match=r"nowhere: no such file or folder"):  # even beside good ones
         find_videos([folder, folder / "nowhere"])
-
-
-def test_an_empty_folder_is_an_error(tmp_path):
-    (tmp_path / "notes.txt").write_text("no video")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no video")
     with pytest.raises(VideoError, match=r"no videos in this folder .*\.mp4"):
-        find_videos([tmp_path])
+        find_videos([tmp_path / "empty"])
 
 
 def test_unusable_files_are_refused_and_the_others_used(folder):
@@ -77,16 +69,15 @@ def test_unusable_files_are_refused_and_the_others_used(folder):
 
 
 def test_a_video_slower_than_the_clock_is_refused(folder, encode_video):
+    assert len(check_videos([folder], fps=10, progress=False).videos) == 3  # as fast as the clock
     encode_video(folder / "slow.mp4", 8, rate=2)
     checked = check_videos([folder], fps=5, progress=False)
     assert len(checked.videos) == 3
     assert list(checked.refused) == [folder / "slow.mp4"]
     # The last frame of an mp4 may be shown for longer or shorter: its average rate is not exactly 2.
     assert "fps are fewer than the clock's 5" in checked.refused[folder / "slow.mp4"]
-
-
-def test_a_video_as_fast_as_the_clock_is_used(folder):
-    assert len(check_videos([folder], fps=10, progress=False).videos) == 3
+    with pytest.raises(VideoError, match=r"fewer than the clock's 60: lower the clock"):
+        check_videos([folder], fps=60, progress=False)
 
 
 def test_nothing_usable_is_an_error_that_counts_the_others(tmp_path):
@@ -96,17 +87,6 @@ def test_nothing_usable_is_an_error_that_counts_the_others(tmp_path):
         check_videos([tmp_path], fps=4, progress=False)
     with pytest.raises(VideoError, match=r"c\.mp4: not a readable video \([^(]*\)$"):
         check_videos([tmp_path / "c.mp4"], fps=4, progress=False)
-
-
-def test_all_too_slow_is_an_error(folder):
-    with pytest.raises(VideoError, match=r"fewer than the clock's 60: lower the clock"):
-        check_videos([folder], fps=60, progress=False)
-
-
-def test_links_in_circles_end(folder):
-    (folder / "deep" / "back").symlink_to(folder)
-    (folder / "deep" / "er" / "round").symlink_to(folder / "deep")
-    assert len(find_videos([folder])) == 3
 
 
 def test_a_linked_folder_is_searched(folder, tmp_path, encode_video):
@@ -209,19 +189,15 @@ def test_what_has_changed_is_looked_at_again(index, looks, folder, encode_video)
     assert (records["b.mp4"].video.frames, records["new.mp4"].video.frames, vanished) == (20, 7, [])
 
 
-def test_what_was_refused_and_is_mended_is_used(index, folder, encode_video):
-    (folder / "z.mp4").write_text("no video\n" * 50)
-    assert index()[0]["z.mp4"].refused
-    encode_video(folder / "z.mp4", np.arange(7) / 10)
-    assert index()[0]["z.mp4"].video.frames == 7
-
-
-def test_a_video_that_could_not_be_read_is_tried_again(index):
+def test_what_was_refused_is_tried_again(index, folder, encode_video):
     def look(path, fps):
         raise PermissionError(f"{path}: not now")
 
+    (folder / "z.mp4").write_text("no video\n" * 50)
     assert all(record.refused for record in index(look=look)[0].values())
-    assert all(record.video for record in index()[0].values())
+    assert [name for name, record in index()[0].items() if record.refused] == ["z.mp4"]
+    encode_video(folder / "z.mp4", np.arange(7) / 10)
+    assert index()[0]["z.mp4"].video.frames == 7
 
 
 def test_what_is_gone_is_told_once(index, folder, manifest):
@@ -290,9 +266,7 @@ def test_a_foreign_file_is_no_manifest(index, manifest, content, message):
             use()
         assert "\n" not in str(caught.value)
     assert manifest.read_bytes() == content
-
-
-def test_a_missing_manifest_is_an_error(manifest):
+    manifest.unlink()
     with pytest.raises(VideoError, match=r"videos\.jsonl: not a readable manifest \(.*No such file"):
         check_videos([manifest], fps=4, progress=False)
 
@@ -401,30 +375,22 @@ def test_names_of_all_kinds(index, folder, encode_video):
     assert index()[0] == records
 
 
-def test_an_account_adds_up():
-    account = Account()
-    account.add(Path("/a.mp4"), 60.0, Damage())
-    account.add(Path("/a.mp4"), 30.0, Damage())
-    account.add(Path("/b.mp4"), 30.0, Damage(2, ["decoding failed after 1.00 s (why)"]))
-    account.refuse(Path("/c.mp4"), "/c.mp4: the file is empty")
-    assert str(account).splitlines() == [
-        "read 2 videos, 2.0 minutes; refused 1; damaged 1, 2 corrupt frames left out",
-        "  refused: /c.mp4: the file is empty",
-        "  damaged: /b.mp4: 2 corrupt frames left out; decoding failed after 1.00 s (why)",
-    ]
-
-
-def test_accounts_of_several_processes_are_one():
+def test_accounts_add_up():
     one, other = Account(), Account()
-    one.add(Path("/a.mp4"), 60.0, Damage(1))
+    one.add(Path("/a.mp4"), 60.0, Damage())
+    one.add(Path("/a.mp4"), 30.0, Damage(1))
     other.add(Path("/a.mp4"), 60.0, Damage())
-    other.add(Path("/b.mp4"), 60.0, Damage(2))
+    other.add(Path("/b.mp4"), 30.0, Damage(2, ["decoding failed after 1.00 s (why)"]))
     for account in (one, other):
         account.refuse(Path("/c.mp4"), "/c.mp4: the file is empty")
-    one.merge([other])
-    assert one.read_s == {"/a.mp4": 120.0, "/b.mp4": 60.0}
-    assert (sorted(one.damaged), sorted(one.refused)) == (["/a.mp4", "/b.mp4"], ["/c.mp4"])
-    assert one.damaged == {"/a.mp4": Damage(1), "/b.mp4": Damage(2)}
+    one.merge([other])  # of another process
+    assert one.read_s == {"/a.mp4": 150.0, "/b.mp4": 30.0}
+    assert str(one).splitlines() == [
+        "read 2 videos, 3.0 minutes; refused 1; damaged 2, 3 corrupt frames left out",
+        "  refused: /c.mp4: the file is empty",
+        "  damaged: /a.mp4: 1 corrupt frames left out",
+        "  damaged: /b.mp4: 2 corrupt frames left out; decoding failed after 1.00 s (why)",
+    ]
 
 
 def test_a_long_account_is_cut_short():
