@@ -14,21 +14,16 @@ from accelerate.utils import broadcast_object_list
 from pipelines.run.command import UserError, said_by_all
 from pipelines.run.files import read_json, to_disk, write_json
 
-SEAL = "complete.json"
-"""Written last into a checkpoint: the number of processes, and size and checksum of each file."""
-KEPT = 2
-"""The newest checkpoints that are kept."""
+SEAL, KEPT = "complete.json", 2
+"""What is written last into a checkpoint: processes, size and checksum of each file. The newest ones are kept."""
 
 
 class State(NamedTuple):
-    """A training state."""
+    """A training state after so many steps: tensors that all ranks share, and JSON of this rank's own."""
 
     step: int
-    """Steps done."""
     shared: dict[str, Any]
-    """Tensors and plain values, alike on all ranks."""
     own: dict[str, Any]
-    """This rank's part: what JSON knows."""
 
 
 class Checkpoints:
@@ -44,8 +39,7 @@ class Checkpoints:
         Raises:
             UserError: it was saved by another number of processes, or cannot be read.
         """
-        whole = self._newest_whole() if self.accelerator.is_main_process else None
-        broadcast_object_list(chosen := [whole])
+        broadcast_object_list(chosen := [self._newest_whole() if self.accelerator.is_main_process else None])
         if (newest := chosen[0]) is None:
             return None
         saved, running = read_json(newest / SEAL)["processes"], self.accelerator.num_processes
@@ -80,10 +74,8 @@ class Checkpoints:
             to_disk(unfinished / "state.pt")
             write_json(unfinished / SEAL, {"processes": self.accelerator.num_processes, "files": files})
             to_disk(unfinished)
-            # Those of later steps were passed over as broken.
-            later = [path for path in self.folder.glob("step_*") if path.name >= finished.name]
-            for passed_over in later:
-                shutil.rmtree(passed_over)
+            for later in [path for path in self.folder.glob("step_*") if path.name >= finished.name]:
+                shutil.rmtree(later)  # passed over as broken
             unfinished.rename(finished)
             to_disk(self.folder)
             for old in sorted(self.folder.glob("step_*"))[:-KEPT]:

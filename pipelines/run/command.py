@@ -22,13 +22,11 @@ Options = TypeVar("Options")
 LAUNCH = "accelerate launch --quiet --config_file accelerate_config.yaml"
 """The launcher; `--quiet` keeps its own traceback away from our one-line errors."""
 LOST_CONTACT = re.compile(
-    r"connection (closed|reset|refused|was likely closed|abort)|broken pipe|caused pair closure|timed out waiting \d+ms"
-    r"|connectFullMesh failed|failed to recv|ncclRemoteError|communicator was aborted|collective operation timeout",
+    r"connection (closed|reset|refused|was likely closed|abort)|broken pipe|caused pair closure|timed out|timeout"
+    r"|connectFullMesh failed|failed to recv|ncclRemoteError|communicator was aborted",
     re.IGNORECASE,
 )
-"""The words of gloo, NCCL and the store for another process that has gone."""
-NOT_MET = re.compile(r"waiting for clients|timed out after \d+ms while trying to connect")
-"""The words of torch.distributed for processes that have not come."""
+"""The words of gloo, NCCL and the store for another process that has gone, or has not come."""
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED|std::bad_alloc")
 """The words of a GPU, its libraries and the CPU's allocator."""
 
@@ -42,14 +40,7 @@ class Finished(Exception):
 
 
 class Interrupted(Exception):
-    """The command was asked to stop and has saved its work."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message, signal_number)
-        self.exit_code = 128 + signal_number
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+    """The command was asked to stop by a signal, the second argument, and has saved its work."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -84,11 +75,9 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
         status, line = explain(error, options_type)
         if line:
             print(line, file=sys.stderr)
-        _leave_at_once(status)  # not after the hour-long video that a thread may be decoding
+        _leave_at_once(status)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo's threads may outlive the process group and abort the interpreter while it shuts down, after all work
-        # is done (pytorch/pytorch#179291).
-        _leave_at_once(0)
+        _leave_at_once(0)  # gloo's threads may abort the interpreter while it shuts down (pytorch/pytorch#179291)
 
 
 def explain(error: BaseException, options_type: type) -> tuple[int, str]:
@@ -101,11 +90,11 @@ def explain(error: BaseException, options_type: type) -> tuple[int, str]:
             raise error
         case Finished():
             return 0, "" if rank else said
-        case Interrupted():
-            return error.exit_code, "" if rank else f"\n{said}"
+        case Interrupted(args=(said, number)):
+            return 128 + number, "" if rank else f"\n{said}"
         case KeyboardInterrupt():
-            again = "interrupted: run the same command again to continue, a trainer with --resume"
-            return 128 + signal.SIGINT, "" if rank else f"\n{again}"
+            said = "interrupted: run the same command again to continue, a trainer with --resume"
+            return 128 + signal.SIGINT, "" if rank else f"\n{said}"
         case ConfigurationError():
             line = f"{name_option(error.field, options_type)} {error.message}"
         case UserError() | DataError():
@@ -115,10 +104,8 @@ def explain(error: BaseException, options_type: type) -> tuple[int, str]:
             line = f"{error.filename or 'writing'}: {error.strerror or said}: {kept}"
         case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             line = f"out of memory ({said}): lower how much is held at a time, such as --batch-size; {kept}"
-        case RuntimeError() if several and NOT_MET.search(str(error)):
-            line = f"not all processes have met ({said}): has one ended already, or can it not reach the first machine?"
         case RuntimeError() if several and LOST_CONTACT.search(str(error)):
-            line = f"another process has ended, its own message says why ({said}); {kept}: start all with --resume"
+            line = f"another process has ended, as its own message says, or was never reached ({said}): {kept}"
         case _:
             traceback.print_exception(error)
             return 1, ""
@@ -128,7 +115,7 @@ def explain(error: BaseException, options_type: type) -> tuple[int, str]:
 
 
 def _leave_at_once(status: int) -> NoReturn:
-    """End the process without waiting for its threads."""
+    """End the process without waiting for its threads: one of them may be decoding an hour-long video."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

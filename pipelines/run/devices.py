@@ -1,9 +1,11 @@
 """Processes and devices: one or many, alike on all."""
 
+import ctypes
 import datetime
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +32,10 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 def start_accelerator(
     precision: str = "launched", execution: str = "eager", *, trackers: Sequence[str] = (), logs: Path | None = None
 ) -> Accelerator:
-    """One process or one of many, with its device.
+    """One process or one of many, with its device; options as `RunOptions` explains them.
 
     Args:
-        precision: launched (as accelerate was told), fp32, bf16 or fp16.
+        precision: launched, fp32, bf16 or fp16.
         execution: eager, compiled, or deterministic.
         trackers: names that accelerate knows; none stands for none.
         logs: folder for the trackers.
@@ -42,6 +44,8 @@ def start_accelerator(
         UserError: accelerate sees other processes than were started, or there is no such tracker.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        _hush()
     known = [*map(str, get_available_trackers()), "none"]  # accelerate passes silently over what it does not find
     for name in trackers:
         require(name in known, f"--tracker {name} is not installed or does not exist: there are {', '.join(known)}")
@@ -69,26 +73,31 @@ def start_accelerator(
         # torch before 2.15 has no other name for it.
         set_timeout = getattr(distributed, "set_timeout", None) or distributed.distributed_c10d._set_pg_timeout
         set_timeout(LONGEST_WAIT)
-    on_gpu = accelerator.device.type == "cuda"
-    require(
-        on_gpu or accelerator.mixed_precision != "fp16", "precision fp16 needs a GPU: take --precision bf16 or fp32"
-    )
+    on_gpu, half = accelerator.device.type == "cuda", accelerator.mixed_precision == "fp16"
+    require(on_gpu or not half, "precision fp16 needs a GPU: take --precision bf16 or fp32")
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32, as in convolutions
-    elif processes == 1 and not _threads_are_chosen():
-        torch.set_num_threads(cores_of_this_process())
+    elif processes == 1:
+        # `accelerate launch` says 1 by itself, of many cores.
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+        if os.environ.get("OMP_NUM_THREADS") in (None, "1" if launched else None):
+            torch.set_num_threads(cores_of_this_process())
     return accelerator
+
+
+def _hush() -> None:
+    """Silence warnings of torch's C++: DDP's, of several lines on each rank, is of what we want.
+
+    Python's filters do not reach them, and their variable in the environment is read before we are.
+    """
+    with suppress(OSError, ValueError):
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level").value = 2  # errors
 
 
 def cores_of_this_process() -> int:
     """How many cores this process may use: those granted to it, shared with the others on its machine."""
     return max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _threads_are_chosen() -> bool:
-    """Whether somebody said how many threads compute. `accelerate launch` says 1 by itself, of many cores."""
-    chosen = os.environ.get("OMP_NUM_THREADS")
-    return chosen is not None and not (chosen == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ)
 
 
 def describe_devices(accelerator: Accelerator) -> str:

@@ -19,10 +19,7 @@ from jepa.errors import ConfigurationError
 
 Options = TypeVar("Options")
 
-COMMANDS = (
-    "pretrain_encoder", "cache_embeddings", "train_predictor", "calibrate", "evaluate_rollout", "score_surprise",
-    "inspect_folder", "demo",
-)  # fmt: skip
+COMMANDS = [path.stem for path in sorted(Path(__file__).parents[1].glob("[!_]*.py")) if path.stem != "cli"]
 """Names that a preset may have sections for, beside that of the command that reads it."""
 NOT_IN_PRESETS = {"output-dir", "overwrite", "resume"}
 """Options that decide what is kept and what is replaced: a stranger's file must not set them."""
@@ -82,10 +79,9 @@ def parse(options_type: type[Options], command: str, *, description: str = "") -
     default, arguments = _choose_kinds(options_type, arguments, unions)
     lines = [f"{option}: {' | '.join(kind.kind for kind in kinds)}" for option, kinds in unions.items()]
     text = "\n".join([description, *lines, "--preset FILE: other defaults, such as configs/presets/laptop_cpu.yaml"])
-    said = io.StringIO()
+    said, plain = io.StringIO(), (tyro.conf.AvoidSubcommands,)
     try:
         with contextlib.redirect_stderr(said):
-            plain = (tyro.conf.AvoidSubcommands,)
             return tyro.cli(options_type, description=text, args=arguments, default=default, config=plain)
     except SystemExit as leaving:
         cause: BaseException | None = leaving
@@ -131,9 +127,8 @@ def _choose_kinds(
     The defaults are an instance that nobody has checked: options without a default are still missing.
     """
     # In --help a command's own options stand before those of all trainers.
-    shared = RunOptions.__dataclass_fields__.keys()
     default, fields = object.__new__(options_type), options_type.__dataclass_fields__  # type: ignore[attr-defined]
-    for name, field in sorted(fields.items(), key=lambda item: item[0] in shared):
+    for name, field in sorted(fields.items(), key=lambda item: item[0] in RunOptions.__dataclass_fields__):
         fields[name] = fields.pop(name)
         value = tyro.MISSING if field.default is dataclasses.MISSING else field.default
         made = field.default_factory is not dataclasses.MISSING

@@ -18,8 +18,9 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import numpy as np
 import torch
 import torch.distributed as distributed
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor, nn
+from torch.utils.data._utils.pin_memory import pin_memory
 from tqdm import tqdm
 
 from data.parallel import stream_ahead
@@ -41,11 +42,10 @@ SHARED = 2**32 - 1
 
 
 class Batch(Protocol):
-    """What a step learns from: a named tuple of tensors, the first with a row for each sample, and other things."""
+    """A named tuple of tensors, the first with a row for each sample, and where in the data the next batch begins."""
 
     @property
-    def place(self) -> dict[str, int]:
-        """Where in the data the next batch begins."""
+    def place(self) -> dict[str, int]: ...
 
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
@@ -54,18 +54,17 @@ Result = TypeVar("Result")
 
 @dataclass
 class Progress:
-    """What each rank remembers beside weights; what is called last is of the last entry in the log."""
+    """What each rank remembers beside weights: all of the run, the last entry in the log, and sums since then."""
 
     place: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     samples: int = 0
-    last_step: int = -1
-    last_metrics: dict[str, float] = field(default_factory=dict)
-    last_alarms: list[str] = field(default_factory=list)
-    first_alarms: list[str] = field(default_factory=list)
-    first_alarm_step: int | None = None
+    first_collapse_step: int | None = None
+    collapse_alarms: list[str] = field(default_factory=list)
+    logged_step: int = -1
+    metrics: dict[str, float] = field(default_factory=dict)
+    collapsed: bool = False
     sums: dict[str, float | Tensor] = field(default_factory=dict)
-    """Sums of the loss and its terms over the steps since the last entry."""
     summed_steps: int = 0
 
 
@@ -88,7 +87,7 @@ class Best:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the module."""
-        return {name: value for name, value in vars(self).items() if name not in ("module", "metric")}
+        return {name: getattr(self, name) for name in ("step", "metrics", "weights", "collapsed")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what another life found."""
@@ -96,12 +95,7 @@ class Best:
 
 
 class Run:
-    """The run of a trainer, on this rank. Collective.
-
-    Args:
-        options: of the command.
-        command: name.
-        artefacts: names of the folders and files that it leaves.
+    """The run of a trainer, on this rank, in the folder of its options. Collective.
 
     Raises:
         UserError: the folder cannot be used, or ranks were started differently.
@@ -135,14 +129,11 @@ class Run:
         return devices.main_first(self.accelerator, work)
 
     def begin(self, inputs: dict[str, Any], *facts: str) -> None:
-        """Make the folder or resume the run in it, and print `facts`. Collective.
-
-        Args:
-            inputs: what the run learns from, in short.
-            facts: what is trained on what.
+        """Make the folder or resume the run in it, and print the facts: what is trained on what. Collective.
 
         Raises:
-            UserError: ranks see other inputs, or a resumed run began with others.
+            UserError: ranks see other inputs, which say in short what is learned from, or a resumed run began with
+                others.
         """
         devices.require_agreement(self.accelerator, inputs=inputs)
         devices.on_main(self.accelerator, lambda: self.folder.begin(inputs))  # type: ignore[union-attr]
@@ -154,12 +145,9 @@ class Run:
             print(f"{self.command} on {devices.describe_devices(self.accelerator)}: {'; '.join(facts)}")
 
     def prepare(self, network: nn.Module, optimizer: OptimizerOptions, *, clip_norm: float = math.inf) -> nn.Module:
-        """The network on its device and ready for several ranks, with its weights restored; after `begin`.
+        """The network on its device, ready for several ranks, with its weights restored; after `begin`.
 
-        Args:
-            network: with batch normalisation already synchronised, where there is any.
-            optimizer: learning rate and weight decay.
-            clip_norm: longest gradient.
+        Batch normalisation, where there is any, is synchronised already. Gradients longer than `clip_norm` are clipped.
         """
         network = network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.peak, self.clip_norm = optimizer.learning_rate, clip_norm
@@ -192,13 +180,11 @@ class Run:
     def steps(self, batches: Callable[[dict[str, int]], Iterable[AnyBatch]]) -> Iterator[tuple[int, AnyBatch]]:
         """The number of each step from 0 and its batch; `update` is called once for each. Collective.
 
-        A thread prepares the next ones. States are saved; Ctrl-C and SIGTERM save after the step under way.
+        A thread reads ahead. States are saved; Ctrl-C and SIGTERM save after the step under way, and raise
+        `Interrupted`.
 
         Args:
             batches: batches without end from a place in the data on; an empty place is the beginning.
-
-        Raises:
-            Interrupted: by a signal, after saving.
         """
         self._save()
         self.restored = {}
@@ -208,13 +194,12 @@ class Run:
         try:
             while self.step < self.options.steps:
                 began = time.monotonic()
-                batch = next(ahead)
+                batch = send_to_device(next(ahead), self.device, non_blocking=True)
                 self.waited_s += time.monotonic() - began
                 # Not before: decoding the first frames may take long, and there is nothing to save yet.
                 signal.signal(signal.SIGINT, self._receive)
                 signal.signal(signal.SIGTERM, self._receive)
-                samples = next(len(value) for value in batch if isinstance(value, Tensor))  # type: ignore[attr-defined]
-                self.samples += samples * self.ranks
+                samples = next(len(value) for value in batch if isinstance(value, Tensor))
                 self.progress.samples += samples * self.ranks
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr_at(self.step, self.options.steps, self.peak)
@@ -236,15 +221,11 @@ class Run:
         return step_generator(self.options.seed, step, SHARED if shared else self.rank, self.device)
 
     def update(self, loss: Tensor, terms: dict[str, Tensor], videos: Sequence[Any] = ()) -> None:
-        """One step of the optimiser.
-
-        Args:
-            loss: scalar.
-            terms: scalars for the log, which shows their means beside that of the loss.
-            videos: what the batch was read from.
+        """One step of the optimiser. Means of the loss and its terms, all scalars, are logged.
 
         Raises:
-            UserError: the loss or its gradient is NaN or infinite; on a GPU, said at the next entry in the log.
+            UserError: the loss or its gradient is NaN or infinite, with the step and the videos of its batch; on a
+                GPU, said at the next entry in the log.
         """
         self.accelerator.backward(loss)
         self.gradient_norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.clip_norm)
@@ -259,6 +240,9 @@ class Run:
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value.detach()
         self.progress.summed_steps += 1
         self.step += 1
+        if self.due and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps that are still under way count
+        self.worked_s = time.monotonic() - self.since
 
     def _require_finite(self) -> None:
         """Raises `UserError` if a step's numbers are NaN or infinite; no state is saved before they were looked at."""
@@ -279,27 +263,30 @@ class Run:
         return self.step % self.options.log_every == 0 or self.step == self.options.steps
 
     def log(self, metrics: dict[str, float], alarms: Sequence[str] = (), show: Sequence[str] = ("loss",)) -> None:
-        """Log metrics, the means of the terms since the last entry, and rates. Collective.
+        """Log metrics alike on all ranks, the means of the terms since the last entry, and rates. Collective.
 
-        Args:
-            metrics: alike on all ranks.
-            alarms: signs of collapse, in words; the first are said loudly.
-            show: names of what stands beside the progress bar.
+        The first alarms, signs of collapse in words, are said loudly. What `show` names stands beside the progress bar.
         """
-        if self.step == self.progress.last_step:
+        progress = self.progress
+        if self.step == progress.logged_step:
             return  # in an earlier life
         self._require_finite()
-        rates = self._rates()
-        values = {**metrics, **self._means()}
-        progress = self.progress
-        progress.last_step, progress.last_metrics = self.step, values
-        progress.last_alarms = list(alarms) if self.step >= FIRST_ALARM_STEP else []
+        values, rates = {**metrics, **self._means()}, dict[str, float]()
+        if samples := progress.samples - self.earlier_samples:
+            rates = {
+                "samples_per_second": samples / self.worked_s,
+                "data_wait_fraction": self.waited_s / self.worked_s,
+                "gradient_norm": float(self.gradient_norm),
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+            }
+        alarms = list(alarms) if self.step >= FIRST_ALARM_STEP else []
+        progress.logged_step, progress.metrics, progress.collapsed = self.step, values, bool(alarms)
         if self.best is not None:
-            self.best.consider(self.step, values, progress.last_alarms)
-        if progress.last_alarms and progress.first_alarm_step is None:
-            progress.first_alarm_step, progress.first_alarms = self.step, progress.last_alarms
+            self.best.consider(self.step, values, alarms)
+        if alarms and progress.first_collapse_step is None:
+            progress.first_collapse_step, progress.collapse_alarms = self.step, alarms
             if self.is_main:
-                tqdm.write(f"COLLAPSE at step {self.step}: {'; '.join(progress.last_alarms)}")
+                tqdm.write(f"COLLAPSE at step {self.step}: {'; '.join(alarms)}")
         if self.is_main:
             with (self.path / "curve.jsonl").open("a") as curve:
                 curve.write(json.dumps(to_json({"step": self.step, **values, **rates})) + "\n")
@@ -318,21 +305,8 @@ class Run:
         return dict(zip(sums, self.accelerator.reduce(stacked / steps, "mean").tolist(), strict=True))
 
     def _count_anew(self) -> None:
-        self.samples, self.waited_s, self.since = 0, 0.0, time.monotonic()
-
-    def _rates(self) -> dict[str, float]:
-        """How fast training is and how long it waits for data; validation and logging do not count."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # steps that are still under way count
-        now = time.monotonic()
-        if not self.samples:
-            return {}
-        return {
-            "samples_per_second": self.samples / (now - self.since),
-            "data_wait_fraction": self.waited_s / (now - self.since),
-            "gradient_norm": float(self.gradient_norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+        """Rates are those of training and of waiting for data: validation and logging do not count."""
+        self.earlier_samples, self.waited_s, self.since = self.progress.samples, 0.0, time.monotonic()
 
     def finish(
         self, metrics: dict[str, Any], artefacts: dict[str, tuple[str, Any, nn.Module]], *, account: Any = None,
@@ -344,7 +318,7 @@ class Run:
             metrics: beside those of the last, or of the best, entry in the log.
             artefacts: kind, configuration and module by the name of their folder; the main process's are written.
             account: of this rank's reading, merged with those of the others.
-            next: command to run now, for the last line.
+            next: command to run now.
         """
         if account is not None:
             account, *others = gather_object([account])
@@ -366,10 +340,10 @@ class Run:
             save_artefact(self.path / name, kind, config, module)
         progress, best = self.progress, self.best
         self.folder.finish({
-            **(progress.last_metrics if best is None else {**best.metrics, "best_step": best.step}),
-            "collapsed": bool(progress.last_alarms) if best is None else best.collapsed,
-            "collapse_alarms": progress.first_alarms,
-            "first_collapse_step": progress.first_alarm_step,
+            **(progress.metrics if best is None else {**best.metrics, "best_step": best.step}),
+            "collapsed": progress.collapsed if best is None else best.collapsed,
+            "collapse_alarms": progress.collapse_alarms,
+            "first_collapse_step": progress.first_collapse_step,
             "steps": self.step,
             "seconds": progress.seconds,
             "samples_per_second": progress.samples / max(progress.seconds, 1e-9),
@@ -419,24 +393,11 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _feed(self, batches: Iterable[AnyBatch]) -> Iterator[AnyBatch]:
-        """Batches with their tensors on the device; for a thread ahead, which waits for the copies."""
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-
-        def moved(value: Any) -> Any:
-            if stream is None or not isinstance(value, Tensor) or value.is_cuda:
-                return value
-            with torch.cuda.stream(stream):
-                there = value.pin_memory().to(self.device, non_blocking=True)
-            there.record_stream(torch.cuda.default_stream(self.device))  # not reused before that is done with it
-            return there
-
+        """Batches in memory from which a GPU copies while it computes; for the thread that reads ahead."""
         # Two pools of threads on the same cores wait for each other in busy loops, at .69 of the speed.
         torch.set_num_threads(1)
         for batch in batches:
-            there = type(batch)(*map(moved, batch))  # type: ignore[call-overload]
-            if stream is not None:
-                stream.synchronize()
-            yield there
+            yield pin_memory(batch) if self.device.type == "cuda" else batch
 
     def _start_log(self) -> None:
         """Go on with the curves where they were; what was logged after the newest checkpoint is logged again."""
@@ -464,9 +425,10 @@ def step_generator(seed: int, step: int, rank: int, device: torch.device) -> tor
 
 def decayed_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Groups of trained parameters for an optimiser; biases and normalisation layers do not decay."""
-    named = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
-    undecayed = [weight for name, weight in named if weight.ndim <= 1 or name.endswith("bias")]
-    decayed = [weight for name, weight in named if not (weight.ndim <= 1 or name.endswith("bias"))]
+    decayed, undecayed = list[nn.Parameter](), list[nn.Parameter]()
+    for name, weight in network.named_parameters():
+        if weight.requires_grad:
+            (undecayed if weight.ndim <= 1 or name.endswith("bias") else decayed).append(weight)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
