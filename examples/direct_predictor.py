@@ -70,11 +70,9 @@ class DirectConfig(NetworkConfig):
     """An MLP that forecasts all steps at once."""
 
     kind: ClassVar[str] = "direct"
+    network: ClassVar[type[Network]] = DirectMLP
     horizon: PositiveInt = 20
     """Steps that are forecast from the same past; training has to roll out so many."""
-
-    def build(self, features: int) -> Network:
-        return DirectMLP(features, self)
 
 
 if __name__ == "__main__":

@@ -10,28 +10,28 @@ from jepa.distributed import sum_over_ranks, world_size
 def synchronise_batch_norm(module: nn.Module) -> nn.Module:
     """Make every batch normalisation in `module` one over all ranks; in one process nothing changes.
 
-    Parameters, buffers and the keys of the state stay what they are. On a CUDA device torch's own layer is used, which
-    is fused and refuses other devices, elsewhere `SynchronisedBatchNorm`: convert after the module has been moved, and
-    before DistributedDataParallel wraps it. Afterwards a forward pass in training mode is collective.
+    The keys of the state stay what they are. On a CUDA device torch's own layer is used, which is fused and refuses
+    other devices: convert after the module has been moved, and before DistributedDataParallel wraps it. Afterwards a
+    forward pass in training mode is collective.
 
     Returns:
         `module`, or what replaces it where it is a batch normalisation itself.
 
     Raises:
-        TypeError: a layer does more than batch normalisation.
+        TypeError: a layer does more than batch normalisation, or has no running statistics.
     """
     if world_size() == 1:
         return module
     if any(tensor.is_cuda for tensor in module.parameters()):
-        # timm's function, because torch's drops the activation that timm's batch normalisation layers carry. Imported
-        # here, because it takes seconds, and every command would wait for it.
+        # timm's function: torch's drops the activation that timm's layers carry. Imported here, as it takes seconds.
         from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 
         return convert_sync_batchnorm(module)
     for layer in module.modules():
         if isinstance(layer, _BatchNorm) and not isinstance(layer, SynchronisedBatchNorm):
-            if type(layer).forward is not _BatchNorm.forward and type(layer).__name__ != "BatchNormAct2d":
-                raise TypeError(f"{type(layer).__name__} does more than batch normalisation: it cannot be synchronised")
+            is_known = type(layer).forward is _BatchNorm.forward or type(layer).__name__ == "BatchNormAct2d"
+            if not is_known or layer.momentum is None or layer.running_mean is None:
+                raise TypeError(f"{type(layer).__name__} is no usual batch normalisation: it cannot be synchronised")
             layer.__class__ = SynchronisedBatchNorm  # the tensors, and what else there is in it, stay
     return module
 
@@ -49,7 +49,7 @@ class SynchronisedBatchNorm(_BatchNorm):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, D, ...) to the same shape; N may differ between ranks."""
-        outputs = self._normalise(inputs) if self.training or self.running_mean is None else super().forward(inputs)
+        outputs = self._normalise(inputs) if self.training else super().forward(inputs)
         for name in ("drop", "act"):  # timm's
             if hasattr(self, name):
                 outputs = getattr(self, name)(outputs)
@@ -67,12 +67,9 @@ class SynchronisedBatchNorm(_BatchNorm):
         mean = sum_over_ranks(values.sum(across)) / count  # (D,)
         centred = values - mean
         variance = sum_over_ranks(centred.square().sum(across)) / count
-        if self.training and self.running_mean is not None and self.running_var is not None:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            # Without a momentum: the mean of all batches so far.
-            share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)  # type: ignore[arg-type]
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
-            self.running_var.lerp_((variance.detach() * count / (count - 1)).to(self.running_var.dtype), share)
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        for running, now in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
+            running.lerp_(now.detach().to(running.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
         outputs = centred * (variance + self.eps).rsqrt()
         if self.affine:
             outputs = outputs * self.weight + self.bias

@@ -53,10 +53,9 @@ def floor_std(std: Tensor) -> Tensor:
 
 
 def effective_rank(embeddings: Tensor) -> float:
-    """Exp of the entropy of the normalised singular values of the centred embeddings (N, D).
+    """Exp of the entropy of the normalised singular values of the centred embeddings (N, D); 1 if they do not vary.
 
-    RankMe (Garrido et al. 2023, arXiv:2210.02885), on centred embeddings: without centring a large mean counts as
-    a dimension of its own. 1 if the embeddings do not vary at all.
+    RankMe (Garrido et al. 2023, arXiv:2210.02885), centred: else a large mean counts as a dimension of its own.
     """
     rows = torch.linspace(0, len(embeddings) - 1, min(MOST_ROWS, len(embeddings))).long()
     some = embeddings[rows.to(embeddings.device)].cpu().double()
@@ -84,11 +83,10 @@ def sequence_stats(embeddings: Tensor) -> SequenceStats:
 def encoder_alarms(embeddings: Tensor, outputs: Tensor | None) -> list[str]:
     """Alarms about an encoder, one line each; none when it is healthy.
 
-    Embeddings (B, T, *tokens, D) are of frames that follow each other in time, `outputs` (B, T, *tokens, E) the
-    expander's for them: None where the objective sees the embeddings.
+    Embeddings (B, T, *tokens, D) are of consecutive frames, `outputs` (B, T, *tokens, E) the expander's for them: None
+    where the objective sees the embeddings.
     """
-    alarms = []
-    stats = {"embedding": sequence_stats(embeddings)}
+    alarms, stats = [], {"embedding": sequence_stats(embeddings)}
     if outputs is not None:
         stats["expander output"] = sequence_stats(outputs)
     name, seen = list(stats.items())[-1]

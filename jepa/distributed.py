@@ -2,13 +2,10 @@
 
 Convention: every rank computes the same loss of the whole batch, and the *sum* of the ranks' losses is differentiated.
 The backward pass of a sum over ranks is therefore a sum over ranks again, and the average over ranks that
-DistributedDataParallel takes is the gradient of one process with the whole batch. Nothing here is a mean over ranks, so
-ranks may bring unequally many rows, or none.
+DistributedDataParallel takes is the gradient of one process with the whole batch. Ranks may bring unequally many rows.
 
-`torch.distributed`'s own operations, and `accelerator.gather`, drop gradients. `torch.distributed.nn` keeps them in the
-same way as here, but is deprecated, and gathers equally many rows only.
-
-All functions are collective where several processes run: all ranks call them in the same order.
+`torch.distributed`'s own operations drop gradients, and `torch.distributed.nn` is deprecated. All ranks call these
+functions in the same order.
 """
 
 from collections.abc import Sequence
@@ -42,21 +39,12 @@ def rows_of_ranks(count: int, device: torch.device) -> list[int]:
 
 
 def gather_rows(local: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows of all ranks below each other, in rank order, on all ranks.
-
-    Args:
-        local: (N_r, D), where N_r may differ between ranks and may be 0.
-        rows: N_r of each rank, as from `rows_of_ranks`.
-
-    Returns:
-        (sum of N_r, D).
-    """
+    """Rows of all ranks below each other: `local` (N_r, D) -> (sum of N_r, D), `rows` N_r by rank, which may be 0."""
     if world_size() == 1:
         return local
-    before, after = sum(rows[: rank()]), sum(rows[rank() + 1 :])
-    empty = local.new_zeros
+    before, after = (local.new_zeros(sum(some), local.shape[1]) for some in (rows[: rank()], rows[rank() + 1 :]))
     # Where one rank has a row the others have zeros: the sum is exact, and is its own backward pass.
-    return sum_over_ranks(torch.cat([empty(before, *local.shape[1:]), local, empty(after, *local.shape[1:])]))
+    return sum_over_ranks(torch.cat([before, local, after]))
 
 
 class _Sum(torch.autograd.Function):

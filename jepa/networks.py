@@ -1,6 +1,6 @@
 """The networks inside predictors, a configuration beside each; `PredictorConfig` names them all.
 
-To add one, write a `Network` and a configuration that builds it, and name that in `PredictorConfig`: training,
+To add one, write a `Network` and a configuration that names it, and name that in `PredictorConfig`: training,
 selection, rollout, samples, calibration, energy and evaluation come with it.
 """
 
@@ -32,6 +32,8 @@ class Network(nn.Module):
 class NetworkConfig(Bounded):
     """Options of every network."""
 
+    network: ClassVar[type[Network]]
+    """What is built."""
     context: Annotated[int, Bounds(2)] = 8
     """Past embeddings that a prediction starts from."""
     width: PositiveInt = 512
@@ -45,7 +47,7 @@ class NetworkConfig(Bounded):
 
     def build(self, features: int) -> Network:
         """The network for so many features a step."""
-        raise NotImplementedError
+        return self.network(features, self)
 
 
 class ResidualMLP(Network):
@@ -71,9 +73,7 @@ class MLPConfig(NetworkConfig):
     """A residual MLP on the last embeddings."""
 
     kind: ClassVar[str] = "mlp"
-
-    def build(self, features: int) -> Network:
-        return ResidualMLP(features, self)
+    network: ClassVar[type[Network]] = ResidualMLP
 
 
 class CausalTransformer(Network):
@@ -137,11 +137,9 @@ def causal_mask(queries: int, keys: int, *, context: int, device: torch.device) 
 def apply_rotary(channels: Tensor, positions: Tensor, context: int) -> Tensor:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): pairs of channels (B, heads, T, C) turned by time (T,).
 
-    Wavelengths go from 4 ticks to 16 contexts. Attention then knows how long ago a step was, and never when the
-    sequence began.
+    Wavelengths go from 4 ticks to 16 contexts. Attention knows how long ago a step was, never when the sequence began.
     """
-    pairs = channels.shape[3] // 2
-    slowest = 16.0 * context / 4.0
+    pairs, slowest = channels.shape[3] // 2, 16.0 * context / 4.0
     angular = (2 * torch.pi / 4) * slowest ** -(torch.arange(pairs, device=positions.device) / max(1, pairs - 1))
     # In float32 whatever the precision: in half of it, angles would be off by a quarter turn.
     angle = positions[:, None].float() * angular  # (T, C / 2)
@@ -155,6 +153,7 @@ class TransformerConfig(NetworkConfig):
     """A causal transformer with rotary positions."""
 
     kind: ClassVar[str] = "transformer"
+    network: ClassVar[type[Network]] = CausalTransformer
     heads: PositiveInt = 8
     """Attention heads; twice their number must divide the width."""
 
@@ -162,9 +161,6 @@ class TransformerConfig(NetworkConfig):
         super().__post_init__()
         if self.width % (2 * self.heads):
             raise ConfigurationError("heads", f"is {self.heads}: twice that must divide the width, {self.width}")
-
-    def build(self, features: int) -> Network:
-        return CausalTransformer(features, self)
 
 
 class GRU(Network):
@@ -185,9 +181,7 @@ class GRUConfig(NetworkConfig):
     """A gated recurrent unit."""
 
     kind: ClassVar[str] = "gru"
-
-    def build(self, features: int) -> Network:
-        return GRU(features, self)
+    network: ClassVar[type[Network]] = GRU
 
 
 PredictorConfig = MLPConfig | TransformerConfig | GRUConfig

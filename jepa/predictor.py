@@ -54,11 +54,9 @@ class State(NamedTuple):
 class Predictor(nn.Module):
     """A predictor of the next embedding.
 
-    Δ-parametrisation: from the standardised embeddings, their velocities in units of sigma (a typical change in one
-    tick) and the actions, a network f with a zero-initialised head gives e_t + sigma * f, so training starts from
-    copying the last embedding. All tokens of a grid share one network and see their own past.
-
-    Embeddings are raw, as the encoder gives them, on the way in and on the way out.
+    From the standardised embeddings, their velocities in units of sigma (a typical change in one tick) and the actions,
+    a network f with a zero-initialised head gives e_t + sigma * f, so training starts from copying the last embedding.
+    All tokens of a grid share one network and see their own past. Embeddings are raw on the way in and on the way out.
 
     Args:
         config: the network.

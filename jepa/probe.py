@@ -1,7 +1,7 @@
 """What do frozen embeddings know? Ridge regression reads true state off them, fitted in one pass.
 
-How much a probe is held back is chosen for each column by cross-validation over *groups*, such as videos: of a frame
-left out alone, the frames before and after it would tell everything. Nothing but second moments is kept.
+The penalty of each column is chosen by cross-validation over *groups*, such as videos: of a frame left out alone, the
+frames before and after it would tell everything. Nothing but second moments is kept.
 """
 
 from collections.abc import Iterable
@@ -44,20 +44,14 @@ class Probe:
 
 def probe_features(embeddings: Tensor, shape: tuple[int, ...]) -> Tensor:
     """What a probe is shown of embeddings (..., *tokens, D): all tokens, or their mean where these are too many."""
-    if len(shape) == 1:
-        return embeddings
-    tokens = embeddings.flatten(-len(shape), -2)  # (..., N, D)
-    few = tokens.shape[-2] * tokens.shape[-1] <= MOST_FEATURES
-    return tokens.flatten(-2) if few else tokens.mean(dim=-2)
+    flat = embeddings.flatten(-len(shape))  # (..., tokens x D)
+    return flat if flat.shape[-1] <= MOST_FEATURES else flat.unflatten(-1, (-1, shape[-1])).mean(dim=-2)
 
 
 def fit_probe(batches: Iterable[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, ...]) -> Probe:
-    """Fit a probe on some groups, in one pass.
+    """Fit a probe on embeddings float (B, *tokens, D), columns float (B, C) and groups int (B,), in one pass.
 
-    Args:
-        batches: embeddings float (B, *tokens, D), columns float (B, C) and groups int (B,). Samples of one group are
-            held out together; groups that are numbered one after the other spread evenly over the folds.
-        shape: of an embedding, (*tokens, D).
+    Samples of one group are held out together; groups numbered one after the other spread evenly over the folds.
 
     Raises:
         ValueError: there are fewer than two groups.

@@ -27,8 +27,9 @@ ARROWS = {  # what of jepa/ a module may rest on, all the way down; errors and c
     "diagnostics": set(),
     "baselines": {"networks", "sequence"},
     "predictor": {"networks", "sequence"},
-    "calibration": {"baselines", "networks", "sequence", "metrics"},  # never rolls out by itself
-    "rollout": {"predictor", "calibration", "baselines", "networks", "sequence", "metrics"},
+    "calibration": {"baselines", "networks", "sequence"},  # never rolls out by itself
+    "fitting": {"calibration", "baselines", "networks", "sequence", "metrics"},
+    "rollout": {"predictor", "calibration", "baselines", "networks", "sequence"},
 }
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -6,9 +6,8 @@ import torch
 from scipy.optimize import minimize
 
 from jepa.baselines import CopyLast, Mean, Ridge
-from jepa.calibration import (
-    QUANTILES,
-    Calibration,
+from jepa.calibration import QUANTILES, Calibration
+from jepa.fitting import (
     Forecasts,
     best_blend,
     cross_fit_blend,

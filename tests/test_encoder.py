@@ -88,22 +88,15 @@ def test_a_grid_of_a_level_is_what_timm_calls_its_features(backbone, size):
     reference = timm.create_model(backbone, features_only=True, out_indices=(2, 3)).eval()
     assert reference.load_state_dict(whole.state_dict(), strict=False).missing_keys == []
     images = frames(2, *size)
+    mean, std = (torch.tensor(whole.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
-        fine, coarse = reference((images / 255 - whole_mean(whole)) / whole_std(whole))
+        fine, coarse = reference((images / 255 - mean) / std)
     whole.reset_classifier(0)
     cells = tuple(fine.shape[2:])
     encoder = FrameEncoder(EncoderConfig(backbone, "frozen", size, cells, (2, 3), embedding_dimension=0), whole).eval()
     coarse = functional.interpolate(coarse, cells, mode="bilinear")
     expected = torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
     torch.testing.assert_close(encoder.embed(images[:, None]), expected, rtol=1e-5, atol=1e-5)
-
-
-def whole_mean(network):
-    return torch.tensor(network.pretrained_cfg["mean"]).view(3, 1, 1)
-
-
-def whole_std(network):
-    return torch.tensor(network.pretrained_cfg["std"]).view(3, 1, 1)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "test_vit", "tf_efficientnet_lite0"])

@@ -108,56 +108,30 @@ def test_equals_the_reference(objective, shape):
 
 def terms_of(first, second):
     """What conventions are made of, in NumPy: squared distances, hinges and squared covariances, sums over features."""
-    samples, features = first.shape
-    distance = ((first - second) ** 2).sum() / samples
-    hinges = [np.maximum(0, 1 - np.sqrt(view.var(axis=0, ddof=1) + 1e-4)).sum() for view in (first, second)]
-    covariances = [np.cov(view.T).reshape(features, features) for view in (first, second)]
-    squares = [(matrix**2).sum() - (np.diagonal(matrix) ** 2).sum() for matrix in covariances]
-    return features, distance, hinges, squares
-
-
-def papers_equations(first, second, variance=25, invariance=25, covariance=1):
-    """VICReg, equations 1 to 6."""
-    features, distance, hinges, squares = terms_of(first, second)
-    return invariance * distance + variance * sum(hinges) / features + covariance * sum(squares) / features
-
-
-def solo_learn(first, second, variance=25, invariance=25, covariance=1):
-    """Both variance terms are added."""
-    features, distance, hinges, squares = terms_of(first, second)
-    return (invariance * distance + variance * sum(hinges) + covariance * sum(squares)) / features
-
-
-def authors_and_lightly(first, second, variance=25, invariance=25, covariance=1):
-    """Both variance terms are averaged."""
-    return solo_learn(first, second, variance / 2, invariance, covariance)
-
-
-def eb_jepa(first, second, variance=1, invariance=1, covariance=80):
-    """Variance terms added; a mean over the off-diagonal entries."""
-    features, distance, hinges, squares = terms_of(first, second)
-    spread = (invariance * distance + variance * sum(hinges)) / features
-    return spread + covariance * sum(squares) / (features * (features - 1))
+    distance = ((first - second) ** 2).sum() / len(first)
+    hinges = sum(np.maximum(0, 1 - np.sqrt(view.var(axis=0, ddof=1) + 1e-4)).sum() for view in (first, second))
+    covariances = [np.cov(view.T) for view in (first, second)]
+    return distance, hinges, sum((matrix**2).sum() - (np.diagonal(matrix) ** 2).sum() for matrix in covariances)
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [  # the table in docs/objectives.md; D = 8
-        (authors_and_lightly, {"variance_weight": 25, "invariance_weight": 25, "covariance_weight": 1}),
-        (papers_equations, {"variance_weight": 50, "invariance_weight": 25 * 8, "covariance_weight": 1}),
-        (solo_learn, {"variance_weight": 50, "invariance_weight": 25, "covariance_weight": 1}),
-        (eb_jepa, {"variance_weight": 2, "invariance_weight": 1, "covariance_weight": 80 / 7}),
+        pytest.param(lambda d, h, s: (25 * d + 25 / 2 * h + s) / 8, (25, 25, 1), id="the authors and lightly"),
+        pytest.param(lambda d, h, s: 25 * d + 25 * h / 8 + s / 8, (50, 25 * 8, 1), id="the paper, equations 1 to 6"),
+        pytest.param(lambda d, h, s: (25 * d + 25 * h + s) / 8, (50, 25, 1), id="solo-learn"),
+        pytest.param(lambda d, h, s: (d + h) / 8 + 80 * s / (8 * 7), (2, 1, 80 / 7), id="eb_jepa"),
     ],
 )
 def test_weights_of_other_codebases_translate(theirs, ours):
-    leaves = [torch.from_numpy(view).clone().requires_grad_() for view in make_views(12, 8)]
-    loss = VICReg(**ours)(*leaves, generator=generator()).loss
-    loss.backward()
     views = make_views(12, 8)
-    assert loss.item() == pytest.approx(theirs(*views), rel=1e-10)
-    moved = [view.copy() for view in views]
-    moved[0][3, 2] += 1e-6
-    slope = (theirs(*moved) - theirs(*views)) / 1e-6
+    leaves = [torch.from_numpy(view).clone().requires_grad_() for view in views]
+    loss = VICReg(*ours)(*leaves, generator=generator()).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs(*terms_of(*views)), rel=1e-10)
+    moved = views[0].copy()
+    moved[3, 2] += 1e-6
+    slope = (theirs(*terms_of(moved, views[1])) - theirs(*terms_of(*views))) / 1e-6
     assert leaves[0].grad[3, 2].item() == pytest.approx(slope, rel=1e-4)
 
 

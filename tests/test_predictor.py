@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from jepa.baselines import CopyLast, LinearExtrapolation, Mean, Ridge, fit_ridge, ridge_context
+from jepa.baselines import CopyLast, LinearExtrapolation, Mean, Ridge
 from jepa.errors import ConfigurationError
+from jepa.fitting import fit_ridge, ridge_context
 from jepa.networks import GRUConfig, MLPConfig, TransformerConfig, apply_rotary, causal_mask, last_windows
 from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout

@@ -173,10 +173,8 @@ NORMALISATIONS = [
     Normalise((5, 3, 2, 2), (1, 1)),
     Normalise((5,), (1, 1)),
     Normalise((5, 3, 2), (7, 4), layer="timm"),
-    Normalise((5,), (7, 4), (("momentum", None),)),
     Normalise((5,), (7, 4), (("momentum", 0.3), ("eps", 0.1))),
     Normalise((5,), (7, 4), (("affine", False),)),
-    Normalise((5,), (7, 4), (("track_running_stats", False),)),
     Normalise((5, 3, 2), (7, 4), dtype=torch.float32),
     Normalise((5, 3, 2), (7, 4), dtype=torch.bfloat16, autocast=True),
 ]

@@ -83,8 +83,8 @@ def embed_videos(
     """Embed videos, and yield each as it is done, in no particular order.
 
     Args:
-        accelerator: gives the device and the precision.
-        encoder: on that device.
+        accelerator: gives the device, on which the encoder is, and the precision.
+        encoder: what embeds.
         tasks: the videos.
         fps: rate of the clocks.
         image_fps: rate of image sequences.
@@ -124,8 +124,7 @@ def decode(
 ) -> Iterator[Chunk]:
     """All windows of a video on its clocks, a chunk at a time, so that a video may be longer than memory.
 
-    The frames of a window are consecutive ticks of one clock. Before the first tick, and before the first one after a
-    gap in the recording, that tick's frame is repeated.
+    A window is consecutive ticks of one clock; before the first one, and after a gap, that tick's frame is repeated.
     """
     offsets_s = [key.offset_s for key in task.keys]
     histories: list[deque[np.ndarray]] = [deque(maxlen=encoder.window) for _ in offsets_s]

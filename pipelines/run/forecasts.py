@@ -8,7 +8,8 @@ from tqdm import tqdm
 from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.baselines import Ridge
-from jepa.calibration import Calibration, Forecasts, fit_calibration
+from jepa.calibration import Calibration
+from jepa.fitting import Forecasts, fit_calibration
 from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
 from jepa.sequence import Future, Sequence

@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from data.cache import EmbeddingCache
 from data.windows import Windows
-from jepa.baselines import Ridge, fit_ridge, ridge_context
-from jepa.calibration import Forecasts, cross_fit_blend, hold_out
+from jepa.baselines import Ridge
 from jepa.diagnostics import floor_std, prediction_alarms, sequence_stats
+from jepa.fitting import Forecasts, cross_fit_blend, fit_ridge, hold_out, ridge_context
 from jepa.predictor import Predictor
 from jepa.sequence import Sequence
 from pipelines.run.forecasts import forecast_windows, ordinary_clips

@@ -63,7 +63,7 @@ def require_finite(cache: EmbeddingCache, clip: CachedClip, embeddings: Tensor) 
     if not bool(torch.isfinite(embeddings).all()):
         raise UserError(
             f"{cache.folder} holds embeddings that are not finite, first of {clip.key.source}: see what is wrong with "
-            f"pipelines/inspect.py {cache.folder} --verify"
+            f"video-jepa inspect {cache.folder} --verify"
         )
 
 

@@ -29,6 +29,12 @@ from pipelines.run.files import to_json
 
 FITTED_FRAMES = 1024
 """Frames (windows, for a clip encoder) that principal components are fitted on, evenly over the videos."""
+TAKEN: dict[str, set[str]] = {
+    "timm": {"tokens", "grid", "levels", "image_size", "encoder_weights", "pca"},
+    "hf": {"tokens", "window", "pca"},
+    "a folder": set(),
+}
+"""Options that an encoder of each kind takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +68,11 @@ def find_encoder(name: str, options: PublishedOptions) -> Encoder:
         ConfigurationError: the encoder cannot be had, or does not take what it is asked for.
         UserError: the folder holds no encoder, or something is asked for that it does not take.
     """
-    source, colon, model = name.partition(":")
-    kind = source if colon and source in ("timm", "hf") else "a folder"
-    taken = {
-        "timm": ("tokens", "grid", "levels", "image_size", "encoder_weights", "pca"),
-        "hf": ("tokens", "window", "pca"),
-    }
+    source, _, model = name.partition(":")
+    kind = source if source in TAKEN and model else "a folder"
     for option in PublishedOptions.__dataclass_fields__:
-        changed = getattr(options, option) != getattr(PublishedOptions(), option)
-        wanted = f"--{option.replace('_', '-')} is not for --encoder {name}, which is {kind}: drop it"
-        require(not changed or option in taken.get(kind, ()), wanted)
+        fits = option in TAKEN[kind] or getattr(options, option) == getattr(PublishedOptions(), option)
+        require(fits, f"--{option.replace('_', '-')} is not for --encoder {name}, which is {kind}: drop it")
     if kind == "a folder":
         return load_encoder(Path(name))
     if kind == "hf":
@@ -110,7 +111,7 @@ def keep_encoder(
     Args:
         encoder: without a head, on its device.
         components: how many; 0: its features as they are.
-        folder: of the artefact; if one of the same encoder is there already, that is taken.
+        folder: where it is left; one of the same encoder that is there already is taken.
         windows: what components are fitted on, uint8 (n, window, 3, H, W) each.
         accelerator: gives the device and the precision.
 
@@ -146,10 +147,7 @@ def sample_windows(encoder: Encoder, videos: Sequence[VideoInfo], *, fps: float,
             times_s = (part[:, None] - np.arange(encoder.window)[::-1] / fps).clip(min=0)  # (n, window)
             with suppress(VideoError, OSError):
                 frames, _ = read_frames_at(
-                    video.path,
-                    encoder.image_size,
-                    times_s=times_s.ravel(),
-                    damage=Damage(),
+                    video.path, encoder.image_size, times_s=times_s.ravel(), damage=Damage(),
                     image_fps=video.average_fps,
-                )
+                )  # fmt: skip
                 yield rearrange(torch.from_numpy(frames), "(n t) c h w -> n t c h w", t=encoder.window)

@@ -1,0 +1,236 @@
+"""What is fitted in closed form: ridge regression on training windows, and a calibration on validation clips.
+
+Nothing of a calibration is applied to what it was fitted on: clips are held out in turn.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from einops import rearrange, reduce
+from scipy import stats
+from torch import Tensor
+
+from jepa.baselines import Ridge
+from jepa.calibration import QUANTILES, Calibration
+from jepa.metrics import central_interval, live_features
+
+MOST_INPUTS = 4096
+"""Numbers that a ridge regression looks at: its normal equations have the square of that."""
+FOLDS = 10
+"""Parts that the clips are held out in, at most."""
+COVARIANCE_SHRINKAGE = 0.05
+"""Share of the diagonal in the covariance of errors: features keep their own scale on short validation sets."""
+LEVELS = 200
+"""Quantiles that the level of a new clip is drawn at."""
+SPREADS = [0.5 + 0.05 * step for step in range(31)]
+"""Factors by which samples may be widened."""
+SHARES = (0.5, 0.9)
+"""Central intervals whose coverage the spread of samples is fitted to."""
+
+
+def ridge_context(context: int, dimension: int) -> int:
+    """Embeddings that ridge regression looks back on: the predictor's context, or as many as can be afforded."""
+    return max(1, min(context, MOST_INPUTS // dimension))
+
+
+def fit_ridge(windows: Iterable[Tensor], like: Ridge, penalties: Sequence[float]) -> list[Ridge]:
+    """Ridge regressions from `context` embeddings to the next, one for each penalty, solved in float64.
+
+    Args:
+        windows: batches (N, context + 1, *tokens, D) of raw embeddings, gone through once.
+        like: an empty regression, for its context and standardisation.
+        penalties: added to the diagonal of the inputs' second moment, per sample.
+    """
+    context, dimension = like.context, len(like.mean)
+    size = context * dimension + 1
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    moment = torch.zeros(size, dimension, dtype=torch.float64)
+    samples = 0
+    for part in windows:
+        flat = rearrange((part - like.mean) / like.std, "n k ... d -> (n ...) k d").double()
+        inputs = functional.pad(rearrange(flat[:, :-1], "n k d -> n (k d)"), (0, 1), value=1.0)
+        gram += inputs.T @ inputs
+        moment += inputs.T @ flat[:, -1]
+        samples += len(flat)
+    fitted = []
+    for penalty in penalties:
+        diagonal = torch.full((size,), penalty * samples, dtype=torch.float64)
+        diagonal[-1] = 1e-9  # the bias is not penalised
+        solution = torch.linalg.solve(gram + torch.diag(diagonal), moment)
+        ridge = Ridge(like.fps, context, mean=like.mean, std=like.std)
+        ridge.weight.copy_(solution[:-1])
+        ridge.bias.copy_(solution[-1])
+        fitted.append(ridge)
+    return fitted
+
+
+class Forecasts(NamedTuple):
+    """Guesses of the same windows and what came; standardised, float32."""
+
+    rolled: Tensor
+    """(N, H, *tokens, D), the predictor's rollouts."""
+    ridged: Tensor
+    """(N, H, *tokens, D), those of ridge regression."""
+    last: Tensor
+    """(N, 1, *tokens, D), what both started from."""
+    came: Tensor
+    """(N, H, *tokens, D)."""
+    groups: np.ndarray
+    """int (N,): windows of one clip have one number."""
+
+    def errors(self, step: int) -> Tensor:
+        """Errors of the four guesses at one horizon, float64 (4, N, places, D)."""
+        came = self.came[:, step]
+        guesses = (self.rolled[:, step], self.ridged[:, step], self.last[:, 0], torch.zeros_like(came))
+        return rearrange(torch.stack([guess - came for guess in guesses]).double(), "g n ... d -> g n (...) d")
+
+
+@torch.no_grad()
+def fit_calibration(ridge: Ridge, forecasts: Forecasts, drawn: Tensor | None = None) -> Calibration:
+    """Fit all of a calibration.
+
+    Args:
+        ridge: whose rollouts are among the forecasts.
+        forecasts: on clips that the predictor was not trained on, of at least two groups.
+        drawn: (n, N, H, *tokens, D), sampled futures of a predictor with a latent, standardised.
+    """
+    horizon = forecasts.came.shape[1]
+    calibration = Calibration(ridge, horizon)
+    folds = hold_out(forecasts.groups)
+    for step in range(horizon):
+        errors = forecasts.errors(step)  # (4, N, places, D)
+        blend, left = cross_fit_blend(errors, folds)  # (4,), (N, places, D)
+        usual, energies = cross_fit_energy(left, folds)
+        quantiles, levels = predictive_quantiles(energies, forecasts.groups)
+        calibration.blend[step] = blend
+        calibration.error_mean[step], calibration.whitening[step] = usual
+        calibration.quantiles[step], calibration.levels[step] = quantiles, levels
+    if drawn is not None:
+        calibration.sample_spread.copy_(fit_spread(drawn, forecasts.came))
+    return calibration
+
+
+def hold_out(groups: np.ndarray) -> np.ndarray:
+    """The part in which each window is held out, int (N,): contiguous groups, at most `FOLDS` parts."""
+    names, membership = np.unique(groups, return_inverse=True)
+    parts = min(FOLDS, len(names))
+    return (np.arange(len(names)) * parts // len(names))[membership]
+
+
+def cross_fit_blend(errors: Tensor, folds: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The blend, and the errors that blends of the other parts leave.
+
+    Args:
+        errors: float64 (4, N, places, D), of the guesses.
+        folds: int (N,).
+
+    Returns:
+        float64 (4,) and (N, places, D).
+    """
+    held_out, left = _held_out(folds), torch.empty_like(errors[0])
+    parts = (errors[:, chosen] for chosen in held_out)
+    grams = torch.stack([torch.einsum("gnpd,knpd->gk", part, part) for part in parts])  # (parts, 4, 4)
+    blends = best_blend(grams.sum(dim=0) - grams)
+    for chosen, blend in zip(held_out, blends, strict=True):
+        left[chosen] = torch.einsum("g,gnpd->npd", blend, errors[:, chosen])
+    return blends.mean(dim=0), left
+
+
+def best_blend(gram: Tensor) -> Tensor:
+    """Minimise w G w over weights that are not negative and sum to 1, (..., k, k) -> (..., k): every face is tried."""
+    guesses = gram.shape[-1]
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None].clamp_min(1e-12)
+    gram = gram / scale + 1e-6 * torch.eye(guesses, dtype=gram.dtype)
+    choices, costs = [], []
+    for subset in range(1, 2**guesses):
+        chosen = [guess for guess in range(guesses) if subset >> guess & 1]
+        face = gram[..., chosen, :][..., chosen]
+        solution = torch.linalg.solve(face, torch.ones(*face.shape[:-1], dtype=gram.dtype))
+        weights = torch.zeros(gram.shape[:-1], dtype=gram.dtype)
+        weights[..., chosen] = solution / solution.sum(dim=-1, keepdim=True)
+        cost = torch.einsum("...g,...gk,...k->...", weights, gram, weights)
+        choices.append(weights)
+        costs.append(torch.where(weights.amin(dim=-1) >= 0, cost, torch.inf))
+    best = torch.stack(costs).argmin(dim=0)
+    return torch.stack(choices).gather(0, best[None, ..., None].expand(1, *gram.shape[:-1]))[0]
+
+
+def cross_fit_energy(errors: Tensor, folds: np.ndarray) -> tuple[tuple[Tensor, Tensor], np.ndarray]:
+    """Usual errors, and the energies of each window in units of those of the other parts.
+
+    Args:
+        errors: float64 (N, places, D), what the believed forecast leaves.
+        folds: int (N,).
+
+    Returns:
+        Mean (D,) and whitening (D, D), for which held-out energies are 1 in the mean; and energies (N,).
+    """
+    held_out = _held_out(folds)
+    energies = torch.empty(len(errors), dtype=torch.float64)
+    usual_mean, usual_precision = torch.zeros(()), torch.zeros(())
+    for chosen in held_out:
+        mean, precision = _precision(errors[~chosen].flatten(0, 1))
+        centred = errors[chosen] - mean
+        energies[chosen] = reduce(centred @ precision * centred, "n p d -> n", "sum") / centred[0].numel()
+        usual_mean, usual_precision = usual_mean + mean / len(held_out), usual_precision + precision / len(held_out)
+    # The mean of the parts' units, not the units of all: a new clip then meets units fitted on as little as were those
+    # that each held-out clip met, and few clips make it no less surprising than they were.
+    scale = energies.mean().clamp_min(1e-12)
+    values, vectors = torch.linalg.eigh(usual_precision / scale)
+    return (usual_mean, vectors * values.clamp_min(0).sqrt() @ vectors.T), (energies / scale).numpy()
+
+
+def _precision(errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and inverse covariance (D, D) of errors (N, D)."""
+    mean = errors.mean(dim=0)
+    covariance = (errors - mean).mT @ (errors - mean) / len(errors)
+    variance = covariance.diagonal().clamp_min(1e-12)
+    shrunk = (1 - COVARIANCE_SHRINKAGE) * covariance + COVARIANCE_SHRINKAGE * torch.diag(variance)
+    values, vectors = torch.linalg.eigh(shrunk)
+    return mean, vectors / values.clamp_min(1e-12) @ vectors.T
+
+
+def predictive_quantiles(energies: np.ndarray, groups: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Quantiles of the energy of a moment in a new clip; and mean, spread and degrees of freedom of clips' levels.
+
+    Args:
+        energies: (N,), each in units that its own clip had no part in.
+        groups: int (N,), the clip of each, at least two.
+    """
+    logs = np.log(np.maximum(energies, 1e-12))
+    _, membership, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    level = np.bincount(membership, logs) / counts  # (clips,)
+    within, clips = logs - level[membership], len(level)
+    spread = float(level.std(ddof=1)) * (1 + 1 / clips) ** 0.5  # of a new clip around the mean of those seen
+    new = stats.t.ppf((np.arange(LEVELS) + 0.5) / LEVELS, clips - 1) * spread + level.mean()
+    some = np.sort(within)[np.linspace(0, len(within) - 1, min(len(within), 2000)).astype(int)]
+    quantiles = np.quantile(np.exp(new[:, None] + some), np.linspace(0, 1, QUANTILES))
+    return torch.from_numpy(quantiles), torch.tensor([level.mean(), spread, clips - 1.0])
+
+
+def fit_spread(drawn: Tensor, came: Tensor) -> Tensor:
+    """How far samples have to lie apart for central intervals to hold what they should, by horizon.
+
+    For each horizon the factor for which the coverage of the central 50 % and 90 % is least off, taken together.
+
+    Args:
+        drawn: (n, N, H, *tokens, D), samples.
+        came: (N, H, *tokens, D).
+    """
+    centre = drawn.mean(dim=0)
+    error, live = came - centre, live_features(came)
+    off = torch.zeros(len(SPREADS), came.shape[1])
+    for share in SHARES:
+        low, high = central_interval(drawn - centre, share)
+        for number, spread in enumerate(SPREADS):
+            inside = (error >= spread * low) & (error <= spread * high)
+            off[number] += (reduce(inside[..., live].float(), "n h ... -> h", "mean") - share).abs()
+    return torch.tensor(SPREADS)[off.argmin(dim=0)]
+
+
+def _held_out(folds: np.ndarray) -> list[Tensor]:
+    """For each part, whether each window is in it, bool (N,)."""
+    return [torch.from_numpy(folds == fold) for fold in range(int(folds.max()) + 1)]
