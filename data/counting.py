@@ -17,11 +17,7 @@ STEADY_SHARE = 0.8
 
 
 def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
-    """Decode all of a video: its frames, keyframes, gaps and damage.
-
-    Raises:
-        VideoError: as `probe_video`.
-    """
+    """Decode all of a video: its frames, keyframes, gaps and damage. Raises `VideoError` as `probe_video`."""
     info = probe_video(path, image_fps)
     damage, times_s, keyframes_s = Damage(), [], []
     with open_video(path, damage, image_fps) as decoder:

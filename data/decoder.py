@@ -88,11 +88,7 @@ class Decoder(Iterator[tuple[VideoFrame, float]], AbstractContextManager["Decode
 
 
 class VideoDecoder(Decoder):
-    """A video file, decoded by PyAV.
-
-    Raises:
-        VideoError: the file is missing, empty, not a video or has no video stream.
-    """
+    """A video file, decoded by PyAV. Raises `VideoError` if there is none, or no video stream in it."""
 
     def __init__(self, path: Path, damage: Damage | None) -> None:
         super().__init__(path, damage)
@@ -298,16 +294,15 @@ class _Pictures(set[int]):
 def _header_duration_s(container: InputContainer, stream: VideoStream) -> tuple[float, bool]:
     """How long the video should be by its header, and whether that is said of this very stream."""
     tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska's, of this stream
-    time_base = stream.time_base or 0
+    time_base, is_own = stream.time_base or 0, True
     if stream.duration is not None:
         end_s = float(stream.duration * time_base)
     elif tag:
         end_s = sum(float(part) * unit for part, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
     else:
-        end_s = (container.duration or 0) / av.time_base
+        end_s, is_own = (container.duration or 0) / av.time_base, len(container.streams) == 1
     if any(name in container.format.name for name in ("matroska", "asf")):
         end_s -= float((stream.start_time or 0) * time_base)  # they count from zero, whenever the first frame is shown
-    is_own = stream.duration is not None or tag is not None or len(container.streams) == 1
     return (end_s, is_own) if 0 <= end_s <= LONGEST_S else (0.0, False)
 
 

@@ -40,22 +40,14 @@ def split_zip(path: Path) -> tuple[Path, PurePosixPath] | None:
 
 
 def find_zipped_sequences(path: Path) -> list[Path]:
-    """The folders of images inside a zip file, as `frames.zip/folder`; none if it has no images.
-
-    Raises:
-        VideoError: it is no zip file.
-    """
+    """The folders of images inside a zip file, as `frames.zip/folder`; there may be none. Raises `VideoError`."""
     with _open_zip(path) as archive:
         counts = Counter(PurePosixPath(name).parent for name in archive.namelist() if is_image(name))
     return sorted(path / folder for folder, images in counts.items() if images >= FEWEST_IMAGES)
 
 
 class ImageSequenceDecoder(Decoder):
-    """Images one after the other, `fps` of them in a second; every one can be skipped to.
-
-    Raises:
-        VideoError: there are no images, or the zip file is damaged.
-    """
+    """Images one after the other, `fps` of them in a second; every one can be skipped to. Raises `VideoError`."""
 
     def __init__(self, path: Path, fps: float, damage: Damage | None) -> None:
         super().__init__(path, damage)

@@ -24,8 +24,7 @@ class Windows:
         length: embeddings in a window.
         stride: ticks between the beginnings of windows.
 
-    Raises:
-        CacheError: no clip is long enough for a single window.
+    Raises `CacheError` if no clip is long enough for a single window.
     """
 
     def __init__(self, cache: EmbeddingCache, length: int, *, stride: int = 1) -> None:
