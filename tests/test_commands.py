@@ -17,6 +17,7 @@ from jepa.errors import ConfigurationError
 from pipelines.cli import COMMANDS
 from pipelines.run.command import UserError, explain
 from pipelines.run.options import parse
+from tests import toy_trainer
 from tests.test_folder import everything
 
 ROOT = Path(__file__).parent.parent
@@ -84,21 +85,9 @@ def test_the_journey_leaves_what_it_promises(world):
         ("pretrain_encoder", "--videos {world}/train --output-dir {world}", "holds cache, encoder, evaluation, and no"),
         ("train_predictor", "{caches} --output-dir {world} --overwrite", "and no run of train_predictor"),
         ("train_predictor", "{caches} --output-dir {world}/encoder --overwrite", "holds a run of pretrain_encoder"),
-        (
-            "evaluate_rollout",
-            "{judge} --cache {world}/cache/test --output-dir {world}/predictor",
-            "holds a run of train_",
-        ),
-        (
-            "score_surprise",
-            "{judge} --videos {world}/test --output-dir {world}/test",
-            "clip_00000.mp4, clip_00001.csv, and no",
-        ),
-        (
-            "score_surprise",
-            "{judge} --videos {world}/test --output-dir {world}/test --overwrite",
-            "and no run of score_",
-        ),
+        ("evaluate_rollout", "{judge} --output-dir {world}/predictor", "holds a run of train_predictor: take another"),
+        ("score_surprise", "{judge} --videos {world}/test --output-dir {world}/test", "clip_00001.csv, and no run"),
+        ("score_surprise", "{judge} --videos {world}/test --output-dir {world}/test --overwrite", "and no run of"),
         ("train_predictor", "{caches} --output-dir {world}/predictor --steps 4 {predictor}", "a finished run: add"),
         ("pretrain_encoder", "--videos {world}/nowhere --output-dir {world}/new", "no such file or folder"),
         ("pretrain_encoder", "--videos {world}/train --output-dir {world}/new --fps -1", "error: --fps is -1"),
@@ -109,41 +98,28 @@ def test_the_journey_leaves_what_it_promises(world):
     ],
 )
 def test_slips_and_mistakes_are_one_line_and_harm_nothing(name, arguments, complaint, world):
-    places = {
-        "world": world, "caches": f"--train-cache {world}/cache/train --validation-cache {world}/cache/val",
-        "judge": f"--predictor {world}/predictor", "predictor": PREDICTOR,
-    }  # fmt: skip
+    caches = f"--train-cache {world}/cache/train --validation-cache {world}/cache/val"
+    places = {"world": world, "caches": caches, "judge": f"--predictor {world}/predictor", "predictor": PREDICTOR}
     before = {path: (world / path).stat().st_mtime_ns for path in everything(world)}
     assert complaint.format(**places) in refusal(name, arguments.format(**places))
     shutil.rmtree(world / "new", ignore_errors=True)
     assert {path: (world / path).stat().st_mtime_ns for path in everything(world)} == before
 
 
-def test_an_interrupted_trainings_folder_is_no_place_for_an_evaluation(world, tmp_path):
-    shutil.copytree(world / "predictor", tmp_path / "run")
-    mark = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(mark | {"finished": False}))
-    evaluate = f"--predictor {world}/predictor --cache {world}/cache/test --output-dir {tmp_path}/run"
-    assert "holds a run of train_predictor: take another" in refusal("evaluate_rollout", evaluate)
-    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
-
-
 def test_a_run_does_not_go_on_with_caches_of_another_encoder(world, tmp_path):
-    call("pretrain_encoder", f"--videos {world}/train --output-dir {tmp_path}/other --steps 1 --seed 5 "
-         f"--tracker none {ENCODER}")  # fmt: skip
+    other = f"--output-dir {tmp_path}/other --steps 1 --seed 5 --tracker none"
+    call("pretrain_encoder", f"--videos {world}/train {other} {ENCODER}")
     for split in ("train", "val"):
         made = f"--videos {world}/{split} --encoder {tmp_path}/other/encoder --fps 8"
         call("cache_embeddings", f"{made} --output-dir {tmp_path}/cache/{split}")
     shutil.copytree(world / "predictor", tmp_path / "predictor")
-    mark = json.loads((tmp_path / "predictor" / "run.json").read_text())
-    caches = {"train_cache": f"{tmp_path}/cache/train", "validation_cache": f"{tmp_path}/cache/val"}
-    mark |= {"finished": False, "options": mark["options"] | caches}
+    mark = json.loads((tmp_path / "predictor" / "run.json").read_text()) | {"finished": False}
+    mark["options"] |= {"train_cache": f"{tmp_path}/cache/train", "validation_cache": f"{tmp_path}/cache/val"}
     (tmp_path / "predictor" / "run.json").write_text(json.dumps(mark))
     caches = f"--train-cache {tmp_path}/cache/train --validation-cache {tmp_path}/cache/val"
     again = f"{caches} {PREDICTOR} --steps 4 --log-every 2 --tracker none --output-dir {tmp_path}/predictor --resume"
-    assert re.search(
-        r"began with provenance\.encoder\w* = .*: resume with the same data", refusal("train_predictor", again)
-    )
+    line = refusal("train_predictor", again)
+    assert re.search(r"began with provenance\.encoder\w* = .*: resume with the same data", line)
 
 
 def explained(options_type, prefix=""):
@@ -179,16 +155,19 @@ def test_a_typing_error_is_answered_with_the_right_name(capsys):
     assert "--objective.variance-weight" in capsys.readouterr().err
 
 
-def test_the_line_of_each_kind_of_error():
-    options = importlib.import_module("pipelines.train_predictor").Options
-    for error, line in [
-        (UserError("a is 1"), "error: a is 1"),
-        (ConfigurationError("width", "is 0"), "error: --predictor.width is 0"),
-        (OSError(28, "No space left on device", "a.json"), "error: a.json: No space left on device: what was complete"),
-        (OSError("h5py: No space left"), "error: writing: h5py: No space left: what was complete before is kept"),
-        (MemoryError(), "error: out of memory (MemoryError()): lower how much is held at a time"),
-        (RuntimeError("CUDA out of memory. Tried"), "error: out of memory (CUDA out of memory. Tried)"),
-    ]:
-        status, said = explain(error, options)
-        assert status == 1
-        assert said.startswith(line)
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("a is 1"), "a is 1"),
+        (ConfigurationError("width", "is 0"), "--network.width is 0"),
+        (OSError(28, "No space left on device", "a.json"), "a.json: No space left on device: what was complete before"),
+        (OSError("h5py: No space left"), "writing: h5py: No space left: what was complete before is kept"),
+        (MemoryError(), "out of memory (MemoryError()): lower how much is held at a time"),
+        (RuntimeError("CUDA out of memory. Tried"), "out of memory (CUDA out of memory. Tried)"),
+    ],
+)
+def test_the_line_of_each_kind_of_error(error, line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["toy_trainer.py", "--network.width", "0"])
+    status, said = explain(error, toy_trainer.Options)
+    assert status == 1
+    assert said.startswith(f"error: {line}")
