@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from jepa.config import Bounds, NotNegativeInt, PositiveInt
+from jepa.config import Bounds, NotNegativeInt, PositiveInt, SeveralInt
 from jepa.diagnostics import encoder_alarms
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
@@ -66,11 +66,11 @@ class Options(RunOptions):
     """Where the encoder, its accuracies and the logs are left."""
     steps: PositiveInt = 4000
     """Optimiser steps."""
-    batch_size: Annotated[int, Bounds(2)] = 256
+    batch_size: SeveralInt = 256
     """Images in a batch, on each process, each with two views."""
     log_every: PositiveInt = 500
     """Steps between two entries in the log, each with a check for collapse."""
-    fraction: Annotated[float, Bounds(0, 1, open_low=True, open_high=False)] = 1.0
+    fraction: Annotated[float, Bounds("above 0 and at most 1", lambda share: 0 < share <= 1)] = 1.0
     """Share of the images that is used, evenly over all: to see quickly that everything works."""
     workers: NotNegativeInt = 2
     """Processes that make views."""

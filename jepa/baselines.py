@@ -1,7 +1,4 @@
-"""The trivial guesses that a predictor has to beat: forecasters of the same interface.
-
-Ridge regression is the real one: it is fitted on the same training windows as the predictor.
-"""
+"""The guesses that a predictor has to beat: forecasters of the same interface. Ridge regression is the real one."""
 
 import torch
 from einops import rearrange
@@ -12,7 +9,7 @@ from jepa.sequence import Sequence
 
 
 class Baseline(nn.Module):
-    """A guess from the last `memory` embeddings."""
+    """A guess from the last `memory` embeddings, on a clock of `fps` ticks a second."""
 
     latent_dimension = 0
 

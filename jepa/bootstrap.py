@@ -1,8 +1,7 @@
 """Numbers over many windows, with confidence intervals by groups; what is not defined is NaN.
 
-Neighbouring windows of one video are not independent, so intervals are of a bootstrap over *groups* of windows: videos
-where there are many, parts of a video where there are few. All that is measured on the same windows is resampled
-alike, so ratios are of the same groups above and below the line.
+Neighbouring windows of one video are not independent, so intervals are of a bootstrap over *groups* of windows. What is
+measured on the same windows is resampled alike, so ratios are of the same groups above and below the line.
 """
 
 import warnings

@@ -1,8 +1,7 @@
 """Is it collapsed? Standard deviation and effective rank, over the batch and over time.
 
-Rank alone is blind to scale (a collapsed embedding can still read full rank), standard deviation alone is blind to
-redundancy, and both over the batch are blind to an embedding that only tells clips apart: so all are watched. A clip
-of tokens counts as so many clips.
+Rank alone is blind to scale, standard deviation alone to redundancy, and both over the batch to an embedding that only
+tells clips apart: so all are watched. A clip of tokens counts as so many clips.
 """
 
 from typing import NamedTuple
@@ -45,8 +44,7 @@ class SequenceStats(NamedTuple):
 def floor_std(std: Tensor) -> Tensor:
     """Standard deviations (D,) to divide by, raised where one is next to nothing beside the others.
 
-    A feature that was constant in training and moves a little in a test would be thousands of its own deviations away,
-    and swamp the errors of all the others.
+    A feature that was constant in training and moves a little in a test would swamp the errors of all the others.
     """
     varying = std[std > 1e-6 * std.max()]  # not by rounding alone
     return std.clamp_min(max(1e-6, LEAST_STD * float(varying.median()) if len(varying) else 0.0))

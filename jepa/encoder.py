@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jepa.backbones import SMALL_CONV, build_backbone
-from jepa.config import Bounded, NotNegativeInt, PositiveInt
+from jepa.config import Bounded, NotNegativeInt, PositiveInt, shown
 from jepa.errors import ConfigurationError
 from jepa.fingerprint import fingerprint
 
@@ -113,9 +113,9 @@ class EncoderConfig(Bounded):
         if self.head_widths and not self.embedding_dimension:
             raise ConfigurationError("head_widths", "need a head: give an embedding_dimension")
         if 0 in self.grid and any(self.grid):
-            raise ConfigurationError("grid", f"is {_shown(self.grid)}: rows and columns must both be positive, or 0 0")
+            raise ConfigurationError("grid", f"is {shown(self.grid)}: rows and columns must both be positive, or 0 0")
         if not self.levels or len(set(self.levels)) < len(self.levels):
-            raise ConfigurationError("levels", f"is {_shown(self.levels) or 'empty'}: name each level once")
+            raise ConfigurationError("levels", f"is {shown(self.levels) or 'empty'}: name each level once")
 
 
 class FrameEncoder(Encoder):
@@ -126,8 +126,7 @@ class FrameEncoder(Encoder):
         backbone: a whole one to take, with its weights; by default a new one is made, without published weights.
 
     Raises:
-        ConfigurationError: the backbone is unknown, or has no such levels. What it cannot do with the image size shows
-            at the first frame.
+        ConfigurationError: no such backbone, or levels. That it does not take the image size shows at the first frame.
     """
 
     config: EncoderConfig
@@ -152,13 +151,7 @@ class FrameEncoder(Encoder):
             self.head.append(nn.Linear(features, config.embedding_dimension))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Embed frames.
-
-        Args:
-            frames: (B, 3, H, W), uint8 in [0, 255] or float in [0, 1], of the configured size.
-
-        Returns:
-            (B, *tokens, D) embeddings.
+        """Embeddings (B, *tokens, D) of frames (B, 3, H, W), uint8 or float in [0, 1].
 
         Raises:
             ValueError: the frames have another shape.
@@ -210,7 +203,7 @@ class FrameEncoder(Encoder):
         stride = self.backbone.feature_info[-1]["reduction"]
         return ConfigurationError(
             "image_size",
-            f"is {_shown(self.image_size)}, which backbone {self.config.backbone} does not take ({reason}): choose "
+            f"is {shown(self.image_size)}, which backbone {self.config.backbone} does not take ({reason}): choose "
             f"multiples of {stride}, or another pooling",
         )
 
@@ -250,13 +243,9 @@ def _plan(config: EncoderConfig, backbone: Any) -> tuple[list[int], int]:
     if config.pooling == "native" and not is_grid:
         return [], backbone.head_hidden_size
     if not all(-len(info) <= level < len(info) for level in config.levels):
-        raise ConfigurationError("levels", f"is {_shown(config.levels)}: {config.backbone} has 0 to {len(info) - 1}")
+        raise ConfigurationError("levels", f"is {shown(config.levels)}: {config.backbone} has 0 to {len(info) - 1}")
     levels, features = sorted(level % len(info) for level in config.levels), 0
     for level in levels:
         cells = math.prod(-(-side // info[level]["reduction"]) for side in config.image_size)
         features += info[level]["num_chs"] * (cells if config.pooling == "flatten" and not is_grid else 1)
     return levels, features
-
-
-def _shown(numbers: tuple[int, ...]) -> str:
-    return " ".join(map(str, numbers))

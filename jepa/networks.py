@@ -5,14 +5,14 @@ selection, rollout, samples, calibration, energy and evaluation come with it.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from jepa.config import Bounded, Bounds, NotNegativeInt, PositiveInt, Share
+from jepa.config import Bounded, NotNegativeInt, PositiveInt, SeveralInt, Share
 from jepa.errors import ConfigurationError
 
 
@@ -34,7 +34,7 @@ class NetworkConfig(Bounded):
 
     network: ClassVar[type[Network]]
     """What is built."""
-    context: Annotated[int, Bounds(2)] = 8
+    context: SeveralInt = 8
     """Past embeddings that a prediction starts from."""
     width: PositiveInt = 512
     """Width of the hidden layers."""

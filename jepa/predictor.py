@@ -5,7 +5,7 @@ inside in `jepa.networks`.
 """
 
 from dataclasses import asdict
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -13,18 +13,6 @@ from torch import Tensor, nn
 
 from jepa.networks import NetworkConfig, zero_linear
 from jepa.sequence import Sequence
-
-
-class Forecaster(Protocol):
-    """What `jepa.rollout` rolls out: a predictor or a baseline."""
-
-    fps: float
-    """Ticks per second of the clock that it lives on."""
-    latent_dimension: int
-    """Numbers drawn for each step of a sampled future; 0: one future."""
-
-    def step(self, newest: Sequence, state: Any, latent: Tensor | None = None) -> tuple[Tensor, Any]:
-        """The embedding after the newest ones (B, 1, *tokens, D), and a state to go on from."""
 
 
 class LatentBlock(nn.Module):

@@ -24,11 +24,9 @@ class Probe:
     shape: tuple[int, ...]
     """Shape of an embedding, (*tokens, D)."""
     mean: Tensor
-    """float64 (F,), of the features."""
     std: Tensor
-    """float64 (F,)"""
+    """float64 (F,), of the features."""
     target_mean: Tensor
-    """float64 (C,)"""
     target_std: Tensor
     """float64 (C,); 1 for a column that does not vary."""
     weights: Tensor

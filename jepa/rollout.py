@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jepa.baselines import Baseline
 from jepa.calibration import Calibration
-from jepa.predictor import Forecaster
+from jepa.predictor import Predictor
 from jepa.sequence import CLOCK_TOLERANCE, Future, Sequence
 
+Forecaster = Predictor | Baseline
+"""What can be rolled out."""
 EXPECTED_OF = 16
 """Rollouts whose mean is the expected future, where there are several."""
 
@@ -41,8 +44,7 @@ def rollout(
         (B, H, *tokens, D); with several samples (samples, B, H, *tokens, D).
 
     Raises:
-        ValueError: the past is not on the clock, actions are missing, or several samples are asked of a predictor
-            without a latent.
+        ValueError: the past is not on the clock, actions are missing, or several samples take a latent.
     """
     past.require_clock(predictor.fps)
     if samples > 1 and not (predictor.latent_dimension and generator is not None):

@@ -12,7 +12,6 @@ be), `curve.jsonl` and tracker logs. Ctrl-C saves; the same command with --resum
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from einops import rearrange
@@ -23,7 +22,7 @@ from data.manifest import check_videos
 from data.video import IMAGE_FPS
 from data.views import Neighbours
 from jepa.batch_norm import synchronise_batch_norm
-from jepa.config import Bounds, NotNegative, Positive, PositiveInt
+from jepa.config import NotNegative, Positive, PositiveInt, SeveralInt
 from jepa.diagnostics import encoder_alarms, sequence_stats
 from jepa.distributed import sum_over_ranks, world_size
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
@@ -57,7 +56,7 @@ class Options(RunOptions):
     """Frames per second that videos are sampled at, by time; neighbouring views are one such step apart."""
     image_fps: Positive = IMAGE_FPS
     """Rate of folders of images, which have no times of their own."""
-    batch_size: Annotated[int, Bounds(2)] = 128
+    batch_size: SeveralInt = 128
     """Clips in a batch on each process, of two frames or, with a prediction weight, more."""
     shuffle_memory: Positive = 2.0
     """Gigabytes of decoded frames on each process at most; larger data sets are streamed through them."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from scipy.ndimage import maximum_filter1d
 from tqdm import tqdm
 
@@ -34,7 +35,6 @@ from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import UserError, counted, require, run_command
-from pipelines.run.devices import start_accelerator
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import load_predictor
 from pipelines.run.pictures import Scores, draw_peaks, draw_surprise
@@ -80,7 +80,7 @@ def main(options: Options) -> None:
         embed(options, predictor.fps)
     cache = EmbeddingCache(options.cache or folder / "cache")
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
-    device = start_accelerator().device
+    device = Accelerator().device
     scorer = Scorer(predictor.to(device), calibration.to(device), cache, horizon=options.horizon)
     output.begin({"provenance": cache.provenance, "clips": len(cache.clips)})
     for name in ("pictures", "peaks"):

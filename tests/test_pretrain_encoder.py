@@ -28,14 +28,14 @@ from pipelines.pretrain_encoder import (
     Dynamics,
     Options,
     Pretraining,
-    make_encoder,
     diagnose,
     loss_of,
     main,
+    make_encoder,
     relight,
 )
+from pipelines.run.artefacts import load_module
 from pipelines.run.command import UserError
-from pipelines.run.folder import load_module
 from pipelines.run.options import parse
 from pipelines.run.run import Run
 

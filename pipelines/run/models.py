@@ -23,19 +23,15 @@ def load_predictor(folder: Path) -> tuple[Predictor, Calibration]:
     """
     folder = folder.parent if folder.name == "predictor" and not (folder / "predictor").is_dir() else folder
     predictor = load_module(folder / "predictor", "predictor", build_predictor)
-    owners: list[str] = []
+    owner = fingerprint(predictor, predictor.description())
 
     def build_calibration(config: dict[str, Any]) -> Calibration:
         fields = dict(config)
-        owners.append(fields.pop("predictor_fingerprint"))
+        other = f"{folder}/calibration is that of another predictor: run video-jepa calibrate --predictor {folder}"
+        require(fields.pop("predictor_fingerprint") == owner, other)
         return Calibration.build(**fields)
 
-    calibration = load_module(folder / "calibration", "calibration", build_calibration)
-    require(
-        owners[0] == fingerprint(predictor, predictor.description()),
-        f"{folder}/calibration is that of another predictor: run video-jepa calibrate --predictor {folder}",
-    )
-    return predictor, calibration
+    return predictor, load_module(folder / "calibration", "calibration", build_calibration)
 
 
 def build_predictor(description: dict[str, Any]) -> Predictor:
