@@ -1,4 +1,4 @@
-"""Frames of videos with exact presentation times, resized; on clocks, or at given times.
+"""Frames of videos with exact presentation times, resized, on clocks.
 
 A frame is a planar RGB `uint8` array of shape (3, height, width); a time is in seconds since the first
 displayed frame. Videos are sampled by *time*, never by frame index: recordings of different or variable
@@ -152,7 +152,7 @@ def read_on_clock(
     heapq.heapify(ticks)
     last_time_s = [-math.inf] * len(offsets_s)
     with open_video(path, damage, image_fps) as decoder:
-        nearest = _NearestFrames(decoder, reach_s)
+        nearest = NearestFrames(decoder, reach_s)
         while ticks:
             tick_s, clock, tick = heapq.heappop(ticks)
             if end_s < math.inf and tick >= _first_tick(end_s - offsets_s[clock], fps):
@@ -171,40 +171,12 @@ def read_on_clock(
                 yield TimedFrame(convert(frame), time_s, tick, clock)
 
 
-def read_frames_at(
-    path: Path,
-    size: FrameSize,
-    *,
-    times_s: Sequence[float] | np.ndarray,
-    damage: Damage | None = None,
-    image_fps: float = IMAGE_FPS,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Frames nearest to given times, decoded in one pass that jumps where that saves work.
-
-    The times, (T,) seconds since the first displayed frame, may be in any order; before the first frame and after the
-    last, those are the nearest. Else as `read_on_clock`.
-
-    Returns:
-        Frames uint8 (T, 3, height, width) and their own times, float64 (T,), in seconds.
-    """
-    convert = FrameConverter(size)
-    frames, shown_s = np.empty((len(times_s), 3, *size), np.uint8), np.empty(len(times_s))
-    with open_video(path, damage, image_fps) as decoder:
-        nearest = _NearestFrames(decoder, reach_s=math.inf)
-        for index in np.argsort(times_s, kind="stable"):
-            frame, shown_s[index], _ = nearest.at(float(times_s[index]))
-            if frame is None:
-                raise VideoError(f"{path}: no frame can be decoded")
-            frames[index] = convert(frame)
-    return frames, shown_s
-
-
 def _first_tick(time_s: float, fps: float) -> int:
     """Number of the first tick at or after a time."""
     return int(max(0.0, np.ceil(time_s * fps - 1e-9)))
 
 
-class _NearestFrames:
+class NearestFrames:
     """A cursor on a video that moves forward to the frames nearest to ascending times."""
 
     def __init__(self, decoder: Decoder, reach_s: float) -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 from benchmarks.reading import read_clips, read_frames
 from data.counting import count_frames
 from data.decoder import Damage, VideoDecoder, VideoError
-from data.video import probe_video, read_frames_at, read_on_clock
+from data.frames_at import read_frames_at
+from data.video import probe_video, read_on_clock
 
 SIZE = (16, 40)
 CLIP = 16

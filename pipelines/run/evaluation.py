@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.cache import EmbeddingCache
-from data.windows import Windows, group_windows
+from data.groups import group_windows
+from data.windows import Windows
 from jepa import metrics
 from jepa.baselines import CopyLast, LinearExtrapolation, Mean
 from jepa.bootstrap import Bootstrap, divide, r2_and_r, reading_moments, useful_steps

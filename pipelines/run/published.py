@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
-from data.video import VideoInfo, read_frames_at
+from data.frames_at import read_frames_at
+from data.video import VideoInfo
 from jepa.backbones import build_backbone
 from jepa.components import principal_components
 from jepa.config import Bounded, NotNegativeInt

@@ -7,7 +7,8 @@ import numpy as np
 
 from data.cache import CachedClip, EmbeddingCache
 from data.decoder import VideoError
-from data.video import probe_video, read_frames_at
+from data.frames_at import read_frames_at
+from data.video import probe_video
 
 
 def clip_of_row(cache: EmbeddingCache, row: int) -> CachedClip:
