@@ -24,9 +24,7 @@ from data.synthetic import BallWorld, write_ball_clip
 ROOT = Path(__file__).parent.parent
 CONFIGURATIONS = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))]
 SBATCH = ROOT / "configs" / "slurm" / "train.sbatch"
-ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
-}  # fmt: skip
+QUIET = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 SMALL = (
     "--fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 --expander.widths 16 16 --batch-size 16 "
     "--tracker none"
@@ -65,20 +63,15 @@ def videos(tmp_path_factory):
 
 def commands(path):
     """The shell commands that a file shows, in comments, code blocks and table cells."""
-    text = re.sub(r"\\\n#?\s*", "", path.read_text())
-    text = re.sub(r"^#\s*", "", text, flags=re.MULTILINE)
-    text = text.replace("| `", "\n`")
-    return re.findall(
-        r"^ *`?((?:accelerate launch|torchrun|sbatch) [^`\n]*pipelines/[^`\n]*)", text, flags=re.MULTILINE
-    )
+    text = re.sub(r"\\\n#?\s*", "", path.read_text()).replace("| `", "\n`")
+    return re.findall(r"^[# ]*`?((?:accelerate launch|torchrun|sbatch) [^`\n]*pipelines/[^`\n]*)", text, re.MULTILINE)
 
 
 def launched(monkeypatch, arguments):
     """What `accelerate launch` would start: torchrun's arguments and the environment, or None for one process."""
     started = {}
-    monkeypatch.setattr(
-        torch.distributed.run, "run", lambda arguments: started.update(vars(arguments), environment=dict(os.environ))
-    )
+    start = lambda arguments: started.update(vars(arguments), environment=dict(os.environ))  # noqa: E731
+    monkeypatch.setattr(torch.distributed.run, "run", start)
     monkeypatch.setattr(sys, "argv", ["accelerate", "launch", *arguments])
     accelerate_cli.main()
     return started
@@ -133,12 +126,10 @@ def slurm(tmp_path):
     (tmp_path / "state").write_text("RUNNING\n")
 
     def start(*arguments):
-        environment = os.environ | ENVIRONMENT | {
-            "PATH": os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2",
-        }  # fmt: skip
+        job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
+        path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         return subprocess.Popen(
-            ["bash", str(SBATCH), *map(str, arguments)], env=environment, cwd=ROOT,
+            ["bash", SBATCH, *map(str, arguments)], env=os.environ | QUIET | job | {"PATH": path}, cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
@@ -196,7 +187,6 @@ def can_make_networks():
 @pytest.mark.slow
 @pytest.mark.skipif(not can_make_networks(), reason="network namespaces need root")
 def test_two_machines_train_and_survive_the_loss_of_one(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "two_machines.py", "--output-dir", tmp_path]
-    options = ["--steps", "60"]
-    result = subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    command = [sys.executable, ROOT / "benchmarks" / "two_machines.py", "--output-dir", tmp_path, "--steps", "60"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | QUIET)
     assert result.returncode == 0, result.stdout + result.stderr

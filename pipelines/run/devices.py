@@ -32,19 +32,13 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 def start_accelerator(
     precision: str = "launched", execution: str = "eager", *, trackers: Sequence[str] = (), logs: Path | None = None
 ) -> Accelerator:
-    """One process or one of many, with its device; options as `RunOptions` explains them.
-
-    Args:
-        precision: launched, fp32, bf16 or fp16.
-        execution: eager, compiled, or deterministic.
-        trackers: names that accelerate knows; none stands for none.
-        logs: folder for the trackers.
+    """One process or one of many, with its device; the options are those of `RunOptions`.
 
     Raises:
         UserError: accelerate sees other processes than were started, or there is no such tracker.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
+    if processes > 1 and "TORCH_CPP_LOG_LEVEL" not in os.environ:
         _hush()
     known = [*map(str, get_available_trackers()), "none"]  # accelerate passes silently over what it does not find
     for name in trackers:
@@ -75,22 +69,17 @@ def start_accelerator(
         set_timeout(LONGEST_WAIT)
     on_gpu, half = accelerator.device.type == "cuda", accelerator.mixed_precision == "fp16"
     require(on_gpu or not half, "precision fp16 needs a GPU: take --precision bf16 or fp32")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # and 1 of many cores is what that says by itself
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32, as in convolutions
-    elif processes == 1:
-        # `accelerate launch` says 1 by itself, of many cores.
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-        if os.environ.get("OMP_NUM_THREADS") in (None, "1" if launched else None):
-            torch.set_num_threads(cores_of_this_process())
+    elif processes == 1 and os.environ.get("OMP_NUM_THREADS") in (None, "1" if launched else None):
+        torch.set_num_threads(cores_of_this_process())
     return accelerator
 
 
 def _hush() -> None:
-    """Silence warnings of torch's C++: DDP's, of several lines on each rank, is of what we want.
-
-    Python's filters do not reach them, and their variable in the environment is read before we are.
-    """
-    with suppress(OSError, ValueError):
+    """Silence warnings of torch's C++: DDP's long one, on each rank, is of what we want."""
+    with suppress(OSError, ValueError):  # Python's filters do not reach them; that variable is read with torch
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
         ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level").value = 2  # errors
 
