@@ -27,7 +27,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from einops import rearrange
 
 from benchmarks.reading import read_clips, read_frames
-from data.video import probe_video, read_on_clock
+from data.clock import read_on_clock
+from data.video import probe_video
 from pipelines.run.command import require, run_command
 from pipelines.run.files import write_json
 

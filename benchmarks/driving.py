@@ -31,8 +31,8 @@ from benchmarks.common import (
     table_of_measures,
 )
 from benchmarks.robot import compare_with_the_best
+from data.clock import read_on_clock
 from data.synthetic import write_video
-from data.video import read_on_clock
 from pipelines.run.command import run_command
 from pipelines.run.files import write_json
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from benchmarks.common import shared
 from data.clips import FrameClips
+from data.clock import clock_offsets_s, read_on_clock
 from data.counting import count_frames
 from data.parallel import map_ahead
-from data.video import VideoInfo, clock_offsets_s, read_on_clock
+from data.video import VideoInfo
 from pipelines.run.command import require, run_command
 from pipelines.run.files import write_json
 

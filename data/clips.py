@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.clock import clock_offsets_s, read_on_clock
 from data.decoder import Damage, VideoError
 from data.manifest import Account
 from data.parallel import map_ahead
-from data.video import FrameSize, VideoInfo, clock_offsets_s, read_on_clock
+from data.video import FrameSize, VideoInfo
 
 SEGMENT_S = 60.0
 

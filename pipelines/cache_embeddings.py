@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from data.cache import ClipKey, Column, EmbeddingCache, Provenance
 from data.cache_writer import CacheWriter, remaining_clips
+from data.clock import clock_offsets_s
 from data.errors import DataError
 from data.manifest import Account, VideoList, check_videos, file_state, is_there
 from data.sidecar import read_sidecar
-from data.video import IMAGE_FPS, TRANSFORM, clock_offsets_s
+from data.video import IMAGE_FPS, TRANSFORM
 from jepa.config import Bounded, Positive, PositiveInt
 from jepa.encoder import Encoder
 from pipelines.run.command import require, run_command

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from data.cache import EmbeddingCache
+from data.clock import read_on_clock
 from data.synthetic import BALL_COLOURS, STATE_COLUMNS, BallWorld, write_ball_videos
-from data.video import read_on_clock
 from jepa.calibration import Calibration
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from jepa.predictor import Predictor

@@ -13,8 +13,8 @@ from benchmarks.common import table_by_horizon, table_of_measures, words
 from benchmarks.detection import average_precision, fit_detection_head, occupied_cells
 from benchmarks.digits import DIGIT_SIZE, SIZE, SPEED, STATE_COLUMNS, render_digits, simulate_digits, write_digit_videos
 from data.cache import EmbeddingCache
+from data.clock import read_on_clock
 from data.synthetic import BallWorld, write_ball_videos
-from data.video import read_on_clock
 from pipelines.run.files import write_json
 
 

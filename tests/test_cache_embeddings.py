@@ -18,9 +18,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 from data.cache import CacheError, EmbeddingCache
+from data.clock import read_on_clock
 from data.errors import DataError
 from data.synthetic import BallWorld, write_ball_clip
-from data.video import read_on_clock
 from jepa.encoder import EncoderConfig, create_encoder
 from jepa.errors import ConfigurationError
 from jepa.expander import Expander, ExpanderConfig

@@ -13,10 +13,11 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image
 
 from benchmarks.reading import read_clips, read_frames
+from data.clock import read_on_clock
 from data.counting import count_frames
 from data.decoder import Damage, VideoDecoder, VideoError
 from data.frames_at import read_frames_at
-from data.video import probe_video, read_on_clock
+from data.video import probe_video
 
 SIZE = (16, 40)
 CLIP = 16

@@ -9,12 +9,13 @@ from PIL import Image
 
 from benchmarks.reading import read_clips, read_frames
 from data.clips import FrameClips
+from data.clock import read_on_clock
 from data.counting import count_frames
 from data.decoder import Damage, VideoError
 from data.frames_at import read_frames_at
 from data.image_sequence import split_zip
 from data.manifest import check_videos, find_videos, index_videos
-from data.video import probe_video, read_on_clock
+from data.video import probe_video
 
 SIZE = (16, 40)
 

@@ -11,10 +11,11 @@ from nbclient import NotebookClient
 
 from data.cache import ClipKey, Column, EmbeddingCache, Provenance
 from data.cache_writer import CacheWriter, EmbeddedClip
+from data.clock import read_on_clock
 from data.decoder import VideoError
 from data.manifest import file_state
 from data.synthetic import BallWorld, write_ball_clip, write_video
-from data.video import TRANSFORM, probe_video, read_on_clock
+from data.video import TRANSFORM, probe_video
 from data.windows import Windows
 from jepa.baselines import Ridge
 from jepa.encoder import EncoderConfig, FrameEncoder

@@ -9,8 +9,9 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from torch.nn.functional import interpolate
 
 from benchmarks.reading import read_frames
+from data.clock import read_on_clock
 from data.decoder import VideoError
-from data.video import probe_video, read_on_clock
+from data.video import probe_video
 
 SIZE = (16, 40)
 LONG_GOP = {"g": "250", "bf": "3", "b_strategy": "0", "sc_threshold": "0"}

@@ -10,7 +10,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from data.cache import ClipKey
-from data.video import read_on_clock
+from data.clock import read_on_clock
 from jepa.components import principal_components
 from jepa.errors import ConfigurationError
 from jepa.video_encoder import load_clip_encoder

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from data.cache import ClipKey
 from data.cache_writer import EmbeddedClip
+from data.clock import read_on_clock
 from data.decoder import Damage, VideoError
 from data.parallel import stream_ahead
-from data.video import read_on_clock
 from jepa.encoder import Encoder
 from pipelines.run.devices import cores_of_this_process
 

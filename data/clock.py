@@ -1,0 +1,95 @@
+"""Frames of videos on clocks."""
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.decoder import Damage
+from data.video import CLOCK_TOLERANCE_S, IMAGE_FPS, FrameConverter, FrameSize, NearestFrames, open_video
+
+
+class TimedFrame(NamedTuple):
+    """A decoded frame and its time."""
+
+    frame: np.ndarray
+    """Planar RGB, uint8, shape (3, height, width)."""
+    time_s: float
+    """Presentation time in seconds since the first displayed frame."""
+    tick: int
+    """Number of the clock's tick; consecutive ticks are `1 / fps` apart."""
+    clock: int = 0
+    """Index of the clock among several."""
+
+
+def clock_offsets_s(fps: float, clocks: int) -> list[float]:
+    """Shifts in seconds of several clocks of one rate, evenly between its ticks."""
+    return [clock / clocks / fps for clock in range(clocks)]
+
+
+def read_on_clock(
+    path: Path,
+    size: FrameSize,
+    *,
+    fps: float,
+    offsets_s: Sequence[float] = (0.0,),
+    start_s: float = 0.0,
+    end_s: float = math.inf,
+    damage: Damage | None = None,
+    image_fps: float = IMAGE_FPS,
+) -> Iterator[TimedFrame]:
+    """Yield the frame nearest in time to each tick of a clock: tick k lies at `offset_s + k / fps` seconds.
+
+    A tick that has no frame within half a tick is left out, so a gap in the recording is a gap in `tick`;
+    no frame stands for two ticks of one clock.
+
+    Args:
+        path: the video.
+        size: of the frames.
+        fps: ticks per second.
+        offsets_s: shift of each clock in seconds, non-negative; several clocks are decoded in one go.
+        start_s: time of the first ticks that are sampled.
+        end_s: time of the first ticks that are not sampled any more.
+        damage: where to write down what is wrong inside; None: damage raises.
+        image_fps: rate of an image sequence; videos have their own times.
+
+    Raises:
+        VideoError: the file cannot be opened; without `damage`, also what is wrong inside.
+        ValueError: `fps` is not positive, or an offset is negative.
+    """
+    if not fps > 0:
+        raise ValueError(f"fps is {fps:g}: it must be positive")
+    if not min(offsets_s) >= 0:
+        raise ValueError(f"the clock's offset is {min(offsets_s):g} s: it must not be negative")
+    convert = FrameConverter(size)
+    reach_s = 0.5 / fps + CLOCK_TOLERANCE_S
+    first_ticks = [_first_tick(start_s - offset_s, fps) for offset_s in offsets_s]
+    ticks = [(offsets_s[clock] + tick / fps, clock, tick) for clock, tick in enumerate(first_ticks)]
+    heapq.heapify(ticks)
+    last_time_s = [-math.inf] * len(offsets_s)
+    with open_video(path, damage, image_fps) as decoder:
+        nearest = NearestFrames(decoder, reach_s)
+        while ticks:
+            tick_s, clock, tick = heapq.heappop(ticks)
+            if end_s < math.inf and tick >= _first_tick(end_s - offsets_s[clock], fps):
+                continue
+            frame, time_s, until_s = nearest.at(tick_s)
+            if frame is None:
+                return
+            is_gap = abs(time_s - tick_s) > reach_s
+            # Where times are damaged a gap may last for years: its ticks are not gone through one by one.
+            gap_end_s = (time_s if tick_s < time_s else until_s) - reach_s if is_gap else 0.0
+            following = max(tick + 1, _first_tick(gap_end_s - offsets_s[clock], fps))
+            heapq.heappush(ticks, (offsets_s[clock] + following / fps, clock, following))
+            if not is_gap and time_s != last_time_s[clock]:
+                last_time_s[clock] = time_s
+                # Converted only once it is known to be wanted: conversion costs more than decoding.
+                yield TimedFrame(convert(frame), time_s, tick, clock)
+
+
+def _first_tick(time_s: float, fps: float) -> int:
+    """Number of the first tick at or after a time."""
+    return int(max(0.0, np.ceil(time_s * fps - 1e-9)))
