@@ -113,6 +113,7 @@ def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
         ("# " + "x" * (1 << 16), "is no file of at most 64 kB"),
         ("toy_trainer: {overwrite: true}", "sets 'overwrite', which only the command line can"),
         ("toy_trainer: {output-dir: a}", "sets 'output-dir', which only the command line can"),
+        ("toy_trainer: {preset: b.yaml}", "sets 'preset', which only the command line can"),
         ("toy_trainer: {resume: false}", "sets 'resume', which only the command line can"),
         ("toy_trainer: {videos: [a, --overwrite]}", "sets --videos to --overwrite: no value begins with dashes"),
         ("toy_trainer: {network: {kind: dep}}", "is dep: perhaps you meant deep"),

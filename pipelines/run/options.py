@@ -21,7 +21,7 @@ Options = TypeVar("Options")
 
 COMMANDS = [path.stem for path in sorted(Path(__file__).parents[1].glob("[!_]*.py")) if path.stem != "cli"]
 """Names that a preset may have sections for, beside that of the command that reads it."""
-NOT_IN_PRESETS = {"output-dir", "overwrite", "resume"}
+NOT_IN_PRESETS = {"output-dir", "overwrite", "resume", "preset"}
 """Options that decide what is kept and what is replaced: a stranger's file must not set them."""
 LARGEST_PRESET = 1 << 16
 """Bytes."""
@@ -70,14 +70,22 @@ def parse(options_type: type[Options], command: str, *, description: str = "") -
     Raises:
         ConfigurationError: a value lies outside its bounds, there is no such kind, or the preset cannot be used.
     """
+    unions = {path: kinds for path, kinds in _tree(options_type) if hasattr(kinds[-1], "kind")}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", type=Path)
+    for path in unions:
+        parser.add_argument(f"--{dashed(path)}.kind", nargs="?", const="")
     known, arguments = parser.parse_known_args()
     if known.preset is not None:
-        arguments = [*_as_arguments(_read_preset(known.preset, command)), *arguments]
-    unions = {f"--{dashed(path)}.kind": kinds for path, kinds in _tree(options_type) if hasattr(kinds[-1], "kind")}
-    default, arguments = _choose_kinds(options_type, arguments, unions)
-    lines = [f"{option}: {' | '.join(kind.kind for kind in kinds)}" for option, kinds in unions.items()]
+        known, arguments = parser.parse_known_args([*_as_arguments(_read_preset(known.preset, command)), *sys.argv[1:]])
+    default = _unchecked_defaults(options_type)
+    for path, kinds in unions.items():
+        name, named = getattr(known, f"{path}.kind"), {kind.kind: kind for kind in kinds}
+        if name not in (None, *named):
+            raise ConfigurationError(f"{path}.kind", f"is {name}: {_hint(name, named)}")
+        if name is not None and not isinstance(getattr(default, path), named[name]):
+            object.__setattr__(default, path, named[name]())
+    lines = [f"--{dashed(path)}.kind: {' | '.join(kind.kind for kind in kinds)}" for path, kinds in unions.items()]
     text = "\n".join([description, *lines, "--preset FILE: other defaults, such as configs/presets/laptop_cpu.yaml"])
     said, plain = io.StringIO(), (tyro.conf.AvoidSubcommands,)
     try:
@@ -119,33 +127,15 @@ def _tree(options_type: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any
             yield from _tree(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
 
 
-def _choose_kinds(
-    options_type: type[Options], arguments: list[str], unions: dict[str, tuple[Any, ...]]
-) -> tuple[Options, list[str]]:
-    """Defaults with the kinds that are asked for, and the other arguments.
-
-    The defaults are an instance that nobody has checked: options without a default are still missing.
-    """
-    # In --help a command's own options stand before those of all trainers.
+def _unchecked_defaults(options_type: type[Options]) -> Options:
+    """An instance whose options without a default are missing; help shows a command's own before those of trainers."""
     default, fields = object.__new__(options_type), options_type.__dataclass_fields__  # type: ignore[attr-defined]
     for name, field in sorted(fields.items(), key=lambda item: item[0] in RunOptions.__dataclass_fields__):
         fields[name] = fields.pop(name)
         value = tyro.MISSING if field.default is dataclasses.MISSING else field.default
         made = field.default_factory is not dataclasses.MISSING
         object.__setattr__(default, name, field.default_factory() if made else value)
-    rest, waiting = [], iter(arguments)
-    for argument in waiting:
-        option, _, name = dashed(argument).partition("=")
-        if option not in unions:
-            rest.append(argument)
-            continue
-        name, named = name or next(waiting, ""), {kind.kind: kind for kind in unions[option]}
-        if name not in named:
-            raise ConfigurationError(option.removeprefix("--"), f"is {name}: {_hint(name, named)}")
-        field_name = option[2:].removesuffix(".kind").replace("-", "_")
-        if not isinstance(getattr(default, field_name), named[name]):
-            object.__setattr__(default, field_name, named[name]())
-    return default, rest
+    return default
 
 
 def _read_preset(path: Path, command: str) -> dict[str, Any]:
