@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jepa.baselines import Ridge
 from jepa.calibration import QUANTILES, Calibration
-from jepa.metrics import central_interval, live_features
+from jepa.samples import central_interval, live_features
 
 MOST_INPUTS = 4096
 """Numbers that a ridge regression looks at: its normal equations have the square of that."""

@@ -1,4 +1,4 @@
-"""How good is a forecast? Errors, retrieval and proper scores of embeddings.
+"""How good is a forecast? Errors and retrieval.
 
 Embeddings are standardised here: (B, H, *tokens, D), for B windows and H horizons.
 """
@@ -40,67 +40,6 @@ def retrieved(forecast: Tensor, came: Tensor, bank: Tensor) -> Tensor:
     Equal distances are hits: frames of a standing picture, or of two clocks, are the same.
     """
     # Found by products of matrices, which round much; then measured exactly.
-    nearest = bank[nearest_rows(forecast, bank)]
-    return distance(forecast, came) <= distance(forecast, nearest) * (1 + TIE) + TIE
-
-
-def energy_score(samples: Tensor, future: Tensor) -> Tensor:
-    """E|X - y| - E|X - X'| / 2: small for samples that are near what came, and as far apart as they ought to be.
-
-    A proper score of the whole vector (Gneiting and Raftery 2007): nobody gains by claiming to be more or less certain
-    than he is. The second expectation is over *different* samples, which is fair to small ensembles (Ferro 2014).
-
-    Args:
-        samples: (n, ..., D), n at least 2; tokens are flattened.
-        future: (..., D), what came.
-
-    Returns:
-        (...), in units of the root mean square per feature. Differentiable.
-    """
-    if len(samples) < 2:
-        raise ValueError(f"{len(samples)} samples: an energy score takes at least 2")
-    near = distance(samples, future[None]).mean(dim=0)
-    apart = torch.zeros_like(near)
-    for shift in range(1, len(samples) // 2 + 1):  # each pair of different samples once, without n x n memory
-        rolled = distance(samples, samples.roll(shift, dims=0)).sum(dim=0)
-        apart = apart + (rolled / 2 if 2 * shift == len(samples) else rolled)
-    pairs = len(samples) * (len(samples) - 1) / 2
-    return near - apart / pairs / 2
-
-
-def distance(first: Tensor, second: Tensor) -> Tensor:
-    """Root mean square difference over the features, (..., D) twice -> (...); its gradient at 0 is 0."""
-    return ((first - second).square().mean(dim=-1) + 1e-12).sqrt()
-
-
-def coverage(samples: Tensor, future: Tensor, share: float) -> Tensor:
-    """The share of features of what came (..., D) inside the samples' central interval that should hold `share`; (...).
-
-    Samples (n, ..., D) from the truth itself have `share` on average, if there are enough: 3 for 50 %, 19 for 90 %.
-    """
-    low, high = central_interval(samples, share)
-    return ((future >= low) & (future <= high)).float().mean(dim=-1)
-
-
-def live_features(embeddings: Tensor) -> Tensor:
-    """Features that move, (..., D) -> bool (D,): one that never does lies in any interval, or in none."""
-    return embeddings.flatten(0, -2).std(dim=0) > 1e-3
-
-
-def central_interval(samples: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Both ends of the interval of each feature that should hold `share`: (n, ..., D) -> (..., D) twice."""
-    n = len(samples)
-    ordered = samples.sort(dim=0).values
-
-    def quantile(level: float) -> Tensor:
-        # A new draw is below the k-th of n others with probability k / (n + 1).
-        place = min(max(level * (n + 1) - 1, 0.0), n - 1.0)
-        low = int(place)
-        return torch.lerp(ordered[low], ordered[min(low + 1, n - 1)], place - low)
-
-    return quantile((1 - share) / 2), quantile((1 + share) / 2)
-
-
-def best_of(samples: Tensor, future: Tensor) -> Tensor:
-    """Mean squared error per feature of the sample nearest to what came; (n, ..., D), (..., D) -> (...)."""
-    return (samples - future[None]).square().mean(dim=-1).amin(dim=0)
+    frames = came, bank[nearest_rows(forecast, bank)]
+    true, nearest = ((forecast - frame).square().mean(dim=-1).sqrt() for frame in frames)
+    return true <= nearest * (1 + TIE) + TIE

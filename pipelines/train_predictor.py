@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.config import NotNegative, PositiveInt
-from jepa.metrics import energy_score
 from jepa.networks import MLPConfig, PredictorConfig
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
+from jepa.samples import energy_score
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
 from pipelines.run.devices import summary

@@ -22,13 +22,14 @@ ARROWS = {  # what of jepa/ a module may rest on, all the way down; errors and c
     "networks": set(),
     "sequence": set(),
     "metrics": set(),
+    "samples": set(),
     "bootstrap": set(),
     "probe": set(),
     "diagnostics": set(),
     "baselines": {"networks", "sequence"},
     "predictor": {"networks", "sequence"},
     "calibration": {"baselines", "networks", "sequence"},  # never rolls out by itself
-    "fitting": {"calibration", "baselines", "networks", "sequence", "metrics"},
+    "fitting": {"calibration", "baselines", "networks", "sequence", "samples"},
     "rollout": {"predictor", "calibration", "baselines", "networks", "sequence"},
 }
 # Lines of what is there today, rounded up to the next 50. Lower them whenever something has become shorter.

@@ -5,15 +5,8 @@ import pytest
 import torch
 
 from jepa.bootstrap import Bootstrap, divide, r2_and_r, reading_moments, useful_steps
-from jepa.metrics import (
-    best_of,
-    change_cosine,
-    coverage,
-    energy_score,
-    nearest_rows,
-    retrieved,
-    squared_error,
-)
+from jepa.metrics import change_cosine, nearest_rows, retrieved, squared_error
+from jepa.samples import best_of, coverage, energy_score
 
 
 def test_resamples_draw_whole_groups():

@@ -26,6 +26,7 @@ from jepa.diagnostics import CollapseStats, collapse_stats
 from jepa.predictor import Predictor
 from jepa.probe import FOLDS, Probe, fit_probe
 from jepa.rollout import expected_rollout, rollout
+from jepa.samples import best_of, coverage, energy_score, live_features
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import require
 from pipelines.run.models import require_changing, require_finite
@@ -248,7 +249,7 @@ class Details:
         self.generator = torch.Generator(judged.predictor.mean.device).manual_seed(seed)
         self.bank, _ = lay_out_bank(judged)
         frames = Windows(judged.windows.cache, 1)
-        self.live = metrics.live_features(judged.predictor.standardise(judged.take(frames, frames.evenly(LIVE_FRAMES))))
+        self.live = live_features(judged.predictor.standardise(judged.take(frames, frames.evenly(LIVE_FRAMES))))
 
     def measure(self, batch: ForecastBatch, indices: np.ndarray) -> dict[tuple[str, str], Tensor]:
         """By forecast, or `truth`, and measure: (B, H, ...), retrieval and what collapses at the shown horizons."""
@@ -261,12 +262,10 @@ class Details:
                 found[name, "retrieval_at_1"] = hits.unflatten(0, value.shape[:2])
         if self.samples:
             drawn = sample_futures(self.judged, batch, self.samples, self.generator)
-            found["model", "energy_score"] = metrics.energy_score(drawn.flatten(3), batch.came.flatten(2))
-            found["model", "best_of"] = metrics.best_of(drawn.flatten(3), batch.came.flatten(2))
+            found["model", "energy_score"] = energy_score(drawn.flatten(3), batch.came.flatten(2))
+            found["model", "best_of"] = best_of(drawn.flatten(3), batch.came.flatten(2))
             for share in (50, 90):
-                inside = metrics.coverage(
-                    drawn[..., self.live], batch.came[..., self.live], share / 100
-                )  # (B, H, *tokens)
+                inside = coverage(drawn[..., self.live], batch.came[..., self.live], share / 100)  # (B, H, *tokens)
                 found["model", f"coverage_{share}"] = reduce(inside, "b h ... -> b h", "mean")
         if self.readout is not None:
             columns, probe = self.readout

@@ -62,13 +62,9 @@ def forecast_windows(
     for some in tqdm(np.array_split(chosen, parts), desc="forecasting", unit="batch", leave=False):
         embeddings = windows.take(some).to(device)
         past = Sequence.on_clock(embeddings[:, :context], predictor.fps)
-        guesses = (
-            expected_rollout(predictor, past, future),
-            rollout(ridge.to(device), past, future),
-            embeddings[:, context - 1 : context],
-            embeddings[:, context:],
-        )
-        found.append(tuple(predictor.standardise(part).cpu() for part in guesses))
+        guesses = expected_rollout(predictor, past, future), rollout(ridge.to(device), past, future)
+        seen = embeddings.split([context - 1, 1, len(future.times)], dim=1)[1:]  # the last of the past, and what came
+        found.append(tuple(predictor.standardise(part).cpu() for part in (*guesses, *seen)))
         if predictor.latent_dimension:
             drawn = rollout(predictor, past, future, EXPECTED_OF, generator=generator)
             sampled.append(predictor.standardise(drawn).cpu())

@@ -70,28 +70,22 @@ class Judge:
 
 def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     """Mean and standard deviation of embeddings, and of their changes, into the predictor's buffers; clip by clip."""
-    sums = [torch.zeros(predictor.shape[-1], dtype=torch.float64) for _ in range(3)]
-    total, square, changed = sums
-    origin, counts, changing = None, [0, 0], False
+    sums, places, changes, origin = torch.zeros(3, predictor.shape[-1], dtype=torch.float64), 0, 0, None
     for clip in tqdm(cache.clips, desc="measuring", unit="clip", leave=False):
         for run in cache.unbroken_runs(clip):
             embeddings = torch.from_numpy(cache.take(np.arange(run[0], run[0] + len(run)))).double()
             require_finite(cache, clip, embeddings)
             # Around the first mean: sums of squares around 0 would cancel where the mean is large.
             origin = embeddings.flatten(0, -2).mean(dim=0) if origin is None else origin
-            changes = embeddings.diff(dim=0).flatten(0, -2)
-            flat = embeddings.flatten(0, -2) - origin  # (T x places, D)
-            total += flat.sum(dim=0)
-            square += flat.square().sum(dim=0)
-            changed += changes.square().sum(dim=0)
-            counts = [counts[0] + len(flat), counts[1] + len(changes)]
-            changing = changing or bool(changes.any())
-    require_changing(cache, changing)
+            flat, change = embeddings.flatten(0, -2) - origin, embeddings.diff(dim=0).flatten(0, -2)  # (T x places, D)
+            sums += torch.stack([flat.sum(dim=0), flat.square().sum(dim=0), change.square().sum(dim=0)])
+            places, changes = places + len(flat), changes + len(change)
+    require_changing(cache, bool(sums[2].any()))
     assert origin is not None
-    mean = total / counts[0]
+    mean, square = sums[:2] / places
     predictor.mean.copy_(origin + mean)
-    predictor.std.copy_(floor_std((square / counts[0] - mean.square()).clamp_min(0).sqrt()))
-    predictor.change_std.copy_(floor_std((changed / max(1, counts[1])).sqrt() / predictor.std))
+    predictor.std.copy_(floor_std((square - mean.square()).clamp_min(0).sqrt()))
+    predictor.change_std.copy_(floor_std((sums[2] / max(1, changes)).sqrt() / predictor.std))
 
 
 def copying_error(windows: Windows, predictor: Predictor) -> Tensor:
