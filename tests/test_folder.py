@@ -238,55 +238,40 @@ def test_a_newer_artefact_takes_the_place_of_the_older_and_of_half_ones(artefact
     assert [path.read_text() for path in artefact.parent.rglob("notes.txt")] == ["mine"]  # aside, not gone
 
 
+def configured(content):
+    return lambda folder: write_json(folder / "config.json", content)
+
+
+def weighted(module):
+    return lambda folder: save_artefact(folder, "linear", {"width": 2}, module)
+
+
 @pytest.mark.parametrize(
-    ("config", "complaint"),
+    ("harm", "complaint"),
     [
-        ({"kind": "expander", "config": {"width": 2}}, "this is no linear; its config.json says expander"),
-        ({"width": 2}, "config.json is not of this version"),
-        ({"kind": "linear", "config": {"width": 3}}, r"(weight|bias) of this linear is \(2.*, its configuration wants"),
-        ({"kind": "linear", "config": {"wide": 3}}, "the linear here cannot be loaded"),
-        ({"kind": "linear", "config": {"width": "many"}}, "the linear here cannot be loaded"),
-        ({"kind": "linear", "config": {"width": 10**7}}, "its configuration wants"),  # would be 400 TB
-        ({"kind": "linear", "config": {"width": 10**12}}, r"linear"),
+        (configured({"kind": "expander", "config": {}}), "this is no linear; its config.json says expander"),
+        (configured({"width": 2}), "config.json is not of this version"),
+        (configured({"kind": "linear", "config": {"width": 3}}), r"of this linear is \(2.*, its configuration wants"),
+        (configured({"kind": "linear", "config": {"wide": 3}}), "the linear here cannot be loaded"),
+        (configured({"kind": "linear", "config": {"width": "many"}}), "the linear here cannot be loaded"),
+        (configured({"kind": "linear", "config": {"width": 10**7}}), "its configuration wants"),  # would be 400 TB
+        (configured({"kind": "linear", "config": {"width": 10**12}}), "linear"),
+        (weighted(nn.Linear(2, 2, bias=False)), r"bias of this linear is missing, its configuration wants \(2,\)"),
+        (weighted(nn.Sequential(nn.Linear(2, 2))), "of this linear is"),
+        (weighted(nn.Bilinear(2, 2, 2)), r"weight of this linear is \(2, 2, 2\)"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 50), "the linear here cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_text("no weights"), "the linear here cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no linear here .model.safetensors is missing"),
+        (lambda folder: (folder / "config.json").unlink(), "no linear here .config.json is missing"),
+        (shutil.rmtree, "no linear here .config.json is missing"),
     ],
 )
-def test_an_artefact_is_what_it_says_or_one_line(config, complaint, artefact):
-    write_json(artefact / "config.json", config)
+def test_an_artefact_is_what_it_says_and_its_weights_are_all_there_or_it_is_one_line(harm, complaint, artefact):
+    harm(artefact)
     with pytest.raises(UserError, match=complaint) as raised:
         load_module(artefact, "linear", build)
     assert "\n" not in str(raised.value)
     assert str(artefact) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("module", "complaint"),
-    [
-        (nn.Linear(2, 2, bias=False), r"bias of this linear is missing, its configuration wants \(2,\)"),
-        (nn.Sequential(nn.Linear(2, 2)), "of this linear is"),
-        (nn.Bilinear(2, 2, 2), r"weight of this linear is \(2, 2, 2\)"),
-    ],
-)
-def test_weights_are_exactly_those_of_the_configuration(module, complaint, artefact):
-    save_artefact(artefact, "linear", {"width": 2}, module)
-    with pytest.raises(UserError, match=complaint):
-        load_module(artefact, "linear", build)
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda folder: os.truncate(folder / "model.safetensors", 50),
-        lambda folder: (folder / "model.safetensors").write_text("no weights"),
-        lambda folder: (folder / "model.safetensors").unlink(),
-        lambda folder: (folder / "config.json").unlink(),
-        shutil.rmtree,
-    ],
-)
-def test_a_damaged_artefact_is_one_line(harm, artefact):
-    harm(artefact)
-    with pytest.raises(UserError) as raised:
-        load_module(artefact, "linear", build)
-    assert "\n" not in str(raised.value)
 
 
 def test_json_is_valid_and_replaced_whole(tmp_path):
