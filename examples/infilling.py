@@ -28,7 +28,6 @@ from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.config import Bounded, PositiveInt
 from jepa.diagnostics import floor_std
-from jepa.networks import zero_linear
 from pipelines.run.command import run_command
 from pipelines.run.devices import summary
 from pipelines.run.files import write_json
@@ -167,7 +166,9 @@ class Infiller(nn.Module):
             config.width, config.heads, 4 * config.width, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(config.width), enable_nested_tensor=False)
-        self.head = zero_linear(config.width + views * dimension, dimension)
+        self.head = nn.Linear(config.width + views * dimension, dimension)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.zeros(dimension))
         self.register_buffer("std", torch.ones(dimension))
         self.register_buffer("sigma", torch.ones(config.longest_gap, dimension))

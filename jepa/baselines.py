@@ -11,11 +11,11 @@ from jepa.sequence import Sequence
 class Baseline(nn.Module):
     """A guess from the last `memory` embeddings, on a clock of `fps` ticks a second."""
 
-    latent_dimension = 0
+    latent_dimension, memory = 0, 1
 
-    def __init__(self, fps: float, memory: int = 1) -> None:
+    def __init__(self, fps: float) -> None:
         super().__init__()
-        self.fps, self.memory = fps, memory
+        self.fps = fps
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """The next embedding, (B, T, *tokens, D) -> (B, 1, *tokens, D)."""
@@ -37,8 +37,7 @@ class CopyLast(Baseline):
 class LinearExtrapolation(Baseline):
     """The last change will go on for ever."""
 
-    def __init__(self, fps: float) -> None:
-        super().__init__(fps, memory=2)
+    memory = 2
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return 2 * embeddings[:, -1:] - embeddings[:, -2:][:, :1]
@@ -69,8 +68,9 @@ class Ridge(Baseline):
     bias: Tensor
 
     def __init__(self, fps: float, context: int, *, mean: Tensor, std: Tensor) -> None:
-        super().__init__(fps, memory=context)
-        self.context, dimension = context, len(mean)
+        super().__init__(fps)
+        self.context = self.memory = context
+        dimension = len(mean)
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
         self.register_buffer("weight", torch.zeros(context * dimension, dimension))

@@ -193,14 +193,6 @@ def residual_branch(config: NetworkConfig, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(config.width), inner, nn.GELU(), nn.Dropout(config.dropout), outer)
 
 
-def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A layer that gives zeros until it has learned something."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def last_windows(steps: Tensor, context: int, last: int) -> Tensor:
     """The `context` steps up to each of the last ones, oldest first, flattened; (B, T, F) -> (B, last, context x F).
 

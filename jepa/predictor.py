@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from jepa.networks import NetworkConfig, zero_linear
+from jepa.networks import NetworkConfig
 from jepa.sequence import Sequence
 
 
@@ -75,37 +75,31 @@ class Predictor(nn.Module):
         dimension = self.shape[-1]
         self.network = config.build(2 * dimension + action_dimension)
         self.latent_block = LatentBlock(config.width, config.latent_dimension) if config.latent_dimension else None
-        self.head = zero_linear(config.width, dimension)
+        self.head = nn.Linear(config.width, dimension)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         for name, size in (("", dimension), ("action_", action_dimension)):
             self.register_buffer(f"{name}mean", torch.zeros(size))
             self.register_buffer(f"{name}std", torch.ones(size))
         self.register_buffer("change_std", torch.ones(dimension))
 
     def forward(self, past: Sequence, last: int = 1, latent: Tensor | None = None) -> Tensor:
-        """What comes after each of the last embeddings, (B, last, *tokens, D).
+        """What comes after each of the last embeddings, (B, last, *tokens, D), as `step` from the beginning.
 
         The prediction after embedding t depends on those up to t only.
-
-        Args:
-            past: embeddings (B, T, *tokens, D), with actions where the predictor takes them.
-            last: how many predictions.
-            latent: (B, last, Z), standard normal; None for the latent's mean.
         """
         return self.step(past, None, latent, last=last)[0]
 
     def step(
         self, newest: Sequence, state: State | None, latent: Tensor | None = None, *, last: int = 1
     ) -> tuple[Tensor, State]:
-        """One step of a rollout.
+        """One step of a rollout: (B, last, *tokens, D), and the state for the next step.
 
         Args:
             newest: the past or, with a state, what was predicted last.
             state: what this returned for the embeddings before; None at the beginning.
-            latent: (B, last, Z); None for the latent's mean.
+            latent: (B, last, Z), standard normal; None for the latent's mean.
             last: how many predictions.
-
-        Returns:
-            (B, last, *tokens, D), and the state for the next step.
 
         Raises:
             ValueError: actions are missing.

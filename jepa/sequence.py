@@ -11,9 +11,7 @@ CLOCK_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Sequence:
-    """Embeddings on a clock.
-
-    A frame's vector is the case without tokens, a video that nobody acts in the case without actions.
+    """Embeddings on a clock: of vectors without tokens, of a video that nobody acts in without actions.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -60,9 +58,8 @@ class Sequence:
 
     def require_clock(self, fps: float) -> None:
         """Raises `ValueError` where the steps are not consecutive ticks of a clock."""
-        ticks = self.times.diff(dim=1) * fps
-        if ticks.numel() and float((ticks - 1).abs().max()) > 2 * CLOCK_TOLERANCE:
-            worst = float(ticks.flatten()[(ticks - 1).abs().argmax()])
+        jumps = (self.times.diff(dim=1) * fps).flatten()  # in ticks
+        for worst in jumps[(jumps - 1).abs() > 2 * CLOCK_TOLERANCE][:1].tolist():
             raise ValueError(f"the past jumps by {worst:.2f} ticks of {1 / fps:g} s: it must be consecutive ticks")
 
 

@@ -11,12 +11,10 @@ from matplotlib.figure import Figure
 from data.cache import EmbeddingCache
 from pipelines.run.stills import read_pictures
 
-SHOWN_FRAMES = 5
-"""Frames shown of a peak: itself, and as many before it as after it."""
+SHOWN_FRAMES, HEIGHT = 5, 120
+"""Frames shown of a peak, itself in the middle; and their height in pixels."""
 CURVE_POINTS, SPANS = 4000, 60
 """Points of a curve, and spans whose mean change cosine is shown, at most."""
-HEIGHT = 120
-"""Pixels of the frames."""
 
 
 @dataclass(frozen=True)
