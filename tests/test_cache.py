@@ -344,16 +344,12 @@ def read_as_nobody(folder):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_reading_needs_no_right_to_write(tmp_path, write_cache, clips):
     cache = EmbeddingCache(write_cache(tmp_path, clips))
-    paths = [*(tmp_path / "shards").iterdir(), tmp_path / "cache.json", tmp_path / "shards", tmp_path]
-    modes = [path.stat().st_mode for path in paths]
+    subprocess.run(["chmod", "-R", "a=rX", tmp_path], check=True)
     try:
-        for path in paths:
-            path.chmod(0o555 if path.is_dir() else 0o444)
         with multiprocessing.get_context("fork").Pool(1) as pool:
             embeddings = pool.apply(read_as_nobody, (tmp_path,))
     finally:
-        for path, mode in reversed(list(zip(paths, modes, strict=True))):
-            path.chmod(mode)
+        subprocess.run(["chmod", "-R", "u+w", tmp_path], check=True)
     np.testing.assert_array_equal(embeddings, cache.take(np.arange(cache.frames)))
 
 

@@ -1,7 +1,6 @@
 """Random access against reading in order, damage, and files out of the ordinary."""
 
 import io
-import os
 import struct
 from fractions import Fraction
 
@@ -485,11 +484,8 @@ def test_gaps_in_time_are_counted(tmp_path, encode_video, suffix):
 
 
 def test_one_missing_frame_is_a_gap_where_the_rate_is_constant_only(tmp_path, encode_video):
-    times_s = np.delete(np.arange(60) / 25, 30)
-    steady = encode_video(tmp_path / "steady.mkv", times_s, rate=25, ticks_per_second=25, options={"bf": "0"})
-    assert len(count_frames(steady).gaps_s) == 1
-    uneven = encode_video(tmp_path / "uneven.mkv", uneven_times(60), options={"bf": "0"})
-    assert count_frames(uneven).gaps_s == ()
+    for times_s, gaps in ((np.delete(np.arange(60) / 25, 30), 1), (uneven_times(60), 0)):
+        assert len(count_frames(encode_video(tmp_path / "a.mkv", times_s, options={"bf": "0"})).gaps_s) == gaps
 
 
 # Out of the ordinary
@@ -643,14 +639,6 @@ def test_tagged_colours_are_read_as_tagged(tmp_path, encode_video):
     assert np.abs(read["bt709"] - read["untagged"]).max() > 5
     # The same numbers, meant as 0 to 255: less contrast.
     assert 16 + read["untagged"].max() * 219 / 255 == pytest.approx(read["full"].max(), abs=4)
-
-
-def test_what_is_no_file_does_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "pipe.mp4")
-    (tmp_path / "folder.mkv").mkdir()
-    for name in ("pipe.mp4", "folder.mkv"):
-        with pytest.raises(VideoError, match=rf"{name}: not a readable video"):
-            probe_video(tmp_path / name)
 
 
 def test_an_unknown_codec_is_refused_by_name(tmp_path, encode_video):

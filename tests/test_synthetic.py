@@ -148,17 +148,10 @@ def test_frozen_balls_hold_still_to_the_end(pairs):
 def test_balls_pass_through_each_other_where_they_should_bounce(pairs):
     nearest = []
     for lawful, impossible, at in pairs["pass_through"]:
-        lawful_distance, distance = (
-            np.linalg.norm(states[:, 0, :2] - states[:, 1, :2], axis=1) for states in (lawful, impossible)
-        )
-        assert lawful_distance.min() > 11
+        of_lawful, distance = (np.linalg.norm(one[:, 0, :2] - one[:, 1, :2], axis=1) for one in (lawful, impossible))
+        assert of_lawful.min() > 11
+        assert np.abs(lawful[at, :, 2:] - lawful[at - 2, :, 2:]).max() > 0  # the lawful twin bounces
         nearest.append(distance[at : at + 8].min())
-        # The bounce is between the two frames before `at`, or between `at` and the one before.
-        momentum = impossible[[at - 2, at], :, 2:].sum(axis=1)
-        changed = lawful[at, :, 2:] - lawful[at - 2, :, 2:]
-        assert np.abs(changed).max() > 0  # the lawful twin bounces
-        if np.allclose(*np.abs(momentum)):  # unless a wall is touched as well
-            np.testing.assert_allclose(np.abs(impossible[at, :, 2:]), np.abs(impossible[at - 2, :, 2:]))
         # The balls are solid again once they have parted.
         parted = at + 1 + int((distance[at + 1 :] >= 12).argmax())
         assert distance[parted:].min() > 11
@@ -170,24 +163,20 @@ def test_pairs_are_real_videos_with_one_background(tmp_path):
     world = BallWorld(size=32, radius=3, frames=16)
     write_ball_pairs(tmp_path, 2, world, seed=4, event="freeze")
     for index in range(2):
-        frames, events = {}, {}
-        for kind in ("lawful", "impossible"):
-            path = tmp_path / kind / f"clip_{index:05d}.mp4"
-            frames[kind] = np.stack([frame for frame, _ in read_frames(path, (32, 32))]).astype(int)
-            with path.with_suffix(".csv").open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            assert list(rows[0]) == ["frame", "time_s", *STATE_COLUMNS, *VELOCITY_COLUMNS, "event"]
-            events[kind] = [int(row["event"]) for row in rows]
-        assert sum(events["lawful"]) == 0
-        assert sum(events["impossible"]) == 1
-        at = events["impossible"].index(1)
-        difference = np.abs(frames["impossible"] - frames["lawful"])
-        flicker = np.median(np.abs(np.diff(frames["lawful"], axis=0)))
-        assert np.median(difference[:at]) < flicker / 2  # the encoder looks ahead: its noise is another
+        paths = [tmp_path / kind / f"clip_{index:05d}.mp4" for kind in ("lawful", "impossible")]
+        lawful, impossible = (
+            np.stack([frame for frame, _ in read_frames(path, (32, 32))]).astype(int) for path in paths
+        )
+        tables = [list(csv.DictReader(path.with_suffix(".csv").read_text().splitlines())) for path in paths]
+        no_event, event = ([int(row["event"]) for row in rows] for rows in tables)
+        assert (sum(no_event), sum(event)) == (0, 1)
+        at = event.index(1)
+        difference = np.abs(impossible - lawful)
+        flicker = np.median(np.abs(np.diff(lawful, axis=0)))
+        # The encoder looks ahead, so noise differs; away from the balls both flicker alike, to the end.
+        assert max(np.median(difference[:at]), np.median(difference[at:])) < flicker / 2
         assert difference[at:].max(axis=(1, 2, 3)).min() > 30
-        # Away from the balls both flicker alike.
-        assert np.median(difference[at:]) < flicker / 2
-        assert np.median(np.abs(np.diff(frames["impossible"][at:], axis=0))) > flicker / 2
+        assert np.median(np.abs(np.diff(impossible[at:], axis=0))) > flicker / 2
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}
     write_ball_pairs(tmp_path, 2, world, seed=4, event="freeze")
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}
