@@ -231,6 +231,14 @@ def test_curves_are_means_over_an_entrys_steps(tmp_path):
         assert row["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
 
 
+def test_rates_are_those_of_training_and_not_of_validation(tmp_path, monkeypatch):
+    judge = toy_trainer.judge
+    monkeypatch.setattr(toy_trainer, "judge", lambda network: time.sleep(0.5) or judge(network))
+    train(tmp_path, steps=3, log_every=1)
+    rates = [json.loads(row).get("samples_per_second") for row in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert max(rates[1:]) > 20  # with the half seconds, 4 samples a step would be at most 8 a second
+
+
 def test_states_are_saved_by_minutes_too(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
     train(tmp_path, checkpoint_every=1000, steps=7)
