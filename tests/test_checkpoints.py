@@ -47,14 +47,13 @@ def test_a_state_comes_back_to_the_bit(saver, tmp_path):
     step, shared, own = saver.load_newest()
     assert (step, own, shared["best"]) == (5, {"place": {"at": 5}}, {"step": 5})
     assert torch.equal(shared["network"]["weight"], torch.full((3,), 5.0))
-    assert names(tmp_path / "step_00000005") == [SEAL, "rank_0.json", "state.pt"]
+    assert names(tmp_path / "step_00000005") == [SEAL, "state.pt"]
 
 
 @pytest.mark.parametrize(
     ("harm", "fault"),
     [
         (lambda folder: os.truncate(folder / "state.pt", 99), "state.pt has changed"),
-        (lambda folder: os.truncate(folder / "rank_0.json", 0), "rank_0.json has changed"),
         (lambda folder: (folder / "state.pt").unlink(), "state.pt is missing"),
         (lambda folder: flip_bit(folder / "state.pt"), "state.pt has changed"),
         (lambda folder: (folder / SEAL).unlink(), "complete.json is missing"),

@@ -71,12 +71,11 @@ def states(path):
 def left(path):
     """What a run has left, but for times: weights, state, curve and metrics."""
     newest = max((path / "training_state").iterdir())
-    own = [json.loads(rank.read_text()) for rank in sorted(newest.glob("rank_*.json"))]
-    curve = [json.loads(row) for row in (path / "curve.jsonl").read_text().splitlines()]
-    records = [*own, *curve, json.loads((path / "metrics.json").read_text())]
-    plain = [{name: value for name, value in record.items() if name not in TIMES} for record in records]
     state = torch.load(newest / "state.pt", weights_only=True)
-    return {"state": state, "weights": load_file(path / "sum" / "model.safetensors"), "records": plain}
+    curve = [json.loads(row) for row in (path / "curve.jsonl").read_text().splitlines()]
+    records = [*state["own"], *curve, json.loads((path / "metrics.json").read_text())]
+    plain = [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+    return {"state": state["shared"], "weights": load_file(path / "sum" / "model.safetensors"), "records": plain}
 
 
 def differing(one, other):

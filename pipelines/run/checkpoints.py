@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from pipelines.run.command import UserError, said_by_all
 from pipelines.run.files import read_json, to_disk, write_json
@@ -19,7 +19,7 @@ SEAL, KEPT = "complete.json", 2
 
 
 class State(NamedTuple):
-    """A training state after so many steps: tensors that all ranks share, and JSON of this rank's own."""
+    """A training state after so many steps: what all ranks share, and plain values of this rank's own."""
 
     step: int
     shared: dict[str, Any]
@@ -31,7 +31,6 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, folder: Path) -> None:
         self.accelerator, self.folder = accelerator, folder
-        self.own_file = f"rank_{accelerator.process_index}.json"
 
     def load_newest(self) -> State | None:
         """The newest state that is whole; None if there is none. Collective.
@@ -49,29 +48,27 @@ class Checkpoints:
                 f"resume with {saved}, or add --overwrite to start again"
             ))  # fmt: skip
         try:
-            shared = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+            own = state["own"][self.accelerator.process_index]
+            return State(int(newest.name.removeprefix("step_")), state["shared"], own)
         except Exception as error:  # torch raises whatever a damaged or hostile file leads to
             reason = (str(error) or repr(error)).splitlines()[0]
             message = f"{newest}/state.pt cannot be read ({reason}): delete {newest} to go on from an older one"
             raise said_by_all(UserError(message)) from error
-        return State(int(newest.name.removeprefix("step_")), shared, read_json(newest / self.own_file))
 
     def save(self, state: State) -> None:
         """Write a state: it is whole or it is not there, also after a kill or on a full disk. Collective."""
         finished = self.folder / f"step_{state.step:08d}"
         unfinished = self.folder / f".tmp.{finished.name}"
+        everyones = gather_object([state.own])
         if self.accelerator.is_main_process:
             for half in self.folder.glob(".tmp.step_*"):  # of an earlier life
                 shutil.rmtree(half, ignore_errors=True)
             unfinished.mkdir(parents=True)
             with (unfinished / "state.pt").open("xb") as file:
-                torch.save(state.shared, file)
-        self.accelerator.wait_for_everyone()
-        write_json(unfinished / self.own_file, state.own)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            files = {path.name: _size_and_checksum(path) for path in sorted(unfinished.iterdir())}
+                torch.save({"shared": state.shared, "own": everyones}, file)
             to_disk(unfinished / "state.pt")
+            files = {"state.pt": _size_and_checksum(unfinished / "state.pt")}
             write_json(unfinished / SEAL, {"processes": self.accelerator.num_processes, "files": files})
             to_disk(unfinished)
             for later in [path for path in self.folder.glob("step_*") if path.name >= finished.name]:
