@@ -52,19 +52,15 @@ class ImageSequenceDecoder(Decoder):
     def __init__(self, path: Path, fps: float, damage: Damage | None) -> None:
         super().__init__(path, damage)
         split = split_zip(path)
-        self.archive = None if split is None else _open_zip(split[0])
-        if self.archive is None or split is None:
-            names = [name for name in os.listdir(path) if is_image(name)]
-        else:
-            images = [name for name in self.archive.namelist() if is_image(name)]
-            names = [name for name in images if PurePosixPath(name).parent == split[1]]
+        self.archive = _open_zip(split[0]) if split else None
+        names = list(filter(is_image, self.archive.namelist() if self.archive else os.listdir(path)))
+        if split:
+            names = [name for name in names if PurePosixPath(name).parent == split[1]]
         if len(names) < FEWEST_IMAGES:
             raise VideoError(f"{path}: not a readable video, but a folder with {len(names)} images in it")
         self.names, self.times_s = _in_order(names, fps)
         self.position = 0
-        self.codec = "images"
-        self.seekable = True
-        self.average_fps = fps
+        self.codec, self.seekable, self.average_fps = "images", True, fps
         self.header_duration_s = float(self.times_s[-1]) + 1 / fps
         self.keyframes_s = tuple(self.times_s.tolist())
 

@@ -10,9 +10,8 @@ applied. Streams that do not tag their colour space are read as BT.601 of limite
 those that do are read as tagged; nothing is done about high dynamic range. Alpha is ignored. Of several video streams
 FFmpeg's best is read (the default one, then the largest); a cover picture is no video.
 
-Damage. What cannot be decoded is left out, never replaced: reading goes on at the next keyframe, and frames that the
-decoder had to guess (`is_corrupt`) are dropped. Each function takes a `Damage` to write this down in. Without one,
-damage raises `VideoError` after the good frames before it: nothing is lost in silence.
+Damage is left out (see `data.decoder`), and each function takes a `Damage` to write it down in. Without one, damage
+raises `VideoError` after the good frames before it: nothing is lost in silence.
 """
 
 from dataclasses import dataclass
