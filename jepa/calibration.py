@@ -8,8 +8,7 @@ the mean (Bates and Granger 1969; by least squares, Granger and Ramanathan 1984)
 so far ahead (a squared Mahalanobis distance per dimension); ordinary video has 1.
 
 *Percentile.* The share of ordinary moments with less energy. Clips differ in their ordinary level, and a new video is a
-new clip: its log energy is a new clip's level (Student's t over those seen) plus what moments differ from their own
-clip. So of few clips percentiles are cautious.
+new clip: its log energy is a new clip's level (Student's t over those seen) plus what moments differ from their own.
 """
 
 from typing import Any
@@ -63,7 +62,7 @@ class Calibration(nn.Module):
         return cls(Ridge(fps, context, mean=torch.zeros(dimension), std=torch.ones(dimension)), horizon)
 
     def believe(self, rolled: Tensor, ridged: Tensor, past: Sequence, ticks: Tensor) -> Tensor:
-        """The believed forecast.
+        """The believed forecast, (B, H, *tokens, D), raw.
 
         Args:
             rolled: (B, H, *tokens, D), a rollout, raw.
@@ -83,15 +82,10 @@ class Calibration(nn.Module):
         return centre + spread * (drawn - centre)
 
     def energy(self, believed: Tensor, came: Tensor, ticks: Tensor) -> Tensor:
-        """How badly each embedding of a future fits the past.
-
-        Args:
-            believed: (B, H, *tokens, D), the believed forecast, raw.
-            came: (B, H, *tokens, D).
-            ticks: (H,), how far ahead each is.
+        """How badly embeddings that came fit what was believed, (B, H, *tokens, D) twice, raw.
 
         Returns:
-            (B, H), the mean over tokens; about 1 on ordinary video.
+            (B, H), the mean over tokens; about 1 on ordinary video, `ticks` (H,) ahead.
         """
         errors = rearrange((came - believed) / self.ridge.std, "b h ... d -> b h (...) d")
         centred = errors - self._at(self.error_mean, ticks)[:, None]

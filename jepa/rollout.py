@@ -36,7 +36,7 @@ def rollout(
         predictor: a predictor or a baseline.
         past: consecutive ticks of the predictor's clock.
         future: when, and what is done until then.
-        samples: futures to draw, from a predictor with a latent.
+        samples: futures to draw by the generator, from a predictor with a latent.
         generator: draws them.
         calibration: how far to believe them.
 
@@ -94,9 +94,7 @@ def _at(ticks: Tensor, past: Sequence, predictions: Tensor) -> Tensor:
     """The predictions (B, steps, *tokens, D) of consecutive ticks at given ones (H,), between them interpolated."""
     nearest = ticks.round()
     if float((ticks - nearest).abs().max()) <= CLOCK_TOLERANCE and float(nearest[0]) >= 1:
-        chosen = nearest.long() - 1
-        is_whole = len(chosen) == predictions.shape[1]  # increasing, so these are all of them
-        return predictions if is_whole else predictions[:, chosen]
+        return predictions[:, nearest.long() - 1] if len(nearest) < predictions.shape[1] else predictions
     way = torch.cat([past.embeddings[:, -1:], predictions], dim=1)
     before = ticks.floor().long().clamp(0, way.shape[1] - 2)
     share = (ticks - before).to(way.dtype).view(1, -1, *[1] * (way.ndim - 2))

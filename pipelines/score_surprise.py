@@ -4,11 +4,11 @@ r"""When does a video do what the world model did not expect?
       --output-dir runs/surprise
 
 Videos are embedded first, into OUTPUT/cache; `--cache cache/test` scores videos that have been. Leaves `surprise.csv`
-(`video,time_s,energy,percentile,change_cosine`, a row for each frame with enough past), `peaks.csv` (the most
-surprising moments of each video, and a `rank`), `pictures/NAME.png` (both curves) and `peaks/NAME.png` (each peak among
-the frames around it). Energy is the error of the believed forecast in units of what is usual (mean 1); the percentile
-says how much of ordinary video has less. The change cosine says whether things went the way that was expected, from 1
-by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a film that runs backwards.
+(a row for each frame with enough past), `peaks.csv` (the most surprising moments of each video, with a `rank`),
+`pictures/NAME.png` (both curves) and `peaks/NAME.png` (each peak among the frames around it). Energy is the error of
+the believed forecast in units of what is usual (mean 1); the percentile says how much of ordinary video has less. The
+change cosine says whether things went as expected, from 1 by 0 to -1: its mean over seconds notices what goes wrong
+for longer, such as a film that runs backwards.
 """
 
 import csv
@@ -34,7 +34,7 @@ from jepa.metrics import change_cosine
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
-from pipelines.run.command import UserError, counted, require, run_command
+from pipelines.run.command import counted, require, run_command
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import load_predictor
 from pipelines.run.pictures import Scores, draw_peaks, draw_surprise
@@ -76,12 +76,17 @@ def main(options: Options) -> None:
     folder = options.output_dir
     output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "pictures", "peaks"))
     predictor, calibration = load_predictor(options.predictor)
+    require(
+        options.horizon <= calibration.horizon,
+        f"--horizon is {options.horizon}, and the calibration knows what is usual up to {calibration.horizon} ticks "
+        "ahead: lower it, or run video-jepa calibrate with a larger one",
+    )
     if options.videos:
         embed(options, predictor.fps)
     cache = EmbeddingCache(options.cache or folder / "cache")
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
     device = Accelerator().device
-    scorer = Scorer(predictor.to(device), calibration.to(device), cache, horizon=options.horizon)
+    windows = Windows(cache, predictor.config.context + options.horizon)
     output.begin({"provenance": cache.provenance, "clips": len(cache.clips)})
     for name in ("pictures", "peaks"):
         (folder / name).mkdir(exist_ok=True)
@@ -90,7 +95,7 @@ def main(options: Options) -> None:
         moments, highest = csv.writer(every), csv.writer(best)
         moments.writerow(["video", *COLUMNS])
         highest.writerow(["video", "rank", *COLUMNS])
-        for scores in scorer:
+        for scores in score_clips(predictor.to(device), calibration.to(device), windows):
             peaks = find_peaks(scores)[: options.peaks]
             moments.writerows([scores.video, *scores.as_text(place)] for place in range(len(scores.rows)))
             highest.writerows([scores.video, rank, *scores.as_text(peak)] for rank, peak in enumerate(peaks, start=1))
@@ -101,7 +106,7 @@ def main(options: Options) -> None:
     counts = {"videos": videos, "too_short_videos": silent, "far_from_calibration": far}
     output.finish({**counts, "mean_energy": energy / frames})
     if silent:
-        print(f"{counted(silent, 'video')} without {scorer.windows.length} frames in a row: not scored")
+        print(f"{counted(silent, 'video')} without {windows.length} frames in a row: not scored")
     print(f"wrote {folder}/surprise.csv and peaks.csv, and pictures of each video in pictures and peaks")
 
 
@@ -114,58 +119,43 @@ def embed(options: Options, fps: float) -> None:
     run_stage("embed", chosen)
 
 
-class Scorer:
-    """Scores the clips of a cache, one after the other, in memory that does not depend on their number."""
+def score_clips(predictor: Predictor, calibration: Calibration, windows: Windows) -> Iterator[Scores]:
+    """The scores of each clip, one after the other, in memory that does not depend on their number.
 
-    def __init__(self, predictor: Predictor, calibration: Calibration, cache: EmbeddingCache, *, horizon: int) -> None:
-        if horizon > calibration.horizon:
-            raise UserError(
-                f"--horizon is {horizon}, and the calibration knows what is usual up to {calibration.horizon} ticks "
-                "ahead: lower it, or run video-jepa calibrate with a larger one"
-            )
-        self.predictor, self.calibration, self.cache, self.horizon = predictor, calibration, cache, horizon
-        self.windows = Windows(cache, predictor.config.context + horizon)
-
-    def __iter__(self) -> Iterator[Scores]:
-        """The scores of each clip that is long enough."""
-        for clip, rows in groupby(self.rows(), key=itemgetter(0)):
-            yield self.gather(clip, np.stack([row for _, row in rows]))
-
-    def rows(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The clip and the scores (3,) of each window, one after the other."""
-        for start in tqdm(range(0, len(self.windows), BATCH), desc="scoring", unit="batch", leave=False):
-            indices = np.arange(start, min(start + BATCH, len(self.windows)))
-            yield from zip(self.windows.clip_of(indices).tolist(), self.score(indices), strict=True)
-
-    @torch.no_grad()
-    def score(self, indices: np.ndarray) -> np.ndarray:
-        """Row in the cache, energy and change cosine of the last frame of some windows, float64 (N, 3)."""
-        context, fps = self.predictor.config.context, self.predictor.fps
-        embeddings = self.windows.take(indices).to(self.predictor.mean.device)
-        past, came = Sequence.on_clock(embeddings[:, :context], fps), embeddings[:, -1:]
-        future = Future(torch.tensor([self.horizon / fps], dtype=torch.float64))
-        believed = rollout(self.predictor, past, future, calibration=self.calibration)
-        energy = self.calibration.energy(believed, came, torch.tensor([self.horizon]))[:, 0]
-        standardised = (self.predictor.standardise(part) for part in (believed, came, past.embeddings[:, -1]))
-        cosine = change_cosine(*standardised)[:, 0]
-        rows = torch.from_numpy(self.windows.rows(indices)[:, -1])
-        return torch.stack([rows.double(), energy.double().cpu(), cosine.double().cpu()], dim=1).numpy()
-
-    def gather(self, clip: int, found: np.ndarray) -> Scores:
-        """The scores of a clip, from those of its windows (N, 3)."""
-        rows, energies, cosines = found[:, 0].astype(np.int64), found[:, 1].copy(), found[:, 2]
-        tensor = torch.from_numpy(energies)
-        return Scores(
-            video=Path(self.cache.clips[clip].key.source),
+    The last embedding of each window is forecast from as many as the predictor looks back on.
+    """
+    cache, horizon = windows.cache, windows.length - predictor.config.context
+    for clip, found in groupby(score_windows(predictor, calibration, windows), key=itemgetter(0)):
+        rows, energies, cosines = np.stack([one for _, one in found]).T.copy()  # (N,) each
+        rows, tensor = rows.astype(np.int64), torch.from_numpy(energies)
+        yield Scores(
+            video=Path(cache.clips[clip].key.source),
             rows=rows,
-            ticks=self.cache.take(rows, "ticks"),
-            times_s=self.cache.take(rows, "times_s"),
+            ticks=cache.take(rows, "ticks"),
+            times_s=cache.take(rows, "times_s"),
             energies=energies,
-            percentiles=self.calibration.percentile(tensor.float(), self.horizon).cpu().numpy(),
+            percentiles=calibration.percentile(tensor.float(), horizon).cpu().numpy(),
             cosines=cosines,
-            level=self.calibration.level(tensor, self.horizon),
-            reach=self.windows.length - 1,
+            level=calibration.level(tensor, horizon),
+            reach=windows.length - 1,
         )
+
+
+@torch.no_grad()
+def score_windows(predictor: Predictor, calibration: Calibration, windows: Windows) -> Iterator[tuple[int, np.ndarray]]:
+    """The clip of each window; and row in the cache, energy and change cosine of its last frame, float64 (3,)."""
+    context, fps = predictor.config.context, predictor.fps
+    ticks = torch.tensor([windows.length - context], dtype=torch.float64)
+    for start in tqdm(range(0, len(windows), BATCH), desc="scoring", unit="batch", leave=False):
+        indices = np.arange(start, min(start + BATCH, len(windows)))
+        embeddings = windows.take(indices).to(predictor.mean.device)
+        past, came = Sequence.on_clock(embeddings[:, :context], fps), embeddings[:, -1:]
+        believed = rollout(predictor, past, Future(ticks / fps), calibration=calibration)
+        energy = calibration.energy(believed, came, ticks)[:, 0]
+        standardised = (predictor.standardise(part) for part in (believed, came, past.embeddings[:, -1]))
+        cosine = change_cosine(*standardised)[:, 0]
+        found = [windows.rows(indices)[:, -1], energy.double().cpu().numpy(), cosine.double().cpu().numpy()]
+        yield from zip(windows.clip_of(indices).tolist(), np.stack(found, axis=1), strict=True)
 
 
 def show(scores: Scores, peaks: list[int], folder: Path, cache: EmbeddingCache) -> None:
