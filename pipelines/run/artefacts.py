@@ -18,13 +18,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> None:
-    """Write an artefact; an older one gives way when the new one is whole.
+    """Write what `kind` of thing a module is, the configuration it can be built from again, its weights and buffers.
 
-    Args:
-        folder: of the artefact.
-        kind: what it is: encoder, expander, predictor, calibration, ...
-        config: what the module can be built from again; what JSON knows.
-        module: whose weights and buffers are kept.
+    An older artefact gives way when the new one is whole.
     """
     beside = folder.with_name(f".tmp.{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)  # of an earlier life
@@ -47,11 +43,8 @@ def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> No
 def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Module]) -> Module:
     """The module of an artefact in evaluation mode: every weight is there, none is left over, all shapes agree.
 
-    Args:
-        folder: of the artefact.
-        kind: what it must be.
-        build: makes the module from its configuration; called on the meta device first, where nothing is allocated,
-            so that a hostile configuration is found out by the shapes of the weights.
+    `build` makes it from its configuration; on the meta device first, where nothing is allocated, so that a hostile
+    configuration is found out by the shapes of the weights.
 
     Raises:
         UserError: it is missing, damaged, of another kind, or its weights are not those of its configuration.

@@ -25,10 +25,8 @@ class RunFolder:
     `run.json` marks it: command, options, inputs, versions, and whether the run is finished. A folder without the mark
     of this command that holds anything else is left alone.
 
-    Args:
-        options: with `output_dir`, `overwrite`, and `resume` if the command can go on with what it began.
-        command: name.
-        artefacts: names of the files and folders that it leaves beside those of every run.
+    Options have `output_dir`, `overwrite`, and `resume` if the command can go on with what it began; artefacts are
+    names of the files and folders that it leaves beside those of every run.
 
     Raises:
         UserError: the folder is not this command's, is held by another process, or holds a run and the options do not
