@@ -114,23 +114,20 @@ def test_a_clone_has_three_ways_to_a_command(way, tmp_path):
 
 
 def test_a_clone_is_its_own():
+    # Another `data` in site-packages would win over an editable install.
     assert installed.check_packages() is None
 
 
 def test_all_commands_are_told_with_one_line_each(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["video-jepa"])
     cli.main()
-    output = capsys.readouterr().out
-    for word, module in cli.COMMANDS.items():
-        assert (ROOT / "pipelines" / f"{module}.py").exists()
-        assert any(line.split()[:1] == [word] and len(line.split()) > 2 for line in output.splitlines()), word
+    told = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in told] == list(cli.COMMANDS)
+    assert all(len(words) > 2 for words in told)
+    assert set(cli.COMMANDS.values()) == set(COMMANDS)
 
 
 def test_an_unknown_command_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["video-jepa", "tran"])
     with pytest.raises(SystemExit, match="error: there is no command tran\nusage: video-jepa COMMAND"):
         cli.main()
-
-
-def test_every_command_has_a_word():
-    assert set(COMMANDS) == set(cli.COMMANDS.values())
