@@ -57,10 +57,7 @@ class Mean(Baseline):
 
 
 class Ridge(Baseline):
-    """Linear regression with a penalty on the last `context` embeddings.
-
-    All tokens of a grid share the weights and see their own past. It works on standardised embeddings inside.
-    """
+    """Ridge regression on the last `context` embeddings, standardised; all tokens of a grid share the weights."""
 
     mean: Tensor
     std: Tensor

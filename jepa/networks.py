@@ -79,7 +79,7 @@ class MLPConfig(NetworkConfig):
 class CausalTransformer(Network):
     """A pre-norm transformer (Xiong et al. 2020, arXiv:2002.04745) with a causal window of `context` steps.
 
-    Its state is each layer's keys and values of the last `context` - 1 steps, and the number of steps so far.
+    Its state is the number of steps so far, and each layer's keys and values of the last `context` - 1 of them.
     """
 
     def __init__(self, features: int, config: "TransformerConfig") -> None:
@@ -194,10 +194,7 @@ def residual_branch(config: NetworkConfig, hidden: int) -> nn.Sequential:
 
 
 def last_windows(steps: Tensor, context: int, last: int) -> Tensor:
-    """The `context` steps up to each of the last ones, oldest first, flattened; (B, T, F) -> (B, last, context x F).
-
-    Before the beginning the first step is repeated.
-    """
+    """The `context` steps up to each of the last ones, the first repeated; (B, T, F) -> (B, last, context x F)."""
     needed = context + last - 1
     steps = steps[:, -needed:]
     padded = functional.pad(rearrange(steps, "b t f -> b f t"), (needed - steps.shape[1], 0), mode="replicate")

@@ -80,20 +80,12 @@ def embed_videos(
     strict: bool,
     bar: "tqdm[None]",
 ) -> Iterator[Task]:
-    """Embed videos, and yield each as it is done, in no particular order.
+    """Embed videos, `batch_size` windows at a time, and yield each as it is done, in no particular order.
 
-    Args:
-        accelerator: gives the device, on which the encoder is, and the precision.
-        encoder: what embeds.
-        tasks: the videos.
-        fps: rate of the clocks.
-        image_fps: rate of image sequences.
-        batch_size: windows that are embedded together.
-        strict: damage is an error; otherwise a task says what was wrong.
-        bar: counts embeddings.
+    The encoder is on the accelerator's device. `bar` counts embeddings.
 
     Raises:
-        VideoError: with `strict`, a video cannot be read or is damaged.
+        VideoError: with `strict`, a video cannot be read or is damaged; otherwise its task says what was wrong.
     """
     decode_one = partial(decode, encoder=encoder, fps=fps, image_fps=image_fps, chunk_size=batch_size, strict=strict)
     chunks = stream_ahead(decode_one, tasks, workers=cores_of_this_process())

@@ -34,11 +34,10 @@ class Scores:
     reach: int
     """Ticks within which a peak is the highest."""
 
-    def as_text(self, place: int) -> tuple[str, str, str, str]:
+    def as_text(self, place: int) -> list[str]:
         """Time in seconds, energy, percentile and change cosine as tables have them."""
         values = (self.times_s, 3), (self.energies, 4), (self.percentiles, 1), (self.cosines, 3)
-        time_s, energy, percentile, cosine = (f"{value[place]:.{digits}f}" for value, digits in values)
-        return time_s, energy, percentile, cosine
+        return [f"{value[place]:.{digits}f}" for value, digits in values]
 
 
 def draw_surprise(scores: Scores, peaks: Sequence[int], path: Path) -> None:
@@ -98,8 +97,8 @@ def draw_frame(frame: np.ndarray, axes: Axes, *, caption: str, is_peak: bool) ->
 
 def caption(scores: Scores, place: int) -> str:
     """Time, energy and percentile of a frame."""
-    time_s, energy, percentile, _ = scores.as_text(place)
-    return f"{time_s} s\nenergy {float(energy):.1f}, percentile {percentile}"
+    energy, percentile = scores.energies[place], scores.percentiles[place]
+    return f"{scores.times_s[place]:.3f} s\nenergy {energy:.1f}, percentile {percentile:.1f}"
 
 
 def plain(video: Path) -> str:

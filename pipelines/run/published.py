@@ -59,11 +59,7 @@ class PublishedOptions(Bounded):
 
 
 def find_encoder(name: str, options: PublishedOptions) -> Encoder:
-    """An encoder in evaluation mode, published ones without a head.
-
-    Args:
-        name: `timm:MODEL`, `hf:MODEL`, or a folder of our own, which has all else in it.
-        options: of a published encoder.
+    """The encoder `timm:MODEL`, `hf:MODEL`, or in a folder of ours; in evaluation mode, published ones without a head.
 
     Raises:
         ConfigurationError: the encoder cannot be had, or does not take what it is asked for.
@@ -107,12 +103,12 @@ def _timm_encoder(model: str, options: PublishedOptions) -> FrameEncoder:
 def keep_encoder(
     encoder: Encoder, components: int, folder: Path, *, windows: Iterator[Tensor], accelerator: Accelerator
 ) -> Encoder:
-    """A published encoder as an artefact, with a head of principal components if any are wanted.
+    """Leave a published encoder in a folder, or take the same one that is there.
 
     Args:
-        encoder: without a head, on its device.
-        components: how many; 0: its features as they are.
-        folder: where it is left; one of the same encoder that is there already is taken.
+        encoder: without a head, on the accelerator's device.
+        components: principal components for a head; 0: its features as they are.
+        folder: where it is left.
         windows: what components are fitted on, uint8 (n, window, 3, H, W) each.
         accelerator: gives the device and the precision.
 

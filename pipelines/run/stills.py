@@ -17,15 +17,9 @@ def clip_of_row(cache: EmbeddingCache, row: int) -> CachedClip:
 
 
 def read_pictures(cache: EmbeddingCache, rows: Sequence[int] | np.ndarray, *, height: int = 144) -> list[np.ndarray]:
-    """The frames behind rows of a cache; each video is opened once.
+    """The frames behind rows int (N,) of a cache, uint8 (height, width, 3) each; every video is opened once.
 
-    Args:
-        cache: its clips say where the videos lie.
-        rows: int (N,).
-        height: of the pictures in pixels; their width follows the shape of the video.
-
-    Returns:
-        For each row, uint8 (height, width, 3).
+    Their width follows the shape of the video.
 
     Raises:
         VideoError: a video is gone, cannot be decoded, or has no frame there any more.
