@@ -81,17 +81,15 @@ def inspect_videos(paths: list[Path], options: Options) -> None:
 def print_videos(records: list[Record]) -> None:
     """What there is, and of what is wrong the first few."""
     videos = [record.video for record in records if record.video]
-    found = {
-        "refused": [record.refused for record in records if not record.video],
-        "damaged": [f"{video.path}: {video.damage}" for video in videos if video.damage],
-        "with gaps": [
+    hours, frames = sum(video.duration_s for video in videos) / 3600, sum(video.frames or 0 for video in videos)
+    found = {"refused": [record.refused for record in records if not record.video]}
+    if frames:  # all has been decoded
+        found["damaged"] = [f"{video.path}: {video.damage}" for video in videos if video.damage]
+        found["with gaps"] = [
             f"{video.path}: {counted(len(video.gaps_s), 'gap')}, the first of {length:.2f} s at {begin:.2f} s"
             for video in videos
             for begin, length in video.gaps_s[:1]
-        ],
-    }
-    hours, frames = sum(video.duration_s for video in videos) / 3600, sum(video.frames or 0 for video in videos)
-    found = found if frames else {"refused": found["refused"]}  # the others show when all is decoded
+        ]
     faults = "; ".join(f"{title} {len(lines):,}" for title, lines in found.items())
     print(f"{counted(len(videos), 'video')}, {hours:.2f} h{f', {frames:,} frames' if frames else ''}; {faults}")
     for title, lines in found.items():

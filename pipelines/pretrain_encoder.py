@@ -152,9 +152,9 @@ def make_encoder(options: Options) -> FrameEncoder:
             options.encoder == EncoderConfig(),
             "--initial-encoder brings its own configuration: drop the options --encoder.*",
         )
-        build = lambda config: FrameEncoder(EncoderConfig(**config))  # noqa: E731
-        encoder = load_module(options.initial_encoder, "encoder", build).train()
-    encoder.embed(torch.zeros(1, 1, 3, *encoder.image_size))  # what its backbone refuses is said before anything begins
+        encoder = load_module(options.initial_encoder, "encoder", lambda config: FrameEncoder(EncoderConfig(**config)))
+    # What its backbone refuses is said before anything begins.
+    encoder.train().embed(torch.zeros(1, 1, 3, *encoder.image_size))
     return encoder
 
 
