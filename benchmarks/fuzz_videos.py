@@ -27,11 +27,13 @@ from typing import Self
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.reading import read_clips, read_frames
+from data.clock import read_on_clock
+from data.counting import count_frames
 from data.decoder import Damage, VideoError
-from data.video import count_frames, read_clips, read_frames, read_on_clock
 from jepa.config import Bounded, Positive, PositiveInt
 from pipelines.run.command import require, run_command
-from pipelines.run.folder import write_json
+from pipelines.run.files import write_json
 
 SIZE = (16, 24)
 CLIPS = 4
@@ -71,7 +73,7 @@ class Outcome:
 
 def main(options: Options) -> None:
     """The story: mutate a clip, read it in a child, judge what came of it; again and again."""
-    require(options.videos.is_dir(), f"{options.videos}: the clips to mutate are not there; name their folder with --videos")
+    require(options.videos.is_dir(), f"{options.videos}: no clips to mutate here; name their folder with --videos")
     clips = [path for path in sorted(options.videos.iterdir()) if path.stat().st_size <= options.largest_bytes]
     require(bool(clips), f"{options.videos}: no clip of at most {options.largest_bytes} bytes")
     whole = {clip: count_frames(clip) for clip in clips}
@@ -115,10 +117,10 @@ def read_in_every_way(path: Path, frames_before: int) -> Outcome:
         info = count_frames(path)
         damage, clip_damage = Damage(), Damage()
         times_s = [time_s for _, time_s in read_frames(path, SIZE, damage=damage)]
-        for _ in read_on_clock(path, SIZE, 10.0, (0.0, 0.05), damage=Damage()):
+        for _ in read_on_clock(path, SIZE, fps=10.0, offsets_s=(0.0, 0.05), damage=Damage()):
             pass
         starts_s = np.random.default_rng(0).uniform(0, info.duration_s, CLIPS)
-        clips = read_clips(path, SIZE, starts_s, CLIP_FRAMES, clip_damage)
+        clips = read_clips(path, SIZE, starts_s, length=CLIP_FRAMES, damage=clip_damage)
     except VideoError as error:
         return Outcome("refused", str(error))
     except Exception:
