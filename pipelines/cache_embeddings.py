@@ -34,9 +34,11 @@ from jepa.encoder import Encoder
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
-from pipelines.run.files import MARK, read_json, to_json, versions, write_json
+from pipelines.run.files import read_json, to_json, versions, write_json
 from pipelines.run.published import PublishedOptions, find_encoder, keep_encoder, sample_windows
 
+OWN_NAMES = ("cache.json", "shards", "videos.jsonl", "account.json", "encoder")
+"""Names of what a cache's folder holds."""
 NUMBER = Column("float64")
 """What a CSV says of a tick."""
 
@@ -115,7 +117,8 @@ def main(options: Options) -> None:
 def usable_videos(options: Options, is_main: bool) -> VideoList:
     """The videos to embed, once the cache has a place and its columns have names."""
     folder = options.output_dir
-    require(not (folder / MARK).exists(), f"--output-dir {folder} holds a run ({MARK}), no cache: take another one")
+    others = sorted(path.name for path in folder.glob("[!.]*") if path.name not in OWN_NAMES) if is_main else []
+    require(not others, f"--output-dir {folder} holds {', '.join(others[:3])}, and is no cache: take another one")
     for name in options.columns:
         require(NUMBER.is_valid(name), f"--columns {name}: a cache has no place for a column of this name")
     return check_videos(
@@ -193,9 +196,8 @@ def summarise(options: Options) -> None:
     kept = options.encoder if Path(options.encoder).is_dir() else folder / "encoder"
     print(
         f"wrote {folder}: {len(cache.clips)} clips, {cache.frames:,} embeddings of shape {cache.shape} at "
-        f"{options.fps:g} fps. Next, with a cache of other videos in cache/val (--encoder {kept}):\n"
-        f"  video-jepa train --train-cache {folder} --validation-cache cache/val "
-        "--output-dir runs/predictor"
+        f"{options.fps:g} fps. Next, with other videos embedded by --encoder {kept} in cache/val:\n"
+        "  video-jepa train --train-cache cache/train --validation-cache cache/val --output-dir runs/predictor"
     )
 
 

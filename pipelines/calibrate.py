@@ -11,8 +11,9 @@ from pathlib import Path
 
 from data.cache import EmbeddingCache
 from jepa.config import Bounded, PositiveInt
-from pipelines.run.command import run_command
-from pipelines.run.devices import start_accelerator
+from pipelines.run.command import require, run_command
+from pipelines.run.devices import start_accelerator, summary
+from pipelines.run.files import MARK, read_json
 from pipelines.run.forecasts import calibrate
 from pipelines.run.models import load_predictor, save_calibration
 
@@ -35,6 +36,11 @@ def main(options: Options) -> None:
     predictor, before = load_predictor(options.predictor)
     cache = EmbeddingCache(options.cache)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+    learned = read_json(options.predictor / MARK)["inputs"]["train"] if (options.predictor / MARK).exists() else ""
+    require(
+        summary([clip.key for clip in cache.clips]) != learned,
+        f"{options.predictor} was trained on {options.cache}, whose errors are not usual ones: take other videos",
+    )
     calibration, said = calibrate(predictor.to(device), before.ridge, cache, horizon=options.horizon)
     save_calibration(calibration, predictor, options.predictor)
     print(f"{said}\nwrote {options.predictor}/calibration")

@@ -28,7 +28,7 @@ from pipelines.run.command import run_command
 from pipelines.run.devices import summary
 from pipelines.run.forecasts import calibrate
 from pipelines.run.judging import CHOSEN_BY, Judge, copying_error, fit_ridge_on, measure_embeddings
-from pipelines.run.models import require_no_video_in_both, save_calibration
+from pipelines.run.models import owner, require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator
 
@@ -100,10 +100,14 @@ def main(options: Options) -> None:
     artefacts: dict[str, tuple[str, Any, nn.Module]] = {}
     if run.is_main:
         best.restore()
+        if best.step == 0:
+            print("no step was better on validation clips than none: the forecast is that of the simple guesses")
         calibration, said = calibrate(predictor, ridge, validation, horizon=options.validation_horizon)
         print(said)
-        save_calibration(calibration, predictor, options.output_dir)
-        artefacts = {"predictor": ("predictor", predictor.description(), predictor)}
+        artefacts = {
+            "predictor": ("predictor", predictor.description(), predictor),
+            "calibration": ("calibration", calibration.description() | owner(predictor), calibration),
+        }
     run.finish(
         {"encoder_fingerprint": provenance.encoder_fingerprint},
         artefacts,

@@ -256,7 +256,7 @@ def test_a_video_that_vanishes_or_is_locked_is_listed_and_the_others_are_embedde
 def test_another_commands_folder_is_no_place_for_a_cache(embed, tmp_path):
     (tmp_path / "cache").mkdir()
     write_json(tmp_path / "cache" / "run.json", {})
-    with pytest.raises(UserError, match=r"cache holds a run \(run.json\), no cache: take another one"):
+    with pytest.raises(UserError, match=r"cache holds run.json, and is no cache: take another one"):
         embed()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["run.json"]
 

@@ -1,12 +1,22 @@
 """Predictors, baselines and rollouts: causal, with a state, over tokens and actions, on the clock and off it."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from jepa.baselines import CopyLast, LinearExtrapolation, Mean, Ridge
 from jepa.errors import ConfigurationError
 from jepa.fitting import fit_ridge, ridge_context
-from jepa.networks import GRUConfig, MLPConfig, TransformerConfig, apply_rotary, causal_mask, last_windows
+from jepa.networks import (
+    GRUConfig,
+    MLPConfig,
+    PredictorConfig,
+    TransformerConfig,
+    apply_rotary,
+    causal_mask,
+    last_windows,
+)
 from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
 from jepa.sequence import Future, Sequence
@@ -18,6 +28,7 @@ CONFIGS = {
     "gru": GRUConfig(width=16, depth=2),
     "latent": MLPConfig(context=4, width=16, depth=1, latent_dimension=3),
 }
+assert {type(config) for config in CONFIGS.values()} == set(get_args(PredictorConfig))  # a new kind is tested, too
 TOKENS = {"vector": (), "grid": (2, 3)}
 
 

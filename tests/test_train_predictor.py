@@ -34,10 +34,10 @@ def turning(frames, shape=(5,), seed=0):
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory, make_provenance):
-    """Folders of a cache to train on and of one to validate on, of vectors and of grids."""
+    """Folders of caches to train on, to validate on, and of more clips: of vectors and of grids."""
     folders = {}
     for name, shape in (("vector", (5,)), ("grid", (2, 2, 5))):
-        for part, (split, clips) in enumerate((("train", 12), ("val", 5))):
+        for part, (split, clips) in enumerate((("train", 12), ("val", 5), ("more", 9))):
             folder = folders[name, split] = tmp_path_factory.mktemp(f"{name}_{split}")
             with CacheWriter(folder, make_provenance(shape=shape)) as writer:
                 for clip in range(clips):
@@ -98,11 +98,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(caches, tmp_pat
 def test_a_calibration_is_fitted_anew_by_one_command(caches, tmp_path):
     train_predictor.main(options(caches, tmp_path / "run"))
     _, before = load_predictor(tmp_path / "run")
-    calibrate.main(calibrate.Options(predictor=tmp_path / "run", cache=caches["vector", "train"], horizon=4))
+    calibrate.main(calibrate.Options(predictor=tmp_path / "run", cache=caches["vector", "more"], horizon=4))
     _, after = load_predictor(tmp_path / "run")
     assert (before.horizon, after.horizon) == (6, 4)
-    assert after.levels[0, 2] == 11  # twelve clips
+    assert after.levels[0, 2] == 8  # nine clips
     assert torch.equal(before.ridge.weight, after.ridge.weight)
+    with pytest.raises(UserError, match="was trained on .*, whose errors are not usual ones"):
+        calibrate.main(calibrate.Options(predictor=tmp_path / "run", cache=caches["vector", "train"]))
 
 
 def test_a_calibration_of_another_predictor_is_refused(caches, tmp_path):

@@ -44,8 +44,12 @@ def build_predictor(description: dict[str, Any]) -> Predictor:
 
 def save_calibration(calibration: Calibration, predictor: Predictor, folder: Path) -> None:
     """Leave the calibration beside its predictor, in place of an older one."""
-    owner = {"predictor_fingerprint": fingerprint(predictor, predictor.description())}
-    save_artefact(folder / "calibration", "calibration", calibration.description() | owner, calibration)
+    save_artefact(folder / "calibration", "calibration", calibration.description() | owner(predictor), calibration)
+
+
+def owner(predictor: Predictor) -> dict[str, str]:
+    """What a calibration says of the predictor that it belongs to."""
+    return {"predictor_fingerprint": fingerprint(predictor, predictor.description())}
 
 
 def require_no_video_in_both(one: EmbeddingCache, other: EmbeddingCache) -> None:
