@@ -190,13 +190,20 @@ class EmbeddingCache:
         """Whether a clip still matches its checksum. A flipped bit is read without an error."""
         return checksum(self._gather(clip.rows, name) for name in self._columns) == clip.crc32
 
-    def require_same_space(self, fingerprint: str, fps: float, owner: str) -> None:
-        """Raise `CacheError` if a model belongs to other embeddings."""
+    def require_same_space(
+        self, fingerprint: str, fps: float, owner: str, *, shape: tuple[int, ...] | None = None
+    ) -> None:
+        """Raise `CacheError` if a model belongs to other embeddings, or to embeddings of another shape."""
         made_by, clock = self.provenance.encoder_fingerprint, self.provenance.fps
         if (made_by, clock) != (fingerprint, fps):
             raise CacheError(
                 f"{self.folder} was made by encoder {made_by} at {clock:g} fps, but {owner} belongs to encoder "
                 f"{fingerprint} at {fps:g} fps: embed the videos again with that encoder and clock"
+            )
+        if shape not in (None, self.shape):
+            raise CacheError(
+                f"{self.folder} holds embeddings of shape {self.shape}, but {owner} is for {shape}: "
+                "embed the videos again with its encoder"
             )
 
     def _gather(self, rows: np.ndarray, name: str) -> np.ndarray:
@@ -265,7 +272,10 @@ class Shard(NamedTuple):
     def map(self) -> np.ndarray:
         """The bytes of the file, uint8 (bytes,). Raise `CacheError` if they belong to another manifest."""
         # Not `numpy.memmap`: it keeps each file open, and a process may have 1024 open files.
-        mapped = torch.from_file(str(self.path), size=self.size_bytes, dtype=torch.uint8).numpy()
+        try:
+            mapped = torch.from_file(str(self.path), size=self.size_bytes, dtype=torch.uint8).numpy()
+        except RuntimeError as error:  # which names the file
+            raise CacheError(f"{str(error).splitlines()[0]}: see who may read it, and try again") from error
         start = self.offsets["shard"]
         if mapped[start : start + len(self.id)].tobytes() != self.id:
             raise self.damaged("does not belong to its manifest")

@@ -131,7 +131,8 @@ def _sequences_in(file: Path) -> list[Path]:
 
 def _videos_inside(folder: Path) -> Iterator[Path]:
     visited: set[str] = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
+    closed: list[OSError] = []  # folders that may not be entered: looking into them will say why
+    for where, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
         if os.path.realpath(where) in visited:  # links may lead in circles
             folders.clear()
             continue
@@ -141,6 +142,7 @@ def _videos_inside(folder: Path) -> Iterator[Path]:
         yield from filter(Path.is_file, videos)
         if not videos and sum(map(is_image, names)) >= FEWEST_IMAGES:
             yield Path(where)
+    yield from (Path(error.filename) for error in closed)
 
 
 def is_there(path: Path) -> bool:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from data.cache import EmbeddingCache
 from jepa.config import Bounded, PositiveInt
-from pipelines.run.command import require, run_command
+from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.devices import start_accelerator, summary
 from pipelines.run.files import MARK, read_json
+from pipelines.run.folder import hold
 from pipelines.run.forecasts import calibrate
 from pipelines.run.models import load_predictor, save_calibration
 
@@ -32,8 +33,10 @@ class Options(Bounded):
 
 def main(options: Options) -> None:
     """Load, forecast ordinary video, fit, replace the calibration."""
+    require_one_process()
     device = start_accelerator().device
     predictor, before = load_predictor(options.predictor)
+    hold(options.predictor, predictor)
     cache = EmbeddingCache(options.cache)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
     learned = read_json(options.predictor / MARK)["inputs"]["train"] if (options.predictor / MARK).exists() else ""

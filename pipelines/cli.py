@@ -51,9 +51,13 @@ def main() -> None:
     elif word not in COMMANDS:
         sys.exit(f"error: there is no command {word}\n{usage()}")
     else:
-        command = importlib.import_module(f"pipelines.{COMMANDS[word]}")
+        try:
+            command = importlib.import_module(f"pipelines.{COMMANDS[word]}")
+            run_command = importlib.import_module("pipelines.run.command").run_command
+        except KeyboardInterrupt:
+            sys.exit(130)
         sys.argv[:2] = [f"video-jepa {word}"]
-        importlib.import_module("pipelines.run.command").run_command(command.main, command.Options)
+        run_command(command.main, command.Options)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
-from pipelines.run.command import require, run_command
+from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.evaluation import Judged, evaluate, fit_readout
 from pipelines.run.files import write_json
 from pipelines.run.folder import RunFolder
@@ -62,8 +62,8 @@ def main(options: Options) -> None:
     require(both, "--probe-cache and --probe-columns belong together: give both or neither")
     enough = options.samples == 0 or options.samples >= LEAST_SAMPLES
     require(enough, f"--samples is {options.samples}: a central interval of 90 % takes at least {LEAST_SAMPLES}")
+    require_one_process()
     accelerator = Accelerator()
-    require(accelerator.num_processes == 1, "evaluate_rollout takes one process: launch it with --num_processes 1")
     output = RunFolder(options, "evaluate_rollout", ("rollout.json", "rollout.csv", "rollout.png"))
     predictor, calibration = load_predictor(options.predictor)
     predictor, calibration = predictor.to(accelerator.device), calibration.to(accelerator.device)

@@ -34,9 +34,9 @@ from jepa.metrics import change_cosine
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
-from pipelines.run.command import counted, require, run_command
+from pipelines.run.command import counted, require, require_one_process, run_command
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import load_predictor
+from pipelines.run.models import load_predictor, take_finite
 from pipelines.run.pictures import Scores, draw_peaks, draw_surprise
 from pipelines.run.stages import run_stage
 
@@ -72,6 +72,7 @@ class Options(Bounded):
 
 def main(options: Options) -> None:
     """Embed what has no embeddings yet, score each video, say and show what is surprising."""
+    require_one_process()
     require(bool(options.videos) != bool(options.cache), "give --videos, or --cache with their embeddings")
     folder = options.output_dir
     output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "pictures", "peaks"))
@@ -148,7 +149,7 @@ def score_windows(predictor: Predictor, calibration: Calibration, windows: Windo
     ticks = torch.tensor([windows.length - context], dtype=torch.float64)
     for start in tqdm(range(0, len(windows), BATCH), desc="scoring", unit="batch", leave=False):
         indices = np.arange(start, min(start + BATCH, len(windows)))
-        embeddings = windows.take(indices).to(predictor.mean.device)
+        embeddings = take_finite(windows, indices).to(predictor.mean.device)
         past, came = Sequence.on_clock(embeddings[:, :context], fps), embeddings[:, -1:]
         believed = rollout(predictor, past, Future(ticks / fps), calibration=calibration)
         energy = calibration.energy(believed, came, ticks)[:, 0]
@@ -164,7 +165,7 @@ def show(scores: Scores, peaks: list[int], folder: Path, cache: EmbeddingCache) 
     draw_surprise(scores, peaks, folder / "pictures" / name)
     try:
         draw_peaks(scores, peaks, cache, folder / "peaks" / name)
-    except (DataError, OSError) as error:
+    except DataError as error:
         print(f"no pictures of its peaks: {error}")
     time_s, energy = scores.times_s[highest], scores.energies[highest]
     said = f"  {scores.video}: most surprising at {time_s:.2f} s (energy {energy:.1f})"

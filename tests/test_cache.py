@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -328,7 +329,7 @@ def test_a_copy_for_another_process_is_small(tmp_path, write_cache, make_clip):
 
 
 def read_as_nobody(folder):
-    """Errors and embeddings of a reader without any right to write."""
+    """What a reader without any right to write gets: embeddings, or an error's line."""
     os.chdir(folder)
     if os.geteuid() == 0:  # whom no permission stops
         os.setgid(65534)
@@ -337,20 +338,29 @@ def read_as_nobody(folder):
         (Path("shards") / "new").touch()
     except PermissionError:
         cache = EmbeddingCache(Path())
-        return cache.take(np.arange(cache.frames))
+        try:
+            return cache.take(np.arange(cache.frames))
+        except CacheError as error:
+            return str(error)
     return "may write"
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_reading_needs_no_right_to_write(tmp_path, write_cache, clips):
+@pytest.mark.parametrize("may_read", [True, False])
+def test_reading_needs_the_right_to_read_alone(tmp_path, write_cache, clips, may_read):
     cache = EmbeddingCache(write_cache(tmp_path, clips))
     subprocess.run(["chmod", "-R", "a=rX", tmp_path], check=True)
+    if not may_read:
+        shards(tmp_path)[0].chmod(0)
     try:
         with multiprocessing.get_context("fork").Pool(1) as pool:
-            embeddings = pool.apply(read_as_nobody, (tmp_path,))
+            got = pool.apply(read_as_nobody, (tmp_path,))
     finally:
-        subprocess.run(["chmod", "-R", "u+w", tmp_path], check=True)
-    np.testing.assert_array_equal(embeddings, cache.take(np.arange(cache.frames)))
+        subprocess.run(["chmod", "-R", "u+rwX", tmp_path], check=True)
+    if may_read:
+        np.testing.assert_array_equal(got, cache.take(np.arange(cache.frames)))
+    else:
+        assert re.fullmatch(r"unable to open file <.*\.h5> .*Permission denied.*: see who may read it, and .*", got)
 
 
 @pytest.mark.parametrize(
@@ -385,6 +395,9 @@ def test_a_model_of_another_encoder_or_clock_is_refused(tmp_path, write_cache, c
         cache.require_same_space("ffff", 4.0, "the predictor")
     with pytest.raises(CacheError, match=r"at 4 fps, but the predictor belongs to encoder 0123abcd at 2\.5 fps"):
         cache.require_same_space("0123abcd", 2.5, "the predictor")
+    cache.require_same_space("0123abcd", 4.0, "the predictor", shape=cache.shape)
+    with pytest.raises(CacheError, match=r"embeddings of shape \(\d+,\), but the predictor is for \(2, 9\): embed"):
+        cache.require_same_space("0123abcd", 4.0, "the predictor", shape=(2, 9))
 
 
 def test_no_cache_and_an_empty_cache(tmp_path, make_provenance):

@@ -1,5 +1,6 @@
 """Training states on disk: whole or not there, the newest few, and never code."""
 
+import errno
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from pipelines.run import checkpoints
 from pipelines.run.checkpoints import SEAL, Checkpoints, State, find_fault
 from pipelines.run.command import UserError
 from pipelines.run.files import write_json
@@ -99,9 +101,58 @@ def test_a_broken_state_costs_one_line_and_the_way_from_an_older_one(saver, tmp_
     assert names(tmp_path) == ["step_00000010", "step_00000015"]  # a broken one takes no place of a sound one
     for step in (10, 15):
         spoil(tmp_path / f"step_{step:08d}")
-    assert saver.load_newest() is None
-    saver.save(state(0))
-    assert names(tmp_path) == ["step_00000000"]
+    fault = r"state\.pt has changed since it was written"
+    with pytest.raises(UserError, match=rf"go on from \(step_00000015: {fault}, step_00000010: {fault}\): restore it"):
+        saver.load_newest()
+    assert names(tmp_path) == ["step_00000010", "step_00000015"]
+
+
+def test_broken_states_stay_until_a_new_one_is_whole(saver, tmp_path, monkeypatch):
+    for step in (10, 20):
+        saver.save(state(step))
+    spoil(tmp_path / "step_00000020")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.torch, "save", lambda content, file: disk_is_full(file))
+        with pytest.raises(OSError, match=r"No space left on device: '.*state\.pt'"):
+            saver.save(state(15))
+    assert names(tmp_path)[1:] == ["step_00000010", "step_00000020"]
+
+
+save = torch.save
+
+
+def disk_is_full(file):
+    """As `torch.save` of much does it on a full disk, which cannot be had without a mount."""
+
+    class Full:
+        def write(self, content):
+            if file.write(bytes(content)) + file.tell() > 2000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return len(content)
+
+    save({"weights": torch.zeros(10_000)}, Full())
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("where", ["os.listdir", "_size_and_checksum", "torch.load"])
+def test_what_cannot_be_read_now_is_not_taken_for_broken(saver, tmp_path, monkeypatch, where, number):
+    def refuse(path, **_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    for step in (10, 20):
+        saver.save(state(step))
+    monkeypatch.setattr(f"pipelines.run.checkpoints.{where}", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        saver.load_newest(is_needed=True)
+    monkeypatch.undo()
+    assert saver.load_newest().step == 20
+
+
+def test_a_state_that_is_needed_must_be_there(saver, tmp_path):
+    for folder in (tmp_path, tmp_path / "gone"):
+        saver.folder = folder
+        with pytest.raises(UserError, match=r"holds no whole training state to go on from \(there is none\): restore"):
+            saver.load_newest(is_needed=True)
 
 
 def test_half_a_state_of_a_killed_run_is_no_obstacle_and_goes(saver, tmp_path):
@@ -144,4 +195,5 @@ def test_a_strangers_state_is_one_line_and_never_code(saver, tmp_path, how):
     with pytest.raises(UserError, match=r"state\.pt cannot be read \(.*delete .*step_00000005 to go on") as raised:
         saver.load_newest()
     assert "\n" not in str(raised.value)
+    assert "weights_only" not in str(raised.value)
     assert not mark.exists()

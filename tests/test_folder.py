@@ -229,13 +229,15 @@ def test_an_artefact_comes_back_as_it_was(tmp_path):
 
 
 def test_a_newer_artefact_takes_the_place_of_the_older_and_of_half_ones(artefact):
-    (artefact / "notes.txt").write_text("mine")
     (artefact.with_name(".tmp.model")).mkdir()
     (artefact.with_name(".tmp.model") / "half").touch()
     save_artefact(artefact, "linear", {"width": 3}, nn.Linear(3, 3))
     assert load_module(artefact, "linear", build).in_features == 3
     assert everything(artefact) == {"config.json", "model.safetensors"}
-    assert [path.read_text() for path in artefact.parent.rglob("notes.txt")] == ["mine"]  # aside, not gone
+    (artefact / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes.txt, and is no linear"):
+        save_artefact(artefact, "linear", {"width": 3}, nn.Linear(3, 3))
+    assert (artefact / "notes.txt").read_text() == "mine"
 
 
 def configured(content):
@@ -293,3 +295,49 @@ def test_json_is_valid_and_replaced_whole(tmp_path):
 def test_no_repository_and_no_git_are_no_obstacle(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert environment()["code"] == "unknown"
+
+
+def test_a_start_that_failed_protects_nobodys_work(tmp_path):
+    take(tmp_path / "runs").release()  # refused afterwards: a mark, and no run
+    leave(tmp_path / "runs" / "model")
+    before = everything(tmp_path / "runs")
+    with pytest.raises(UserError, match="holds model, and no run of train"):
+        take(tmp_path / "runs")
+    assert everything(tmp_path / "runs") == before
+    take(tmp_path / "own").release()
+    take(tmp_path / "own").begin({})  # our own failed start is no obstacle
+
+
+def test_an_artefact_replaces_an_artefact_alone(tmp_path):
+    run = leave(tmp_path / "runs" / "model")
+    before = everything(run)
+    with pytest.raises(UserError, match="is no linear: move it, or take another folder"):
+        save_artefact(run, "linear", {}, nn.Linear(2, 2))
+    assert everything(run) == before
+    save_artefact(run / "model", "linear", {"width": 3}, nn.Linear(3, 3))
+    assert not list(run.glob(".old*"))
+
+
+def test_overwriting_does_not_enter_runs_and_caches_inside(tmp_path):
+    run = leave(tmp_path / "run")
+    inner = leave(run / "logs" / "mine")
+    before = everything(inner)
+    with pytest.raises(UserError, match="mine is a run or a cache of its own: move it"):
+        take(run, overwrite=True).begin({})
+    assert everything(inner) == before
+    assert (run / "metrics.json").exists()
+
+
+def test_a_refused_resume_takes_nothing_away(tmp_path):
+    run = leave(tmp_path / "run", inputs={"videos": "8"})
+    with pytest.raises(UserError, match="began with videos = 8, which is now 9"):
+        take(run, resume=True, steps=6).begin({"videos": "9"})
+    assert (run / "metrics.json").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    module = nn.Linear(2, 2)
+    module.weight.data[0, 0] = np.nan
+    save_artefact(tmp_path / "model", "linear", {}, module)
+    with pytest.raises(UserError, match="weight of this linear is not finite"):
+        load_module(tmp_path / "model", "linear", lambda config: nn.Linear(2, 2))

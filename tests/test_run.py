@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -202,6 +203,41 @@ def test_more_steps_go_on_from_the_last_one(tmp_path, undisturbed, capsys):
     assert [row["step"] for row in rows] == [0, 4, 8, 12]
     assert rows[3]["learning_rate"] == lr_at(11, 12, 1e-2)
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 12
+
+
+def test_a_run_that_lost_its_training_state_does_not_begin_again_by_itself(tmp_path):
+    train(tmp_path, steps=8)
+    kept = {name: (tmp_path / name).read_bytes() for name in ("run.json", "metrics.json", "curve.jsonl")}
+    shutil.rmtree(tmp_path / "training_state")
+    with pytest.raises(
+        UserError, match=r"training_state holds no whole .* \(there is none\): restore it, or add --over"
+    ):
+        train(tmp_path, resume=True)
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+    train(tmp_path, overwrite=True)
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_again(undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "_save", lambda _: 1 / 0)  # after the entry of step 0
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path)
+    assert (tmp_path / "curve.jsonl").exists()
+    train(tmp_path, resume=True)
+    assert differing(tmp_path, undisturbed) == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"own": [{"unknown": 1}]}, {"own": [[]]}, {"shared": {}}, {"shared": []}, {"shared": {"network": 1}}, {"own": []}],
+    ids=str,
+)
+def test_a_state_of_something_else_is_one_line(tmp_path, monkeypatch, other):
+    load = torch.load
+    train(tmp_path, steps=8)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: load(*args, **options) | other)
+    with pytest.raises(UserError, match=r"^[^\n]* \(.+\): [^\n]*$"):
+        train(tmp_path, resume=True)
 
 
 def test_a_run_that_diverges_stops_names_its_data_and_goes_on_slower(tmp_path, capsys):

@@ -129,6 +129,12 @@ def test_mistakes_are_named(world, tmp_path, changes, words):
         score(world, tmp_path / "run", **changes)
 
 
+def test_embeddings_that_are_not_finite_are_no_scores(world, tmp_path, make_clip, write_cache, damage_cache):
+    broken = damage_cache(write_cache(tmp_path / "broken", [make_clip("/videos/x.mp4", 30)]))
+    with pytest.raises(UserError, match="not finite"):
+        score(world, tmp_path / "run", cache=broken)
+
+
 def test_peaks_are_the_highest_within_reach():
     energies = np.array([0, 5, 4, 3, 1, 1, 6, 1, 1, 2.0])
     ticks = np.arange(10)

@@ -112,7 +112,7 @@ def test_a_calibration_of_another_predictor_is_refused(caches, tmp_path):
         train_predictor.main(options(caches, tmp_path / str(seed), seed=seed, steps=2))
     (tmp_path / "0" / "calibration").rename(tmp_path / "aside")
     (tmp_path / "1" / "calibration").rename(tmp_path / "0" / "calibration")
-    with pytest.raises(UserError, match="is that of another predictor: run video-jepa calibrate"):
+    with pytest.raises(UserError, match="is that of another predictor: end the training"):
         load_predictor(tmp_path / "0")
 
 
@@ -166,6 +166,10 @@ def test_what_cannot_be_learned_from_is_refused_in_a_line(caches, tmp_path, make
     broken = damage_cache(write_cache(tmp_path / "broken", [clip]))
     with pytest.raises(UserError, match=r"not finite, first of /videos/x\.mp4"):
         train_predictor.main(options(caches, tmp_path / "c", train_cache=broken))
+    with pytest.raises(UserError, match=r"not finite, first of /videos/x\.mp4"):
+        train_predictor.main(options(caches, tmp_path / "f", validation_cache=broken))
+    with pytest.raises(UserError, match="no embedding ever changes"):
+        train_predictor.main(options(caches, tmp_path / "g", validation_cache=still))
     with pytest.raises(Exception, match=r"no clip in .* is long enough"):
         train_predictor.main(options(caches, tmp_path / "d", validation_horizon=100))
     other = write_cache(tmp_path / "other", [clip], encoder_fingerprint="another")

@@ -14,14 +14,17 @@ from torch import nn
 from pipelines.run.command import UserError, require
 from pipelines.run.files import discard, read_json, to_disk, write_json
 
+NAMES = ("config.json", "model.safetensors")
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> None:
     """Write what `kind` of thing a module is, the configuration it can be built from again, its weights and buffers.
 
-    An older artefact gives way when the new one is whole.
+    An older artefact gives way when the new one is whole. Raises `UserError` if something else is in its place.
     """
+    others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES) if folder.is_dir() else []
+    require(not others, f"{folder} holds {', '.join(others[:3])}, and is no {kind}: move it, or take another folder")
     beside = folder.with_name(f".tmp.{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)  # of an earlier life
     beside.mkdir()
@@ -49,7 +52,7 @@ def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Modul
     Raises:
         UserError: it is missing, damaged, of another kind, or its weights are not those of its configuration.
     """
-    for name in ("config.json", "model.safetensors"):
+    for name in NAMES:
         require((folder / name).is_file(), f"{folder}: there is no {kind} here ({name} is missing)")
     content = read_json(folder / "config.json")
     require("kind" in content and "config" in content, f"{folder}/config.json is not of this version: make it again")
@@ -61,6 +64,7 @@ def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Modul
         for name in wanted.keys() | state.keys():
             want, have = wanted.get(name, "none"), tuple(state[name].shape) if name in state else "missing"
             require(want == have, f"{folder}: {name} of this {kind} is {have}, its configuration wants {want}")
+            require(bool(state[name].isfinite().all()), f"{folder}: {name} of this {kind} is not finite: make it again")
         module = build(content["config"])
         module.load_state_dict(state)
         return module.eval()

@@ -29,7 +29,7 @@ from jepa.rollout import expected_rollout, rollout
 from jepa.samples import best_of, coverage, energy_score, live_features
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import require
-from pipelines.run.models import require_changing, require_finite
+from pipelines.run.models import require_changing, take_finite
 
 DETAILED, BANK, LIVE_FRAMES, PROBE_FRAMES = 2000, 20_000, 256, 20_000
 """Most windows for details; frames to find the one that came among, to see what moves, to fit a probe on."""
@@ -56,10 +56,7 @@ class Judged:
 
     def take(self, windows: Windows, indices: np.ndarray) -> Tensor:
         """Embeddings of some windows, (N, length, *tokens, D). Raises `UserError` where they are not finite."""
-        embeddings, cache = windows.take(indices).to(self.predictor.mean.device), windows.cache
-        for row in np.flatnonzero(~embeddings.isfinite().flatten(1).all(dim=1).cpu().numpy())[:1]:
-            require_finite(cache, cache.clips[windows.clip_of(indices)[row]], embeddings[row])
-        return embeddings
+        return take_finite(windows, indices).to(self.predictor.mean.device)
 
 
 class ForecastBatch(NamedTuple):

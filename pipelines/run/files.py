@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipelines.run.command import UserError, require
 
 MARK = "run.json"
 """The file that says whose a folder is."""
-WRITTEN = re.compile(r".*\.(jsonl?|csv|safetensors|pt|png|gif)|events\.out\.tfevents\..*")
+WRITTEN = re.compile(r".*\.(jsonl?|csv|safetensors|pt|png|gif)|hparams\.yml|events\.out\.tfevents\..*")
 """Names of the files that commands write."""
 LARGEST_JSON = 1 << 28
 """Bytes."""
@@ -85,6 +86,16 @@ def versions() -> dict[str, str]:
     """Versions of the libraries that results depend on."""
     names = ("torch", "torchvision", "av", "timm", "accelerate", "h5py", "numpy")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def nested(path: Path) -> Iterator[Path]:
+    """Runs and caches that somebody put under a file or folder of a run."""
+    if path.is_dir() and not path.is_symlink():
+        if (path / MARK).exists() or (path / "cache.json").exists():
+            yield path
+        else:
+            for inner in path.iterdir():
+                yield from nested(inner)
 
 
 def discard(path: Path) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.run.command import Finished, UserError, require
-from pipelines.run.files import MARK, differences, discard, read_json, to_json, versions, write_json
+from pipelines.run.files import MARK, differences, discard, nested, read_json, to_json, versions, write_json
 
 FORMAT = "video-jepa run 1"
 FIELDS = {"command": str, "finished": bool, "options": dict, "inputs": dict}
 """What stands in the mark of a run that has begun."""
+BEFORE = (MARK, "videos.jsonl", "cache")
+"""Names of what a start leaves before the run has begun."""
 MAY_CHANGE = re.compile(r"resume|overwrite|output_dir|tracker|checkpoint_every|log_every|(.*\.)?learning_rate")
 """Options that a run may be resumed with another value of, beside more steps."""
 
@@ -40,14 +42,6 @@ class RunFolder:
         self.resume, mark = getattr(options, "resume", False), self.path / MARK
         require(not (options.overwrite and self.resume), "--overwrite starts again, --resume goes on: give one of them")
         require(self.path.is_dir() or not os.path.lexists(self.path), f"--output-dir {self.path} is no folder")
-        others = [path.name for path in self.path.glob("[!.]*") if path.suffix not in (".log", ".out")]
-        require(
-            not others or mark.exists(),
-            f"--output-dir {self.path} holds {', '.join(sorted(others)[:3])}, and no run of {command}: "
-            "take another one",
-        )
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._hold()
         self.record: dict[str, Any] = read_json(mark) if mark.exists() else {"format": FORMAT, "finished": False}
         self.has_begun = "inputs" in self.record
         known = [isinstance(self.record.get(name), kind) for name, kind in FIELDS.items() if self.has_begun]
@@ -55,22 +49,19 @@ class RunFolder:
             all(known) and self.record.get("format") == FORMAT,
             f"{mark} is damaged, or of another version: take another --output-dir",
         )
+        names = [path.name for path in self.path.glob("[!.]*") if path.suffix not in (".log", ".out")]
+        others = [] if self.has_begun else sorted(set(names) - {*(BEFORE if mark.exists() else ())})
+        require(
+            not others,
+            f"--output-dir {self.path} holds {', '.join(others[:3])}, and no run of {command}: take another one",
+        )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.release = hold(self.path, self)
         if self.has_begun:
             self._require_consent()
         else:
             self.record["command"] = command
             write_json(mark, self.record)
-
-    def _hold(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self.path / ".lock", flags, 0o666)
-        self.release = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path} is in use: another process is at work on this run") from None
-        except OSError:
-            pass  # a file system without locks
 
     def _require_consent(self) -> None:
         """The options say what is to become of the run that was begun here."""
@@ -104,7 +95,6 @@ class RunFolder:
         Raises:
             UserError: a run that is resumed began with other inputs.
         """
-        (self.path / "metrics.json").unlink(missing_ok=True)
         if self.has_begun and self.resume:
             for name, was, now in differences(self.record["inputs"], to_json(inputs)):
                 raise UserError(
@@ -112,10 +102,14 @@ class RunFolder:
                     "or add --overwrite to start again"
                 )
         elif self.has_begun:
+            for name in self.names:
+                for stranger in nested(self.path / name):
+                    raise UserError(f"{stranger} is a run or a cache of its own: move it before you --overwrite")
             # A kill must not leave half of the old run under the mark of the new one.
             write_json(self.path / MARK, {**self.record, "finished": False})
             for name in self.names:
                 discard(self.path / name)
+        (self.path / "metrics.json").unlink(missing_ok=True)
         self.record |= {"command": self.command, "finished": False, "options": self.options, "inputs": inputs}
         write_json(self.path / MARK, self.record | environment())
 
@@ -129,6 +123,20 @@ class RunFolder:
         write_json(self.path / "metrics.json", metrics)
         write_json(self.path / MARK, self.record | environment() | {"finished": True})
         self.release()
+
+
+def hold(folder: Path, owner: object) -> "weakref.finalize[Any, Any]":
+    """Hold a folder while its owner lives, or until what is returned is called. Raises `UserError` if it is held."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(folder / ".lock", flags, 0o666)
+    release = weakref.finalize(owner, os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use: another process is at work on this run") from None
+    except OSError:
+        pass  # a file system without locks
+    return release
 
 
 def environment() -> dict[str, Any]:

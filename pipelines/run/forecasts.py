@@ -14,6 +14,7 @@ from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import counted
+from pipelines.run.models import require_changing, take_finite
 
 MOST_NUMBERS = 32_000_000
 """Size of the forecasts that a calibration is fitted on, each of its four tensors."""
@@ -60,7 +61,7 @@ def forecast_windows(
     sampled = []
     generator = torch.Generator(device).manual_seed(0)
     for some in tqdm(np.array_split(chosen, parts), desc="forecasting", unit="batch", leave=False):
-        embeddings = windows.take(some).to(device)
+        embeddings = take_finite(windows, some).to(device)
         past = Sequence.on_clock(embeddings[:, :context], predictor.fps)
         guesses = expected_rollout(predictor, past, future), rollout(ridge.to(device), past, future)
         seen = embeddings.split([context - 1, 1, len(future.times)], dim=1)[1:]  # the last of the past, and what came
@@ -70,4 +71,5 @@ def forecast_windows(
             sampled.append(predictor.standardise(drawn).cpu())
     rolled, ridged, last, came = (torch.cat(part) for part in zip(*found, strict=True))
     ridge.cpu()
+    require_changing(windows.cache, bool((came != last).any()))
     return Forecasts(rolled, ridged, last, came, np.arange(len(chosen))), torch.cat(sampled, dim=1) if sampled else None

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.cache import CachedClip, EmbeddingCache
+from data.windows import Windows
 from jepa.calibration import Calibration
 from jepa.fingerprint import fingerprint
 from jepa.networks import PredictorConfig
@@ -27,7 +29,9 @@ def load_predictor(folder: Path) -> tuple[Predictor, Calibration]:
 
     def build_calibration(config: dict[str, Any]) -> Calibration:
         fields = dict(config)
-        other = f"{folder}/calibration is that of another predictor: run video-jepa calibrate --predictor {folder}"
+        other = (
+            f"{folder}/calibration is that of another predictor: end the training there with --resume, or train anew"
+        )
         require(fields.pop("predictor_fingerprint") == owner, other)
         return Calibration.build(**fields)
 
@@ -65,6 +69,14 @@ def require_finite(cache: EmbeddingCache, clip: CachedClip, embeddings: Tensor) 
             f"{cache.folder} holds embeddings that are not finite, first of {clip.key.source}: see what is wrong with "
             f"video-jepa inspect {cache.folder} --verify"
         )
+
+
+def take_finite(windows: Windows, indices: np.ndarray) -> Tensor:
+    """Embeddings of some windows, float32 (N, length, *tokens, D). Raises `UserError` where they are not finite."""
+    embeddings, cache = windows.take(indices), windows.cache
+    for row in np.flatnonzero(~embeddings.isfinite().flatten(1).all(dim=1).numpy())[:1]:
+        require_finite(cache, cache.clips[windows.clip_of(indices)[row]], embeddings[row])
+    return embeddings
 
 
 def require_changing(cache: EmbeddingCache, changing: bool) -> None:

@@ -91,7 +91,7 @@ class Best:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what another life found."""
-        vars(self).update(state)
+        vars(self).update({name: state[name] for name in self.state_dict()})
 
 
 class Run:
@@ -115,7 +115,8 @@ class Run:
         self.checkpoints = Checkpoints(self.accelerator, self.path / "training_state")
         set_seed(options.seed)
         self.step, self.saved_step, self.received = 0, -1, 0
-        self.progress, self.parts, self.restored = Progress(), dict[str, Any](), dict[str, Any]()
+        self.progress, self.parts = Progress(), dict[str, Any]()
+        self.restored: dict[str, Any] | None = None
         self.best: Best | None = None
         self.unseen: list[tuple[int, Sequence[Any], Tensor]] = []
         self.lived = self.saved_at = time.monotonic()
@@ -133,13 +134,15 @@ class Run:
 
         Raises:
             UserError: ranks see other inputs, which say in short what is learned from, or a resumed run began with
-                others.
+                others, or has lost its training state.
         """
         devices.require_agreement(self.accelerator, inputs=inputs)
+        if self.options.resume:
+            has_learned = devices.on_main(self.accelerator, lambda: any(step for step, _ in self._logged()))
+            if (state := self.checkpoints.load_newest(is_needed=bool(has_learned))) is not None:
+                self.step = self.saved_step = state.step
+                self.restored, self.progress = state.shared, self._restore(lambda: Progress(**state.own))
         devices.on_main(self.accelerator, lambda: self.folder.begin(inputs))  # type: ignore[union-attr]
-        if self.options.resume and (state := self.checkpoints.load_newest()) is not None:
-            self.step = self.saved_step = state.step
-            self.restored, self.progress = state.shared, Progress(**state.own)
         devices.on_main(self.accelerator, self._start_log)
         if self.is_main:
             print(f"{self.command} on {devices.describe_devices(self.accelerator)}: {'; '.join(facts)}")
@@ -170,12 +173,18 @@ class Run:
     def _keep(self, name: str, part: Any) -> None:
         """Make something part of the training state, and restore it if the run is resumed."""
         self.parts[name] = part
-        if self.restored:
-            try:
-                part.load_state_dict(self.restored[name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{self.path}: its training state is of something else ({reason})") from error
+        if (restored := self.restored) is not None:
+            self._restore(lambda: part.load_state_dict(restored[name]))
+
+    def _restore(self, load: Callable[[], Result]) -> Result:
+        try:
+            return load()
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise UserError(
+                f"{self.path}: its training state is of something else ({reason}): restore it, "
+                "or add --overwrite to start again"
+            ) from error
 
     def steps(self, batches: Callable[[dict[str, int]], Iterable[AnyBatch]]) -> Iterator[tuple[int, AnyBatch]]:
         """The number of each step from 0 and its batch; `update` is called once for each. Collective.
@@ -187,7 +196,7 @@ class Run:
             batches: batches without end from a place in the data on; an empty place is the beginning.
         """
         self._save()
-        self.restored = {}
+        self.restored = None
         ahead = stream_ahead(lambda place: self._feed(batches(place)), [self.progress.place], workers=1, ahead=2)
         self.bar = tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not self.is_main)
         self._count_anew()
@@ -399,12 +408,17 @@ class Run:
         for batch in batches:
             yield pin_memory(batch) if self.device.type == "cuda" else batch
 
+    def _logged(self) -> list[tuple[int, str]]:
+        """Steps and rows of the curves; a kill may have torn the last one."""
+        curve = self.path / "curve.jsonl"
+        rows = curve.read_text().splitlines(keepends=True) if curve.exists() else []
+        return [(json.loads(row)["step"], row) for row in rows if row.endswith("\n")]
+
     def _start_log(self) -> None:
         """Go on with the curves where they were; what was logged after the newest checkpoint is logged again."""
-        curve = self.path / "curve.jsonl"
-        if curve.exists():
-            rows = [row for row in curve.read_text().splitlines(keepends=True) if row.endswith("\n")]
-            write_text(curve, "".join(row for row in rows if json.loads(row)["step"] <= self.step))
+        logged = self.progress.logged_step
+        if rows := self._logged():
+            write_text(self.path / "curve.jsonl", "".join(row for step, row in rows if step <= logged))
         if not self.accelerator.log_with:
             return
         plain = flat(to_json(self.options)).items()
