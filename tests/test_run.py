@@ -222,7 +222,8 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again(undisturbed, 
         patch.setattr(run.Run, "_save", lambda _: 1 / 0)  # after the entry of step 0
         with pytest.raises(ZeroDivisionError):
             train(tmp_path)
-    assert (tmp_path / "curve.jsonl").exists()
+    with (tmp_path / "curve.jsonl").open("a") as curve:
+        curve.write('{"step": 4, "lo')
     train(tmp_path, resume=True)
     assert differing(tmp_path, undisturbed) == []
 

@@ -416,9 +416,8 @@ class Run:
 
     def _start_log(self) -> None:
         """Go on with the curves where they were; what was logged after the newest checkpoint is logged again."""
-        logged = self.progress.logged_step
-        if rows := self._logged():
-            write_text(self.path / "curve.jsonl", "".join(row for step, row in rows if step <= logged))
+        if (curve := self.path / "curve.jsonl").exists():
+            write_text(curve, "".join(row for step, row in self._logged() if step <= self.progress.logged_step))
         if not self.accelerator.log_with:
             return
         plain = flat(to_json(self.options)).items()
