@@ -65,8 +65,6 @@ class CacheWriter:
             if is_main:
                 (folder / "shards").mkdir(parents=True, exist_ok=True)
                 self.lock = _lock(folder)
-                for abandoned in (*folder.glob(".tmp.*"), *folder.glob("shards/.tmp.*")):
-                    abandoned.unlink()
                 if not (folder / "cache.json").exists():
                     described = {"format_version": FORMAT_VERSION, **asdict(provenance)}
                     _write(folder / "cache.json", json.dumps(described).encode())
@@ -78,6 +76,8 @@ class CacheWriter:
                         f"{folder} holds embeddings with {name} {theirs}, not {ours}: "
                         "choose another folder, or delete that one"
                     )
+            for abandoned in (*folder.glob(".tmp.*"), *folder.glob("shards/.tmp.*")) if is_main else ():
+                abandoned.unlink()
             self.columns = stored.columns | CLOCK
             shards, _ = read_shards(folder, self.columns)
             self.written_ns = shards[-1].written_ns if shards else 0

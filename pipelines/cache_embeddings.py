@@ -12,6 +12,7 @@ gap in the recording, the first frame there is repeated.
 Run the same command again after a kill, or after adding videos: only what is missing is embedded.
 """
 
+import os
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -117,6 +118,7 @@ def main(options: Options) -> None:
 def usable_videos(options: Options, is_main: bool) -> VideoList:
     """The videos to embed, once the cache has a place and its columns have names."""
     folder = options.output_dir
+    require(folder.is_dir() or not os.path.lexists(folder), f"--output-dir {folder} is no folder")
     others = sorted(path.name for path in folder.glob("[!.]*") if path.name not in OWN_NAMES) if is_main else []
     require(not others, f"--output-dir {folder} holds {', '.join(others[:3])}, and is no cache: take another one")
     for name in options.columns:

@@ -261,6 +261,13 @@ def test_another_commands_folder_is_no_place_for_a_cache(embed, tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["run.json"]
 
 
+def test_a_file_is_no_place_for_a_cache(embed, tmp_path):
+    (tmp_path / "cache").write_text("mine")
+    with pytest.raises(UserError, match="cache is no folder"):
+        embed()
+    assert (tmp_path / "cache").read_text() == "mine"
+
+
 def test_embeddings_are_those_of_frames_at_their_times(embed, material):
     cache = embed(fps=4.0, clocks=2, dtype="float32", batch_size=7)
     encoder = load_encoder(material / "encoder")
