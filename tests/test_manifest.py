@@ -406,14 +406,18 @@ def test_a_long_account_is_cut_short():
 def test_a_folder_that_may_not_be_entered_is_listed(folder, monkeypatch):
     """The tests may run as root, who may enter any folder: so the system says no by itself."""
     closed = str(folder / "deep" / "er")
-    for name in ("scandir", "listdir"):
+    originals = {"scandir": os.scandir, "listdir": os.listdir}
 
-        def refuse(path=".", original=getattr(os, name)):
+    def refusing(name):
+        def look(path="."):
             if str(path) == closed:
                 raise PermissionError(13, "Permission denied", closed)
-            return original(path)
+            return originals[name](path)
 
-        monkeypatch.setattr(os, name, refuse)
+        return look
+
+    for name in originals:
+        monkeypatch.setattr(os, name, refusing(name))
     refused = check_videos([folder], fps=4).refused
     assert "Permission denied" in refused[folder / "deep" / "er"]
     with pytest.raises(VideoError, match="Permission denied"):
