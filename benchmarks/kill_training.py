@@ -4,8 +4,8 @@ r"""Kill both trainers again and again, resume them each time, and prove that no
 
 Each trainer runs once undisturbed, on 1 process and on 2 (torchrun). Then the same run is struck at random moments, in
 its start-up, between steps and while it saves: SIGKILL to one rank or to all processes with their launcher in turn,
-SIGTERM to the launcher or to one rank in turn. After some kills a file of the newest checkpoint, or of the newest two,
-is cut short, deleted, or a bit in it is turned. Each time the run is resumed. When it comes to its end, its artefacts,
+SIGTERM to the launcher or to one rank in turn. After some kills a file of the newest checkpoint is cut short,
+deleted, or a bit in it is turned, if there is an older one. Each time the run is resumed. When it comes to its end, its artefacts,
 its last training state (weights, optimiser, places in the data, averages, the best so far), its curve and its metrics
 must be those of the undisturbed run, bit for bit. If there were not enough blows by then, the next run is begun.
 """
@@ -117,8 +117,8 @@ class Blow:
     target: Literal["rank", "all"]
     """One rank at random; or all processes (SIGKILL), or the launcher alone, which is to tell them (SIGTERM)."""
     moment: Moment
-    damaged: int = 0
-    """How many of the newest checkpoints are damaged afterwards."""
+    damages: bool = False
+    """Whether the newest checkpoint is damaged afterwards."""
 
 
 def plan(kills: int, terms: int, generator: np.random.Generator) -> list[Blow]:
@@ -127,8 +127,8 @@ def plan(kills: int, terms: int, generator: np.random.Generator) -> list[Blow]:
     targets: list[Literal["rank", "all"]] = ["rank", "all"]
     blows = []
     for index in range(kills):
-        damaged = 1 + index // 4 % 2 if index % 4 == 0 else 0
-        blows.append(Blow(signal.SIGKILL, targets[(index + index // 4) % 2], moments[index % 4], damaged))
+        target, moment = targets[(index + index // 4) % 2], moments[index % 4]
+        blows.append(Blow(signal.SIGKILL, target, moment, damages=index % 4 == 0))
     blows += [Blow(signal.SIGTERM, targets[index % 2], "training") for index in range(terms)]
     return [blows[index] for index in generator.permutation(len(blows))]
 
@@ -263,8 +263,8 @@ class Trial:
                     self.judge(disturbed, undisturbed, keep)
                 elif struck:
                     self.look_into(blow := remaining.pop(0), life, disturbed)
-                    if blow.damaged:
-                        said, damaged = "", [*damaged, *self.damage(disturbed, blow.damaged, generator)]
+                    if blow.damages:
+                        said, damaged = "", [*damaged, *self.damage(disturbed, generator)]
                     tick()
         finally:
             life.strike(signal.SIGKILL)
@@ -321,9 +321,9 @@ class Trial:
             expected = newest.name == f"step_{int(saved[1]):08d}" and not find_fault(newest)
             self.expect(expected, f"SIGTERM after step {saved[1]} left {newest} as the newest: {find_fault(newest)}")
 
-    def damage(self, output: Path, count: int, generator: np.random.Generator) -> list[Path]:
-        """Damage the newest checkpoints that are complete."""
-        chosen = [checkpoint for checkpoint in checkpoints(output) if not find_fault(checkpoint)][-count:]
+    def damage(self, output: Path, generator: np.random.Generator) -> list[Path]:
+        """Damage the newest checkpoint that is complete, unless it is the only one: nothing would be left to resume."""
+        chosen = [checkpoint for checkpoint in checkpoints(output) if not find_fault(checkpoint)][1:][-1:]
         for checkpoint in chosen:
             self.counts[damage(checkpoint, generator)] += 1
         return chosen
