@@ -5,9 +5,10 @@ r"""Kill both trainers again and again, resume them each time, and prove that no
 Each trainer runs once undisturbed, on 1 process and on 2 (torchrun). Then the same run is struck at random moments, in
 its start-up, between steps and while it saves: SIGKILL to one rank or to all processes with their launcher in turn,
 SIGTERM to the launcher or to one rank in turn. After some kills a file of the newest checkpoint is cut short,
-deleted, or a bit in it is turned, if there is an older one. Each time the run is resumed. When it comes to its end, its artefacts,
-its last training state (weights, optimiser, places in the data, averages, the best so far), its curve and its metrics
-must be those of the undisturbed run, bit for bit. If there were not enough blows by then, the next run is begun.
+deleted, or a bit in it is turned, if there is an older one. Each time the run is resumed. When it comes to its end, its
+artefacts, its last training state (weights, optimiser, places in the data, averages, the best so far), its curve and
+its metrics must be those of the undisturbed run, bit for bit. If there were not enough blows by then, the next run is
+begun.
 """
 
 import json

@@ -20,8 +20,8 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize(
     ("trainer", "processes", "blows"),
     [
-        ("pretrain_encoder", 1, [Blow(KILL, "all", "saving", damaged=1), Blow(TERM, "all", "training")]),
-        ("train_predictor", 1, [Blow(KILL, "all", "saving", damaged=1), Blow(TERM, "all", "training")]),
+        ("pretrain_encoder", 1, [Blow(KILL, "all", "saving", damages=True), Blow(TERM, "all", "training")]),
+        ("train_predictor", 1, [Blow(KILL, "all", "saving", damages=True), Blow(TERM, "all", "training")]),
         ("pretrain_encoder", 2, [Blow(KILL, "rank", "training"), Blow(TERM, "rank", "training")]),
     ],
 )
