@@ -38,7 +38,9 @@ def main(options: Options) -> None:
     predictor, before = load_predictor(options.predictor)
     hold(options.predictor, predictor)
     cache = EmbeddingCache(options.cache)
-    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+    cache.require_same_space(
+        predictor.encoder_fingerprint, predictor.fps, str(options.predictor), shape=predictor.shape
+    )
     learned = read_json(options.predictor / MARK)["inputs"]["train"] if (options.predictor / MARK).exists() else ""
     require(
         summary([clip.key for clip in cache.clips]) != learned,

@@ -68,12 +68,16 @@ def main(options: Options) -> None:
     predictor, calibration = load_predictor(options.predictor)
     predictor, calibration = predictor.to(accelerator.device), calibration.to(accelerator.device)
     cache = EmbeddingCache(options.cache)
-    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+    cache.require_same_space(
+        predictor.encoder_fingerprint, predictor.fps, str(options.predictor), shape=predictor.shape
+    )
     windows = Windows(cache, predictor.config.context + options.horizon)
     readout = None
     if options.probe_cache:
         probe_cache = EmbeddingCache(options.probe_cache)
-        probe_cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+        probe_cache.require_same_space(
+            predictor.encoder_fingerprint, predictor.fps, str(options.predictor), shape=predictor.shape
+        )
         require_no_video_in_both(cache, probe_cache)
         readout = fit_readout(probe_cache, options.probe_columns, predictor)
     output.begin({"provenance": cache.provenance, "calibration": calibration.description()})

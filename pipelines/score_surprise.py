@@ -85,7 +85,9 @@ def main(options: Options) -> None:
     if options.videos:
         embed(options, predictor.fps)
     cache = EmbeddingCache(options.cache or folder / "cache")
-    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+    cache.require_same_space(
+        predictor.encoder_fingerprint, predictor.fps, str(options.predictor), shape=predictor.shape
+    )
     device = Accelerator().device
     windows = Windows(cache, predictor.config.context + options.horizon)
     output.begin({"provenance": cache.provenance, "clips": len(cache.clips)})

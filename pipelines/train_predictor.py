@@ -65,7 +65,9 @@ def main(options: Options) -> None:
     run = Run(options, "train_predictor", ("predictor", "calibration"))
     train, validation = EmbeddingCache(options.train_cache), EmbeddingCache(options.validation_cache)
     provenance = train.provenance
-    validation.require_same_space(provenance.encoder_fingerprint, provenance.fps, str(options.train_cache))
+    validation.require_same_space(
+        provenance.encoder_fingerprint, provenance.fps, str(options.train_cache), shape=train.shape
+    )
     require_no_video_in_both(train, validation)
     predictor = Predictor(
         options.predictor, train.shape, fps=provenance.fps, encoder_fingerprint=provenance.encoder_fingerprint
