@@ -101,14 +101,12 @@ def main(options: Options) -> None:
     fill = run.prepare(infiller, options.optimizer, clip_norm=1.0)
     best = run.keep_best(infiller, CHOSEN_BY)
 
-    for step, batch in run.steps(lambda place: draw_batches(train, options, rank=run.rank, place=place)):
+    for _, batch in run.steps(lambda place: draw_batches(train, options, rank=run.rank, place=place)):
         hidden, sigma = infiller.hidden(batch.length), infiller.sigma[batch.length - 1, None] * infiller.std
         error = ((fill(batch.windows, batch.length) - batch.windows) / sigma).square().mean(dim=2)  # (B, window)
         run.update(((error * hidden).sum(dim=1) / batch.length).mean(), {}, batch.videos)
         if run.due:
-            metrics = infiller.fit_trust(held_out.to(run.device))
-            best.consider(step + 1, metrics, [])
-            run.log(metrics, [], show=("loss", CHOSEN_BY))
+            run.log(infiller.fit_trust(held_out.to(run.device)), show=("loss", CHOSEN_BY))
 
     artefacts: dict[str, tuple[str, Any, nn.Module]] = {}
     if run.is_main:
@@ -118,7 +116,7 @@ def main(options: Options) -> None:
         print(table(results))
         config = {**asdict(options.infiller), "dimension": caches[0].shape[-1]}
         artefacts = {"infiller": ("infiller", config, infiller)}
-    run.finish(best.metrics, artefacts)
+    run.finish({}, artefacts)
 
 
 class Batch(NamedTuple):

@@ -95,7 +95,9 @@ class Calibration(nn.Module):
     def percentile(self, energies: Tensor, ticks: int) -> Tensor:
         """The share of ordinary moments with less energy so many ticks ahead, in percent; any shape."""
         quantiles = self.quantiles[min(ticks, self.horizon) - 1]
-        return torch.searchsorted(quantiles, energies.contiguous()).clamp(max=QUANTILES - 1) * (100 / (QUANTILES - 1))
+        return torch.searchsorted(quantiles, energies.to(quantiles).contiguous()).clamp(max=QUANTILES - 1) * (
+            100 / (QUANTILES - 1)
+        )
 
     def level(self, energies: Tensor, ticks: int) -> float:
         """The percentile of a video's ordinary level among those of ordinary clips; energies (N,)."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from data.cache import EmbeddingCache
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import require, require_one_process, run_command
-from pipelines.run.devices import start_accelerator, summary
+from pipelines.run.devices import start_accelerator
 from pipelines.run.files import MARK, read_json
 from pipelines.run.folder import hold
-from pipelines.run.forecasts import calibrate
-from pipelines.run.models import load_predictor, save_calibration
+from pipelines.run.forecasts import calibrate, clips_in_short
+from pipelines.run.models import load_predictor, run_of, save_calibration
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,19 @@ def main(options: Options) -> None:
     """Load, forecast ordinary video, fit, replace the calibration."""
     require_one_process()
     device = start_accelerator().device
-    predictor, before = load_predictor(options.predictor)
-    hold(options.predictor, predictor)
+    folder = run_of(options.predictor)
+    predictor, before = load_predictor(folder)
+    hold(folder, predictor)
     cache = EmbeddingCache(options.cache)
-    cache.require_same_space(
-        predictor.encoder_fingerprint, predictor.fps, str(options.predictor), shape=predictor.shape
-    )
-    learned = read_json(options.predictor / MARK)["inputs"]["train"] if (options.predictor / MARK).exists() else ""
+    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(folder), shape=predictor.shape)
+    inputs = read_json(folder / MARK).get("inputs", {}) if (folder / MARK).exists() else {}
     require(
-        summary([clip.key for clip in cache.clips]) != learned,
-        f"{options.predictor} was trained on {options.cache}, whose errors are not usual ones: take other videos",
+        clips_in_short(cache) != inputs.get("train"),
+        f"{folder} was trained on {options.cache}, whose errors are not usual ones: take other videos",
     )
     calibration, said = calibrate(predictor.to(device), before.ridge, cache, horizon=options.horizon)
-    save_calibration(calibration, predictor, options.predictor)
-    print(f"{said}\nwrote {options.predictor}/calibration")
+    save_calibration(calibration, predictor, folder)
+    print(f"{said}\nwrote {folder}/calibration")
 
 
 if __name__ == "__main__":

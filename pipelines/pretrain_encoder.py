@@ -10,7 +10,7 @@ Leaves `encoder/` (`model.safetensors` and `config.json`), `metrics.json`, `acco
 be), `curve.jsonl` and tracker logs. Ctrl-C saves; the same command with --resume goes on.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -118,7 +118,7 @@ def main(options: Options) -> None:
     counts = {"videos": len(videos.videos), "refused_videos": len(videos.refused)}
     run.finish(
         {"encoder_fingerprint": encoder.fingerprint, **counts},
-        {"encoder": ("encoder", asdict(encoder.config), encoder)},
+        {"encoder": ("encoder", encoder.config, encoder)},
         account=account,
         next=f"video-jepa embed --videos {' '.join(map(str, options.videos))} "
         f"--encoder {options.output_dir}/encoder --fps {options.fps:g} --output-dir cache/train",

@@ -137,7 +137,7 @@ def score_clips(predictor: Predictor, calibration: Calibration, windows: Windows
             ticks=cache.take(rows, "ticks"),
             times_s=cache.take(rows, "times_s"),
             energies=energies,
-            percentiles=calibration.percentile(tensor.float(), horizon).cpu().numpy(),
+            percentiles=calibration.percentile(tensor, horizon).cpu().numpy(),
             cosines=cosines,
             level=calibration.level(tensor, horizon),
             reach=windows.length - 1,

@@ -25,10 +25,9 @@ from jepa.rollout import rollout
 from jepa.samples import energy_score
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
-from pipelines.run.devices import summary
-from pipelines.run.forecasts import calibrate
+from pipelines.run.forecasts import calibrate, clips_in_short
 from pipelines.run.judging import CHOSEN_BY, Judge, copying_error, fit_ridge_on, measure_embeddings
-from pipelines.run.models import owner, require_no_video_in_both
+from pipelines.run.models import calibration_artefact, require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator
 
@@ -78,11 +77,7 @@ def main(options: Options) -> None:
     held_out = Windows(validation, context + options.validation_horizon)
     ridge = fit_ridge_on(train, held_out, predictor)
     run.begin(
-        {
-            "provenance": provenance,
-            "train": summary([clip.key for clip in train.clips]),
-            "validation": summary([clip.key for clip in validation.clips]),
-        },
+        {"provenance": provenance, "train": clips_in_short(train), "validation": clips_in_short(validation)},
         f"{len(windows):,} windows of {len(train.clips)} clips, validated on {len(validation.clips)} clips",
     )
     losses = run.prepare(Losses(predictor, copying_error(windows, predictor)), options.optimizer, clip_norm=1.0)
@@ -108,7 +103,7 @@ def main(options: Options) -> None:
         print(said)
         artefacts = {
             "predictor": ("predictor", predictor.description(), predictor),
-            "calibration": ("calibration", calibration.description() | owner(predictor), calibration),
+            "calibration": calibration_artefact(calibration, predictor),
         }
     run.finish(
         {"encoder_fingerprint": provenance.encoder_fingerprint},

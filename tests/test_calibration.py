@@ -193,6 +193,7 @@ def test_a_calibration_can_be_built_again_and_knows_its_percentiles():
     again.load_state_dict(calibration.state_dict())
     energies = torch.tensor([0.0, 0.5, 1.0, 1e9])
     assert torch.equal(again.percentile(energies, 1), calibration.percentile(energies, 1))
+    assert torch.equal(again.percentile(energies.double(), 1), again.percentile(energies, 1))
     assert calibration.percentile(energies, 1).tolist() == sorted(calibration.percentile(energies, 1).tolist())
     assert calibration.percentile(energies, 1)[[0, 3]].tolist() == [0, 100]
     assert calibration.quantiles.shape == (3, QUANTILES)

@@ -14,6 +14,7 @@ from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import counted
+from pipelines.run.devices import summary
 from pipelines.run.models import require_changing, take_finite
 
 MOST_NUMBERS = 32_000_000
@@ -38,6 +39,11 @@ def calibrate(predictor: Predictor, ridge: Ridge, cache: EmbeddingCache, *, hori
     if len(np.unique(clips)) < FEW_CLIPS:
         said += ": few, so percentiles are cautious; video-jepa calibrate with more ordinary videos sharpens them"
     return fit_calibration(ridge, forecasts._replace(groups=clips), drawn), said
+
+
+def clips_in_short(cache: EmbeddingCache) -> str:
+    """The clips of a cache as runs record them: alike where they are the same."""
+    return summary([clip.key for clip in cache.clips])
 
 
 def ordinary_clips(windows: Windows, chosen: np.ndarray) -> tuple[np.ndarray, str]:

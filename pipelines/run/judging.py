@@ -29,8 +29,7 @@ class Judge:
 
     def __init__(self, predictor: Predictor, ridge: Ridge, windows: Windows) -> None:
         self.predictor, self.ridge, self.windows = predictor, ridge, windows
-        numbers = windows.length * int(np.prod(predictor.shape))
-        self.chosen = windows.evenly(min(VALIDATION_WINDOWS, max(32, VALIDATION_NUMBERS // numbers)))
+        self.chosen = choose_windows(windows, predictor)
         self.folds = hold_out(ordinary_clips(windows, self.chosen)[0])
 
     def __call__(self) -> tuple[dict[str, float], list[str]]:
@@ -88,11 +87,16 @@ def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     predictor.change_std.copy_(floor_std((sums[2] / max(1, changes)).sqrt() / predictor.std))
 
 
+def choose_windows(windows: Windows, predictor: Predictor) -> np.ndarray:
+    """Numbers of as many windows, evenly spaced, as one looks at while training, int (N,)."""
+    numbers = windows.length * int(np.prod(predictor.shape))
+    return windows.evenly(min(VALIDATION_WINDOWS, max(32, VALIDATION_NUMBERS // numbers)))
+
+
 def copying_error(windows: Windows, predictor: Predictor) -> Tensor:
     """Squared error of copying the last embedding for 1, 2, ... ticks, standardised, on training windows; (steps,)."""
     context = predictor.config.context
-    numbers = windows.length * int(np.prod(predictor.shape))
-    taken = predictor.standardise(windows.take(windows.evenly(min(1024, max(32, VALIDATION_NUMBERS // numbers)))))
+    taken = predictor.standardise(windows.take(choose_windows(windows, predictor)))
     return (taken[:, context:] - taken[:, context - 1, None]).square().flatten(2).mean(dim=(0, 2)).clamp_min(1e-12)
 
 

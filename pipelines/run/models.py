@@ -23,19 +23,23 @@ def load_predictor(folder: Path) -> tuple[Predictor, Calibration]:
     Raises:
         UserError: they are not there, are damaged, or do not belong together.
     """
-    folder = folder.parent if folder.name == "predictor" and not (folder / "predictor").is_dir() else folder
+    folder = run_of(folder)
     predictor = load_module(folder / "predictor", "predictor", build_predictor)
-    owner = fingerprint(predictor, predictor.description())
+    owner = owner_of(predictor)
 
     def build_calibration(config: dict[str, Any]) -> Calibration:
-        fields = dict(config)
-        other = (
-            f"{folder}/calibration is that of another predictor: end the training there with --resume, or train anew"
+        require(
+            config.items() >= owner.items(),
+            f"{folder}/calibration is that of another predictor: end the training there with --resume, or train anew",
         )
-        require(fields.pop("predictor_fingerprint") == owner, other)
-        return Calibration.build(**fields)
+        return Calibration.build(**{name: value for name, value in config.items() if name not in owner})
 
     return predictor, load_module(folder / "calibration", "calibration", build_calibration)
+
+
+def run_of(folder: Path) -> Path:
+    """The run folder of a predictor, which may be named by the predictor's own."""
+    return folder.parent if folder.name == "predictor" and not (folder / "predictor").is_dir() else folder
 
 
 def build_predictor(description: dict[str, Any]) -> Predictor:
@@ -48,10 +52,15 @@ def build_predictor(description: dict[str, Any]) -> Predictor:
 
 def save_calibration(calibration: Calibration, predictor: Predictor, folder: Path) -> None:
     """Leave the calibration beside its predictor, in place of an older one."""
-    save_artefact(folder / "calibration", "calibration", calibration.description() | owner(predictor), calibration)
+    save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
 
 
-def owner(predictor: Predictor) -> dict[str, str]:
+def calibration_artefact(calibration: Calibration, predictor: Predictor) -> tuple[str, dict[str, Any], Calibration]:
+    """Kind, configuration and module of a calibration's artefact: it says whose it is."""
+    return "calibration", calibration.description() | owner_of(predictor), calibration
+
+
+def owner_of(predictor: Predictor) -> dict[str, str]:
     """What a calibration says of the predictor that it belongs to."""
     return {"predictor_fingerprint": fingerprint(predictor, predictor.description())}
 
