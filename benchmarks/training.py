@@ -128,10 +128,9 @@ def pooling(options: Options) -> str:
 def plain_encoder(paths: tuple[Path, ...], options: Options, device: torch.device) -> Callable[[], float]:
     """An eager float32 loop over decoded batches on the device."""
     size = (options.size, options.size)
-    videos = check_videos(paths, fps=FPS, manifest=options.output_dir / "videos.jsonl").videos
+    videos, _ = check_videos(paths, fps=FPS, manifest=options.output_dir / "videos.jsonl")
     clips = FrameClips(videos, size, fps=FPS, batch_size=options.batch_size)
     batches = [batch.frames.to(device) for batch in islice(clips.batches({}), HELD_BATCHES)]
-    clips.close()
     config = EncoderConfig(backbone=options.backbone, image_size=size, pooling=pooling(options))  # type: ignore[arg-type]
     same = pretrain_encoder.Options(videos=paths, encoder=config)
     network = pretrain_encoder.Pretraining(create_encoder(config), same).to(device)

@@ -10,13 +10,15 @@ needs.
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -54,11 +56,13 @@ class Segment(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A segment's frames, uint8 (N, 3, H, W), and the rows of its clips, int64 (C, T)."""
+    """What a segment gave."""
 
-    video: Path
-    frames: np.ndarray
-    clips: np.ndarray
+    segment: Segment
+    clips: list[tuple[np.ndarray, ...]]
+    """Frames of each clip, uint8 (3, H, W); clips that overlap share them."""
+    seconds: float
+    damage: Damage
 
 
 @dataclass(eq=False)
@@ -98,27 +102,22 @@ class FrameClips:
         self.memory_frames = self.memory_bytes / (3 * self.size[0] * self.size[1])
         self.segments = [segment for video in self.videos for segment in self._segments(video)]
         self.account = Account()
-        """What has been read so far, each segment counted once."""
+        """What batches were taken from so far, each segment counted once."""
         self._accounted: set[tuple[Path, float]] = set()
-        self._closed, self._closing = Event(), Lock()
-
-    def close(self) -> None:
-        """Let threads that are decoding come to an end: no further batch is wanted, and the account is complete."""
-        with self._closing:
-            self._closed.set()
 
     def batches(self, place: dict[str, int]) -> Iterator[Clips]:
         """Batches from the place on that came with an earlier one, or `{}` for the beginning."""
         first_batch = place.get("batch", 0)
         idle_blocks = idle_clips = 0
         for epoch, block, blocks, parts in self._decoded_blocks(place.get("epoch", 0), place.get("block", 0)):
-            clips = [(part, rows) for part in parts for rows in part.clips]
+            clips = [(part.segment.video.path, clip) for part in parts for clip in part.clips]
             order = np.random.default_rng([self.seed, epoch, block, self.rank]).permutation(len(clips))
             for batch in range(first_batch, len(clips) // self.batch_size):
                 chosen = [clips[at] for at in order[batch * self.batch_size :][: self.batch_size]]
-                frames = np.stack([part.frames[rows] for part, rows in chosen])  # (B, T, 3, H, W)
-                videos = tuple(sorted({part.video for part, _ in chosen}))
-                yield Clips(torch.from_numpy(frames), videos, {"epoch": epoch, "block": block, "batch": batch + 1})
+                frames = torch.from_numpy(np.stack([frame for _, clip in chosen for frame in clip]))
+                frames = frames.unflatten(0, (self.batch_size, self.length))  # (B, T, 3, H, W)
+                videos = tuple(sorted({video for video, _ in chosen}))
+                yield Clips(frames, videos, {"epoch": epoch, "block": block, "batch": batch + 1})
             first_batch = 0
             is_idle = len(clips) < self.batch_size
             idle_blocks, idle_clips = (idle_blocks + 1, idle_clips + len(clips)) if is_idle else (0, 0)
@@ -130,14 +129,23 @@ class FrameClips:
 
     def _decoded_blocks(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Part]]]:
         """(epoch, block, how many blocks, what is in it); while one is in use, the next is decoded."""
+        unwanted = Event()
+        decode = partial(self._decode, unwanted)
         with ThreadPoolExecutor(max_workers=1) as ahead:
-            plan, upcoming = pairwise(self._plan(epoch, block)), None
-            for (epoch, block, blocks, segments), (_, _, _, following) in plan:
-                upcoming = upcoming or ahead.submit(self._decode, segments, show=self.progress)
-                parts = upcoming.result()
-                if following != segments:  # what fits in memory is decoded once
-                    upcoming = ahead.submit(self._decode, following, show=False)
-                yield epoch, block, blocks, parts
+            try:
+                plan, upcoming = pairwise(self._plan(epoch, block)), None
+                for (epoch, block, blocks, segments), (_, _, _, following) in plan:
+                    upcoming = upcoming or ahead.submit(decode, segments, show=self.progress)
+                    parts = upcoming.result()
+                    for segment, _, seconds, damage in parts:
+                        if (segment.video.path, segment.start_s) not in self._accounted:
+                            self._accounted.add((segment.video.path, segment.start_s))
+                            self.account.add(segment.video.path, seconds, damage)
+                    if following != segments:  # what fits in memory is decoded once
+                        upcoming = ahead.submit(decode, following, show=False)
+                    yield epoch, block, blocks, parts
+            finally:
+                unwanted.set()
 
     def _plan(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Segment]]]:
         while True:
@@ -161,48 +169,30 @@ class FrameClips:
             frames += share[index].expected_frames
         return blocks
 
-    def _decode(self, block: list[Segment], *, show: bool) -> list[Part]:
-        """Frames and clips of each segment."""
-        parts = []
-        results = map_ahead(self._read, block, workers=self.workers)
-        bar = tqdm(block, "decoding videos", unit="segment", leave=False, disable=not show)
-        for segment, (part, seconds, damage) in zip(bar, results, strict=True):
-            with self._closing:  # after which nobody touches the account
-                if self._closed.is_set():
-                    break
-                parts.append(part)
-                if (part.video, segment.start_s) not in self._accounted:
-                    self._accounted.add((part.video, segment.start_s))
-                    self.account.add(part.video, seconds, damage)
-        return parts
+    def _decode(self, unwanted: Event, block: list[Segment], *, show: bool) -> list[Part]:
+        parts = map_ahead(partial(self._read, unwanted), block, workers=self.workers)
+        return list(tqdm(parts, "decoding videos", len(block), unit="segment", leave=False, disable=not show))
 
-    def _read(self, segment: Segment) -> tuple[Part, float, Damage]:
-        """A segment, how many seconds of video it has, and what was wrong."""
-        video, damage = segment.video, Damage()
+    def _read(self, unwanted: Event, segment: Segment) -> Part:
+        video, damage, reached_s = segment.video, Damage(), segment.start_s
         timed_frames = read_on_clock(
             video.path, self.size, fps=self.fps, offsets_s=self.offsets_s, start_s=segment.start_s,
             end_s=segment.end_s + (self.length - 1) / self.fps,  # so that no clip is lost between two segments
             damage=None if self.strict else damage, image_fps=video.average_fps,
         )  # fmt: skip
-        frames = np.empty((segment.expected_frames, 3, *self.size), np.uint8)
-        row_of: dict[tuple[int, int], int] = {}  # by clock and tick
-        clips: list[list[int | None]] = []
-        rows, last_time_s = 0, -math.inf
-        for timed in timed_frames:
-            if self._closed.is_set():
+        clips: list[tuple[np.ndarray, ...]] = []
+        histories: list[deque[np.ndarray]] = [deque(maxlen=self.length) for _ in self.offsets_s]
+        last_ticks = [-1] * len(histories)
+        for frame, time_s, tick, clock in timed_frames:
+            if unwanted.is_set():
                 break
-            if timed.time_s > last_time_s:
-                if rows == len(frames):
-                    frames = np.concatenate([frames, np.empty_like(frames[: 1 + rows // 4])])
-                frames[rows] = timed.frame
-                rows, last_time_s = rows + 1, timed.time_s
-            row_of[timed.clock, timed.tick] = rows - 1
-            clip = [row_of.get((timed.clock, timed.tick - ago)) for ago in reversed(range(self.length))]
-            if None not in clip:
-                clips.append(clip)
-        seconds = max(0.0, min(last_time_s, segment.end_s) - segment.start_s)
-        part = Part(video.path, frames[:rows], np.array(clips, dtype=np.int64).reshape(-1, self.length))
-        return part, seconds, damage
+            if tick != last_ticks[clock] + 1:
+                histories[clock].clear()
+            histories[clock].append(frame)
+            last_ticks[clock], reached_s = tick, time_s
+            if len(histories[clock]) == self.length:
+                clips.append(tuple(histories[clock]))
+        return Part(segment, clips, max(0.0, min(reached_s, segment.end_s) - segment.start_s), damage)
 
     def _segments(self, video: VideoInfo) -> Iterator[Segment]:
         """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""

@@ -2,15 +2,13 @@
 
 A manifest is a file of JSON lines: the first names the format, each other one tells about a file: where it lies, its
 size and modification time, and either what is known of the video or why it was refused. Lines are appended as files are
-looked at, and a later line of a file replaces an earlier one, so that nothing is lost if the process dies; a file that
-has not changed is not looked at again.
+looked at, so that nothing is lost if the process dies; a file that has not changed is not looked at again.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,21 +55,17 @@ class Account:
     damaged: dict[str, Damage] = field(default_factory=dict)
     """Faults inside files that were read."""
 
-    def add(self, path: Path, seconds: float, damage: Damage) -> None:
+    def add(self, path: Path | str, seconds: float, damage: Damage) -> None:
         """Add a video that was read, or a part of one."""
-        self.merge([Account({str(path): seconds}, damaged={str(path): damage} if damage else {})])
-
-    def refuse(self, path: Path, reason: str) -> None:
-        """Add a file that could not be read."""
-        self.refused[str(path)] = reason
+        self.read_s[str(path)] = self.read_s.get(str(path), 0.0) + seconds
+        if damage:
+            self.damaged.setdefault(str(path), Damage()).add(damage)
 
     def merge(self, others: "Iterable[Account]") -> None:
         """Add what other processes of the same run did."""
         for other in others:
             for path, seconds in other.read_s.items():
-                self.read_s[path] = self.read_s.get(path, 0.0) + seconds
-            for path, damage in other.damaged.items():
-                self.damaged.setdefault(path, Damage()).add(damage)
+                self.add(path, seconds, other.damaged.get(path, Damage()))
             self.refused |= other.refused
 
     def __str__(self) -> str:
@@ -88,37 +82,23 @@ class Account:
         return text
 
 
-@dataclass(frozen=True)
-class VideoList:
-    """The videos of a run, and those that cannot be used."""
-
-    videos: list[VideoInfo]
-    refused: dict[Path, str] = field(default_factory=dict)
-    """Reasons for the other files, by path."""
-
-    def account(self) -> Account:
-        """An account of a run that has read none of them yet."""
-        return Account(refused={str(path): reason for path, reason in self.refused.items()})
-
-
 def find_videos(paths: Sequence[Path]) -> list[Path]:
-    """All videos under `paths`: files as they are named, folders searched recursively; sorted, without doubles.
+    """All videos under `paths`: files as they are named, folders searched recursively; resolved, sorted, each once.
 
     A folder that holds at least two images and no video file is an image sequence, as are such folders inside a zip.
     Raises `VideoError` if a path does not exist, or is a folder without videos.
     """
-    by_target: dict[Path, Path] = {}
+    found: set[Path] = set()
     for path in paths:
-        if not is_there(path):
+        if not (path.exists() or is_image_sequence(path)):
             raise VideoError(f"{path}: no such file or folder")
         files = _videos_inside(path) if path.is_dir() else [path]
-        videos = [video for file in files for video in _sequences_in(file)]
+        videos = [video.resolve() for file in files for video in _sequences_in(file)]
         if not videos and path.is_dir():
             suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
             raise VideoError(f"{path}: no videos in this folder (looked for {suffixes}, and folders of images)")
-        for video in videos or [path]:
-            by_target.setdefault(video.resolve(), video)
-    return sorted(by_target.values())
+        found.update(videos or [path.resolve()])
+    return sorted(found)
 
 
 def _sequences_in(file: Path) -> list[Path]:
@@ -137,17 +117,11 @@ def _videos_inside(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(os.path.realpath(where))
-        folders.sort()
         videos = [Path(where, name) for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES | {".zip"}]
         yield from filter(Path.is_file, videos)
         if not videos and sum(map(is_image, names)) >= FEWEST_IMAGES:
             yield Path(where)
     yield from (Path(error.filename) for error in closed)
-
-
-def is_there(path: Path) -> bool:
-    """Whether a video is where it was: a file, a folder of images, or one inside a zip file."""
-    return path.exists() or is_image_sequence(path)
 
 
 def file_state(path: Path) -> FileState:
@@ -160,27 +134,14 @@ def file_state(path: Path) -> FileState:
 
 
 def read_manifest(path: Path) -> list[Record]:
-    """The records of a manifest, of each file the last. Raises `VideoError`."""
+    """The records of a manifest, but for a line that was cut off. Raises `VideoError`."""
     try:
-        first, *lines = path.read_text().splitlines() or ["{}"]
-        header = json.loads(first)
-    except (OSError, ValueError) as error:
-        raise VideoError(f"{path}: not a readable manifest ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT["format"]:
-        raise VideoError(f"{path}: not a manifest of videos")
-    if header != FORMAT:
-        version, ours = header.get("version"), FORMAT["version"]
-        raise VideoError(f"{path}: a manifest of version {version}, not {ours}: delete it and index again")
-    records = {}
-    for number, line in enumerate(lines, start=2):
-        try:
-            record = _from_json(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number <= len(lines):  # or else the process died while it wrote this line
-                raise VideoError(f"{path}: line {number} is damaged ({error}): delete it and index again") from error
-            break
-        records[record.state.path] = record
-    return list(records.values())
+        header, *lines, _ = path.read_text().split("\n")
+        if json.loads(header) != FORMAT:
+            raise ValueError(f"it does not begin with {json.dumps(FORMAT)}")
+        return [_from_json(json.loads(line)) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VideoError(f"{path}: not a manifest of videos, or damaged ({error}): make it anew") from error
 
 
 def index_videos(
@@ -190,49 +151,45 @@ def index_videos(
     look: Callable[[Path, float], VideoInfo] = probe_video,
     image_fps: float = IMAGE_FPS,
     progress: bool = True,
-) -> tuple[list[Record], list[str]]:
-    """Look at all videos under `paths` that the manifest does not know as they are, and bring it up to date.
+) -> list[Record]:
+    """Look at all videos under `paths` that no manifest knows as they are, in order of path.
 
-    `paths` are files, folders, and other manifests. The manifest is made if missing; without one nothing is known or
-    written. `look` is `probe_video`, or `count_frames` to decode all of each video; images are shown at `image_fps`.
-
-    Returns:
-        The records in order of path, and the paths that the manifest knew and that are not there any more.
-
-    Raises:
-        VideoError: a path is missing or holds no video, or the manifest cannot be read, or is being written.
+    `paths` are files, folders, and manifests. `manifest` is made, or brought up to date; None: nothing is written.
+    `look` is `probe_video`, or `count_frames` to decode all of each video; images are shown at `image_fps`. Raises
+    `VideoError` if a path is missing or holds no video, or a manifest cannot be read.
     """
     others = [record for path in paths if path.suffix == MANIFEST_SUFFIX for record in read_manifest(path)]
     files = find_videos([path for path in paths if path.suffix != MANIFEST_SUFFIX])
-    records = {record.state.path: _as_it_lies(record) for record in others}
-    by_state = {record.state: record for record in others}
+    files = sorted({*files, *(Path(record.state.path) for record in others)})
+    earlier = read_manifest(manifest) if manifest and manifest.exists() else []
+    known = {record.state: record for record in (*earlier, *others)}
 
     def record_of(path: Path) -> Record:
+        state = FileState(str(path), 0, 0)
         try:
             state = file_state(path)
-        except OSError as error:
-            return Record(FileState(str(path.resolve()), 0, 0), None, f"{path}: {error.strerror}")
-        record = by_state.get(state)
-        if record and (known := record.video):  # what was refused is tried again
-            is_at_rate = known.codec != "images" or known.average_fps == image_fps
-            if is_at_rate and (known.frames is not None or look is probe_video):
-                return record
-        try:
-            return Record(state, look(Path(state.path), image_fps))
+            record = known.get(state)
+            if record and (video := record.video):  # what was refused is tried again
+                is_at_rate = video.codec != "images" or video.average_fps == image_fps
+                if is_at_rate and (video.frames is not None or look is probe_video):
+                    return record
+            return Record(state, look(path, image_fps))
         except (VideoError, OSError) as error:
             return Record(state, None, str(error))
 
-    with _open_manifest(manifest) as (old_records, append):
-        by_state |= {record.state: record for record in old_records}
+    if manifest is not None:
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        _write(manifest, earlier)  # without a line that was cut off
+    records = []
+    with Path(manifest or os.devnull).open("a", buffering=1) as file:
         looks = map_ahead(record_of, files)
         for record in tqdm(looks, "looking", len(files), unit="video", leave=False, disable=not progress):
-            if by_state.get(record.state) != record:
-                append(_line(record))
-            records[record.state.path] = record
-        if manifest is not None:
-            _replace(manifest, records.values())
-    vanished = {state.path for state in by_state} - records.keys()
-    return [records[path] for path in sorted(records)], sorted(vanished)
+            if known.get(record.state) != record:
+                file.write(_line(record))
+            records.append(record)
+    if manifest is not None:
+        _write(manifest, records)
+    return records
 
 
 def check_videos(
@@ -244,67 +201,36 @@ def check_videos(
     strict: bool = False,
     progress: bool = True,
     is_main: bool = True,
-) -> VideoList:
-    """The videos under `paths` that can be used: those that decode and are not slower than the clock.
+) -> tuple[list[VideoInfo], Account]:
+    """The videos under `paths` that decode and are not slower than the clock, and an account that refuses the others.
 
     A slower video could not give a frame for each tick. `manifest`, `image_fps` as in `index_videos`. Of several
-    processes one is main and looks, the others then read its manifest.
-
-    Raises:
-        VideoError: nothing is there, or nothing of it can be used; with `strict`, any file cannot be used.
+    processes one is main and looks, the others then read its manifest. Raises `VideoError` if nothing is there, or
+    nothing of it can be used; with `strict`, if any file cannot be used.
     """
     if manifest and not is_main:
-        paths, manifest, progress = [manifest], None, False
-    records, _ = index_videos(paths, manifest, image_fps=image_fps, progress=progress)
+        records = read_manifest(manifest)
+    else:
+        records = index_videos(paths, manifest, image_fps=image_fps, progress=progress)
     videos, refused = [], {}
     for record in records:
-        if record.video is None:
-            refused[Path(record.state.path)] = record.refused
-        # Average rates are rounded in headers, hence the margin.
-        elif 0 < record.video.average_fps < 0.95 * fps:
-            path, rate = record.video.path, record.video.average_fps
+        path, video = record.state.path, record.video
+        if video is None:
+            refused[path] = record.refused
+        elif 0 < video.average_fps < 0.95 * fps:  # average rates are rounded in headers, hence the margin
+            rate = video.average_fps
             refused[path] = f"{path}: its {rate:.4g} fps are fewer than the clock's {fps:g}: lower the clock's rate"
         else:
-            videos.append(record.video)
+            videos.append(video)
     if refused and (strict or not videos):
         more = f" (and {len(refused) - 1} more files cannot be used)" if len(refused) > 1 else ""
         raise VideoError(next(iter(refused.values())) + more)
-    return VideoList(videos, refused)
+    return videos, Account(refused=refused)
 
 
-@contextmanager
-def _open_manifest(manifest: Path | None) -> Iterator[tuple[list[Record], Callable[[str], object]]]:
-    """Its records and how to append a line, held until done, or until the process dies, however it dies."""
-    if manifest is None:
-        yield [], str
-        return
-    manifest.parent.mkdir(parents=True, exist_ok=True)
-    with manifest.with_name(f".{manifest.name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise VideoError(f"{manifest} is being written by another process: wait for it, or stop it") from error
-        records = read_manifest(manifest) if manifest.exists() else []
-        _replace(manifest, records)  # without a line that was cut off
-        with manifest.open("a", buffering=1) as file:
-            yield records, file.write
-
-
-def _as_it_lies(record: Record) -> Record:
-    """A record of another manifest, refused if the file is not what it was."""
-    path = Path(record.state.path)
-    with suppress(OSError):
-        if file_state(path) == record.state:
-            return record
-    reason = "has changed since it was indexed: index it again" if is_there(path) else "is gone since it was indexed"
-    return Record(record.state, None, f"{path}: {reason}")
-
-
-def _replace(manifest: Path, records: Iterable[Record]) -> None:
+def _write(manifest: Path, records: Iterable[Record]) -> None:
     unfinished = manifest.with_name(f".tmp.{manifest.name}")
-    with unfinished.open("w") as file:
-        file.write(json.dumps(FORMAT) + "\n")
-        file.writelines(_line(record) for record in records)
+    unfinished.write_text(json.dumps(FORMAT) + "\n" + "".join(map(_line, records)))
     unfinished.replace(manifest)
 
 

@@ -27,9 +27,9 @@ from data.cache import ClipKey, Column, EmbeddingCache, Provenance
 from data.cache_writer import CacheWriter, remaining_clips
 from data.clock import clock_offsets_s
 from data.errors import DataError
-from data.manifest import Account, VideoList, check_videos, file_state, is_there
+from data.manifest import Account, check_videos, file_state
 from data.sidecar import read_sidecar
-from data.video import IMAGE_FPS, TRANSFORM
+from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from jepa.config import Bounded, Positive, PositiveInt
 from jepa.encoder import Encoder
 from pipelines.run.command import require, run_command
@@ -83,7 +83,7 @@ def main(options: Options) -> None:
     """Check, see what is missing, embed it, account."""
     accelerator = start_accelerator(options.precision)
     is_main = accelerator.is_main_process
-    videos = main_first(accelerator, lambda: usable_videos(options, is_main))
+    videos, account = main_first(accelerator, lambda: usable_videos(options, is_main))
     encoder = main_first(accelerator, lambda: chosen_encoder(options, accelerator, videos))
     provenance = Provenance(
         encoder=options.encoder, encoder_fingerprint=encoder.fingerprint, fps=options.fps, image_fps=options.image_fps,
@@ -96,10 +96,10 @@ def main(options: Options) -> None:
         accelerator,
         lambda: CacheWriter(options.output_dir, provenance, clips_per_shard=options.clips_per_shard, is_main=is_main),
     )
-    account, read = videos.account(), Account()
+    read = Account()
     tasks = missing_clips(options, accelerator, videos, account=account)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
-    durations_s = {str(video.path): video.duration_s for video in videos.videos}
+    durations_s = {str(video.path): video.duration_s for video in videos}
     expected = round(options.fps * sum(durations_s[str(task.source)] * len(task.keys) for task in mine))
     bar = tqdm(total=expected or None, unit="frame", desc="embedding", disable=not is_main)
     with writer, bar:
@@ -115,7 +115,7 @@ def main(options: Options) -> None:
     accelerator.end_training()
 
 
-def usable_videos(options: Options, is_main: bool) -> VideoList:
+def usable_videos(options: Options, is_main: bool) -> tuple[list[VideoInfo], Account]:
     """The videos to embed, once the cache has a place and its columns have names."""
     folder = options.output_dir
     require(folder.is_dir() or not os.path.lexists(folder), f"--output-dir {folder} is no folder")
@@ -129,27 +129,29 @@ def usable_videos(options: Options, is_main: bool) -> VideoList:
     )  # fmt: skip
 
 
-def chosen_encoder(options: Options, accelerator: Accelerator, videos: VideoList) -> Encoder:
+def chosen_encoder(options: Options, accelerator: Accelerator, videos: list[VideoInfo]) -> Encoder:
     """The encoder on its device; a published one is left in the cache's folder, with its principal components."""
     encoder = find_encoder(options.encoder, options).to(accelerator.device)
     # What it does not take is said before all work.
     encoder.embed(torch.zeros(1, encoder.window, 3, *encoder.image_size, device=accelerator.device))
     if Path(options.encoder).is_dir():
         return encoder
-    windows = sample_windows(encoder, videos.videos, fps=options.fps, batch_size=options.batch_size)
+    windows = sample_windows(encoder, videos, fps=options.fps, batch_size=options.batch_size)
     folder = options.output_dir / "encoder"
     return keep_encoder(encoder, options.pca, folder, windows=windows, accelerator=accelerator)
 
 
-def missing_clips(options: Options, accelerator: Accelerator, videos: VideoList, *, account: Account) -> list[Task]:
+def missing_clips(
+    options: Options, accelerator: Accelerator, videos: list[VideoInfo], *, account: Account
+) -> list[Task]:
     """What the cache does not hold yet, a task for each video, alike on all ranks. Collective."""
     wanted: list[ClipKey] = []
-    for video in videos.videos if accelerator.is_main_process else ():
+    for video in videos if accelerator.is_main_process else ():
         try:
             state = file_state(video.path)
             wanted += [ClipKey(*state, offset_s) for offset_s in clock_offsets_s(options.fps, options.clocks)]
         except OSError as error:
-            account.refuse(video.path, f"{video.path}: {error.strerror}")
+            account.refused[str(video.path)] = f"{video.path}: {error.strerror}"
     (wanted,) = broadcast_object_list([wanted])
     remaining = remaining_clips(options.output_dir, wanted)
     accelerator.wait_for_everyone()  # nobody writes before all have seen what is there
@@ -174,7 +176,7 @@ def keep(writer: CacheWriter, task: Task, options: Options, *, account: Account)
         task.refused = str(error)
     if task.refused or not clips:
         nothing = f"{task.source}: {str(task.damage) or 'there is no frame on the clock'}"
-        account.refuse(task.source, task.refused or nothing)
+        account.refused[str(task.source)] = task.refused or nothing
         return
     account.add(task.source, max(float(clip.times_s[-1]) for clip in clips), task.damage)
     for clip in clips:
@@ -192,9 +194,6 @@ def leave_account(account: Account, folder: Path) -> None:
 def summarise(options: Options) -> None:
     """What the cache holds now, and what to run next."""
     cache, folder = EmbeddingCache(options.output_dir), options.output_dir
-    for source in sorted({clip.key.source for clip in cache.clips}):
-        if not is_there(Path(source)):
-            print(f"  gone since it was embedded, its embeddings are kept: {source}")
     kept = options.encoder if Path(options.encoder).is_dir() else folder / "encoder"
     print(
         f"wrote {folder}: {len(cache.clips)} clips, {cache.frames:,} embeddings of shape {cache.shape} at "

@@ -9,16 +9,14 @@ damage. Of a cache it says what the embeddings are and which videos have changed
 run or a model it says what that says of itself.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from data.cache import CachedClip, ClipKey, EmbeddingCache
+from data.cache import CachedClip, EmbeddingCache
 from data.counting import count_frames
 from data.manifest import MANIFEST_SUFFIX, Record, file_state, index_videos
 from data.video import IMAGE_FPS, probe_video
@@ -65,16 +63,16 @@ def main(options: Options) -> None:
 
 def inspect_videos(paths: list[Path], options: Options) -> None:
     """Look at what is new, say what was found, and leave a manifest."""
+    manifest = options.manifest
     require(
-        options.manifest is None or options.manifest.suffix == MANIFEST_SUFFIX,
-        f"--manifest is {options.manifest}: its name must end in {MANIFEST_SUFFIX}",
+        manifest is None or manifest.suffix == MANIFEST_SUFFIX,
+        f"--manifest is {manifest}: its name must end in {MANIFEST_SUFFIX}",
     )
     look = count_frames if options.count else probe_video
-    records, vanished = index_videos(paths, options.manifest, look=look, image_fps=options.image_fps)
+    records = index_videos(paths, manifest, look=look, image_fps=options.image_fps)
     print_videos(records)
-    print_some("no longer there, or not under these paths", vanished)
-    if options.manifest is not None:
-        print(f"wrote {options.manifest}: all commands take it in place of the videos")
+    if manifest is not None:
+        print(f"wrote {manifest}: all commands take it in place of the videos")
     require(any(record.video for record in records), f"not one of {counted(len(records), 'file')} can be used")
 
 
@@ -97,25 +95,19 @@ def print_videos(records: list[Record]) -> None:
 
 
 def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
-    """Say what the embeddings are and what has become of their videos; verify them if asked.
+    """Say what the embeddings are and which videos are not what they were; verify them if asked.
 
     Raises:
         UserError: a clip is not what was written.
     """
     gaps = sum(len(cache.unbroken_runs(clip)) - 1 for clip in cache.clips)
-    sources = {clip.key.source for clip in cache.clips}
+    clips, sources = counted(len(cache.clips), "clip"), {clip.key.source for clip in cache.clips}
     print_facts(
-        f"{cache.folder}: a cache, {counted(len(cache.clips), 'clip')} of {counted(len(sources), 'video')}, "
-        f"{counted(cache.frames, 'embedding')}, {cache.frames / cache.provenance.fps / 3600:.2f} h, "
-        f"{counted(gaps, 'gap')} in time",
+        f"{cache.folder}: a cache, {clips} of {counted(len(sources), 'video')}, {counted(cache.frames, 'embedding')}, "
+        f"{cache.frames / cache.provenance.fps / 3600:.2f} h, {counted(gaps, 'gap')} in time",
         to_json(cache.provenance),
     )
-    states: dict[str, list[str]] = defaultdict(list)
-    for clip in cache.clips:
-        states[compare_with_video(clip)].append(clip.key.source)
-    for state, found in states.items():
-        print(f"  {counted(len(found), 'clip')} whose video {state}")
-        print_some(f"video {state}", found if state != "is unchanged" else [])
+    print_some("video is gone, or has changed since", [clip.key.source for clip in cache.clips if is_stale(clip)])
     if verify:
         bar = tqdm(cache.clips, unit="clip", desc="verifying", leave=False)
         damaged = [one for one in bar if not (cache.is_intact(one) and np.isfinite(cache.clip_embeddings(one)).all())]
@@ -123,22 +115,21 @@ def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
         files = [f"{shard} {shard.with_suffix('.json')}" for shard in sorted({clip.shard for clip in damaged})]
         require(
             not damaged,
-            f"{len(damaged)} of {counted(len(cache.clips), 'clip')} in {cache.folder} are not what was written: "
+            f"{len(damaged)} of {clips} in {cache.folder} are not what was written: "
             f"delete {' '.join(files)} and embed the videos again",
         )
-        print(f"  verified: {counted(len(cache.clips), 'clip')} as written")
+        print(f"  verified: {clips} as written")
 
 
-def compare_with_video(clip: CachedClip) -> str:
-    """What has become of a clip's video since it was embedded."""
+def is_stale(clip: CachedClip) -> bool:
+    """Whether a clip's video is not the file any more that was embedded."""
     try:
-        unchanged = ClipKey(*file_state(Path(clip.key.source)), clip.key.offset_s) == clip.key
+        return file_state(Path(clip.key.source)) != clip.key[:-1]
     except OSError:
-        return "is gone"
-    return "is unchanged" if unchanged else "has changed since: embed it again"
+        return True
 
 
-def print_facts(title: str, record: dict[str, Any]) -> None:
+def print_facts(title: str, record: dict[str, object]) -> None:
     """A record, a line each."""
     print(title)
     for name, value in flat(record).items():
@@ -147,10 +138,9 @@ def print_facts(title: str, record: dict[str, Any]) -> None:
 
 def print_some(title: str, found: list[str]) -> None:
     """A line for each of the first, and one for the others."""
-    for one in found[:SHOWN]:
+    more = [f"{len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
+    for one in found[:SHOWN] + more:
         print(f"  {title}: {one}")
-    if len(found) > SHOWN:
-        print(f"  {title}: {len(found) - SHOWN:,} more")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Options(RunOptions):
 def main(options: Options) -> None:
     """Check the videos, build the encoder, train it until views agree and frames differ, save it."""
     run = Run(options, "pretrain_encoder", ("encoder",))
-    videos = run.main_first(
+    videos, account = run.main_first(
         lambda: check_videos(
             options.videos, fps=options.fps, manifest=options.output_dir / "videos.jsonl", image_fps=options.image_fps,
             strict=options.strict, is_main=run.is_main,
@@ -84,23 +84,23 @@ def main(options: Options) -> None:
     )  # fmt: skip
     encoder = make_encoder(options)
     length = CONTEXT + options.prediction_steps if options.prediction_weight else 2
-    inputs: dict[str, object] = {"videos": summary([(str(video.path), video.duration_s) for video in videos.videos])}
+    inputs: dict[str, object] = {"videos": summary([(str(video.path), video.duration_s) for video in videos])}
     if options.initial_encoder is not None:
         inputs["initial_encoder"] = encoder.fingerprint
     run.begin(
         inputs,
         f"{encoder.config.backbone}, {options.batch_size} clips of {length} frames in a batch on each",
-        f"{counted(len(videos.videos), 'video')}, {len(videos.refused)} refused",
+        f"{counted(len(videos), 'video')}, {len(account.refused)} refused",
     )
     pretraining = synchronise_batch_norm(Pretraining(encoder, options).to(run.device))
     network = run.prepare(pretraining, options.optimizer)
     clips = FrameClips(
-        videos.videos, encoder.image_size, fps=options.fps, batch_size=options.batch_size, length=length,
+        videos, encoder.image_size, fps=options.fps, batch_size=options.batch_size, length=length,
         seed=options.seed, rank=run.rank, ranks=run.ranks, memory_bytes=1e9 * options.shuffle_memory,
         strict=options.strict, workers=cores_of_this_process(), progress=run.is_main,
     )  # fmt: skip
     watched = read_sequences(
-        videos.videos, encoder.image_size, fps=options.fps, clips=WATCHED_CLIPS, length=max(length, WATCHED_FRAMES)
+        videos, encoder.image_size, fps=options.fps, clips=WATCHED_CLIPS, length=max(length, WATCHED_FRAMES)
     ).to(run.device)
 
     for step, batch in run.steps(clips.batches):
@@ -112,10 +112,8 @@ def main(options: Options) -> None:
         if run.due:
             run.log(*diagnose(pretraining, watched), show=("loss", *terms.unweighted))
 
-    clips.close()
-    account = videos.account()
     account.merge([clips.account])
-    counts = {"videos": len(videos.videos), "refused_videos": len(videos.refused)}
+    counts = {"videos": len(videos), "refused_videos": len(account.refused)}
     run.finish(
         {"encoder_fingerprint": encoder.fingerprint, **counts},
         {"encoder": ("encoder", encoder.config, encoder)},

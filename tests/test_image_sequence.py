@@ -94,7 +94,7 @@ def test_images_lie_on_the_clock(sequence, read_number):
 
 
 def test_images_train(sequence, tmp_path):
-    videos = check_videos([sequence], fps=5, image_fps=10, progress=False).videos
+    videos, _ = check_videos([sequence], fps=5, image_fps=10, progress=False)
     clips = next(FrameClips(videos, SIZE, fps=5, batch_size=8, progress=False).batches({}))
     assert clips.frames.shape == (8, 2, 3, *SIZE)
 
@@ -262,7 +262,7 @@ def test_damaged_zips_are_refused_by_name_and_others_passed_over(tmp_path, encod
     (tmp_path / "empty.zip").touch()
     with zipfile.ZipFile(tmp_path / "labels.zip", "w") as archive:
         archive.writestr("labels.csv", "1,2")
-    records, _ = index_videos([tmp_path], None, look=count_frames, progress=False)
+    records = index_videos([tmp_path], None, look=count_frames, progress=False)
     reasons = {record.state.path.removeprefix(f"{tmp_path}/"): record.refused for record in records}
     assert reasons.keys() == {"cut.zip", "empty.zip", "frames", "whole.zip"}
     assert "not a readable zip file" in reasons["cut.zip"]
@@ -289,23 +289,23 @@ def test_a_zip_with_flipped_bytes_is_read_or_refused(tmp_path):
         flips = int(generator.integers(1, 12))
         content[generator.integers(len(content), size=flips)] ^= generator.integers(1, 256, flips, dtype=np.uint8)
         mutated.write_bytes(content.tobytes())
-        ((record,), _) = index_videos([mutated], None, look=count_frames, progress=False)
+        (record,) = index_videos([mutated], None, look=count_frames, progress=False)
         # Names in the directory of a zip have no checksum: an image that is called otherwise cannot be missed.
         assert record.video is not None or "mutated.zip" in record.refused
 
 
 def test_a_changed_image_changes_the_sequence(tmp_path, sequence):
     manifest = tmp_path / "manifest.jsonl"
-    (before,), _ = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
-    (same,), _ = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
+    (before,) = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
+    (same,) = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
     assert same == before
     if split_zip(sequence):
         return
     Image.fromarray(draw_number(3)[:16]).save(sequence / "000007.png")
-    (after,), _ = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
+    (after,) = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
     assert after.state != before.state
     write_images(sequence, ["000040.png"])
-    (longer,), _ = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
+    (longer,) = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
     assert longer.video.frames == 41
 
 
@@ -319,7 +319,7 @@ def test_another_rate_is_another_index(tmp_path):
         return count_frames(path, image_fps)
 
     for image_fps in (10, 10, 30, 30, 29.97, 29.97):
-        (record,), _ = index_videos([folder], manifest, look=look, image_fps=image_fps, progress=False)
+        (record,) = index_videos([folder], manifest, look=look, image_fps=image_fps, progress=False)
         assert record.video.average_fps == image_fps
     assert rates == [10, 30, 29.97]
 

@@ -197,7 +197,7 @@ class Run:
         """
         self._save()
         self.restored = None
-        ahead = stream_ahead(lambda place: self._feed(batches(place)), [self.progress.place], workers=1, ahead=2)
+        ahead = stream_ahead(lambda place: self._feed(batches(place)), [self.progress.place], workers=1)
         self.bar = tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not self.is_main)
         self._count_anew()
         try:
