@@ -13,12 +13,6 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
     The keys of the state stay what they are. On a CUDA device torch's own layer is used, which is fused and refuses
     other devices: convert after the module has been moved, and before DistributedDataParallel wraps it. Afterwards a
     forward pass in training mode is collective.
-
-    Returns:
-        `module`, or what replaces it where it is a batch normalisation itself.
-
-    Raises:
-        TypeError: a layer does more than batch normalisation, or has no running statistics.
     """
     if world_size() == 1:
         return module
@@ -28,27 +22,22 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
 
         return convert_sync_batchnorm(module)
     for layer in module.modules():
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, SynchronisedBatchNorm):
-            is_known = type(layer).forward is _BatchNorm.forward or type(layer).__name__ == "BatchNormAct2d"
-            if not is_known or layer.momentum is None or layer.running_mean is None:
-                raise TypeError(f"{type(layer).__name__} is no usual batch normalisation: it cannot be synchronised")
+        if isinstance(layer, _BatchNorm):
             layer.__class__ = SynchronisedBatchNorm  # the tensors, and what else there is in it, stay
     return module
 
 
 class SynchronisedBatchNorm(_BatchNorm):
-    """Takes the place of a BatchNorm1d, 2d or 3d, or of timm's with an activation.
+    """Takes the place of a BatchNorm1d, 2d or 3d, or of timm's with an activation; (N, D, ...), N equal on all ranks.
 
-    In training, the statistics are those of the values of all ranks, which may have unequally many or none, in
-    float32 at least; the output has the input's dtype. Evaluation is as ever.
+    In training, the statistics are those of the values of all ranks, in float32 at least; the output has the input's
+    dtype. Evaluation is as ever.
     """
 
     def _check_input_dim(self, inputs: Tensor) -> None:
-        if inputs.ndim < 2 or inputs.shape[1] != self.num_features:
-            raise ValueError(f"the input has shape {tuple(inputs.shape)}: it must be (N, {self.num_features}, ...)")
+        """The layer whose place this takes knows how many dimensions it has; any will do."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(N, D, ...) to the same shape; N may differ between ranks."""
         outputs = self._normalise(inputs) if self.training else super().forward(inputs)
         for name in ("drop", "act"):  # timm's
             if hasattr(self, name):
@@ -56,13 +45,11 @@ class SynchronisedBatchNorm(_BatchNorm):
         return outputs
 
     def _normalise(self, inputs: Tensor) -> Tensor:
-        self._check_input_dim(inputs)
         # Nothing here is what autocast would lower.
         values = (inputs if inputs.dtype == torch.float64 else inputs.float()).transpose(1, -1)  # (N, ..., D)
-        rows = torch.tensor(values.numel() // self.num_features, dtype=torch.float64, device=values.device)
-        count = sum_over_ranks(rows).to(values.dtype)  # exact, because summed in float64
+        count = values.numel() // self.num_features * world_size()
         if count < 2:
-            raise ValueError(f"{int(count)} value per channel on all ranks together: training needs more than 1")
+            raise ValueError(f"{count} value per channel on all ranks together: training needs more than 1")
         across = list(range(values.ndim - 1))
         mean = sum_over_ranks(values.sum(across)) / count  # (D,)
         centred = values - mean

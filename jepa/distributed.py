@@ -2,13 +2,12 @@
 
 Convention: every rank computes the same loss of the whole batch, and the *sum* of the ranks' losses is differentiated.
 The backward pass of a sum over ranks is therefore a sum over ranks again, and the average over ranks that
-DistributedDataParallel takes is the gradient of one process with the whole batch. Ranks may bring unequally many rows.
+DistributedDataParallel takes is the gradient of one process with the whole batch. All ranks bring equally many rows.
 
 `torch.distributed`'s own operations drop gradients, and `torch.distributed.nn` is deprecated. All ranks call these
 functions in the same order.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,20 +30,14 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else _Sum.apply(tensor)
 
 
-def rows_of_ranks(count: int, device: torch.device) -> list[int]:
-    """The `count` of each rank, in rank order. With several ranks the host waits for the device."""
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
-    counts[rank()] = count
-    return sum_over_ranks(counts).tolist()
-
-
-def gather_rows(local: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows of all ranks below each other: `local` (N_r, D) -> (sum of N_r, D), `rows` N_r by rank, which may be 0."""
+def gather_rows(local: Tensor) -> Tensor:
+    """Rows of all ranks below each other, (N, ...) -> (ranks x N, ...)."""
     if world_size() == 1:
         return local
-    before, after = (local.new_zeros(sum(some), local.shape[1]) for some in (rows[: rank()], rows[rank() + 1 :]))
+    places = local.new_zeros(world_size(), *local.shape)
+    places[rank()] = local
     # Where one rank has a row the others have zeros: the sum is exact, and is its own backward pass.
-    return sum_over_ranks(torch.cat([before, local, after]))
+    return sum_over_ranks(places).flatten(0, 1)
 
 
 class _Sum(torch.autograd.Function):

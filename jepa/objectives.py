@@ -4,7 +4,6 @@ To add one: a dataclass with a `kind` and a method `terms`, and its name in `Obj
 whether of a frame or of a token. Statistics are those of the *whole* batch, over all ranks, with exact gradients.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from jepa.config import Bounded, NotNegative, Positive, PositiveInt, Share
-from jepa.distributed import gather_rows, rank, rows_of_ranks, sum_over_ranks
+from jepa.distributed import gather_rows, rank, sum_over_ranks, world_size
 
 MARGIN, EPSILON = 1.0, 1e-4
 """Standard deviation that VICReg pushes features up to, and what it adds to the variance under the root."""
@@ -37,16 +36,10 @@ class Terms(NamedTuple):
 class _Objective(Bounded):
     kind: ClassVar[str]
 
-    def __call__(
-        self, first: Tensor, second: Tensor, *, generator: torch.Generator, rows: Sequence[int] | None = None
-    ) -> Terms:
-        """Terms of two views' outputs (B, *tokens, D) on this rank; B may differ between ranks, which all take part.
+    def __call__(self, first: Tensor, second: Tensor, *, generator: torch.Generator) -> Terms:
+        """Terms of two views' outputs (B, *tokens, D) on this rank, in float32 at least, also under autocast.
 
-        Args:
-            first: outputs of the first view; computed in float32 at least, also under autocast.
-            second: outputs of the second view.
-            generator: in the same state on all ranks; only SIGReg draws from it.
-            rows: samples (B times tokens) of each rank; unless given, they are exchanged, and the host waits for that.
+        All ranks take part, with the same B and the generator in the same state; only SIGReg draws from it.
 
         Raises:
             ValueError: the views differ in shape, or the global batch has fewer than 2 samples.
@@ -56,16 +49,16 @@ class _Objective(Bounded):
         with torch.autocast(first.device.type, enabled=False):
             views = rearrange([first, second], "v ... d -> v (...) d")
             views = views if views.dtype == torch.float64 else views.float()
-            rows = rows or rows_of_ranks(views.shape[1], views.device)
-            if sum(rows) < 2:
-                raise ValueError(f"a batch of {sum(rows)} does not vary: use a batch of at least 2")
-            terms = self.terms(views, rows, generator)
+            samples = views.shape[1] * world_size()
+            if samples < 2:
+                raise ValueError(f"a batch of {samples} does not vary: use a batch of at least 2")
+            terms = self.terms(views, samples, generator)
             weighted = {name: weight * term for name, (weight, term) in terms.items()}
             unweighted = {name: term for name, (_, term) in terms.items()}
             return Terms(torch.stack(list(weighted.values())).sum(), unweighted, weighted)
 
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
-        """Weight and value of each term, of outputs (2, N, D) on this rank; `rows` is N of each rank."""
+    def terms(self, views: Tensor, samples: int, generator: torch.Generator) -> Weighted:
+        """Weight and value of each term, of outputs (2, N, D) on this rank and so many samples on all of them."""
         raise NotImplementedError
 
 
@@ -85,24 +78,17 @@ class VICReg(_Objective):
     covariance_weight: NotNegative = 1.0
     """Weight of the features being uncorrelated."""
 
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
-        """Variance (equation 1), invariance, and covariance (equations 3 and 4).
-
-        The covariance (D, D) and the Gram matrix of the centred samples (N, N) have the same sum of squares: the
-        smaller one is computed. For the first the ranks exchange moments, for the second their samples.
-        """
-        samples, features = sum(rows), views.shape[-1]
+    def terms(self, views: Tensor, samples: int, generator: torch.Generator) -> Weighted:
+        features = views.shape[-1]
         # Two passes, the mean first: moments about zero would cancel where the mean is large.
         centred = views - sum_over_ranks(views.sum(dim=1, keepdim=True)) / samples  # (2, N, D)
         variance = sum_over_ranks(centred.square().sum(dim=1)) / (samples - 1)  # (2, D)
-        if samples < features:
-            off_diagonal = off_diagonal_by_gram(centred, variance, rows)
-        else:
-            off_diagonal = off_diagonal_by_moments(centred, samples)
+        covariance = sum_over_ranks(centred.mT @ centred) / (samples - 1)  # (2, D, D)
         return {
             "variance": (self.variance_weight, (MARGIN - (variance + EPSILON).sqrt()).relu().mean()),
-            "invariance": (self.invariance_weight, mean_square(views[0] - views[1], rows)),
-            "covariance": (self.covariance_weight, off_diagonal / features),
+            "invariance": (self.invariance_weight, mean_square(views[0] - views[1], samples)),
+            # Half of the symmetric matrix, twice: all squares less those of the diagonal would cancel.
+            "covariance": (self.covariance_weight, 2 * covariance.triu(1).square().sum() / features),
         }
 
 
@@ -120,9 +106,8 @@ class SIGReg(_Objective):
     slices: PositiveInt = 256
     """Random directions on which normality is tested, new ones each time."""
 
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
-        samples, features = sum(rows), views.shape[-1]
-        directions = torch.randn(features, self.slices, generator=generator, device=generator.device).to(views)
+    def terms(self, views: Tensor, samples: int, generator: torch.Generator) -> Weighted:
+        directions = torch.randn(views.shape[-1], self.slices, generator=generator, device=generator.device).to(views)
         directions = functional.normalize(directions, dim=0)
         knots = torch.linspace(0, LAST_KNOT, KNOTS).to(views)
         gaussian = (-knots.square() / 2).exp()  # the characteristic function to have, and the weight of each knot
@@ -133,7 +118,7 @@ class SIGReg(_Objective):
         error = (found[0] - gaussian).square() + found[1].square()  # (2, slices, knots)
         return {
             "sigreg": (self.share, samples * (error @ (trapezoid * gaussian)).mean()),
-            "invariance": (1 - self.share, mean_square((views[0] - views[1]) / 2, rows)),
+            "invariance": (1 - self.share, mean_square((views[0] - views[1]) / 2, samples)),
         }
 
 
@@ -148,13 +133,11 @@ class InfoNCE(_Objective):
     temperature: Positive = 0.1
     """Divisor of the cosines. The lower, the more the nearest other frames count."""
 
-    def terms(self, views: Tensor, rows: Sequence[int], generator: torch.Generator) -> Weighted:
-        samples, start = sum(rows), sum(rows[: rank()])
+    def terms(self, views: Tensor, samples: int, generator: torch.Generator) -> Weighted:
         unit = functional.normalize(views, dim=-1)
-        everyone = gather_rows(rearrange(unit, "v n d -> n (v d)"), rows)
-        everyone = rearrange(everyone, "n (v d) -> (v n) d", v=2)
+        everyone = rearrange(gather_rows(rearrange(unit, "v n d -> n v d")), "n v d -> (v n) d")
         logits = rearrange(unit, "v n d -> (v n) d") @ everyone.T / self.temperature  # (2 N, 2 N of all ranks)
-        own = torch.arange(start, start + views.shape[1], device=views.device)
+        own = torch.arange(views.shape[1], device=views.device) + rank() * views.shape[1]
         own, other = torch.cat([own, own + samples]), torch.cat([own + samples, own])
         logits = logits.scatter(1, own[:, None], -torch.inf)  # nobody finds itself
         loss = sum_over_ranks(functional.cross_entropy(logits, other, reduction="sum")) / (2 * samples)
@@ -164,21 +147,6 @@ class InfoNCE(_Objective):
 Objective = VICReg | SIGReg | InfoNCE
 
 
-def mean_square(values: Tensor, rows: Sequence[int]) -> Tensor:
+def mean_square(values: Tensor, samples: int) -> Tensor:
     """Mean square of (N, D) on this rank, over features and the samples of all ranks."""
-    return sum_over_ranks(values.square().sum()) / (sum(rows) * values.shape[-1])
-
-
-def off_diagonal_by_moments(centred: Tensor, samples: int) -> Tensor:
-    """Sum of squares of the off-diagonal covariances; centred (2, N, D) on this rank -> scalar, of both views."""
-    products = sum_over_ranks(centred.mT @ centred)  # (2, D, D)
-    # Half of the symmetric matrix, twice: all squares less those of the diagonal would cancel.
-    return 2 * products.triu(1).square().sum() / (samples - 1) ** 2
-
-
-def off_diagonal_by_gram(centred: Tensor, variance: Tensor, rows: Sequence[int]) -> Tensor:
-    """The same from inner products of samples, each rank's own with all. Variance (2, D)."""
-    everyone = gather_rows(rearrange(centred, "v n d -> n (v d)"), rows)
-    gram = centred @ rearrange(everyone, "n (v d) -> v d n", v=2)  # (2, N, N of all ranks)
-    # Less the diagonal, which cannot be nearly all there is: fewer samples than features leave correlations.
-    return sum_over_ranks(gram.square().sum()) / (sum(rows) - 1) ** 2 - variance.square().sum()
+    return sum_over_ranks(values.square().sum()) / (samples * values.shape[-1])

@@ -126,8 +126,7 @@ def main(options: Options) -> None:
 def loss_of(outputs: Tensor, error: Tensor | None, options: Options, generator: torch.Generator) -> Terms:
     """The objective on outputs (B, T, *tokens, E) of neighbouring frames, and the error of rollouts. Collective."""
     first, second = outputs[:, :-1], outputs[:, 1:]
-    rows = [first[..., 0].numel()] * world_size()
-    terms = options.objective(first, second, generator=generator, rows=rows)
+    terms = options.objective(first, second, generator=generator)
     if error is None:
         return terms
     prediction = sum_over_ranks(error.mean()) / world_size()

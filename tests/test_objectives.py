@@ -22,7 +22,7 @@ OBJECTIVES = [
 ]
 KINDS = [VICReg, SIGReg, InfoNCE]
 SHAPES = [(2, 1), (2, 9), (12, 5), (5, 12), (8, 8)]
-"""Samples and features: below, at and above the crossover of VICReg's covariance."""
+"""Samples and features."""
 
 
 def reference_vicreg(first, second, config):
@@ -190,7 +190,6 @@ def test_every_token_of_every_frame_is_a_sample(kind, shape):
     ours = kind()(*tokens, generator=generator())
     theirs = kind()(*samples, generator=generator())
     assert ours.loss == theirs.loss
-    assert ours.loss == kind()(*samples, generator=generator(), rows=[30]).loss
     ours.loss.backward()
     theirs.loss.backward()
     assert torch.equal(tokens.grad.flatten(1, -2), samples.grad)
