@@ -33,7 +33,7 @@ from benchmarks.common import (
 from benchmarks.robot import compare_with_the_best
 from data.cache import EmbeddingCache
 from data.synthetic import STATE_COLUMNS, BallWorld, write_ball_videos
-from jepa.bootstrap import r2_and_r, reading_moments
+from jepa.bootstrap import r2, reading_moments
 from jepa.probe import fit_probe
 from pipelines.run.command import run_command
 from pipelines.run.files import write_json
@@ -107,9 +107,12 @@ def probe_positions(caches: Path, name: str) -> dict[str, float]:
     """R2 of the balls' positions, read linearly off the embeddings of single test frames."""
     (embeddings, true, groups), (asked, expected, _) = (read_labelled(caches / split) for split in ("train", "test"))
     probe = fit_probe([(embeddings, true, groups)], embeddings.shape[1:])
-    moments = reading_moments(probe(asked) - probe.target_mean, expected - probe.target_mean)
-    r2, _ = r2_and_r(moments.sum(dim=0).numpy())
-    return {f"{name}: position R2, mean": float(r2.mean()), f"{name}: position R2, worst coordinate": float(r2.min())}
+    mean, _ = probe.columns
+    found = r2(reading_moments(probe(asked) - mean, expected - mean).sum(dim=0).numpy())
+    return {
+        f"{name}: position R2, mean": float(found.mean()),
+        f"{name}: position R2, worst coordinate": float(found.min()),
+    }
 
 
 def read_labelled(folder: Path, most: int = 40_000) -> tuple[Tensor, Tensor, Tensor]:

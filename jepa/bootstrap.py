@@ -35,8 +35,7 @@ class Bootstrap:
         """Sums over the windows in each resample, (N, ...) -> (resamples, ...); of fewer values the first windows."""
         by_group = np.zeros((self.count, *values.shape[1:]))
         np.add.at(by_group, self.groups[: len(values)], values)
-        parts = np.array_split(self.draws, max(1, len(self.draws) // 64))  # a part at a time in float64
-        sums = np.concatenate([part.astype(np.float64) @ by_group.reshape(self.count, -1) for part in parts])
+        sums = self.draws.astype(np.float64) @ by_group.reshape(self.count, -1)
         return sums.reshape(-1, *values.shape[1:])
 
     def means(self, values: np.ndarray) -> np.ndarray:
@@ -79,21 +78,16 @@ def useful_steps(relative: np.ndarray, high: np.ndarray) -> int:
 
 
 def reading_moments(read: Tensor, true: Tensor) -> Tensor:
-    """Moments of what was read off embeddings and of the truth: 1, y, p, y², p² and yp; (...) twice -> (..., 6).
+    """What R² is made of, for what was read off embeddings and the truth: 1, y, y², (p - y)²; (...) twice -> (..., 4).
 
-    Their sums say R² and r; both should be centred near 0, so that the sums do not cancel.
+    The truth should be centred near 0, so that sums do not cancel.
     """
-    y, p = true.double(), read.double()
-    return torch.stack([torch.ones_like(y), y, p, y * y, p * p, y * p], dim=-1)
+    y = true.double()
+    return torch.stack([torch.ones_like(y), y, y.square(), (read - y).square()], dim=-1)
 
 
-def r2_and_r(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """R² (1 - residual / variance) and Pearson's r from sums of `reading_moments`, (..., 6) -> (...) twice.
-
-    NaN where the truth does not vary and, for r, where what was read does not: a quotient of rounding says nothing.
-    """
-    n, y, p, yy, pp, yp = np.moveaxis(sums, -1, 0)
-    variance, read_variance, covariance = yy - divide(y * y, n), pp - divide(p * p, n), yp - divide(y * p, n)
-    variance = np.where(variance > ROUNDING * yy, variance, np.nan)
-    read_variance = np.where(read_variance > ROUNDING * pp, read_variance, np.nan)
-    return 1 - (yy - 2 * yp + pp) / variance, covariance / np.sqrt(variance * read_variance)
+def r2(sums: np.ndarray) -> np.ndarray:
+    """R² (1 - residual / variance) from sums of `reading_moments`, (..., 4) -> (...); NaN of what does not vary."""
+    n, y, yy, residual = np.moveaxis(sums, -1, 0)
+    variance = yy - divide(y * y, n)
+    return 1 - residual / np.where(variance > ROUNDING * yy, variance, np.nan)

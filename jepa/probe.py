@@ -1,7 +1,7 @@
-"""What do frozen embeddings know? Ridge regression reads true state off them, fitted in one pass.
+"""What do frozen embeddings know? Ridge regression reads true state off them.
 
 The penalty of each column is chosen by cross-validation over *groups*, such as videos: of a frame left out alone, the
-frames before and after it would tell everything. Nothing but second moments is kept.
+frames before and after it would tell everything.
 """
 
 from collections.abc import Iterable
@@ -23,12 +23,10 @@ class Probe:
 
     shape: tuple[int, ...]
     """Shape of an embedding, (*tokens, D)."""
-    mean: Tensor
-    std: Tensor
-    """float64 (F,), of the features."""
-    target_mean: Tensor
-    target_std: Tensor
-    """float64 (C,); 1 for a column that does not vary."""
+    features: tuple[Tensor, Tensor]
+    """Mean and standard deviation of the features, float64 (F,)."""
+    columns: tuple[Tensor, Tensor]
+    """Those of the columns, float64 (C,); 1 for a column that does not vary."""
     weights: Tensor
     """float64 (F, C), of standardised features and columns."""
     penalties: tuple[float, ...]
@@ -36,8 +34,9 @@ class Probe:
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Embeddings (..., *tokens, D) -> columns float64 (..., C), on the probe's device."""
-        features = probe_features(embeddings.to(self.mean.device), self.shape).double()
-        return ((features - self.mean) / self.std) @ self.weights * self.target_std + self.target_mean
+        features = probe_features(embeddings.to(self.weights.device), self.shape)
+        mean, std = self.columns
+        return _standardise(features, self.features) @ self.weights * std + mean
 
 
 def probe_features(embeddings: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -47,76 +46,45 @@ def probe_features(embeddings: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def fit_probe(batches: Iterable[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, ...]) -> Probe:
-    """Fit a probe on embeddings float (B, *tokens, D), columns float (B, C) and groups int (B,), in one pass.
+    """Fit a probe on embeddings float (B, *tokens, D), columns float (B, C) and groups int (B,).
 
     Samples of one group are held out together; groups numbered one after the other spread evenly over the folds.
 
     Raises:
         ValueError: there are fewer than two groups.
     """
-    origin = torch.empty(0, dtype=torch.float64)
-    moments: dict[int, Tensor] = {}
-    for embeddings, columns, groups in batches:
-        features = probe_features(embeddings, shape).double()
-        rows = torch.cat([torch.ones_like(features[:, :1]), features, columns.to(features)], dim=1)  # (B, 1 + F + C)
-        if not len(origin):  # moments about 0 would cancel where a column is far from it
-            origin = rows.mean(dim=0)
-            origin[0] = 0
-        rows = rows - origin
-        folds = groups.to(rows.device) % FOLDS
-        for fold in folds.unique().tolist():
-            own = rows[folds == fold]
-            moments[fold] = moments.get(fold, 0) + own.mT @ own
-    if len(moments) < 2:
+    parts = ((probe_features(embeddings, shape), *others) for embeddings, *others in batches)
+    features, columns, groups = (torch.cat(part) for part in zip(*parts, strict=True))
+    columns, folds = columns.to(features.device).double(), groups.to(features.device) % FOLDS
+    if len(folds.unique()) < 2:
         raise ValueError("a probe takes at least two groups: of one alone, no penalty can be chosen")
-    total = torch.stack(list(moments.values())).sum(dim=0)
-    inputs = len(origin) - 1 - columns.shape[1]
-    errors = sum(_held_out_errors(total - fold, fold, inputs) for fold in moments.values())
-    chosen = torch.as_tensor(errors).argmin(dim=0)  # (C,)
-    mean, std = _mean_and_std(total)
-    weights = _solve(_standardised(total, mean, std) / total[0, 0], inputs)  # (penalties, F, C)
-    column = torch.arange(len(chosen), device=chosen.device)
-    centre = mean + origin
-    return Probe(
-        shape=tuple(shape),
-        mean=centre[1 : inputs + 1],
-        std=std[1 : inputs + 1],
-        target_mean=centre[inputs + 1 :],
-        target_std=std[inputs + 1 :],
-        weights=weights[chosen, :, column].mT,
-        penalties=tuple(PENALTIES[index] for index in chosen.tolist()),
-    )
+    errors = torch.zeros(len(PENALTIES), columns.shape[1], dtype=torch.float64, device=features.device)
+    for fold in folds.unique():
+        mine = folds == fold
+        x, y = _mean_and_std(features[~mine]), _mean_and_std(columns[~mine])
+        weights = _ridge(_standardise(features[~mine], x), _standardise(columns[~mine], y))
+        read = _standardise(features[mine], x) @ weights  # (penalties, N, C)
+        errors += (read - _standardise(columns[mine], y)).square().sum(dim=1)
+    chosen = errors.argmin(dim=0)  # (C,)
+    x, y = _mean_and_std(features), _mean_and_std(columns)
+    weights = _ridge(_standardise(features, x), _standardise(columns, y))[chosen, :, torch.arange(len(chosen))].mT
+    return Probe(shape, x, y, weights, penalties=tuple(PENALTIES[index] for index in chosen.tolist()))
 
 
-def _mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the ones, features and columns whose products are summed in (1 + F + C, 1 + F + C); std 1 where it is 0."""
-    samples = moments[0, 0]
-    mean = moments[0] / samples
-    squares = moments.diagonal() / samples
-    variance = squares - mean.square()
-    std = torch.where(variance > 1e-12 * squares, variance, 1).sqrt()
-    return torch.cat([torch.zeros_like(mean[:1]), mean[1:]]), torch.cat([torch.ones_like(std[:1]), std[1:]])
+def _mean_and_std(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows (N, F), float64 (F,) each; a deviation is 1 where it is nothing but rounding."""
+    mean = rows.mean(dim=0, dtype=torch.float64)
+    std = (rows - mean).square().mean(dim=0).sqrt()
+    return mean, torch.where(std > 1e-12 * mean.abs(), std, 1)
 
 
-def _standardised(moments: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The same sums of products, of (rows - mean) / std."""
-    shift = moments[0][:, None] * mean
-    return (moments - shift - shift.mT + moments[0, 0] * mean[:, None] * mean) / (std[:, None] * std)
+def _standardise(rows: Tensor, mean_and_std: tuple[Tensor, Tensor]) -> Tensor:
+    mean, std = mean_and_std
+    return (rows - mean) / std
 
 
-def _solve(standardised: Tensor, inputs: int) -> Tensor:
-    """Weights (penalties, F, C) from mean products of standardised features and columns."""
-    features, columns = slice(1, inputs + 1), slice(inputs + 1, None)
-    values, vectors = torch.linalg.eigh(standardised[features, features])
-    rotated = vectors.mT @ standardised[features, columns]
+def _ridge(features: Tensor, columns: Tensor) -> Tensor:
+    """Weights (penalties, F, C) from standardised features (N, F) to standardised columns (N, C)."""
+    values, vectors = torch.linalg.eigh(features.mT @ features / len(features))
+    rotated = vectors.mT @ (features.mT @ columns) / len(features)
     return torch.stack([vectors @ (rotated / (values.clamp_min(0)[:, None] + penalty)) for penalty in PENALTIES])
-
-
-def _held_out_errors(train: Tensor, held_out: Tensor, inputs: int) -> Tensor:
-    """Sums of squared errors (penalties, C) on one fold's moments of what is fitted on the others'."""
-    mean, std = _mean_and_std(train)
-    weights = _solve(_standardised(train, mean, std) / train[0, 0], inputs)
-    test = _standardised(held_out, mean, std)
-    features, columns = slice(1, inputs + 1), slice(inputs + 1, None)
-    cross = (weights * test[features, columns]).sum(dim=1)
-    return test.diagonal()[columns] - 2 * cross + (weights * (test[features, features] @ weights)).sum(dim=1)

@@ -59,8 +59,3 @@ def central_interval(samples: Tensor, share: float) -> tuple[Tensor, Tensor]:
         return torch.lerp(ordered[low], ordered[min(low + 1, n - 1)], place - low)
 
     return quantile((1 - share) / 2), quantile((1 + share) / 2)
-
-
-def best_of(samples: Tensor, future: Tensor) -> Tensor:
-    """Mean squared error per feature of the sample nearest to what came; (n, ..., D), (..., D) -> (...)."""
-    return (samples - future[None]).square().mean(dim=-1).amin(dim=0)

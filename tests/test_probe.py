@@ -86,7 +86,7 @@ def test_small_grids_are_read_place_by_place_and_large_ones_on_average():
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(400, 2, 3, 4, generator=generator)
     probe = fit(embeddings, embeddings[:, 1, 2, :1] - embeddings[:, 0, 0, :1])
-    assert len(probe.mean) == 24
+    assert len(probe.weights) == 24
     assert probe.penalties == PENALTIES[:1]
     assert r2(probe(embeddings), embeddings[:, 1, 2, :1] - embeddings[:, 0, 0, :1]) > 0.999
     large = torch.randn(5, 7, MOST_FEATURES // 16, 17, generator=generator)

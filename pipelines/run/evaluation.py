@@ -20,13 +20,13 @@ from data.groups import group_windows
 from data.windows import Windows
 from jepa import metrics
 from jepa.baselines import CopyLast, LinearExtrapolation, Mean
-from jepa.bootstrap import Bootstrap, divide, r2_and_r, reading_moments, useful_steps
+from jepa.bootstrap import Bootstrap, divide, r2, reading_moments, useful_steps
 from jepa.calibration import Calibration
 from jepa.diagnostics import CollapseStats, collapse_stats
 from jepa.predictor import Predictor
 from jepa.probe import FOLDS, Probe, fit_probe
 from jepa.rollout import expected_rollout, rollout
-from jepa.samples import best_of, coverage, energy_score, live_features
+from jepa.samples import coverage, energy_score, live_features
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import require
 from pipelines.run.models import require_changing, take_finite
@@ -260,18 +260,18 @@ class Details:
         if self.samples:
             drawn = sample_futures(self.judged, batch, self.samples, self.generator)
             found["model", "energy_score"] = energy_score(drawn.flatten(3), batch.came.flatten(2))
-            found["model", "best_of"] = best_of(drawn.flatten(3), batch.came.flatten(2))
             for share in (50, 90):
                 inside = coverage(drawn[..., self.live], batch.came[..., self.live], share / 100)  # (B, H, *tokens)
                 found["model", f"coverage_{share}"] = reduce(inside, "b h ... -> b h", "mean")
         if self.readout is not None:
             columns, probe = self.readout
-            true = read_columns(self.judged.windows, indices, columns)[:, batch.past.length :].to(probe.mean)
+            mean, std = probe.columns
+            true = read_columns(self.judged.windows, indices, columns)[:, batch.past.length :].to(mean)
             known = true.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True)
-            true = (true - probe.target_mean) / probe.target_std
+            true = (true - mean) / std
             for name, value in (batch.forecasts | {"truth": batch.came}).items():
-                moments = reading_moments((probe(value) - probe.target_mean) / probe.target_std, true)
-                found[name, "moments"] = moments.where(known[..., None], 0)  # (B, H, C, 6)
+                moments = reading_moments((probe(value) - mean) / std, true)
+                found[name, "moments"] = moments.where(known[..., None], 0)  # (B, H, C, 4)
         return found
 
 
@@ -296,12 +296,11 @@ def make_records(
             for field, point in zip(CollapseStats._fields, stats.T, strict=True):
                 put(name, field, point)
         elif measure == "moments":
-            scores = r2_and_r(values.sum(axis=0)), r2_and_r(bootstrap.sums(values))
-            for score, point, resampled in zip(("probe_r2", "probe_r"), *scores, strict=True):
-                there = np.isfinite(point)
-                put(name, score, divide(np.where(there, point, 0).sum(axis=1), there.sum(axis=1)))
-                for place, column in enumerate(columns):
-                    put(name, f"{score}_{column}", point[:, place], resampled=resampled[..., place])
+            point, resampled = r2(values.sum(axis=0)), r2(bootstrap.sums(values))
+            there = np.isfinite(point)
+            put(name, "probe_r2", divide(np.where(there, point, 0).sum(axis=1), there.sum(axis=1)))
+            for place, column in enumerate(columns):
+                put(name, f"probe_r2_{column}", point[:, place], resampled=resampled[..., place])
         else:
             point, resampled = values.mean(axis=0, dtype=float), bootstrap.means(values)
             put(name, measure, point, resampled=resampled)

@@ -19,7 +19,6 @@ MEASURES = {
     "std": "standard deviation",
     "effective_rank": "effective rank",
     "energy_score": "energy score of sampled futures (lower is better)",
-    "best_of": "squared error of the best sampled future",
     "coverage_50": "share of what came inside the central 50 % of samples",
     "coverage_90": "share of what came inside the central 90 % of samples",
     "probe_r2": "R2 of true state read off embeddings, mean over columns",
