@@ -5,7 +5,7 @@ r"""A predictor of one's own, in one file: all steps of a forecast at once, inst
   python examples/direct_predictor.py evaluate_rollout --predictor runs/direct --cache cache/test
 
 Direct instead of iterated forecasts (Ben Taieb et al. 2012, arXiv:1108.3259): errors are not fed back. A kind of
-predictor is a `Network` and a configuration that builds it; that is all of it, and training, samples, calibration and
+predictor is a network and a configuration that builds it; that is all of it, and training, samples, calibration and
 evaluation come with it. Named in the union `PredictorConfig` of `jepa/networks.py`, every command knows it; here that
 line stands at the end, so that one file is the whole example.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jepa import networks
 from jepa.config import PositiveInt
-from jepa.networks import Network, NetworkConfig, last_windows
+from jepa.networks import NetworkConfig, last_windows
 
 
 class DirectState(NamedTuple):
@@ -36,7 +36,7 @@ class DirectState(NamedTuple):
     """Steps of it that have been answered."""
 
 
-class DirectMLP(Network):
+class DirectMLP(nn.Module):
     """An MLP from the last `context` steps to hidden states for each of the next `horizon`.
 
     In a rollout the second step and those after it do not look at what was predicted; after `horizon` steps the next
@@ -70,9 +70,11 @@ class DirectConfig(NetworkConfig):
     """An MLP that forecasts all steps at once."""
 
     kind: ClassVar[str] = "direct"
-    network: ClassVar[type[Network]] = DirectMLP
     horizon: PositiveInt = 20
     """Steps that are forecast from the same past; training has to roll out so many."""
+
+    def build(self, features: int) -> nn.Module:
+        return DirectMLP(features, self)
 
 
 if __name__ == "__main__":

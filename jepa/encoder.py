@@ -9,8 +9,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -26,6 +27,8 @@ from jepa.fingerprint import fingerprint
 class Encoder(nn.Module):
     """Frames up to a tick to the embedding of that tick: the base of all encoders.
 
+    To add one, subclass it and name its configuration, which has a `kind`: artefacts and caches tell it by that.
+
     Args:
         config: what can be built from again; its `embedding_dimension` is the head's, 0 for none.
         backbone: gives the features.
@@ -36,6 +39,7 @@ class Encoder(nn.Module):
         pixels: mean and standard deviation of the pixels that the backbone wants, by channel.
     """
 
+    configuration: ClassVar[type[Any]]
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -52,10 +56,17 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.backbone, self.window, self.image_size = config, backbone, window, image_size
-        self.tokens, self.features = tokens, features
+        self.tokens, self.features, self.head = tokens, features, nn.Sequential()
         for name, values in zip(("pixel_mean", "pixel_std"), pixels, strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self.head = nn.Sequential()
+
+    @staticmethod
+    def build(config: dict[str, Any]) -> "Encoder":
+        """An encoder with new weights, from the JSON of its configuration; without a `kind` it is a frame encoder's."""
+        fields = dict(config)
+        kinds = {getattr(encoder.configuration, "kind", None): encoder for encoder in Encoder.__subclasses__()}
+        encoder: Any = kinds[fields.pop("kind", None)]
+        return encoder(encoder.configuration(**fields))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +76,8 @@ class Encoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Hash of weights and configuration; it tells the spaces of two encoders apart."""
-        return fingerprint(self, asdict(self.config))
+        kind = {"kind": self.config.kind} if hasattr(self.config, "kind") else {}
+        return fingerprint(self, kind | asdict(self.config))
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embeddings (B, *tokens, D), float32, of frames (B, window, 3, H, W), uint8 or float in [0, 1]."""
@@ -129,6 +141,7 @@ class FrameEncoder(Encoder):
         ConfigurationError: no such backbone, or levels. That it does not take the image size shows at the first frame.
     """
 
+    configuration = EncoderConfig
     config: EncoderConfig
 
     def __init__(self, config: EncoderConfig, backbone: Any = None) -> None:
@@ -160,12 +173,17 @@ class FrameEncoder(Encoder):
         images = self.normalise(frames, (3, *self.image_size))
         try:
             features = self._features(images)  # (B, *tokens, F)
+            if (found := features.shape[-1]) != self.features:
+                raise AssertionError(f"{found} features come, its strides promise {self.features}")
         except (AssertionError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not re.search(r"\b(size|shape)", str(error)):
                 raise  # such as that memory ran out
-            raise self._unfit(str(error).splitlines()[0]) from error
-        if features.shape[-1] != self.features:
-            raise self._unfit(f"{features.shape[-1]} features come, its strides promise {self.features}")
+            stride, reason = self.backbone.feature_info[-1]["reduction"], str(error).splitlines()[0]
+            raise ConfigurationError(
+                "image_size",
+                f"is {shown(self.image_size)}, which backbone {self.config.backbone} does not take ({reason}): choose "
+                f"multiples of {stride}, or another pooling",
+            ) from error
         # One head for all tokens: its batch normalisation takes the statistics of all of them together.
         return self.head(features.flatten(0, -2)).view(*features.shape[:-1], -1)
 
@@ -173,11 +191,9 @@ class FrameEncoder(Encoder):
     def embed(self, frames: Tensor) -> Tensor:
         """Embeddings (B, *tokens, D), float32, of frames (B, 1, 3, H, W); always as in evaluation."""
         was_training = self.training
-        self.eval()
-        try:
-            return self(rearrange(frames, "b 1 c h w -> b c h w")).float()
-        finally:
-            self.train(was_training)
+        embeddings: Tensor = self.eval()(rearrange(frames, "b 1 c h w -> b c h w")).float()
+        self.train(was_training)
+        return embeddings
 
     def train(self, mode: bool = True) -> "FrameEncoder":
         """Switch to training, in which a frozen backbone keeps its normalisation statistics too."""
@@ -199,22 +215,9 @@ class FrameEncoder(Encoder):
             maps = [level.mean(dim=(2, 3)) if self.config.pooling == "average" else level.flatten(1) for level in maps]
         return torch.cat(maps, dim=-1)
 
-    def _unfit(self, reason: str) -> ConfigurationError:
-        stride = self.backbone.feature_info[-1]["reduction"]
-        return ConfigurationError(
-            "image_size",
-            f"is {shown(self.image_size)}, which backbone {self.config.backbone} does not take ({reason}): choose "
-            f"multiples of {stride}, or another pooling",
-        )
-
 
 def create_encoder(config: EncoderConfig, weights_file: Path | None = None) -> FrameEncoder:
-    """A new encoder, its backbone initialised from published weights if the configuration asks for them.
-
-    Raises:
-        ConfigurationError: as `FrameEncoder`; or the weights cannot be had, from the hub or the safetensors file under
-            timm's names, or are another model's.
-    """
+    """A new encoder, its backbone with published weights if asked for; raises as `build_backbone`."""
     published = config.weights != "scratch"
     backbone = build_backbone(config.backbone, config.image_size, load=published, weights_file=weights_file)
     return FrameEncoder(config, backbone)
@@ -227,13 +230,10 @@ def resize_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
     are deterministic on any device, backwards too.
     """
     for axis, length in ((2, grid[0]), (3, grid[1])):
-        identity = torch.eye(features.shape[axis])[None]
-        if length < features.shape[axis]:
-            matrix = functional.adaptive_avg_pool1d(identity, length)
-        else:
-            matrix = functional.interpolate(identity, length, mode="linear")
-        if length != features.shape[axis]:
-            features = (features.movedim(axis, -1) @ matrix[0].to(features)).movedim(-1, axis)
+        if length != (before := features.shape[axis]):
+            way = functional.adaptive_avg_pool1d if length < before else partial(functional.interpolate, mode="linear")
+            matrix = way(torch.eye(before)[None], length)[0]
+            features = (features.movedim(axis, -1) @ matrix.to(features)).movedim(-1, axis)
     return rearrange(features, "b c rows columns -> b rows columns c")
 
 

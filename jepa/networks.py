@@ -1,9 +1,10 @@
 """The networks inside predictors, a configuration beside each; `PredictorConfig` names them all.
 
-To add one, write a `Network` and a configuration that names it, and name that in `PredictorConfig`: training,
-selection, rollout, samples, calibration, energy and evaluation come with it.
+To add one, write a configuration that builds it, and name that in `PredictorConfig`: training, selection, rollout,
+samples, calibration, energy and evaluation come with it.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,24 +17,11 @@ from jepa.config import Bounded, NotNegativeInt, PositiveInt, SeveralInt, Share
 from jepa.errors import ConfigurationError
 
 
-class Network(nn.Module):
-    """A causal map from steps to hidden states, with a state to go on from.
-
-    From features (B, T, F), the number of last steps to answer for, and the state after the steps before (None at the
-    beginning): hidden states (B, last, width) and the state for the next step. Step by step it finds the same hidden
-    states as in the whole sequence.
-    """
-
-    def forward(self, features: Tensor, last: int, state: Any = None) -> tuple[Tensor, Any]:
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
 class NetworkConfig(Bounded):
     """Options of every network."""
 
-    network: ClassVar[type[Network]]
-    """What is built."""
+    kind: ClassVar[str]
     context: SeveralInt = 8
     """Past embeddings that a prediction starts from."""
     width: PositiveInt = 512
@@ -45,27 +33,41 @@ class NetworkConfig(Bounded):
     latent_dimension: NotNegativeInt = 0
     """Numbers drawn at random for each step of a sampled future; 0: one future."""
 
-    def build(self, features: int) -> Network:
-        """The network for so many features a step."""
-        return self.network(features, self)
+    def build(self, features: int) -> nn.Module:
+        """A causal map from steps of so many features to hidden states, with a state to go on from.
+
+        It takes features (B, T, F), the number of last steps to answer for, and the state after the steps before (None
+        at the beginning), and gives hidden states (B, last, width) and the state for the next step. Step by step it
+        finds the same hidden states as in the whole sequence.
+        """
+        raise NotImplementedError
 
 
-class ResidualMLP(Network):
-    """Residual blocks on the last `context` steps, flattened; its state is the steps before the newest."""
+class Windowed(nn.Sequential):
+    """Layers on the last `context` steps, flattened: (B, last, context x F); the state is the steps before."""
 
-    def __init__(self, features: int, config: NetworkConfig) -> None:
-        super().__init__()
-        self.context = config.context
-        self.embed = nn.Linear(features * config.context, config.width)
-        self.blocks = nn.ModuleList(residual_branch(config, config.width) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width)
+    def __init__(self, context: int, *layers: Any) -> None:
+        super().__init__(*layers)
+        self.context = context
 
-    def forward(self, features: Tensor, last: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, features: Tensor, last: int, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         features = features if state is None else torch.cat([state, features], dim=1)
-        hidden = self.embed(last_windows(features, self.context, last))  # (B, last, width)
-        for block in self.blocks:
-            hidden = hidden + block(hidden)
-        return self.norm(hidden), features[:, max(0, features.shape[1] - self.context + 1) :]
+        hidden = super().forward(last_windows(features, self.context, last))
+        return hidden, features[:, max(0, features.shape[1] - self.context + 1) :]
+
+
+class Residual(nn.Sequential):
+    """Normalisation and an MLP with one hidden layer, added to what it is shown, (..., width)."""
+
+    def __init__(self, config: NetworkConfig, hidden: int) -> None:
+        inner, outer = nn.Linear(config.width, hidden), nn.Linear(hidden, config.width)
+        super().__init__(nn.LayerNorm(config.width), inner, nn.GELU(), nn.Dropout(config.dropout), outer)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., width) to the same shape."""
+        return hidden + super().forward(hidden)
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,15 @@ class MLPConfig(NetworkConfig):
     """A residual MLP on the last embeddings."""
 
     kind: ClassVar[str] = "mlp"
-    network: ClassVar[type[Network]] = ResidualMLP
+
+    def build(self, features: int) -> nn.Module:
+        layers = OrderedDict[str, nn.Module](embed=nn.Linear(features * self.context, self.width))
+        layers["blocks"] = nn.Sequential(*(Residual(self, self.width) for _ in range(self.depth)))
+        layers["norm"] = nn.LayerNorm(self.width)
+        return Windowed(self.context, layers)
 
 
-class CausalTransformer(Network):
+class CausalTransformer(nn.Module):
     """A pre-norm transformer (Xiong et al. 2020, arXiv:2002.04745) with a causal window of `context` steps.
 
     Its state is the number of steps so far, and each layer's keys and values of the last `context` - 1 of them.
@@ -88,44 +95,39 @@ class CausalTransformer(Network):
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(
-        self, features: Tensor, last: int, state: tuple[int, list[tuple[Tensor, Tensor]]] | None = None
-    ) -> tuple[Tensor, tuple[int, list[tuple[Tensor, Tensor]]]]:
-        seen, memories = state if state else (0, [None] * len(self.blocks))
+    def forward(self, features: Tensor, last: int, state: Any = None) -> tuple[Tensor, tuple[int, list[Tensor]]]:
+        seen, memories = state or (0, [None] * len(self.blocks))
         hidden, kept = self.embed(features), []
+        positions = torch.arange(seen, seen + features.shape[1], device=features.device)
         for block, memory in zip(self.blocks, memories, strict=True):
-            hidden, keys_values = block(hidden, seen, memory)
-            kept.append(keys_values)
+            hidden, memory = block(hidden, positions, memory)
+            kept.append(memory)
         return self.norm(hidden[:, -last:]), (seen + features.shape[1], kept)
 
 
 class CausalBlock(nn.Module):
-    """Causal self-attention, then an MLP; (B, T, width) -> (B, T, width) and keys and values to remember."""
+    """Causal self-attention, then an MLP."""
 
     def __init__(self, config: "TransformerConfig") -> None:
         super().__init__()
-        width = config.width
-        self.context, self.heads, self.dropout = config.context, config.heads, config.dropout
-        self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-        self.mlp = residual_branch(config, 4 * width)
+        self.config = config
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+        self.mlp = Residual(config, 4 * config.width)
 
-    def forward(
-        self, hidden: Tensor, seen: int, memory: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        qkv = self.qkv(self.attention_norm(hidden))
-        queries, keys, values = rearrange(qkv, "b t (three h c) -> three b h t c", three=3, h=self.heads)
-        positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
-        queries, keys = (apply_rotary(part, positions, self.context) for part in (queries, keys))
-        if memory is not None:
-            keys, values = torch.cat([memory[0], keys], dim=2), torch.cat([memory[1], values], dim=2)
-        mask = causal_mask(queries.shape[2], keys.shape[2], context=self.context, device=hidden.device)
-        dropout = self.dropout if self.training else 0.0
-        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+    def forward(self, hidden: Tensor, positions: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, T, width) at positions (T,) to the same shape, and keys and values (2, B, heads, T, C) to remember."""
+        context, qkv = self.config.context, self.qkv(self.attention_norm(hidden))
+        queries, keys, values = rearrange(qkv, "b t (three h c) -> three b h t c", three=3, h=self.config.heads)
+        queries, keys = (apply_rotary(part, positions, context) for part in (queries, keys))
+        seen = torch.stack([keys, values])
+        seen = seen if memory is None else torch.cat([memory, seen], dim=3)
+        mask = causal_mask(queries.shape[2], seen.shape[3], context=context, device=hidden.device)
+        dropout = self.config.dropout if self.training else 0.0
+        attended = functional.scaled_dot_product_attention(queries, seen[0], seen[1], attn_mask=mask, dropout_p=dropout)
         hidden = hidden + self.out_proj(rearrange(attended, "b h t c -> b t (h c)"))
-        oldest = max(0, keys.shape[2] - self.context + 1)
-        return hidden + self.mlp(hidden), (keys[:, :, oldest:], values[:, :, oldest:])
+        return self.mlp(hidden), seen[:, :, :, max(0, seen.shape[3] - context + 1) :]
 
 
 def causal_mask(queries: int, keys: int, *, context: int, device: torch.device) -> Tensor:
@@ -153,7 +155,6 @@ class TransformerConfig(NetworkConfig):
     """A causal transformer with rotary positions."""
 
     kind: ClassVar[str] = "transformer"
-    network: ClassVar[type[Network]] = CausalTransformer
     heads: PositiveInt = 8
     """Attention heads; twice their number must divide the width."""
 
@@ -162,8 +163,11 @@ class TransformerConfig(NetworkConfig):
         if self.width % (2 * self.heads):
             raise ConfigurationError("heads", f"is {self.heads}: twice that must divide the width, {self.width}")
 
+    def build(self, features: int) -> nn.Module:
+        return CausalTransformer(features, self)
 
-class GRU(Network):
+
+class GRU(nn.Module):
     """A gated recurrent unit; its state is the hidden state."""
 
     def __init__(self, features: int, config: NetworkConfig) -> None:
@@ -181,16 +185,12 @@ class GRUConfig(NetworkConfig):
     """A gated recurrent unit."""
 
     kind: ClassVar[str] = "gru"
-    network: ClassVar[type[Network]] = GRU
+
+    def build(self, features: int) -> nn.Module:
+        return GRU(features, self)
 
 
 PredictorConfig = MLPConfig | TransformerConfig | GRUConfig
-
-
-def residual_branch(config: NetworkConfig, hidden: int) -> nn.Sequential:
-    """Normalisation and an MLP with one hidden layer, to be added to what it is shown, (..., width)."""
-    inner, outer = nn.Linear(config.width, hidden), nn.Linear(hidden, config.width)
-    return nn.Sequential(nn.LayerNorm(config.width), inner, nn.GELU(), nn.Dropout(config.dropout), outer)
 
 
 def last_windows(steps: Tensor, context: int, last: int) -> Tensor:

@@ -133,7 +133,7 @@ class Predictor(nn.Module):
     def description(self) -> dict[str, Any]:
         """What it is built from, as JSON values: `build_predictor` takes them."""
         return {
-            "predictor": {"kind": type(self.config).kind, **asdict(self.config)},  # type: ignore[attr-defined]
+            "predictor": {"kind": self.config.kind, **asdict(self.config)},
             "shape": list(self.shape),
             "fps": self.fps,
             "encoder_fingerprint": self.encoder_fingerprint,

@@ -47,6 +47,8 @@ class ClipEncoder(Encoder):
         ConfigurationError: transformers is not installed, or the window does not fit the model.
     """
 
+    configuration = ClipEncoderConfig
+
     def __init__(self, config: ClipEncoderConfig, model: Any = None) -> None:
         if model is None:
             transformers = _transformers()

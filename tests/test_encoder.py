@@ -1,6 +1,7 @@
 """The frame encoder: vectors and grids from any backbone, published weights or none, the same after saving."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from jepa.components import principal_components
-from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder, resize_map
+from jepa.config import Bounded
+from jepa.encoder import Encoder, EncoderConfig, FrameEncoder, create_encoder, resize_map
 from jepa.errors import ConfigurationError
+from jepa.fingerprint import fingerprint
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
 from pipelines.run.encoders import load_encoder
@@ -172,6 +175,38 @@ def test_fingerprint_tells_encoders_apart():
     with torch.no_grad():
         encoder.head[-1].bias[0] += 1e-3
     assert encoder.fingerprint != before
+
+
+@dataclasses.dataclass(frozen=True)
+class ColoursConfig(Bounded):
+    kind: ClassVar[str] = "colours"
+    embedding_dimension: int = 0
+
+
+class Colours(Encoder):
+    configuration = ColoursConfig
+
+    def __init__(self, config):
+        pixels = (0.5,) * 3, (0.5,) * 3
+        place = {"window": 1, "image_size": (8, 8), "tokens": (2, 2), "features": 3}
+        super().__init__(config, nn.AvgPool2d(4), pixels=pixels, **place)
+
+    def embed(self, frames):
+        return self.head(self.backbone(self.normalise(frames, (1, 3, 8, 8))[:, 0]).movedim(1, -1))
+
+
+def test_an_encoder_of_ones_own_is_a_class_and_its_configuration(tmp_path):
+    encoder = Colours(ColoursConfig())
+    save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
+    loaded = load_encoder(tmp_path / "encoder")
+    images = frames(5, 8, 8)[:, None]
+    assert torch.equal(loaded.embed(images), encoder.embed(images))
+    assert loaded.embed(images).shape == (5, *loaded.shape)
+    assert (
+        loaded.fingerprint
+        == encoder.fingerprint
+        == fingerprint(encoder, {"kind": "colours"} | {"embedding_dimension": 0})
+    )
 
 
 def test_a_frozen_backbone_does_not_move():

@@ -1,10 +1,9 @@
 """Encoders in folders of ours."""
 
 from pathlib import Path
-from typing import Any
 
-from jepa.encoder import Encoder, EncoderConfig, FrameEncoder
-from jepa.video_encoder import ClipEncoder, ClipEncoderConfig
+import jepa.video_encoder  # noqa: F401, whose kind of encoder is known by being imported
+from jepa.encoder import Encoder
 from pipelines.run.artefacts import load_module
 
 
@@ -14,12 +13,4 @@ def load_encoder(folder: Path) -> Encoder:
     Raises:
         UserError: there is none, it is damaged, or something else.
     """
-    return load_module(folder, "encoder", build_encoder)
-
-
-def build_encoder(config: dict[str, Any]) -> Encoder:
-    """An encoder with new weights, from the configuration of an artefact."""
-    fields = dict(config)
-    if fields.pop("kind", None) == ClipEncoderConfig.kind:
-        return ClipEncoder(ClipEncoderConfig(**fields))
-    return FrameEncoder(EncoderConfig(**fields))
+    return load_module(folder, "encoder", Encoder.build)
