@@ -26,7 +26,7 @@ class Probe:
     features: tuple[Tensor, Tensor]
     """Mean and standard deviation of the features, float64 (F,)."""
     columns: tuple[Tensor, Tensor]
-    """Those of the columns, float64 (C,); 1 for a column that does not vary."""
+    """Mean and standard deviation of the columns, float64 (C,); 1 for one that does not vary."""
     weights: Tensor
     """float64 (F, C), of standardised features and columns."""
     penalties: tuple[float, ...]
