@@ -43,15 +43,11 @@ class Column:
     shape: tuple[int, ...] = ()
     """Shape of a row's value: `(*tokens, D)` for embeddings, `()` for a number."""
 
-    def __repr__(self) -> str:
-        return f"{self.dtype} {self.shape}"
-
     def is_valid(self, name: str) -> bool:
         """Whether a cache can hold such a column under such a name."""
         is_free = name.strip(".") != "" and not {"/", "\0"} & set(name) and name not in (*CLOCK, "shard")
         dtypes = ("float16", "float32") if name == "embeddings" else ("float32", "float64")
-        is_whole = name != "embeddings" or self.shape != ()
-        return is_free and is_whole and self.dtype in dtypes and _are_sizes(*self.shape)
+        return is_free and self.dtype in dtypes and _are_sizes(*self.shape)
 
 
 CLOCK = {"times_s": Column("float64"), "ticks": Column("int64")}
@@ -83,17 +79,10 @@ class Provenance:
     """Versions of the decoder and the libraries; recorded, not compared."""
 
     def __post_init__(self) -> None:
-        valid = {
-            "fps": 0 < self.fps < math.inf,
-            "image_fps": 0 < self.image_fps < math.inf,
-            "image_size": len(self.image_size) == 2 and _are_sizes(*self.image_size),
-            "window": _are_sizes(self.window),
-            "precision": self.precision in ("fp32", "bf16", "fp16"),
-            "columns": "embeddings" in self.columns and all(one.is_valid(name) for name, one in self.columns.items()),
-        }
-        for name, is_valid in valid.items():
-            if not is_valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        if not (0 < self.fps < math.inf and _are_sizes(*self.image_size, self.window)):
+            raise ValueError(f"fps {self.fps}, image_size {self.image_size} or window {self.window} cannot be")
+        if "embeddings" not in self.columns or not all(one.is_valid(name) for name, one in self.columns.items()):
+            raise ValueError(f"columns {self.columns} cannot be")
 
 
 class ClipKey(NamedTuple):
@@ -178,13 +167,9 @@ class EmbeddingCache:
         """Times of a clip's embeddings in seconds, float64 (T,)."""
         return self.take(clip.rows, "times_s")
 
-    def clip_ticks(self, clip: CachedClip) -> np.ndarray:
-        """Ticks of a clip's embeddings, int64 (T,)."""
-        return self.take(clip.rows, "ticks")
-
     def unbroken_runs(self, clip: CachedClip) -> list[np.ndarray]:
         """Rows of each run of a clip without a gap in time, int64 (T,) each."""
-        return np.split(clip.rows, np.flatnonzero(np.diff(self.clip_ticks(clip)) != 1) + 1)
+        return np.split(clip.rows, np.flatnonzero(np.diff(self.take(clip.rows, "ticks")) != 1) + 1)
 
     def is_intact(self, clip: CachedClip) -> bool:
         """Whether a clip still matches its checksum. A flipped bit is read without an error."""
@@ -194,16 +179,12 @@ class EmbeddingCache:
         self, fingerprint: str, fps: float, owner: str, *, shape: tuple[int, ...] | None = None
     ) -> None:
         """Raise `CacheError` if a model belongs to other embeddings, or to embeddings of another shape."""
-        made_by, clock = self.provenance.encoder_fingerprint, self.provenance.fps
-        if (made_by, clock) != (fingerprint, fps):
+        stored = self.provenance
+        if (stored.encoder_fingerprint, stored.fps, self.shape) != (fingerprint, fps, shape or self.shape):
             raise CacheError(
-                f"{self.folder} was made by encoder {made_by} at {clock:g} fps, but {owner} belongs to encoder "
-                f"{fingerprint} at {fps:g} fps: embed the videos again with that encoder and clock"
-            )
-        if shape not in (None, self.shape):
-            raise CacheError(
-                f"{self.folder} holds embeddings of shape {self.shape}, but {owner} is for {shape}: "
-                "embed the videos again with its encoder"
+                f"{self.folder} was made by encoder {stored.encoder_fingerprint} at {stored.fps:g} fps with embeddings "
+                f"of shape {self.shape}, but {owner} belongs to encoder {fingerprint} at {fps:g} fps and shape "
+                f"{shape or self.shape}: embed the videos again with that encoder and clock"
             )
 
     def _gather(self, rows: np.ndarray, name: str) -> np.ndarray:
@@ -215,20 +196,17 @@ class EmbeddingCache:
         order = shards.argsort(kind="stable")
         values = np.empty((len(flat), *column.shape), column.dtype)
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(flat) else ():
-            stored, start = self._stored(int(shards[part[0]]), name)
-            if len(part) == len(flat):  # all in one shard: not copied twice
-                return np.take(stored, rows - start, axis=0)
-            values[part] = stored[flat[part] - start]
+            index = int(shards[part[0]])
+            values[part] = self._stored(index, name)[flat[part] - self._ends[index]]  # counted from the shard's end
         return values.reshape(*rows.shape, *column.shape)
 
-    def _stored(self, index: int, name: str) -> tuple[np.ndarray, int]:
-        """A column of a shard, mapped, (rows, *shape), and its first row in the whole cache."""
+    def _stored(self, index: int, name: str) -> np.ndarray:
+        """A column of a shard, mapped, (rows, *shape)."""
         shard, column = self._shards[index], self._columns[name]
         shard.require_whole()
-        if index not in self._maps:  # where two threads map a file at once, both use the first mapping
-            self._maps.setdefault(index, shard.map())
-        values = np.ndarray((shard.rows, *column.shape), column.dtype, self._maps[index].data, shard.offsets[name])
-        return values, int(self._ends[index]) - shard.rows
+        if index not in self._maps:
+            self._maps[index] = shard.map()
+        return np.ndarray((shard.rows, *column.shape), column.dtype, self._maps[index].data, shard.offsets[name])
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -240,12 +218,11 @@ def read_provenance(folder: Path) -> Provenance:
         record = json.loads(path.read_bytes())
         version = record.pop("format_version")
         if version != FORMAT_VERSION:
-            mend = "update video-jepa" if version > FORMAT_VERSION else "delete it and embed the videos again"
-            raise CacheError(f"{folder} has cache format {version}, and this is for {FORMAT_VERSION}: {mend}")
+            raise ValueError(f"its format is {version}, and this video-jepa is for {FORMAT_VERSION}")
         columns = {name: Column(one["dtype"], tuple(one["shape"])) for name, one in record["columns"].items()}
         return Provenance(**record | {"image_size": tuple(record["image_size"]), "columns": columns})
     except DAMAGES as error:
-        raise CacheError(f"{path} is damaged ({error}): delete {folder} and embed the videos again") from error
+        raise CacheError(f"{path} cannot be used ({error}): delete {folder} and embed the videos again") from error
 
 
 class Shard(NamedTuple):
@@ -270,7 +247,7 @@ class Shard(NamedTuple):
             raise self.damaged(f"has {size} bytes instead of {self.size_bytes}")
 
     def map(self) -> np.ndarray:
-        """The bytes of the file, uint8 (bytes,). Raise `CacheError` if they belong to another manifest."""
+        """The bytes of the file, uint8 (bytes,). Raises `CacheError` if they belong to another manifest."""
         # Not `numpy.memmap`: it keeps each file open, and a process may have 1024 open files.
         try:
             mapped = torch.from_file(str(self.path), size=self.size_bytes, dtype=torch.uint8).numpy()
@@ -303,24 +280,23 @@ def _read_manifest(path: Path, columns: dict[str, Column]) -> tuple[Shard, list[
     shard = Shard(path.with_suffix(".h5"), rows=0, size_bytes=0, id=b"", written_ns=0, offsets={})
     try:
         record = json.loads(path.read_bytes())
-        frames = [clip[-2] for clip in record["clips"]]
+        clips, rows = [], 0
+        for source, size_bytes, modified_ns, offset_s, frames, crc32 in record["clips"]:
+            key = ClipKey(str(source), size_bytes, modified_ns, float(offset_s))
+            clips.append(CachedClip(key, rows, frames, crc32, shard.path))
+            rows += frames
         shard = shard._replace(
-            rows=sum(frames), size_bytes=record["bytes"], id=record["shard"].encode(), written_ns=record["written_ns"],
-            offsets=dict(record["offsets"]),
+            rows=rows, size_bytes=record["bytes"], id=record["shard"].encode(), written_ns=record["written_ns"],
+            offsets={name: record["offsets"][name] for name in (*columns, "shard")},
         )  # fmt: skip
-        begins = [shard.offsets[name] for name in (*columns, "shard")]
-        if not _are_sizes(shard.size_bytes, shard.written_ns, *begins, *frames):
+        if not _are_sizes(
+            shard.size_bytes, shard.written_ns, *shard.offsets.values(), *(clip.frames for clip in clips)
+        ):
             raise ValueError("a size is not a positive whole number")
-        row_bytes = [np.dtype(column.dtype).itemsize * math.prod(column.shape) for column in columns.values()]
-        for name, begin, size in zip(columns, begins, row_bytes, strict=False):
-            if begin + shard.rows * size > shard.size_bytes:
+        for name, column in columns.items():
+            size_bytes = rows * np.dtype(column.dtype).itemsize * math.prod(column.shape)
+            if shard.offsets[name] + size_bytes > shard.size_bytes:
                 raise ValueError(f"{name} is not inside the shard")
-        clips, start = [], 0
-        for *key, length, crc32 in record["clips"]:
-            if [type(value) for value in key] != [str, int, int, float] or not math.isfinite(key[-1]):
-                raise ValueError("a clip has no name, no state or no clock")
-            clips.append(CachedClip(ClipKey(*key), start, length, crc32, shard.path))
-            start += length
     except DAMAGES as error:
         raise shard.damaged(f"has a damaged manifest ({error})") from error
     shard.require_whole()

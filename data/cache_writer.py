@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Self
@@ -60,14 +61,15 @@ class CacheWriter:
     ) -> None:
         self.folder, self.clips_per_shard = folder, clips_per_shard
         self._buffer: list[tuple[ClipKey, dict[str, np.ndarray]]] = []
-        self.lock: IO[bytes] | None = None
-        try:
+        with ExitStack() as held:
             if is_main:
                 (folder / "shards").mkdir(parents=True, exist_ok=True)
-                self.lock = _lock(folder)
+                held.enter_context(_lock(folder))
                 if not (folder / "cache.json").exists():
                     described = {"format_version": FORMAT_VERSION, **asdict(provenance)}
                     _write(folder / "cache.json", json.dumps(described).encode())
+                for abandoned in (*folder.glob(".tmp.*"), *folder.glob("shards/.tmp.*")):
+                    abandoned.unlink()
             stored = read_provenance(folder)
             for name, ours in vars(provenance).items():
                 theirs = getattr(stored, name)
@@ -76,24 +78,18 @@ class CacheWriter:
                         f"{folder} holds embeddings with {name} {theirs}, not {ours}: "
                         "choose another folder, or delete that one"
                     )
-            for abandoned in (*folder.glob(".tmp.*"), *folder.glob("shards/.tmp.*")) if is_main else ():
-                abandoned.unlink()
             self.columns = stored.columns | CLOCK
             shards, _ = read_shards(folder, self.columns)
             self.written_ns = shards[-1].written_ns if shards else 0
-        except BaseException:
-            self.close()
-            raise
+            self._held = held.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        try:
+        with self._held:  # the lock; after an error, what is still buffered is dropped
             if error_type is None:
                 self.commit()
-        finally:
-            self.close()
 
     def add(self, clip: EmbeddedClip) -> None:
         """Buffer a clip in the cache's types; `clips_per_shard` clips, or a large buffer, become a shard.
@@ -130,12 +126,6 @@ class CacheWriter:
         _write(self.folder / "shards" / f"{name}.json", json.dumps(manifest).encode())
         self._buffer = []
 
-    def close(self) -> None:
-        """Let go of the lock; what is still buffered is dropped."""
-        if self.lock is not None:
-            self.lock.close()
-            self.lock = None
-
     def _as_stored(self, clip: EmbeddedClip) -> dict[str, np.ndarray]:
         """The arrays as they are written: contiguous, in the types and the order of the cache's columns."""
         given = clip.columns | {"times_s": clip.times_s, "ticks": clip.ticks}
@@ -161,8 +151,7 @@ def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
 
 def _lock(folder: Path) -> IO[bytes]:
     """Hold the folder until the file is closed or the process dies, however it dies."""
-    # Never through a link, which could lead to a file of somebody else's.
-    lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "wb")
+    lock = (folder / ".lock").open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

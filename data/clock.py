@@ -58,12 +58,7 @@ def read_on_clock(
 
     Raises:
         VideoError: the file cannot be opened; without `damage`, also what is wrong inside.
-        ValueError: `fps` is not positive, or an offset is negative.
     """
-    if not fps > 0:
-        raise ValueError(f"fps is {fps:g}: it must be positive")
-    if not min(offsets_s) >= 0:
-        raise ValueError(f"the clock's offset is {min(offsets_s):g} s: it must not be negative")
     convert = FrameConverter(size)
     reach_s = 0.5 / fps + CLOCK_TOLERANCE_S
     first_ticks = [_first_tick(start_s - offset_s, fps) for offset_s in offsets_s]

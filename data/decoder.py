@@ -319,23 +319,17 @@ def _is_cut_off(path: Path) -> bool:
 
 
 def _open(path: Path) -> tuple[InputContainer, VideoStream]:
-    if not path.is_file():
-        raise VideoError(f"{path}: {'not a readable video (it is no file)' if path.exists() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise VideoError(f"{path}: the file is empty")
+    if not path.is_file():  # a pipe would be waited for
+        raise VideoError(f"{path}: {'not a readable video' if path.exists() else 'no such file'}")
     try:
         container = av.open(str(path), metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(f"{path}: not a readable video ({error.strerror})") from error
     stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream):
-        reason = "there is no video stream in it"
-    elif stream.disposition & Disposition.attached_pic:
-        reason = "there is no video stream in it, only a cover picture"
-    elif stream.codec_context is None:
-        reason = "the codec of its video stream is unknown"
-    elif stream.time_base is None:
-        reason = "the stream has no time base, so its frames have no times"
+    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+        reason = "there is no video stream in it; a cover picture is none"
+    elif stream.codec_context is None or stream.time_base is None:
+        reason = "the codec of its video stream is unknown, or its times are"
     else:
         return container, stream
     container.close()

@@ -46,12 +46,15 @@ def read_sidecar(
     path = video.with_suffix(".csv")
     clock, rows = _read_table(path, columns)
     if clock == "frame":
-        rows[:, 0] = _frame_times_s(video, rows[:, 0], path, image_fps)
+        shown_s = _frame_times_s(video, image_fps)
+        unknown = rows[~np.isin(rows[:, 0], np.arange(len(shown_s))), 0]
+        if len(unknown):
+            raise SidecarError(
+                f"{path}: there is no frame {unknown[0]:g} in {video.name}: it has {len(shown_s)}, counted from 0"
+            )
+        rows[:, 0] = shown_s[rows[:, 0].astype(int)]
     rows = rows[rows[:, 0].argsort(kind="stable")]
-    after = np.searchsorted(rows[:, 0], times_s).clip(1, max(1, len(rows) - 1)).clip(max=len(rows) - 1)
-    before = np.maximum(after - 1, 0)
-    nearer_before = np.abs(rows[before, 0] - times_s) <= np.abs(rows[after, 0] - times_s)
-    nearest = np.where(nearer_before, before, after)
+    nearest = np.searchsorted((rows[1:, 0] + rows[:-1, 0]) / 2, times_s)  # by the middles between rows
     is_near = np.abs(rows[nearest, 0] - times_s) <= tolerance_s
     if not is_near.any():
         raise SidecarError(
@@ -63,36 +66,24 @@ def read_sidecar(
 
 def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:
     """Which column says when, and the rows: that column first, then `columns`; float64 (rows, 1 + columns)."""
-    if not path.exists():
-        raise SidecarError(f"{path}: there is no such file; it would hold the columns {', '.join(columns)}")
     try:
         # "-sig": spreadsheets put an invisible mark before the name of the first column.
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             known = reader.fieldnames or []
             clock = "time_s" if "time_s" in known else "frame"
-            if clock not in known:
-                raise SidecarError(f"{path}: there is neither a column 'time_s' nor 'frame' among {', '.join(known)}")
-            for column in columns:
+            for column in (clock, *columns):
                 if column not in known:
-                    raise SidecarError(f"{path}: there is no column '{column}' among {', '.join(known)}")
+                    raise ValueError(f"there is no column '{column}' among {', '.join(known)}")
             rows = np.array([[float(row[column]) for column in (clock, *columns)] for row in reader])
-        if len(rows) == 0:
-            raise ValueError("it has no rows")
-        if not np.isfinite(rows).all():
-            raise ValueError(f"row {(~np.isfinite(rows)).any(axis=1).argmax()} has a value that is not a number")
-    except (csv.Error, TypeError, ValueError) as error:
-        raise SidecarError(f"{path}: this is no table of numbers, saved as UTF-8 ({error})") from error
+        if len(rows) == 0 or not np.isfinite(rows).all():
+            raise ValueError("it has no rows, or a value that is not a number")
+    except (OSError, csv.Error, TypeError, ValueError) as error:
+        raise SidecarError(f"{path}: cannot be read as a table of numbers in UTF-8 ({error})") from error
     return clock, rows
 
 
-def _frame_times_s(video: Path, frames: np.ndarray, path: Path, image_fps: float) -> np.ndarray:
-    """When the counted frames are shown, float64 (rows,); decoded, because headers lie about times and order."""
+def _frame_times_s(video: Path, image_fps: float) -> np.ndarray:
+    """When each frame is shown, float64 (frames,); decoded, because headers lie about times and order."""
     with open_video(video, Damage(), image_fps) as decoder:
-        times_s = np.array([time_s for _, time_s in decoder])
-    unknown = ~np.isin(frames, np.arange(len(times_s)))
-    if unknown.any():
-        raise SidecarError(
-            f"{path}: there is no frame {frames[unknown][0]:g} in {video.name}: it has {len(times_s)}, counted from 0"
-        )
-    return times_s[frames.astype(int)]
+        return np.array([time_s for _, time_s in decoder])

@@ -6,9 +6,7 @@ shade that change in every frame and say nothing about what happens next. The fr
 mp4 files; beside each lies a CSV with the true state of every frame.
 """
 
-import csv
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -19,7 +17,8 @@ import av
 import joblib
 import numpy as np
 from av.video.stream import VideoStream
-from tqdm import tqdm
+from scipy.ndimage import zoom
+from tqdm.contrib.concurrent import process_map
 
 Result = TypeVar("Result")
 Motion = tuple[np.ndarray, np.ndarray]
@@ -109,11 +108,7 @@ def move_balls(motion: Motion, world: BallWorld, generator: np.random.Generator,
 def smooth_noise(generator: np.random.Generator, *, cells: int, size: int, amplitude: float) -> np.ndarray:
     """A `cells` x `cells` grid of uniform colours, bilinearly enlarged: float64 (3, size, size), up to +-amplitude."""
     grid = generator.uniform(-amplitude, amplitude, size=(3, cells, cells))
-    at = np.linspace(0, cells - 1, size)
-    left = np.minimum(at.astype(int), cells - 2)
-    weight = at - left
-    rows = grid[:, left] * (1 - weight)[:, None] + grid[:, left + 1] * weight[:, None]
-    return rows[:, :, left] * (1 - weight) + rows[:, :, left + 1] * weight
+    return zoom(grid, (1, size / cells, size / cells), order=1)
 
 
 def render_balls(states: np.ndarray, world: BallWorld, generator: np.random.Generator) -> np.ndarray:
@@ -172,16 +167,15 @@ def write_ball_clip(folder: Path, index: int, world: BallWorld, *, seed: int) ->
     return path
 
 
-def write_states(path: Path, states: np.ndarray, world: BallWorld, **columns: Sequence[object]) -> None:
+def write_states(path: Path, states: np.ndarray, world: BallWorld, **columns: Sequence[float]) -> None:
     """Write what `simulate_balls` returned as a CSV, whole or not at all; `columns` are added, a value a frame."""
+    names = ["frame", "time_s", *STATE_COLUMNS, *VELOCITY_COLUMNS, *columns]
+    frame = np.arange(len(states))
+    positions, velocities = (part.reshape(len(states), -1) for part in np.split(states, 2, axis=2))
+    table = np.column_stack([frame, frame / world.fps, positions, velocities, *columns.values()])
+    formats = ["%d", "%.6f", *["%.4f"] * 8, *["%g"] * len(columns)]
     unfinished = path.with_suffix(".csv.tmp")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["frame", "time_s", *STATE_COLUMNS, *VELOCITY_COLUMNS, *columns])
-        for frame, balls in enumerate(states):
-            values = [f"{value:.4f}" for value in (*balls[:, :2].ravel(), *balls[:, 2:].ravel())]
-            added = [column[frame] for column in columns.values()]
-            writer.writerow([frame, f"{frame / world.fps:.6f}", *values, *added])
+    np.savetxt(unfinished, table, formats, delimiter=",", header=",".join(names), comments="")
     unfinished.replace(path)
 
 
@@ -196,6 +190,5 @@ def write_ball_videos(folder: Path, clips: int, world: BallWorld, *, seed: int) 
 
 def on_all_cores(write: Callable[[int], Result], number: int, *, name: str) -> list[Result]:
     """Call a function with 0, 1, ... in processes side by side."""
-    with ProcessPoolExecutor(joblib.cpu_count()) as pool:
-        written = pool.map(write, range(number), chunksize=8)
-        return list(tqdm(written, total=number, unit="clip", desc=f"rendering {name}", leave=False))
+    bar = {"unit": "clip", "desc": f"rendering {name}", "leave": False}
+    return process_map(write, range(number), max_workers=joblib.cpu_count(), chunksize=8, **bar)

@@ -529,7 +529,7 @@ def with_cover(path, numbers):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_cover_picture_is_no_video(tmp_path, suffix):
     music = with_cover(tmp_path / f"music{suffix}", [])
-    with pytest.raises(VideoError, match=rf"music\{suffix}: there is no video stream in it, only a cover picture"):
+    with pytest.raises(VideoError, match=rf"music\{suffix}: there is no video stream in it; a cover picture is none"):
         probe_video(music)
     film = with_cover(tmp_path / f"film{suffix}", [np.full((32, 80, 3), 20 * index, np.uint8) for index in range(10)])
     assert (probe_video(film).codec, probe_video(film).height) == ("h264", 32)

@@ -40,31 +40,26 @@ def test_columns_come_in_the_order_asked_for(video):
     assert values.tolist() == [[0, 12], [-1, 10]]
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(SidecarError, match=r"lap\.csv: there is no such file"):
-        read_sidecar(tmp_path / "lap.mp4", np.zeros(1), columns=["speed"], tolerance_s=0.1)
-
-
 @pytest.mark.parametrize(
     ("table", "column", "message"),
     [
         (TABLE, "brake", "no column 'brake' among frame, time_s, speed, steering"),
-        ("second,speed\n0,1\n", "speed", "neither a column 'time_s' nor 'frame' among second, speed"),
-        ("", "speed", "neither a column 'time_s' nor 'frame'"),
+        ("second,speed\n0,1\n", "speed", "no column 'frame' among second, speed"),
+        ("", "speed", "no column 'frame'"),
         ("time_s,speed\n", "speed", "no rows"),
-        ("time_s,speed\n0.0,fast\n", "speed", "no table of numbers.*fast"),
-        ("time_s,speed\n0.0,\n", "speed", "no table of numbers"),
-        ("time_s,speed\n0.0\n", "speed", "no table of numbers"),
-        ("time_s,speed\nnow,1\n", "speed", "no table of numbers.*now"),
-        ("time_s,speed\n0.0,nan\n", "speed", "row 0 has a value that is not a number"),
-        ("time_s,speed\nnan,1\n", "speed", "row 0 has a value that is not a number"),
-        ("time_s,höhe\n0.0,7\n".encode("latin-1"), "höhe", "saved as UTF-8 .*utf-8.* can't decode"),
-        ("time_s,höhe\n0.0,7\n".encode("utf-16"), "höhe", "saved as UTF-8"),
-        (b"time_s,speed\n0.0," + b"7" * 200_000 + b"\n", "speed", "no table of numbers"),
+        ("time_s,speed\n0.0,fast\n", "speed", "table of numbers.*fast"),
+        ("time_s,speed\n0.0\n", "speed", "table of numbers"),
+        ("time_s,speed\nnan,1\n", "speed", "a value that is not a number"),
+        ("time_s,höhe\n0.0,1\n".encode("latin-1"), "höhe", "in UTF-8"),
+        (b"time_s,speed\n0.0," + b"7" * 200_000 + b"\n", "speed", "table of numbers"),
+        (None, "speed", "No such file"),
     ],
 )
 def test_unusable_tables_say_why(video, table, column, message):
-    video.with_suffix(".csv").write_bytes(table.encode() if isinstance(table, str) else table)
+    if table is None:
+        video.with_suffix(".csv").unlink()
+    else:
+        video.with_suffix(".csv").write_bytes(table.encode() if isinstance(table, str) else table)
     with pytest.raises(SidecarError, match=rf"clip\.csv: .*{message}"):
         read_sidecar(video, np.zeros(1), columns=[column], tolerance_s=0.1)
 
