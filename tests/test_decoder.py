@@ -100,7 +100,7 @@ def test_the_shared_clips_are_all_tested(shared):
     assert sorted(path.name for path in (shared / "clips").iterdir()) == sorted(CLIPS)
 
 
-@pytest.mark.parametrize("name", ["a_00", "b_00", "b_01", "b_02"])
+@pytest.mark.parametrize("name", ["a_00", "b_00"])
 def test_random_clips_of_drives(shared, begun_again, name):
     assert_random_is_sequential(shared / "driving" / f"{name}.mp4", clips=3, seeds=(1,))
     assert begun_again == [0]
@@ -132,11 +132,10 @@ ENCODINGS = [
 PLAIN = {"mjpeg": "yuvj420p", "gif": "rgb8"}
 
 
-EVEN_ONLY = ("mpeg2video", "libsvtav1", "gif")
 VARIABLE = [
     (name, codec, options, True)
     for name, codec, options in ENCODINGS
-    if codec not in EVEN_ONLY and not name.endswith((".avi", ".h264", ".hevc"))
+    if codec not in ("mpeg2video", "libsvtav1", "gif") and not name.endswith((".avi", ".h264", ".hevc"))
 ]
 
 
@@ -153,9 +152,9 @@ def test_random_clips_of_every_kind(tmp_path, encode_video, begun_again, name, c
     assert begun_again == [0]
 
 
-@pytest.mark.parametrize("flags", ["frag_keyframe+empty_moov", "frag_keyframe+empty_moov+default_base_moof+faststart"])
-def test_random_clips_of_a_fragmented_mp4(tmp_path, encode_video, flags):
-    video = encode_video(tmp_path / "fragments.mp4", 140, options=SHORT_GOP, container_options={"movflags": flags})
+def test_random_clips_of_a_fragmented_mp4(tmp_path, encode_video):
+    flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof+faststart"}
+    video = encode_video(tmp_path / "fragments.mp4", 140, options=SHORT_GOP, container_options=flags)
     assert_random_is_sequential(video)
     assert (count_frames(video).frames, count_frames(video).damage) == (140, "")
 
@@ -208,36 +207,23 @@ def test_matroska_with_wrong_cues(tmp_path, encode_video):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
-def test_clips_overlap_come_in_any_order_and_end_with_the_video(tmp_path, encode_video, read_number, suffix):
+def test_frames_at_times_before_and_after_the_video_and_in_any_order(tmp_path, encode_video, read_number, suffix):
     video = encode_video(tmp_path / f"even{suffix}", 100, options=SHORT_GOP)
-    starts = [90, 3, 0, 8, 3, 99, 50]
-    found = read_clips(video, SIZE, [(start - 0.5) / 25 for start in starts] + [4.0, 100], length=20)
-    numbers = [[read_number(frame) for frame in frames] for frames, _ in found]
-    assert numbers == [list(range(start, min(100, start + 20))) for start in starts] + [[], []]
-    assert found[-1][0].shape == (0, 3, *SIZE)
-    assert found[-1][1].shape == (0,)
-    assert read_clips(video, SIZE, [], length=20) == []
-    frames, times_s = read_frames_at(video, SIZE, times_s=[100, 0.1, -3, 0.1])
-    assert [read_number(frame) for frame in frames] == [99, *[read_number(frames[1])], 0, read_number(frames[1])]
-    np.testing.assert_allclose(times_s[[0, 2]], [3.96, 0], atol=1e-3)
+    frames, times_s = read_frames_at(video, SIZE, times_s=[100, 0.12, -3, 0.12])
+    assert [read_number(frame) for frame in frames] == [99, 3, 0, 3]
+    np.testing.assert_allclose(times_s, [3.96, 0.12, 0, 0.12], atol=1e-3)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_skipping_saves_decoding(tmp_path, encode_video, decoded, suffix):
     video = encode_video(tmp_path / f"even{suffix}", 600, options={"g": "30", "bf": "3", "sc_threshold": "0"})
-    for start_s in (20.0, 23.0):
+    for starts_s in ([20.0], [23.0], [1.0, 20.0]):
         decoded[0] = 0
-        read_clips(video, SIZE, [start_s], length=16)
-        assert 16 <= decoded[0] <= 16 + 2 * 30
-    decoded[0] = 0
-    read_clips(video, SIZE, [1.0, 20.0], length=16)
-    assert decoded[0] <= 2 * (16 + 2 * 30)
+        read_clips(video, SIZE, starts_s, length=16)
+        assert 16 <= decoded[0] <= len(starts_s) * (16 + 2 * 30)
     decoded[0] = 0
     read_frames_at(video, SIZE, times_s=[2.0, 12.0, 22.0])
     assert decoded[0] <= 3 * (2 * 30 + 2)
-    decoded[0] = 0
-    next(read_frames(video, SIZE, start_s=22.0))
-    assert decoded[0] <= 2 * 30
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
@@ -296,10 +282,8 @@ def test_after_a_break_reading_goes_on_at_the_next_keyframe(tmp_path, encode_vid
     assert count_frames(video).frames == len(numbers)
     # The same from the middle on, and in clips.
     assert_random_is_sequential(video, damage=Damage())
-    with pytest.raises(VideoError, match=rf"broken{suffix}: decoding failed after 1\."):
-        list(read_frames(video, SIZE))
     good = []
-    with pytest.raises(VideoError):  # noqa: PT012
+    with pytest.raises(VideoError, match=rf"broken{suffix}: decoding failed after 1\."):  # noqa: PT012
         for frame, _ in read_frames(video, SIZE):
             good.append(read_number(frame))
     assert good == list(range(len(good)))
@@ -422,6 +406,14 @@ def test_times_that_run_backwards_are_left_out(tmp_path, encode_video, read_numb
         list(read_frames(backwards, SIZE))
 
 
+def add_sound(container, stream, seconds):
+    for index in range(int(seconds * 8000 / 1024)):
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 8000, 1024 * index, Fraction(1, 8000)
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
 def with_sound(path, source, seconds):
     """A video with sound that is longer."""
     with av.open(str(source)) as video, av.open(str(path), "w") as container:
@@ -431,11 +423,7 @@ def with_sound(path, source, seconds):
             if packet.size:
                 packet.stream = stream
                 container.mux(packet)
-        for index in range(int(seconds * 8000 / 1024)):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = 8000, 1024 * index, Fraction(1, 8000)
-            container.mux(sound.encode(frame))
-        container.mux(sound.encode())
+        add_sound(container, sound, seconds)
     return path
 
 
@@ -446,14 +434,7 @@ def test_sound_that_is_longer_is_no_damage(tmp_path, encode_video, suffix):
     info = count_frames(video)
     assert (info.frames, info.damage) == (50, "")
     assert info.duration_s == pytest.approx(2, abs=0.01)
-
-
-def test_a_matroska_without_tags_is_not_judged_by_its_sound(tmp_path, encode_video):
-    source = even(encode_video, tmp_path / "source.mp4", 50)
-    video = with_sound(tmp_path / "sound.mkv", source, 8)
-    content = video.read_bytes()
-    assert b"DURATION" in content
-    video.write_bytes(content.replace(b"DURATION", b"WHATEVER"))
+    video.write_bytes(video.read_bytes().replace(b"DURATION", b"WHATEVER"))  # Matroska's tag of each stream
     assert count_frames(video).damage == ""
 
 
@@ -491,36 +472,27 @@ def test_one_missing_frame_is_a_gap_where_the_rate_is_constant_only(tmp_path, en
 # Out of the ordinary
 
 
-def cover():
-    picture = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(picture, "JPEG")
-    return picture.getvalue()
-
-
 def with_cover(path, numbers):
     """Sound with a cover picture, and a video of numbers if there are any."""
-    picture = cover()
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(picture, "JPEG")
     with av.open(str(path), "w") as container:
-        sound = container.add_stream("aac", rate=8000, layout="mono")
         if numbers:
             video = container.add_stream("libx264", rate=10)
             video.height, video.width, video.pix_fmt = 32, 80, "yuv420p"
         if path.suffix == ".mkv":
-            container.add_attachment("cover.jpg", "image/jpeg", picture)
+            container.add_attachment("cover.jpg", "image/jpeg", picture.getvalue())
         else:
             attached = container.add_stream("mjpeg", rate=1)
             attached.width = attached.height = 256
             attached.pix_fmt, attached.disposition = "yuvj420p", Disposition.attached_pic
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 8000, 0
-        container.mux(sound.encode(frame))
-        container.mux(sound.encode())
+        add_sound(container, container.add_stream("aac", rate=8000, layout="mono"), 1)
         if numbers:
             for pixels in numbers:
                 container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(video.encode())
         if path.suffix != ".mkv":
-            packet = av.Packet(picture)
+            packet = av.Packet(picture.getvalue())
             packet.stream, packet.pts, packet.dts = attached, 0, 0
             container.mux(packet)
     return path
@@ -540,11 +512,9 @@ def test_a_cover_picture_is_no_video(tmp_path, suffix):
 def test_of_two_streams_the_best_is_read(tmp_path, suffix):
     path = tmp_path / f"two{suffix}"
     with av.open(str(path), "w") as container:
-        streams = []
-        for height, width in ((32, 80), (96, 240)):
-            stream = container.add_stream("libx264", rate=10)
-            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            streams.append(stream)
+        streams = [container.add_stream("libx264", rate=10) for _ in range(2)]
+        for stream, size in zip(streams, ((32, 80), (96, 240)), strict=True):
+            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         for index in range(10):
             for level, stream in zip((20, 200), streams, strict=True):
                 pixels = np.full((stream.height, stream.width, 3), level + index, np.uint8)
@@ -552,14 +522,11 @@ def test_of_two_streams_the_best_is_read(tmp_path, suffix):
         for stream in streams:
             container.mux(stream.encode())
     with av.open(str(path)) as container:
-        best = container.streams.best("video")
-        expected = best.codec_context.height
+        expected = container.streams.best("video").codec_context.height
     info = count_frames(path)
     assert (info.height, info.frames, info.damage) == (expected, 10, "")
     levels = [frame.mean() for frame, _ in read_frames(path, SIZE)]
-    assert len(levels) == 10
     assert min(levels) > 150 if expected == 96 else max(levels) < 50
-    assert_random_is_sequential(path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -604,16 +571,6 @@ def test_odd_sizes(tmp_path, encode_video, name, codec, pixel_format):
     for size in ((33, 47), (17, 23), (64, 64)):
         levels = [frame.mean() for frame, _ in read_frames(video, size)]
         np.testing.assert_allclose(levels, 12 * np.arange(20), atol=3)
-
-
-def test_transparency_of_a_gif_is_ignored(tmp_path):
-    pictures = [Image.new("RGBA", (40, 16), (200, 30, 30, 255)) for _ in range(4)]
-    for index, picture in enumerate(pictures):
-        picture.paste((0, 0, 0, 0), (0, 0, 10 * index, 16))
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100, disposal=2)
-    frames = [frame for frame, _ in read_frames(tmp_path / "a.gif", SIZE)]
-    assert len(frames) == 4
-    assert all(abs(int(frame[0, 8, 39]) - 200) < 12 for frame in frames)  # what is not transparent
 
 
 def test_tagged_colours_are_read_as_tagged(tmp_path, encode_video):

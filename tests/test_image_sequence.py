@@ -82,8 +82,6 @@ def test_random_access_is_sequential(sequence):
     assert all(
         np.array_equal(frame, whole[round(10 * time_s)][0]) for frame, time_s in zip(frames, times_s, strict=True)
     )
-    late = list(read_frames(sequence, SIZE, start_s=3.05, image_fps=10))
-    assert [time_s for _, time_s in late] == [time_s for _, time_s in whole if time_s >= 3.05]
 
 
 def test_images_lie_on_the_clock(sequence, read_number):
@@ -140,10 +138,8 @@ def test_names_without_numbers_are_in_the_order_of_the_alphabet(tmp_path, number
 
 
 def test_what_is_no_image_does_not_count(tmp_path, numbered):
-    folder = write_images(tmp_path / "frames", ["1.png", "2.png"])
-    write_images(folder, [".3.png"])
+    folder = write_images(tmp_path / "frames", ["1.png", "2.png", ".3.png"])
     (folder / "labels.csv").write_text("1,2\n")
-    (folder / "4.txt").write_text("no image")
     assert len(numbered(folder)) == 2
 
 
@@ -217,15 +213,6 @@ def test_a_damaged_member_of_a_zip_is_left_out_and_noted(tmp_path, numbered):
     assert damage.breaks[0].startswith("image 2.png cannot be decoded (")
 
 
-def test_nothing_but_damaged_images(tmp_path):
-    folder = tmp_path / "frames"
-    folder.mkdir()
-    for index in range(3):
-        (folder / f"{index}.jpg").write_bytes(b"no image")
-    with pytest.raises(VideoError, match=r"frames: no frame can be decoded \(image 0\.jpg cannot be decoded"):
-        probe_video(folder)
-
-
 @pytest.mark.parametrize("names", [[], ["1.jpg"]])
 def test_fewer_than_two_images_are_no_sequence(tmp_path, names):
     folder = write_images(tmp_path / "frames", names)
@@ -255,24 +242,18 @@ def test_nested_folders_are_sequences_of_their_own(tmp_path, numbered):
     assert find_videos([archive / "b"]) == [archive / "b"]
 
 
-def test_damaged_zips_are_refused_by_name_and_others_passed_over(tmp_path, encode_video):
+def test_damaged_zips_are_refused_by_name_and_others_passed_over(tmp_path):
     folder = write_images(tmp_path / "frames", [f"{index}.png" for index in range(3)])
     whole = zip_folder(folder, tmp_path / "whole.zip").read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.zip").touch()
     with zipfile.ZipFile(tmp_path / "labels.zip", "w") as archive:
         archive.writestr("labels.csv", "1,2")
-    records = index_videos([tmp_path], None, look=count_frames, progress=False)
-    reasons = {record.state.path.removeprefix(f"{tmp_path}/"): record.refused for record in records}
-    assert reasons.keys() == {"cut.zip", "empty.zip", "frames", "whole.zip"}
-    assert "not a readable zip file" in reasons["cut.zip"]
-    assert "cut.zip: " in reasons["cut.zip"]
-    assert "not a readable zip file" in reasons["empty.zip"]
-    assert reasons["frames"] == reasons["whole.zip"] == ""
+    _, account = check_videos([tmp_path], fps=4, progress=False)
+    assert account.refused.keys() == {str(tmp_path / "cut.zip"), str(tmp_path / "empty.zip")}
+    assert all("not a readable zip file" in reason for reason in account.refused.values())
     with pytest.raises(VideoError, match=r"labels\.zip: not a readable video, but a folder with 0 images"):
         check_videos([tmp_path / "labels.zip"], fps=4, progress=False)
-    with pytest.raises(VideoError, match=r"cut\.zip: not a readable zip file"):
-        check_videos([tmp_path / "cut.zip"], fps=4, progress=False)
     with pytest.raises(VideoError, match=r"whole\.zip/nowhere: .* 0 images"):
         probe_video(tmp_path / "whole.zip" / "nowhere")
     with pytest.raises(VideoError, match=r"missing\.zip: no such file"):
@@ -294,19 +275,19 @@ def test_a_zip_with_flipped_bytes_is_read_or_refused(tmp_path):
         assert record.video is not None or "mutated.zip" in record.refused
 
 
-def test_a_changed_image_changes_the_sequence(tmp_path, sequence):
-    manifest = tmp_path / "manifest.jsonl"
-    (before,) = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
-    (same,) = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
-    assert same == before
-    if split_zip(sequence):
-        return
-    Image.fromarray(draw_number(3)[:16]).save(sequence / "000007.png")
-    (after,) = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
-    assert after.state != before.state
-    write_images(sequence, ["000040.png"])
-    (longer,) = index_videos([sequence], manifest, look=count_frames, image_fps=10, progress=False)
-    assert longer.video.frames == 41
+def test_a_changed_image_changes_the_sequence(tmp_path):
+    folder = write_images(tmp_path / "frames", [f"{index:06d}.png" for index in range(40)])
+
+    def index():
+        (record,) = index_videos([folder], tmp_path / "manifest.jsonl", look=count_frames, progress=False)
+        return record
+
+    before = index()
+    assert index() == before
+    Image.fromarray(draw_number(3)[:16]).save(folder / "000007.png")
+    assert index().state != before.state
+    write_images(folder, ["000040.png"])
+    assert index().video.frames == 41
 
 
 def test_another_rate_is_another_index(tmp_path):
