@@ -3,7 +3,7 @@ r"""Bouncing balls, several seeds: what the recipe reaches on clips that were ne
   python -m benchmarks.balls --seeds 0 1 2
 
 For each seed: what the demo does with more clips and steps (videos, models and test clips of that seed), then on its
-test clips the linear probe of the balls' positions, skill and retrieval; the same probe on a static textured
+test clips the linear probe of the balls' positions, and skill; the same probe on a static textured
 background; and a run without the variance term, which has to trip the collapse alarm. Prints tables in Markdown and
 writes `results.json`. Other benchmarks go on from there.
 """
@@ -83,7 +83,6 @@ def measure_seed(seed: int, folder: Path, options: Options) -> dict[str, Any]:
         measures["memory of the largest process: GB"] = 1024 * largest_kib / 1e9
     evaluation = folder / "evaluation"
     measures |= probe_positions(folder / "cache", "full")
-    measures["retrieval@1 at horizon 1"] = forecasts(evaluation, "retrieval_at_1", [1])["model"][0]
     measures |= compare_with_the_best(evaluation)
     if options.encoder_checks:
         measures |= textured(seed, folder / "textured") | collapse(seed, folder)

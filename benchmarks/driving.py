@@ -133,8 +133,10 @@ def measure_seed(
     """All figures of one seed: of forecasts at each of `HORIZONS`, and the others."""
     measures = make_model(folder, videos, RECIPE, seed) | compare_with_the_best(folder / "evaluation")
     if not finished(folder / "reversed"):
-        run("score_surprise", {"videos": list(reversals), "encoder": folder / "encoder" / "encoder",
-            "predictor": folder / "predictor"}, "--output-dir", folder / "reversed", "--overwrite")  # fmt: skip
+        cache, encoder = folder / "reversed_cache", folder / "encoder" / "encoder"
+        run("cache_embeddings", {"videos": list(reversals), "encoder": encoder, "fps": FPS}, "--output-dir", cache)
+        run("score_surprise", {"cache": cache, "predictor": folder / "predictor"},
+            "--output-dir", folder / "reversed", "--overwrite")  # fmt: skip
     scores = read_scores(folder / "reversed" / "surprise.csv", "energy")
     cosines = read_scores(folder / "reversed" / "surprise.csv", "change_cosine")
     against = {video: rows * [1, -1] for video, rows in cosines.items()}

@@ -1,14 +1,10 @@
-"""How good is a forecast? Errors and retrieval.
+"""How good is a forecast?
 
 Embeddings are standardised here: (B, H, *tokens, D), for B windows and H horizons.
 """
 
-import torch
 import torch.nn.functional as functional
 from torch import Tensor
-
-TIE = 1e-5
-"""Difference up to which two distances are equal, relative and in standard deviations."""
 
 
 def squared_error(forecast: Tensor, came: Tensor) -> Tensor:
@@ -27,19 +23,3 @@ def change_cosine(forecast: Tensor, came: Tensor, last: Tensor) -> Tensor:
     """
     foreseen, true = ((value - last[:, None]).flatten(2) for value in (forecast, came))
     return functional.cosine_similarity(foreseen, true, dim=2)
-
-
-def nearest_rows(embeddings: Tensor, bank: Tensor) -> Tensor:
-    """The row of a bank (frames, D) that is nearest to each embedding; (N, D) -> int (N,)."""
-    return torch.cat([torch.cdist(part, bank).argmin(dim=1) for part in embeddings.split(1024)])
-
-
-def retrieved(forecast: Tensor, came: Tensor, bank: Tensor) -> Tensor:
-    """Whether no frame of a bank (frames, D) is nearer to a forecast than the one that came; (N, D) twice -> bool (N,).
-
-    Equal distances are hits: frames of a standing picture, or of two clocks, are the same.
-    """
-    # Found by products of matrices, which round much; then measured exactly.
-    frames = came, bank[nearest_rows(forecast, bank)]
-    true, nearest = ((forecast - frame).square().mean(dim=-1).sqrt() for frame in frames)
-    return true <= nearest * (1 + TIE) + TIE

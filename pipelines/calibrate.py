@@ -9,14 +9,13 @@ The more clips, the more its percentiles say. `train_predictor` has done this on
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.cache import EmbeddingCache
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.files import MARK, read_json
 from pipelines.run.folder import hold
-from pipelines.run.forecasts import calibrate, clips_in_short
-from pipelines.run.models import load_predictor, run_of, save_calibration
+from pipelines.run.judging import calibrate, clips_in_short
+from pipelines.run.models import load_predictor, open_cache, run_of, save_calibration
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,16 @@ class Options(Bounded):
 def main(options: Options) -> None:
     """Load, forecast ordinary video, fit, replace the calibration."""
     require_one_process()
-    device = start_accelerator().device
     folder = run_of(options.predictor)
-    predictor, before = load_predictor(folder)
+    predictor, before = load_predictor(folder, start_accelerator().device)
     hold(folder, predictor)
-    cache = EmbeddingCache(options.cache)
-    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(folder), shape=predictor.shape)
+    cache = open_cache(options.cache, predictor)
     inputs = read_json(folder / MARK).get("inputs", {}) if (folder / MARK).exists() else {}
     require(
         clips_in_short(cache) != inputs.get("train"),
         f"{folder} was trained on {options.cache}, whose errors are not usual ones: take other videos",
     )
-    calibration, said = calibrate(predictor.to(device), before.ridge, cache, horizon=options.horizon)
+    calibration, said = calibrate(predictor, before.ridge, cache, horizon=options.horizon)
     save_calibration(calibration, predictor, folder)
     print(f"{said}\nwrote {folder}/calibration")
 

@@ -3,27 +3,29 @@ r"""Evaluate a predictor: by how much does it beat the trivial guesses, and how 
   video-jepa evaluate --cache cache/test --predictor runs/predictor --output-dir runs/evaluation
 
 Leaves `rollout.json`, `rollout.csv` and `rollout.png`: for each forecast and horizon its error, also relative to
-copying the last embedding, to ridge regression and to the mean, with confidence intervals, retrieval and collapse; and
-for how long it is better than the mean. `model` is what the predictor's calibration believes, `rollout` the network
-alone. With --samples also how good sampled futures are; with --probe-cache and --probe-columns also how well true
-state, columns of the caches, can be read off forecasts.
+copying the last embedding, to ridge regression and to the mean, with confidence intervals; and for how long it is
+better than the mean. `model` is what the predictor's calibration believes, `rollout` the network alone. With --samples
+also how good sampled futures are; with --probe-cache and --probe-columns also how well true state, columns of the
+caches, can be read off forecasts.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 
-from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, require_one_process, run_command
-from pipelines.run.evaluation import Judged, evaluate, fit_readout
+from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.files import write_json
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import load_predictor, require_no_video_in_both
-from pipelines.run.report import draw, flat_metrics, table, write_table
+from pipelines.run.models import load_predictor, open_cache, require_no_video_in_both
+from pipelines.run.report import draw_skill, table, write_table
 
+RESULTS = ("rollout.json", "rollout.csv", "rollout.png")
 LEAST_SAMPLES = 19
 """Fewest samples with a central interval of 90 %."""
 
@@ -48,8 +50,6 @@ class Options(Bounded):
     """Embeddings of other videos to fit probes on, cached with --columns."""
     probe_columns: tuple[str, ...] = ()
     """Columns of both caches to read off forecasts."""
-    resamples: PositiveInt = 1000
-    """Bootstrap resamples for the confidence intervals."""
     seed: NotNegativeInt = 0
     """Seed of the bootstrap and of the samples."""
     overwrite: bool = False
@@ -63,43 +63,36 @@ def main(options: Options) -> None:
     enough = options.samples == 0 or options.samples >= LEAST_SAMPLES
     require(enough, f"--samples is {options.samples}: a central interval of 90 % takes at least {LEAST_SAMPLES}")
     require_one_process()
-    accelerator = Accelerator()
-    output = RunFolder(options, "evaluate_rollout", ("rollout.json", "rollout.csv", "rollout.png"))
-    predictor, calibration = load_predictor(options.predictor)
-    predictor, calibration = predictor.to(accelerator.device), calibration.to(accelerator.device)
-    cache = EmbeddingCache(options.cache)
-    cache.require_same_space(
-        predictor.encoder_fingerprint, predictor.fps, str(options.predictor), shape=predictor.shape
-    )
+    device, folder = Accelerator().device, options.output_dir
+    output = RunFolder(options, "evaluate_rollout", RESULTS)
+    predictor, calibration = load_predictor(options.predictor, device)
+    cache, readout = open_cache(options.cache, predictor), None
     windows = Windows(cache, predictor.config.context + options.horizon)
-    readout = None
     if options.probe_cache:
-        probe_cache = EmbeddingCache(options.probe_cache)
-        probe_cache.require_same_space(
-            predictor.encoder_fingerprint, predictor.fps, str(options.predictor), shape=predictor.shape
-        )
+        probe_cache = open_cache(options.probe_cache, predictor)
         require_no_video_in_both(cache, probe_cache)
         readout = fit_readout(probe_cache, options.probe_columns, predictor)
-    output.begin({"provenance": cache.provenance, "calibration": calibration.description()})
-
-    judged = Judged(predictor, calibration, windows, accelerator.autocast)
-    results = evaluate(
-        judged,
-        most=options.windows,
-        samples=options.samples,
-        readout=readout,
-        resamples=options.resamples,
-        seed=options.seed,
-    )
-    write_json(options.output_dir / "rollout.json", results)
-    write_table(results, options.output_dir / "rollout.csv")
-    draw(results, options.output_dir / "rollout.png")
+    judge = Evaluation(predictor, calibration, windows, samples=options.samples, readout=readout, seed=options.seed)
+    results = judge.run(most=options.windows)
+    with TemporaryDirectory(prefix=".tmp.", dir=folder) as unfinished:
+        write_json(Path(unfinished, "rollout.json"), results)
+        write_table(results, Path(unfinished, "rollout.csv"))
+        figure = Figure(figsize=(11, 5), layout="constrained")
+        draw_skill(results, figure.subplots())
+        figure.savefig(Path(unfinished, "rollout.png"), dpi=120)
+        # Only now: where the disk is full, the old results stay.
+        output.begin({"provenance": cache.provenance, "calibration": calibration.description()})
+        for name in RESULTS:
+            Path(unfinished, name).replace(folder / name)
     print(table(results))
-    output.finish(flat_metrics(results))
+    errors = {
+        f"relative_to_copy_last_at_{row['horizon']}": row["relative_to_copy_last"]
+        for row in results["predictors"]["model"]
+    }
+    output.finish({"useful_horizon_s": results["useful_horizon"]["model"]["time_s"]} | errors)
     print(
-        f"wrote {options.output_dir}/rollout.json, rollout.csv and rollout.png. Next:\n"
-        f"  video-jepa surprise --cache {options.cache} --predictor {options.predictor} "
-        "--output-dir runs/surprise"
+        f"wrote {folder}/rollout.json, rollout.csv and rollout.png. Next:\n"
+        f"  video-jepa surprise --cache {options.cache} --predictor {options.predictor} --output-dir runs/surprise"
     )
 
 

@@ -25,9 +25,16 @@ from jepa.rollout import rollout
 from jepa.samples import energy_score
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
-from pipelines.run.forecasts import calibrate, clips_in_short
-from pipelines.run.judging import CHOSEN_BY, Judge, copying_error, fit_ridge_on, measure_embeddings
-from pipelines.run.models import calibration_artefact, require_no_video_in_both
+from pipelines.run.judging import (
+    CHOSEN_BY,
+    Judge,
+    calibrate,
+    clips_in_short,
+    copying_error,
+    fit_ridge_on,
+    measure_embeddings,
+)
+from pipelines.run.models import calibration_artefact, open_cache, require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator
 
@@ -62,15 +69,11 @@ class Options(RunOptions):
 def main(options: Options) -> None:
     """Measure the embeddings, train, keep the best on validation clips, calibrate, save."""
     run = Run(options, "train_predictor", ("predictor", "calibration"))
-    train, validation = EmbeddingCache(options.train_cache), EmbeddingCache(options.validation_cache)
-    provenance = train.provenance
-    validation.require_same_space(
-        provenance.encoder_fingerprint, provenance.fps, str(options.train_cache), shape=train.shape
-    )
+    train = EmbeddingCache(options.train_cache)
+    provenance, encoder = train.provenance, train.provenance.encoder_fingerprint
+    predictor = Predictor(options.predictor, train.shape, fps=provenance.fps, encoder_fingerprint=encoder)
+    validation = open_cache(options.validation_cache, predictor)
     require_no_video_in_both(train, validation)
-    predictor = Predictor(
-        options.predictor, train.shape, fps=provenance.fps, encoder_fingerprint=provenance.encoder_fingerprint
-    )
     measure_embeddings(predictor, train)
     context = options.predictor.context
     windows = Windows(train, context + options.rollout_steps)
@@ -106,7 +109,7 @@ def main(options: Options) -> None:
             "calibration": calibration_artefact(calibration, predictor),
         }
     run.finish(
-        {"encoder_fingerprint": provenance.encoder_fingerprint},
+        {"encoder_fingerprint": encoder},
         artefacts,
         next=f"video-jepa evaluate --cache cache/test --predictor {options.output_dir} --output-dir runs/evaluation",
     )

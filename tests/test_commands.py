@@ -65,8 +65,8 @@ def world(tmp_path_factory):
     caches = f"--train-cache {folder}/cache/train --validation-cache {folder}/cache/val"
     call("train_predictor", f"{caches} {PREDICTOR} {run}/predictor")
     judge = f"--predictor {folder}/predictor --output-dir {folder}"
-    call("evaluate_rollout", f"--cache {folder}/cache/test --horizon 4 --resamples 20 {judge}/evaluation")
-    call("score_surprise", f"--videos {folder}/test --encoder {folder}/encoder/encoder {judge}/surprise")
+    call("evaluate_rollout", f"--cache {folder}/cache/test --horizon 4 {judge}/evaluation")
+    call("score_surprise", f"--cache {folder}/cache/test {judge}/surprise")
     return folder
 
 
@@ -87,8 +87,8 @@ def test_the_journey_leaves_what_it_promises(world):
         ("train_predictor", "{caches} --output-dir {world} --overwrite", "and no run of train_predictor"),
         ("train_predictor", "{caches} --output-dir {world}/encoder --overwrite", "holds a run of pretrain_encoder"),
         ("evaluate_rollout", "{judge} --output-dir {world}/predictor", "holds a run of train_predictor: take another"),
-        ("score_surprise", "{judge} --videos {world}/test --output-dir {world}/test", "clip_00001.csv, and no run"),
-        ("score_surprise", "{judge} --videos {world}/test --output-dir {world}/test --overwrite", "and no run of"),
+        ("score_surprise", "{judge} --output-dir {world}/test", "clip_00001.csv, and no run"),
+        ("score_surprise", "{judge} --output-dir {world}/test --overwrite", "and no run of"),
         ("train_predictor", "{caches} --output-dir {world}/predictor --steps 4 {predictor}", "a finished run: add"),
         ("pretrain_encoder", "--videos {world}/nowhere --output-dir {world}/new", "no such file or folder"),
         ("pretrain_encoder", "--videos {world}/train --output-dir {world}/new --fps -1", "error: --fps is -1"),

@@ -18,10 +18,10 @@ from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines import evaluate_rollout
-from pipelines.run import evaluation
+from pipelines.run import evaluation, models
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
-from pipelines.run.evaluation import Judged, evaluate, fit_readout, forecast_batch, sample_futures
+from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.models import save_calibration
 
 CONTEXT, HORIZON = 3, 4
@@ -59,7 +59,7 @@ def judge(tmp_path, make_clip, write_cache):
     def run(frames, change=lambda folder: folder, **options):
         clips = [make_clip(str(tmp_path / f"{number}.mp4"), count, seed=number) for number, count in enumerate(frames)]
         cache = change(write_cache(tmp_path / "cache", clips))
-        options = {"horizon": HORIZON, "resamples": 50, "predictor": tmp_path / "predictor"} | options
+        options = {"horizon": HORIZON, "predictor": tmp_path / "predictor"} | options
         evaluate_rollout.main(evaluate_rollout.Options(cache=cache, output_dir=tmp_path / "out", **options))
         return json.loads((tmp_path / "out" / "rollout.json").read_text(), parse_constant=refuse_constant)
 
@@ -71,39 +71,48 @@ def refuse_constant(name):
     raise AssertionError(f"{name} in a JSON file")
 
 
-def judged_on(folder, **kind):
-    predictor, calibration = make_model(**kind)
-    return Judged(predictor, calibration, Windows(EmbeddingCache(folder), WINDOW))
+@pytest.fixture
+def judged_on(tmp_path, write_cache):
+    """Judge a model with random weights on clips of one shape."""
+
+    def make(clips, latent_dimension=0, samples=0):
+        shape = clips[0].columns["embeddings"].shape[1:]
+        predictor, calibration = make_model(shape, latent_dimension)
+        folder = write_cache(tmp_path / "cache", clips, shape=shape)
+        return Evaluation(predictor, calibration, Windows(EmbeddingCache(folder), WINDOW), samples=samples)
+
+    return make
+
+
+def forecast_all(judge):
+    return judge.forecast(judge.windows.take(np.arange(len(judge.windows))))
 
 
 @pytest.mark.parametrize(("shape", "latent_dimension"), [((5,), 0), ((5,), 2), ((2, 3, 4), 0)])
 def test_the_model_is_the_calibrated_forecast_and_the_rollout_the_bare_network(
-    tmp_path, make_clip, write_cache, shape, latent_dimension
+    judged_on, make_clip, shape, latent_dimension
 ):
-    folder = write_cache(tmp_path / "cache", [make_clip("/a.mp4", 30, shape=shape)], shape=shape)
-    judged = judged_on(folder, shape=shape, latent_dimension=latent_dimension)
-    batch = forecast_batch(judged, np.array([3, 7]))
-    sequences = judged.windows.take(np.array([3, 7]))
-    past, future = Sequence.on_clock(sequences[:, :CONTEXT], 4.0), Future.ticks(HORIZON, 4.0)
+    judge = judged_on([make_clip("/a.mp4", 30, shape=shape)], latent_dimension)
+    embeddings, batch = judge.windows.take(np.arange(len(judge.windows))), forecast_all(judge)
+    past, future = Sequence.on_clock(embeddings[:, :CONTEXT], 4.0), Future.ticks(HORIZON, 4.0)
     with torch.no_grad():
-        believed = rollout(judged.predictor, past, future, calibration=judged.calibration)
-        bare = rollout(judged.predictor, past, future)
+        believed = rollout(judge.predictor, past, future, calibration=judge.calibration)
+        bare = rollout(judge.predictor, past, future)
     assert list(batch.forecasts) == ROWS
-    assert torch.allclose(batch.forecasts["model"], judged.predictor.standardise(believed), atol=1e-6)
-    assert torch.allclose(batch.came, judged.predictor.standardise(sequences[:, CONTEXT:]))
+    assert torch.allclose(batch.forecasts["model"], judge.predictor.standardise(believed), atol=1e-6)
+    assert torch.allclose(batch.came, judge.predictor.standardise(embeddings[:, CONTEXT:]))
     if not latent_dimension:
-        assert torch.allclose(batch.forecasts["rollout"], judged.predictor.standardise(bare), atol=1e-6)
+        assert torch.allclose(batch.forecasts["rollout"], judge.predictor.standardise(bare), atol=1e-6)
     assert torch.allclose(batch.forecasts["mean"], torch.zeros_like(batch.came), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4)])
-def test_numbers_are_those_of_all_windows_at_once(tmp_path, make_clip, write_cache, shape, monkeypatch):
+def test_numbers_are_those_of_all_windows_at_once(judged_on, make_clip, shape, monkeypatch):
     clips = [make_clip(f"/{number}.mp4", 40, gaps=(9,), seed=number, shape=shape) for number in range(3)]
-    judged = judged_on(write_cache(tmp_path / "cache", clips, shape=shape), shape=shape)
-    whole = evaluate(judged, resamples=20)
-    monkeypatch.setattr(evaluation, "BATCH_NUMBERS", 5000)
-    assert_same(evaluate(judged, resamples=20), whole)
-    batch = forecast_batch(judged, np.arange(len(judged.windows)))
+    judge = judged_on(clips)
+    whole, batch = judge.run(resamples=20), forecast_all(judge)
+    monkeypatch.setattr(models, "BATCH_NUMBERS", 5000)
+    assert_same(judge.run(resamples=20), whole)
     errors = {name: squared_error(value, batch.came).double().mean(dim=0) for name, value in batch.forecasts.items()}
     for step in range(HORIZON):
         record = whole["predictors"]["model"][step]
@@ -111,8 +120,6 @@ def test_numbers_are_those_of_all_windows_at_once(tmp_path, make_clip, write_cac
         for to in ("copy_last", "ridge", "mean"):
             expected = float(errors["model"][step] / errors[to][step])
             assert record[f"relative_to_{to}"] == pytest.approx(expected, rel=1e-5)
-        true = batch.came[:, step].flatten(1, -2).mean(dim=1) if len(shape) > 1 else batch.came[:, step]
-        assert whole["truth"][step]["std"] == pytest.approx(float(true.var(dim=0).mean().sqrt()), rel=1e-4)
 
 
 def assert_same(one, other):
@@ -135,18 +142,10 @@ def test_fewer_windows_are_spread_evenly(judge, monkeypatch):
     assert judge([80, 80], windows=1000, overwrite=True)["windows"] == 148
 
 
-def test_one_frame_stored_on_two_clocks_is_found_by_both(tmp_path, make_clip, write_cache):
-    """Copying a standing picture: whichever row is the first of the nearest, it is the one that came."""
-    first, second = (make_clip("/still.mp4", 30, offset_s=offset_s) for offset_s in (0.0, 0.1))
-    for clip in (first, second):
-        clip.columns["embeddings"][:] = first.columns["embeddings"].repeat(10, axis=0)[:30]
-    judged = judged_on(write_cache(tmp_path / "cache", [first, second]))
-    record = evaluate(judged, resamples=2)["predictors"]["copy_last"][0]
-    assert record["retrieval_at_1"] > 0.8
-
-
 def test_a_damaged_cache_is_refused(judge, damage_cache):
-    with pytest.raises(UserError, match=r"cache holds embeddings that are not finite, first of .*/0\.mp4: see what"):
+    with pytest.raises(
+        UserError, match=r"cache holds embeddings that are not finite: `video-jepa inspect .*cache --verify`"
+    ):
         judge([40, 40], damage_cache)
 
 
@@ -168,15 +167,24 @@ def test_futures_that_copying_foretells_are_refused(judge, make_clip, write_cach
         judge([40], freeze)
 
 
-def test_another_encoder_is_refused_and_finished_results_are_kept(judge, tmp_path, write_cache, make_clip):
+def test_another_encoder_is_refused_and_finished_results_are_kept(judge, tmp_path, write_cache, make_clip, monkeypatch):
     def other(folder):
         return write_cache(tmp_path / "other", [make_clip("/a.mp4", 40)], encoder_fingerprint="other")
 
     with pytest.raises(Exception, match="other"):
         judge([40], other)
-    judge([40])
+    results = judge([40])
     with pytest.raises(UserError, match="holds a finished run: add --overwrite"):
         judge([40])
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(evaluate_rollout, "write_table", full)
+    with pytest.raises(OSError, match="No space"):
+        judge([40], windows=3, overwrite=True)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
+    assert json.loads((tmp_path / "out" / "rollout.json").read_text()) == results
 
 
 @pytest.mark.parametrize(
@@ -218,45 +226,43 @@ def test_of_enough_segments_intervals_are_claimed(judge, tmp_path, capsys):
     assert float(rows[0]["mse_low"]) > 0
     assert [row["predictor"] for row in rows[::HORIZON]] == [*ROWS, "truth"]
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["mse_at_4"] == results["predictors"]["model"][3]["mse"]
+    assert metrics["relative_to_copy_last_at_4"] == results["predictors"]["model"][3]["relative_to_copy_last"]
     assert metrics["useful_horizon_s"] == results["useful_horizon"]["model"]["time_s"]
     assert "too few" not in capsys.readouterr().out
 
 
-def test_copies_cover_nothing_and_usual_errors_what_they_promise(tmp_path, make_clip, write_cache):
+def test_copies_cover_nothing_and_usual_errors_what_they_promise(judged_on, make_clip):
     """Without a latent, futures are the forecast with Gaussian errors as wide as they are usually."""
-    clips = [make_clip(f"/{number}.mp4", 60, seed=number) for number in range(8)]
-    judged = judged_on(write_cache(tmp_path / "cache", clips))
-    batch = forecast_batch(judged, np.arange(len(judged.windows)))
+    judge = judged_on([make_clip(f"/{number}.mp4", 60, seed=number) for number in range(8)], samples=40)
+    batch = forecast_all(judge)
     errors = (batch.came - batch.forecasts["model"]).double()
-    judged.calibration.error_mean.copy_(errors.mean(dim=0))
+    judge.calibration.error_mean.copy_(errors.mean(dim=0))
     for step in range(HORIZON):
         values, vectors = torch.linalg.eigh(errors[:, step].T.cov())
-        judged.calibration.whitening[step] = (vectors / values.sqrt()) @ vectors.T
-    record = evaluate(judged, samples=40, resamples=20)["predictors"]["model"][2]
+        judge.calibration.whitening[step] = (vectors / values.sqrt()) @ vectors.T
+    record = judge.run(resamples=20)["predictors"]["model"][2]
     assert record["coverage_50"] == pytest.approx(0.5, abs=0.03)
     assert record["coverage_90"] == pytest.approx(0.9, abs=0.03)
-    judged.calibration.whitening *= 1e4  # errors that are next to nothing
-    sure = evaluate(judged, samples=40, resamples=20)["predictors"]["model"][2]
+    judge.calibration.whitening *= 1e4  # errors that are next to nothing
+    sure = judge.run(resamples=20)["predictors"]["model"][2]
     assert sure["coverage_90"] < 0.05
     assert sure["energy_score"] > 1.1 * record["energy_score"]
 
 
-def test_a_latent_draws_futures_that_calibration_widens(tmp_path, make_clip, write_cache):
-    judged = judged_on(write_cache(tmp_path / "cache", [make_clip("/a.mp4", 60)]), latent_dimension=2)
-    batch = forecast_batch(judged, np.arange(20))
-    drawn = []
+def test_a_latent_draws_futures_that_calibration_widens(judged_on, make_clip):
+    judge = judged_on([make_clip("/a.mp4", 60)], latent_dimension=2, samples=30)
+    batch, drawn = forecast_all(judge), []
     for spread in (1.0, 2.0):
-        judged.calibration.sample_spread.fill_(spread)
-        drawn.append(sample_futures(judged, batch, 30, torch.Generator().manual_seed(0)))
-    assert drawn[0].shape == (30, 20, HORIZON, 5)
+        judge.calibration.sample_spread.fill_(spread)
+        judge.generator.manual_seed(0)
+        drawn.append(judge.sample(batch))
+    assert drawn[0].shape == (30, 54, HORIZON, 5)
     assert drawn[0].std() > 0
     assert torch.allclose(drawn[1].std(dim=0), 2 * drawn[0].std(dim=0), rtol=1e-3)
 
 
-def test_samples_of_a_grid_are_scored(tmp_path, make_clip, write_cache):
-    folder = write_cache(tmp_path / "cache", [make_clip("/a.mp4", 40, shape=(2, 3, 4))], shape=(2, 3, 4))
-    results = evaluate(judged_on(folder, shape=(2, 3, 4)), samples=20, resamples=2)
+def test_samples_of_a_grid_are_scored(judged_on, make_clip):
+    results = judged_on([make_clip("/a.mp4", 40, shape=(2, 3, 4))], samples=20).run(resamples=2)
     assert 0 < results["predictors"]["model"][0]["coverage_50"] < 1
 
 
@@ -294,9 +300,6 @@ def test_true_state_is_read_off_what_came_and_less_off_forecasts(probed, judge):
         assert truth["probe_r2_still"] is truth["probe_r2_still_low"] is None  # it never varies
         assert truth["probe_r2"] == pytest.approx((truth["probe_r2_x"] + truth["probe_r2_pedal"]) / 2)
         assert min(truth["probe_r2_pedal_low"], model["probe_r2_pedal_low"]) > -100
-    metrics = json.loads((probed / "out" / "metrics.json").read_text())
-    assert metrics["probe_r2_still_at_1"] is None
-    assert metrics["probe_r2_x_at_1"] == results["predictors"]["model"][0]["probe_r2_x"]
 
 
 def test_columns_that_are_not_there_are_named(probed, judge):

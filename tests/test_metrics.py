@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jepa.bootstrap import Bootstrap, divide, r2, reading_moments, useful_steps
-from jepa.metrics import change_cosine, nearest_rows, retrieved, squared_error
+from jepa.metrics import change_cosine, squared_error
 from jepa.samples import coverage, energy_score
 
 
@@ -109,22 +109,6 @@ def test_the_useful_horizon_ends_where_the_mean_is_as_good():
     assert steps(0.1, 0.9, 1.1, half_width=0.2) == 1  # of what is certain
     assert steps(0.1, 0.9, 1.1, half_width=np.nan) == 2  # no interval: the numbers themselves
     assert steps(0.1, np.nan, 0.1) == 1
-
-
-def test_retrieval_finds_the_frame_that_came():
-    bank = torch.eye(5)
-    assert nearest_rows(bank[:3] * 0.6, bank).tolist() == [0, 1, 2]
-    assert retrieved(bank[:3] * 0.6, bank[[0, 1, 4]], bank).tolist() == [True, True, False]
-
-
-def test_an_identical_frame_on_another_clock_is_a_hit():
-    generator = torch.Generator().manual_seed(0)
-    frames = 5 + torch.randn(300, 64, generator=generator)
-    twice = torch.cat([frames, frames.flip(0)])
-    forecast = frames + 0.3 * torch.randn(300, 64, generator=generator)
-    assert retrieved(forecast, frames, twice).all()
-    assert retrieved(frames, frames, twice).all()
-    assert not retrieved(forecast, frames.roll(1, dims=0), twice).any()
 
 
 def test_the_energy_score_is_its_definition():

@@ -1,6 +1,5 @@
 """The notebook runs on what the commands leave behind; stills are the very frames that were embedded."""
 
-import os
 from pathlib import Path
 
 import nbformat
@@ -9,22 +8,21 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from data.cache import ClipKey, Column, EmbeddingCache, Provenance
+from data.cache import ClipKey, EmbeddingCache
 from data.cache_writer import CacheWriter, EmbeddedClip
 from data.clock import read_on_clock
 from data.decoder import VideoError
 from data.manifest import file_state
 from data.synthetic import BallWorld, write_ball_clip, write_video
-from data.video import TRANSFORM, probe_video
 from data.windows import Windows
 from jepa.baselines import Ridge
 from jepa.encoder import EncoderConfig, FrameEncoder
 from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.forecasts import calibrate
+from pipelines.run.judging import calibrate
 from pipelines.run.models import save_calibration
-from pipelines.run.stills import clip_of_row, read_pictures
+from pipelines.run.pictures import read_pictures
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 WORLD = BallWorld()
@@ -36,37 +34,26 @@ def make_encoder():
     return FrameEncoder(EncoderConfig(embedding_dimension=8, image_size=SIZE)).eval()
 
 
-def write_cache(folder, videos, encoder, offsets=(0.0,)):
+def embed(folder, videos, encoder, make_provenance, offset_s=0.0):
     """What cache_embeddings leaves behind."""
-    provenance = Provenance(
-        encoder="runs/encoder",
-        encoder_fingerprint=encoder.fingerprint,
-        fps=float(WORLD.fps),
-        image_fps=25.0,
-        image_size=SIZE,
-        window=1,
-        transform=TRANSFORM,
-        precision="fp32",
-        columns={"embeddings": Column("float32", (8,))},
-        versions={},
-    )
+    space = {"encoder_fingerprint": encoder.fingerprint, "fps": float(WORLD.fps), "image_size": SIZE}
+    provenance = make_provenance((8,), **space)
     with CacheWriter(folder, provenance) as writer:
         for video in videos:
-            for offset_s in offsets:
-                frames = list(read_on_clock(video, SIZE, fps=WORLD.fps, offsets_s=[offset_s]))
-                with torch.no_grad():
-                    embeddings = encoder.embed(torch.from_numpy(np.stack([timed.frame for timed in frames]))[:, None])
-                times_s, ticks = (np.array([timed[field] for timed in frames]) for field in (1, 2))
-                key = ClipKey(*file_state(video), offset_s)
-                writer.add(EmbeddedClip(key, {"embeddings": embeddings.numpy()}, times_s, ticks))
+            frames = list(read_on_clock(video, SIZE, fps=WORLD.fps, offsets_s=[offset_s]))
+            with torch.no_grad():
+                embeddings = encoder.embed(torch.from_numpy(np.stack([timed.frame for timed in frames]))[:, None])
+            times_s, ticks = (np.array([timed[field] for timed in frames]) for field in (1, 2))
+            key = ClipKey(*file_state(video), offset_s)
+            writer.add(EmbeddedClip(key, {"embeddings": embeddings.numpy()}, times_s, ticks))
     return EmbeddingCache(folder)
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_draws(tmp_path, monkeypatch):
+def test_the_notebook_runs_and_draws(tmp_path, monkeypatch, make_provenance):
     encoder = make_encoder()
     videos = [write_ball_clip(tmp_path, index, WORLD, seed=0) for index in range(6)]
-    cache = write_cache(tmp_path / "cache", videos, encoder)
+    cache = embed(tmp_path / "cache", videos, encoder, make_provenance)
     embeddings = Windows(cache, 1).take(np.arange(cache.frames))[:, 0]
     predictor = Predictor(
         MLPConfig(context=4, width=16, depth=1), (8,), fps=float(WORLD.fps), encoder_fingerprint=encoder.fingerprint
@@ -101,30 +88,20 @@ def test_notebooks_are_stored_clean(path):
         assert cell.cell_type != "code" or (cell.outputs == [] and cell.execution_count is None)
 
 
-def test_stills_are_the_very_frames_that_were_embedded(tmp_path, monkeypatch):
+def test_pictures_are_the_very_frames_that_were_embedded(tmp_path, make_provenance):
     encoder = make_encoder()
-    videos = [write_ball_clip(tmp_path, index, BallWorld(fps=25, frames=50), seed=1) for index in range(2)]
-    cache = write_cache(tmp_path / "cache", videos, encoder, offsets=(0.0, 0.05))
-    clip = cache.clips[3]
-    assert clip.key.offset_s == 0.05
-    assert [clip_of_row(cache, row) for row in (clip.start, clip.start + clip.frames - 1)] == [clip, clip]
+    video = write_ball_clip(tmp_path, 0, BallWorld(fps=25, frames=50), seed=1)
+    cache = embed(tmp_path / "cache", [video], encoder, make_provenance, offset_s=0.05)
     rows = np.arange(cache.frames)[::-3]
-    opened = []
-    monkeypatch.setattr(
-        "pipelines.run.stills.probe_video", lambda path, fps: opened.append(path) or probe_video(path, fps)
-    )
-    pictures = np.stack(read_pictures(cache, rows, height=32)).transpose(0, 3, 1, 2)
-    assert sorted(opened) == sorted(videos)  # each once
+    pictures = read_pictures(video, cache.take(rows, "times_s"), cache.provenance, height=32).transpose(0, 3, 1, 2)
     with torch.no_grad():
         again = encoder.embed(torch.from_numpy(pictures.copy())[:, None]).numpy()
     np.testing.assert_allclose(again, cache.take(rows), rtol=1e-4, atol=1e-5)
-
-    os.remove(videos[1])
-    with pytest.raises(VideoError, match="no such file"):
-        read_pictures(cache, [clip.start])
+    with pytest.raises(VideoError, match=r"there is no frame at 5\.00 s: was it changed"):
+        read_pictures(video, np.array([5.0]), cache.provenance)
 
 
-def test_stills_keep_the_shape_of_the_video(tmp_path):
+def test_pictures_keep_the_shape_of_the_video(tmp_path, make_provenance):
     write_video(tmp_path / "wide.mp4", np.full((8, 36, 64, 3), 90, np.uint8), WORLD.fps)
-    cache = write_cache(tmp_path / "cache", [tmp_path / "wide.mp4"], make_encoder())
-    assert read_pictures(cache, [3], height=18)[0].shape == (18, 32, 3)
+    pictures = read_pictures(tmp_path / "wide.mp4", np.array([0.3]), make_provenance(fps=10.0), height=18)
+    assert pictures.shape == (1, 18, 32, 3)

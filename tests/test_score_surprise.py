@@ -13,9 +13,10 @@ from jepa.networks import MLPConfig
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines import score_surprise, train_predictor
+from pipelines.run import models
 from pipelines.run.command import UserError
 from pipelines.run.models import load_predictor
-from pipelines.run.pictures import Scores, plain
+from pipelines.run.pictures import Scores
 from tests.test_train_predictor import turning
 
 
@@ -73,7 +74,8 @@ def test_an_event_is_the_highest_peak_and_its_echo_is_none(world, tmp_path, caps
 
 
 @pytest.mark.parametrize("horizon", [1, 3])
-def test_energies_are_those_of_the_calibrated_forecast(world, tmp_path, horizon):
+def test_energies_are_those_of_the_calibrated_forecast(world, tmp_path, horizon, monkeypatch):
+    monkeypatch.setattr(models, "BATCH_NUMBERS", 2000)
     rows, _ = score(world, tmp_path / "run", horizon=horizon)
     predictor, calibration = load_predictor(world / "predictor")
     cache = EmbeddingCache(world / "test")
@@ -86,15 +88,6 @@ def test_energies_are_those_of_the_calibrated_forecast(world, tmp_path, horizon)
     expected = calibration.energy(believed, came, torch.arange(1, horizon + 1))[0, -1]
     (row,) = [row for row in rows if "event" in row["video"] and float(row["time_s"]) == (13 + horizon) / 4]
     assert float(row["energy"]) == pytest.approx(float(expected), abs=1e-3)
-
-
-def test_batches_change_nothing(world, tmp_path, monkeypatch):
-    rows, _ = score(world, tmp_path / "one")
-    monkeypatch.setattr(score_surprise, "BATCH", 7)
-    again, _ = score(world, tmp_path / "two")
-    assert [row["video"] for row in rows] == [row["video"] for row in again]
-    energies = [[float(row["energy"]) for row in table] for table in (rows, again)]
-    np.testing.assert_allclose(*energies, rtol=1e-3, atol=1e-4)
 
 
 def test_a_video_unlike_all_others_is_said_to_be_so(world, tmp_path, make_provenance, capsys):
@@ -116,20 +109,9 @@ def test_an_unfinished_run_is_replaced_and_a_finished_one_kept(world, tmp_path):
     assert len(list((tmp_path / "run" / "pictures").iterdir())) == 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"videos": ("x.mp4",)}, "give --videos, or --cache"),
-        ({"cache": None}, "give --videos, or --cache"),
-        ({"horizon": 9}, "the calibration knows what is usual up to 4"),
-    ],
-)
-def test_mistakes_are_named(world, tmp_path, changes, words):
-    with pytest.raises(UserError, match=words):
-        score(world, tmp_path / "run", **changes)
-
-
-def test_embeddings_that_are_not_finite_are_no_scores(world, tmp_path, make_clip, write_cache, damage_cache):
+def test_what_cannot_be_scored_is_refused(world, tmp_path, make_clip, write_cache, damage_cache):
+    with pytest.raises(UserError, match="the calibration knows what is usual up to 4"):
+        score(world, tmp_path / "run", horizon=9)
     broken = damage_cache(write_cache(tmp_path / "broken", [make_clip("/videos/x.mp4", 30)]))
     with pytest.raises(UserError, match="not finite"):
         score(world, tmp_path / "run", cache=broken)
@@ -138,16 +120,11 @@ def test_embeddings_that_are_not_finite_are_no_scores(world, tmp_path, make_clip
 def test_peaks_are_the_highest_within_reach():
     energies = np.array([0, 5, 4, 3, 1, 1, 6, 1, 1, 2.0])
     ticks = np.arange(10)
-    scores = Scores("v", ticks, ticks, ticks / 4, energies, energies, energies, level=50.0, reach=2)
+    scores = Scores("v", ticks, ticks / 4, energies, energies, energies, level=50.0, reach=2)
     assert score_surprise.find_peaks(scores) == [6, 1, 9]
 
 
-def test_any_name_makes_a_picture_and_a_title(tmp_path):
-    names = []
-    for name in ("a.mp4", "a.avi", "x" * 300 + ".mp4", "bad\udcff.mp4", "ü\n$.mp4"):
-        path = tmp_path / score_surprise.picture_name(tmp_path / name, tmp_path)
-        path.touch()
-        names.append(path.name)
-    assert names[:2] == ["a.png", "a_2.png"]
-    assert len(set(names)) == 5
-    assert plain(tmp_path / "a\n$b").endswith("a?\\$b")
+def test_any_name_makes_a_picture(tmp_path):
+    for name in ("a.mp4", "a.avi", "ü" * 100 + ".mp4", "bad\udcff\n$.mp4"):
+        (tmp_path / score_surprise.picture_name(tmp_path / name, tmp_path)).touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a_2.png", "ü" * 60 + ".png", "bad__$.png"}

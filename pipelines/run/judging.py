@@ -1,4 +1,4 @@
-"""What a predictor is told before it learns, and how it is judged while it does."""
+"""What a predictor is told before it learns, how it is judged while it does, and its calibration."""
 
 import numpy as np
 import torch
@@ -8,79 +8,42 @@ from tqdm import tqdm
 from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.baselines import Ridge
-from jepa.diagnostics import floor_std, prediction_alarms, sequence_stats
-from jepa.fitting import Forecasts, cross_fit_blend, fit_ridge, hold_out, ridge_context
+from jepa.calibration import Calibration
+from jepa.diagnostics import floor_std, prediction_alarms
+from jepa.fitting import Forecasts, cross_fit_blend, fit_calibration, fit_ridge, hold_out, ridge_context
 from jepa.predictor import Predictor
-from jepa.sequence import Sequence
-from pipelines.run.forecasts import forecast_windows, ordinary_clips
-from pipelines.run.models import require_changing, require_finite
+from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
+from jepa.sequence import Future, Sequence
+from pipelines.run.command import counted
+from pipelines.run.devices import summary
+from pipelines.run.models import in_batches, require_changing, require_finite
 
 CHOSEN_BY = "validation_relative_to_copy_last"
 """Metric by which the best weights are chosen: the believed forecast's error, mean over horizons."""
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-VALIDATION_NUMBERS, VALIDATION_WINDOWS = 16_000_000, 1024
-"""Size of the windows that each validation goes through, and their most."""
 RIDGE_SAMPLES = 200_000
 """Windows that ridge regression is fitted on at most, evenly spread, each token counted."""
-
-
-class Judge:
-    """Judges a predictor by rollouts on validation windows; those of ridge regression are made once."""
-
-    def __init__(self, predictor: Predictor, ridge: Ridge, windows: Windows) -> None:
-        self.predictor, self.ridge, self.windows = predictor, ridge, windows
-        self.chosen = choose_windows(windows, predictor)
-        self.folds = hold_out(ordinary_clips(windows, self.chosen)[0])
-
-    def __call__(self) -> tuple[dict[str, float], list[str]]:
-        """Errors relative to copying, of the believed forecast and of the bare rollout, and alarms.
-
-        What is believed is blended by weights that were fitted on other clips.
-        """
-        self.predictor.eval()
-        forecasts, _ = forecast_windows(self.predictor, self.ridge, self.windows, self.chosen)
-        horizon = forecasts.came.shape[1]
-        relative, bare = np.empty(horizon), np.empty(horizon)
-        for step in range(horizon):
-            errors = forecasts.errors(step)
-            _, left = cross_fit_blend(errors, self.folds)
-            rolled, _, copied, _ = errors.square().mean(dim=(1, 2, 3)).clamp_min(1e-12).tolist()
-            relative[step], bare[step] = float(left.square().mean()) / copied, rolled / copied
-        metrics = {CHOSEN_BY: float(relative.mean()), "validation_rollout_relative_to_copy_last": float(bare.mean())}
-        metrics |= {f"{CHOSEN_BY}_{h}": float(relative[h - 1]) for h in sorted({1, 5, horizon}) if h <= horizon}
-        alarms = self.watch(forecasts, metrics)
-        self.predictor.train()
-        return metrics, alarms
-
-    @torch.no_grad()
-    def watch(self, forecasts: Forecasts, metrics: dict[str, float]) -> list[str]:
-        """Collapse of one-step predictions beside what they predict; their spread goes into the metrics."""
-        horizon = forecasts.came.shape[1]
-        if horizon < 2:
-            return []
-        some = self.windows.take(self.chosen[:: max(1, len(self.chosen) // 256)]).to(self.predictor.mean.device)
-        predicted = self.predictor(Sequence.on_clock(some[:, :-1], self.predictor.fps), last=horizon)
-        predicted, true = (self.predictor.standardise(part).cpu() for part in (predicted, some[:, -horizon:]))
-        for name, value in (("predicted", predicted), ("true", true)):
-            for over, stats in sequence_stats(value)._asdict().items():
-                metrics |= {f"{name}_{over}_std": stats.std, f"{name}_{over}_rank": stats.effective_rank}
-        return prediction_alarms(predicted, true)
+VALIDATION_NUMBERS, VALIDATION_WINDOWS = 16_000_000, 1024
+"""Size of the windows that each validation goes through, and their most."""
+CALIBRATION_NUMBERS, CALIBRATION_WINDOWS = 32_000_000, 8192
+"""Size of the forecasts that a calibration is fitted on, each of its four tensors, and their most."""
+FEW_CLIPS = 20
+"""Clips below which percentiles are called cautious."""
 
 
 def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     """Mean and standard deviation of embeddings, and of their changes, into the predictor's buffers; clip by clip."""
-    sums, places, changes, origin = torch.zeros(3, predictor.shape[-1], dtype=torch.float64), 0, 0, None
+    sums, places, changes = torch.zeros(3, predictor.shape[-1], dtype=torch.float64), 0, 0
+    # Around an embedding: sums of squares around 0 would cancel where the mean is large.
+    origin = torch.from_numpy(cache.take(np.arange(1))).double().flatten(0, -2).mean(dim=0)
     for clip in tqdm(cache.clips, desc="measuring", unit="clip", leave=False):
         for run in cache.unbroken_runs(clip):
-            embeddings = torch.from_numpy(cache.take(np.arange(run[0], run[0] + len(run)))).double()
-            require_finite(cache, clip, embeddings)
-            # Around the first mean: sums of squares around 0 would cancel where the mean is large.
-            origin = embeddings.flatten(0, -2).mean(dim=0) if origin is None else origin
+            taken = torch.from_numpy(cache.take(np.arange(run[0], run[0] + len(run))))
+            embeddings = require_finite(cache, taken).double()
             flat, change = embeddings.flatten(0, -2) - origin, embeddings.diff(dim=0).flatten(0, -2)  # (T x places, D)
             sums += torch.stack([flat.sum(dim=0), flat.square().sum(dim=0), change.square().sum(dim=0)])
             places, changes = places + len(flat), changes + len(change)
     require_changing(cache, bool(sums[2].any()))
-    assert origin is not None
     mean, square = sums[:2] / places
     predictor.mean.copy_(origin + mean)
     predictor.std.copy_(floor_std((square - mean.square()).clamp_min(0).sqrt()))
@@ -105,10 +68,98 @@ def fit_ridge_on(train: EmbeddingCache, held_out: Windows, predictor: Predictor)
     context, places = ridge_context(predictor.config.context, predictor.shape[-1]), int(np.prod(predictor.shape[:-1]))
     windows = Windows(train, context + 1)
     chosen = windows.evenly(max(1000, RIDGE_SAMPLES // places))
-    parts = np.array_split(chosen, -(-len(chosen) * places // 8192))
-    batches = (windows.take(part) for part in tqdm(parts, desc="ridge regression", unit="batch", leave=False))
+    batches = in_batches(windows, chosen, predictor.mean.device, doing="ridge regression")
     empty = Ridge(predictor.fps, context, mean=predictor.mean, std=predictor.std)
-    fitted = fit_ridge(batches, empty, RIDGE_PENALTIES)
+    fitted = fit_ridge((embeddings for _, embeddings in batches), empty, RIDGE_PENALTIES)
     seen = held_out.take(held_out.evenly(max(32, VALIDATION_WINDOWS // places)))[:, : predictor.config.context + 1]
     errors = [(predictor.standardise(ridge(seen[:, :-1]) - seen[:, -1:])).square().mean() for ridge in fitted]
     return fitted[int(torch.stack(errors).argmin())]
+
+
+class Judge:
+    """Judges a predictor by rollouts on validation windows."""
+
+    def __init__(self, predictor: Predictor, ridge: Ridge, windows: Windows) -> None:
+        self.predictor, self.ridge, self.windows = predictor, ridge, windows
+        self.chosen = choose_windows(windows, predictor)
+
+    def __call__(self) -> tuple[dict[str, float], list[str]]:
+        """Errors relative to copying, of the believed forecast and of the bare rollout, and alarms.
+
+        What is believed is blended by weights that were fitted on other clips.
+        """
+        self.predictor.eval()
+        forecasts, _ = forecast_windows(self.predictor, self.ridge, self.windows, self.chosen)
+        horizon, folds = forecasts.came.shape[1], hold_out(forecasts.groups)
+        relative, bare = np.empty(horizon), np.empty(horizon)
+        for step in range(horizon):
+            errors = forecasts.errors(step)
+            _, left = cross_fit_blend(errors, folds)
+            rolled, _, copied, _ = errors.square().mean(dim=(1, 2, 3)).clamp_min(1e-12).tolist()
+            relative[step], bare[step] = float(left.square().mean()) / copied, rolled / copied
+        metrics = {CHOSEN_BY: float(relative.mean()), "validation_rollout_relative_to_copy_last": float(bare.mean())}
+        metrics |= {f"{CHOSEN_BY}_{h}": float(relative[h - 1]) for h in sorted({1, 5, horizon}) if h <= horizon}
+        alarms = self.watch(horizon) if horizon > 1 else []
+        self.predictor.train()
+        return metrics, alarms
+
+    @torch.no_grad()
+    def watch(self, horizon: int) -> list[str]:
+        """Alarms about the collapse of one-step predictions, beside what they predict."""
+        some = self.windows.take(self.chosen[:: max(1, len(self.chosen) // 256)]).to(self.predictor.mean.device)
+        predicted = self.predictor(Sequence.on_clock(some[:, :-1], self.predictor.fps), last=horizon)
+        return prediction_alarms(*(self.predictor.standardise(part).cpu() for part in (predicted, some[:, -horizon:])))
+
+
+def calibrate(predictor: Predictor, ridge: Ridge, cache: EmbeddingCache, *, horizon: int) -> tuple[Calibration, str]:
+    """A calibration on a cache, and a line that says how much it was fitted on."""
+    context = predictor.config.context
+    windows = Windows(cache, context + horizon)
+    numbers = horizon * int(np.prod(predictor.shape)) * (EXPECTED_OF if predictor.latent_dimension else 1)
+    chosen = windows.evenly(min(CALIBRATION_WINDOWS, max(64, CALIBRATION_NUMBERS // numbers)))
+    predictor.eval()
+    forecasts, drawn = forecast_windows(predictor, ridge, windows, chosen)
+    _, names = ordinary_clips(windows, chosen)
+    said = f"calibrated on {counted(len(chosen), 'window')} of {names}"
+    if len(np.unique(forecasts.groups)) < FEW_CLIPS:
+        said += ": few, so percentiles are cautious; video-jepa calibrate with more ordinary videos sharpens them"
+    return fit_calibration(ridge, forecasts, drawn), said
+
+
+@torch.no_grad()
+def forecast_windows(
+    predictor: Predictor, ridge: Ridge, windows: Windows, chosen: np.ndarray
+) -> tuple[Forecasts, Tensor | None]:
+    """Forecasts on some windows, and sampled futures where the predictor has a latent."""
+    context, device = predictor.config.context, predictor.mean.device
+    future = Future.ticks(windows.length - context, predictor.fps)
+    found: list[tuple[Tensor, ...]] = []
+    sampled = []
+    generator = torch.Generator(device).manual_seed(0)
+    for _, embeddings in in_batches(windows, chosen, device, doing="forecasting"):
+        past = Sequence.on_clock(embeddings[:, :context], predictor.fps)
+        guesses = expected_rollout(predictor, past, future), rollout(ridge.to(device), past, future)
+        seen = embeddings.split([context - 1, 1, len(future.times)], dim=1)[1:]  # the last of the past, and what came
+        found.append(tuple(predictor.standardise(part).cpu() for part in (*guesses, *seen)))
+        if predictor.latent_dimension:
+            drawn = rollout(predictor, past, future, EXPECTED_OF, generator=generator)
+            sampled.append(predictor.standardise(drawn).cpu())
+    rolled, ridged, last, came = (torch.cat(part) for part in zip(*found, strict=True))
+    ridge.cpu()
+    require_changing(windows.cache, bool((came != last).any()))
+    groups, _ = ordinary_clips(windows, chosen)
+    return Forecasts(rolled, ridged, last, came, groups), torch.cat(sampled, dim=1) if sampled else None
+
+
+def ordinary_clips(windows: Windows, chosen: np.ndarray) -> tuple[np.ndarray, str]:
+    """The clip of each window, int (N,), and what these are: videos, or parts of the only one there is."""
+    sources = [windows.cache.clips[clip].key.source for clip in windows.clip_of(chosen)]
+    _, videos = np.unique(sources, return_inverse=True)
+    if videos.max() > 0:
+        return videos, counted(int(videos.max()) + 1, "video")
+    return np.arange(len(chosen)) * 4 // len(chosen), "4 parts of one video"
+
+
+def clips_in_short(cache: EmbeddingCache) -> str:
+    """The clips of a cache as runs record them: alike where they are the same."""
+    return summary([clip.key for clip in cache.clips])

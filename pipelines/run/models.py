@@ -1,13 +1,15 @@
 """The predictor and its calibration on disk, and what is asked of caches that they are used on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from data.cache import CachedClip, EmbeddingCache
+from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.calibration import Calibration
 from jepa.fingerprint import fingerprint
@@ -16,9 +18,12 @@ from jepa.predictor import Predictor
 from pipelines.run.artefacts import load_module, save_artefact
 from pipelines.run.command import UserError, require
 
+BATCH_NUMBERS = 32_000_000
+"""Numbers that are held at a time where windows of a cache go by in batches."""
 
-def load_predictor(folder: Path) -> tuple[Predictor, Calibration]:
-    """A predictor and its calibration, from the run folder of train_predictor.
+
+def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Predictor, Calibration]:
+    """A predictor and its calibration on a device, from the run folder of train_predictor.
 
     Raises:
         UserError: they are not there, are damaged, or do not belong together.
@@ -34,7 +39,8 @@ def load_predictor(folder: Path) -> tuple[Predictor, Calibration]:
         )
         return Calibration.build(**{name: value for name, value in config.items() if name not in owner})
 
-    return predictor, load_module(folder / "calibration", "calibration", build_calibration)
+    calibration = load_module(folder / "calibration", "calibration", build_calibration)
+    return predictor.to(device), calibration.to(device)
 
 
 def run_of(folder: Path) -> Path:
@@ -65,27 +71,39 @@ def owner_of(predictor: Predictor) -> dict[str, str]:
     return {"predictor_fingerprint": fingerprint(predictor, predictor.description())}
 
 
+def open_cache(folder: Path, predictor: Predictor) -> EmbeddingCache:
+    """A cache of the embeddings that a predictor takes. Raises `CacheError` where it is of others."""
+    cache = EmbeddingCache(folder)
+    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, "the predictor", shape=predictor.shape)
+    return cache
+
+
 def require_no_video_in_both(one: EmbeddingCache, other: EmbeddingCache) -> None:
     """What is fitted and judged on the same videos flatters. Raises `UserError`."""
     if shared := {clip.key.source for clip in one.clips} & {clip.key.source for clip in other.clips}:
         raise UserError(f"{min(shared)} is in both {one.folder} and {other.folder}: keep videos apart")
 
 
-def require_finite(cache: EmbeddingCache, clip: CachedClip, embeddings: Tensor) -> None:
-    """Raises `UserError` where embeddings of a clip are NaN or infinite."""
-    if not bool(torch.isfinite(embeddings).all()):
-        raise UserError(
-            f"{cache.folder} holds embeddings that are not finite, first of {clip.key.source}: see what is wrong with "
-            f"video-jepa inspect {cache.folder} --verify"
-        )
-
-
-def take_finite(windows: Windows, indices: np.ndarray) -> Tensor:
-    """Embeddings of some windows, float32 (N, length, *tokens, D). Raises `UserError` where they are not finite."""
-    embeddings, cache = windows.take(indices), windows.cache
-    for row in np.flatnonzero(~embeddings.isfinite().flatten(1).all(dim=1).numpy())[:1]:
-        require_finite(cache, cache.clips[windows.clip_of(indices)[row]], embeddings[row])
+def require_finite(cache: EmbeddingCache, embeddings: Tensor) -> Tensor:
+    """The same embeddings. Raises `UserError` where they are NaN or infinite."""
+    require(
+        bool(embeddings.isfinite().all()),
+        f"{cache.folder} holds embeddings that are not finite: `video-jepa inspect {cache.folder} --verify` says where",
+    )
     return embeddings
+
+
+def in_batches(
+    windows: Windows, chosen: np.ndarray, device: torch.device, *, copies: int = 8, doing: str = ""
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Numbers (B,) and embeddings (B, length, *tokens, D) of some windows, so many that memory holds their copies.
+
+    With a progress bar where it is said what is done. Raises `UserError` where embeddings are not finite.
+    """
+    size = max(1, BATCH_NUMBERS // (copies * windows.length * int(np.prod(windows.cache.shape))))
+    for start in tqdm(range(0, len(chosen), size), desc=doing, unit="batch", leave=False, disable=not doing):
+        some = chosen[start : start + size]
+        yield some, require_finite(windows.cache, windows.take(some)).to(device)
 
 
 def require_changing(cache: EmbeddingCache, changing: bool) -> None:

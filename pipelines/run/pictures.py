@@ -8,11 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.cache import EmbeddingCache
-from pipelines.run.stills import read_pictures
+from data.cache import Provenance
+from data.decoder import VideoError
+from data.frames_at import read_frames_at
+from data.video import probe_video
 
-SHOWN_FRAMES, HEIGHT = 5, 120
-"""Frames shown of a peak, itself in the middle; and their height in pixels."""
+SHOWN_FRAMES = 5
+"""Frames shown of a peak, itself in the middle."""
 CURVE_POINTS, SPANS = 4000, 60
 """Points of a curve, and spans whose mean change cosine is shown, at most."""
 
@@ -22,8 +24,6 @@ class Scores:
     """What was found in one video; arrays (N,), a value for each frame with enough past."""
 
     video: Path
-    rows: np.ndarray
-    """int64, rows in the cache."""
     ticks: np.ndarray
     times_s: np.ndarray
     energies: np.ndarray
@@ -45,8 +45,8 @@ def draw_surprise(scores: Scores, peaks: Sequence[int], path: Path) -> None:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     draw_energy(scores, peaks, upper)
-    upper.set_title(plain(scores.video), fontsize=9)
-    parts = np.array_split(np.arange(len(scores.rows)), min(SPANS, len(scores.rows)))
+    upper.set_title(plain(str(scores.video)), fontsize=9, parse_math=False)
+    parts = np.array_split(np.arange(len(scores.ticks)), min(SPANS, len(scores.ticks)))
     lower.axhline(0, color="0.6", linewidth=1, linestyle="--")
     lower.plot([scores.times_s[part].mean() for part in parts], [scores.cosines[part].mean() for part in parts], ".-")
     lower.set_ylim(-1, 1)
@@ -57,8 +57,7 @@ def draw_surprise(scores: Scores, peaks: Sequence[int], path: Path) -> None:
 
 def draw_energy(scores: Scores, peaks: Sequence[int], axes: Axes) -> None:
     """Energy over time; of a long video the highest of neighbours."""
-    pool = -(-len(scores.rows) // CURVE_POINTS)
-    starts = np.arange(0, len(scores.rows), pool)
+    starts = np.arange(0, len(scores.ticks), -(-len(scores.ticks) // CURVE_POINTS))
     axes.plot(scores.times_s[starts], np.maximum.reduceat(scores.energies, starts), linewidth=1)
     axes.axhline(1, color="0.6", linewidth=1, linestyle="--", label="mean of ordinary video")
     axes.plot(scores.times_s[list(peaks)], scores.energies[list(peaks)], "o", color="C3", markersize=4)
@@ -67,41 +66,48 @@ def draw_energy(scores: Scores, peaks: Sequence[int], axes: Axes) -> None:
     axes.legend(frameon=False, loc="upper right")
 
 
-def draw_peaks(scores: Scores, peaks: Sequence[int], cache: EmbeddingCache, path: Path) -> None:
+def draw_peaks(scores: Scores, peaks: Sequence[int], provenance: Provenance, path: Path) -> None:
     """A contact sheet: a row for each peak, the most surprising one first, its frames in the order of time.
 
     Raises:
         VideoError: the video is gone, or cannot be decoded any more.
     """
-    beside = np.arange(SHOWN_FRAMES) - SHOWN_FRAMES // 2
-    around = [np.unique((peak + beside).clip(0, len(scores.rows) - 1)) for peak in peaks]
-    frames = iter(read_pictures(cache, scores.rows[np.concatenate(around)], height=HEIGHT))
+    starts = (np.array(peaks) - SHOWN_FRAMES // 2).clip(0, max(0, len(scores.ticks) - SHOWN_FRAMES))
+    around = np.add.outer(starts, np.arange(SHOWN_FRAMES)).clip(max=len(scores.ticks) - 1).ravel()
+    frames = read_pictures(scores.video, scores.times_s[around], provenance)
     figure = Figure(figsize=(9, 0.4 + 1.9 * len(peaks)), layout="constrained")
-    figure.suptitle(plain(scores.video), fontsize=9)
-    for row, peak, places in zip(figure.subplots(len(peaks), SHOWN_FRAMES, squeeze=False), peaks, around, strict=True):
-        for axes in row[len(places) :]:
-            axes.set_axis_off()
-        for axes, place in zip(row, places.tolist(), strict=False):
-            draw_frame(next(frames), axes, caption=caption(scores, place), is_peak=place == peak)
+    figure.suptitle(plain(str(scores.video)), fontsize=9, parse_math=False)
+    grid = figure.subplots(len(peaks), SHOWN_FRAMES, squeeze=False)
+    for axes, frame, place in zip(grid.flat, frames, around.tolist(), strict=True):
+        draw_frame(frame, scores, place, axes, is_peak=place in peaks)
     figure.savefig(path, dpi=120)
 
 
-def draw_frame(frame: np.ndarray, axes: Axes, *, caption: str, is_peak: bool) -> None:
+def draw_frame(frame: np.ndarray, scores: Scores, place: int, axes: Axes, *, is_peak: bool) -> None:
     """A frame uint8 (H, W, 3) and what is known of it; a peak is framed."""
     axes.imshow(frame)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel(caption, fontsize=8)
+    energy, percentile = scores.energies[place], scores.percentiles[place]
+    text = f"{scores.times_s[place]:.3f} s\nenergy {energy:.1f}, percentile {percentile:.1f}"
+    axes.set_xlabel(text, fontsize=8)
     axes.spines[:].set(visible=is_peak, color="C3", linewidth=3)
 
 
-def caption(scores: Scores, place: int) -> str:
-    """Time, energy and percentile of a frame."""
-    energy, percentile = scores.energies[place], scores.percentiles[place]
-    return f"{scores.times_s[place]:.3f} s\nenergy {energy:.1f}, percentile {percentile:.1f}"
+def plain(text: str) -> str:
+    """A text without what cannot be printed, such as line ends and bytes that are no letters."""
+    return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
-def plain(video: Path) -> str:
-    """A path as a title: no mathematics, no control characters."""
-    text = str(video).encode(errors="backslashreplace").decode()
-    return "".join(letter if letter.isprintable() else "?" for letter in text).replace("$", r"\$")
+def read_pictures(video: Path, times_s: np.ndarray, provenance: Provenance, *, height: int = 144) -> np.ndarray:
+    """The frames behind embeddings of a video, whose width follows its shape, uint8 (T, height, width, 3).
+
+    Raises:
+        VideoError: the video is gone, cannot be decoded, or has no frame there any more.
+    """
+    shape = probe_video(video, provenance.image_fps)
+    size = (height, max(1, round(height * shape.width / shape.height)))
+    frames, found_s = read_frames_at(video, size, times_s=times_s, image_fps=provenance.image_fps)
+    for time_s in times_s[np.abs(found_s - times_s) > 0.5 / provenance.fps][:1]:
+        raise VideoError(f"{video}: there is no frame at {time_s:.2f} s: was it changed since it was cached?")
+    return frames.transpose(0, 2, 3, 1)
