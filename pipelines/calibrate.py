@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jepa.config import Bounded, PositiveInt
+from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.files import MARK, read_json
 from pipelines.run.folder import hold
-from pipelines.run.judging import calibrate, clips_in_short
-from pipelines.run.models import load_predictor, open_cache, run_of, save_calibration
+from pipelines.run.forecasts import calibrate, clips_in_short
+from pipelines.run.models import calibration_artefact, load_predictor, open_cache, run_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def main(options: Options) -> None:
         f"{folder} was trained on {options.cache}, whose errors are not usual ones: take other videos",
     )
     calibration, said = calibrate(predictor, before.ridge, cache, horizon=options.horizon)
-    save_calibration(calibration, predictor, folder)
+    save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
     print(f"{said}\nwrote {folder}/calibration")
 
 

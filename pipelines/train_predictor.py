@@ -25,15 +25,8 @@ from jepa.rollout import rollout
 from jepa.samples import energy_score
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
-from pipelines.run.judging import (
-    CHOSEN_BY,
-    Judge,
-    calibrate,
-    clips_in_short,
-    copying_error,
-    fit_ridge_on,
-    measure_embeddings,
-)
+from pipelines.run.forecasts import calibrate, clips_in_short
+from pipelines.run.judging import CHOSEN_BY, Judge, copying_error, fit_ridge_on, measure_embeddings
 from pipelines.run.models import calibration_artefact, open_cache, require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator

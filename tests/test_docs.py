@@ -20,7 +20,7 @@ from jepa.predictor import Predictor
 from pipelines.calibrate import calibrate
 from pipelines.cli import COMMANDS
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.models import save_calibration
+from pipelines.run.models import calibration_artefact
 from pipelines.run.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +93,10 @@ def workplace(tmp_path, monkeypatch, make_clip, write_cache):
     run = tmp_path / "runs" / "predictor"
     run.mkdir(parents=True)
     save_artefact(run / "predictor", "predictor", predictor.description(), predictor)
-    save_calibration(calibrate(predictor, ridge, EmbeddingCache(cache), horizon=6)[0], predictor, run)
+    save_artefact(
+        run / "calibration",
+        *calibration_artefact(calibrate(predictor, ridge, EmbeddingCache(cache), horizon=6)[0], predictor),
+    )
     encoder = FrameEncoder(EncoderConfig(image_size=(32, 32), embedding_dimension=5))
     (tmp_path / "runs" / "encoder").mkdir()
     save_artefact(tmp_path / "runs" / "encoder" / "encoder", "encoder", encoder.config, encoder)

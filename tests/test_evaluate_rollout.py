@@ -22,7 +22,7 @@ from pipelines.run import evaluation, models
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
 from pipelines.run.evaluation import Evaluation, fit_readout
-from pipelines.run.models import save_calibration
+from pipelines.run.models import calibration_artefact
 
 CONTEXT, HORIZON = 3, 4
 WINDOW = CONTEXT + HORIZON
@@ -48,7 +48,7 @@ def save_model(folder, **kind):
     predictor, calibration = make_model(**kind)
     folder.mkdir()
     save_artefact(folder / "predictor", "predictor", predictor.description(), predictor)
-    save_calibration(calibration, predictor, folder)
+    save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from jepa.encoder import EncoderConfig, FrameEncoder
 from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.judging import calibrate
-from pipelines.run.models import save_calibration
+from pipelines.run.forecasts import calibrate
+from pipelines.run.models import calibration_artefact
 from pipelines.run.pictures import read_pictures
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -64,7 +64,7 @@ def test_the_notebook_runs_and_draws(tmp_path, monkeypatch, make_provenance):
     calibration, _ = calibrate(predictor, ridge, cache, horizon=3)
     (tmp_path / "predictor").mkdir()
     save_artefact(tmp_path / "predictor" / "predictor", "predictor", predictor.description(), predictor)
-    save_calibration(calibration, predictor, tmp_path / "predictor")
+    save_artefact(tmp_path / "predictor" / "calibration", *calibration_artefact(calibration, predictor))
     monkeypatch.setenv("JEPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("JEPA_PREDICTOR", str(tmp_path / "predictor"))
     monkeypatch.delenv("JEPA_VIDEO", raising=False)

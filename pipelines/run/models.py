@@ -15,7 +15,7 @@ from jepa.calibration import Calibration
 from jepa.fingerprint import fingerprint
 from jepa.networks import PredictorConfig
 from jepa.predictor import Predictor
-from pipelines.run.artefacts import load_module, save_artefact
+from pipelines.run.artefacts import load_module
 from pipelines.run.command import UserError, require
 
 BATCH_NUMBERS = 32_000_000
@@ -54,11 +54,6 @@ def build_predictor(description: dict[str, Any]) -> Predictor:
     network = dict(fields.pop("predictor"))
     kinds = {kind.kind: kind for kind in get_args(PredictorConfig)}
     return Predictor(kinds[network.pop("kind")](**network), tuple(fields.pop("shape")), **fields)
-
-
-def save_calibration(calibration: Calibration, predictor: Predictor, folder: Path) -> None:
-    """Leave the calibration beside its predictor, in place of an older one."""
-    save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
 
 
 def calibration_artefact(calibration: Calibration, predictor: Predictor) -> tuple[str, dict[str, Any], Calibration]:
