@@ -1,7 +1,7 @@
 """The error that a person reads when a model cannot be built as asked."""
 
 
-class ConfigurationError(ValueError):
+class ConfigurationError(Exception):
     """A choice that cannot be built.
 
     Args:

@@ -36,16 +36,16 @@ def main(options: Options) -> None:
     require_one_process()
     folder = run_of(options.predictor)
     predictor, before = load_predictor(folder, start_accelerator().device)
-    hold(folder, predictor)
-    cache = open_cache(options.cache, predictor)
-    inputs = read_json(folder / MARK).get("inputs", {}) if (folder / MARK).exists() else {}
-    require(
-        clips_in_short(cache) != inputs.get("train"),
-        f"{folder} was trained on {options.cache}, whose errors are not usual ones: take other videos",
-    )
-    calibration, said = calibrate(predictor, before.ridge, cache, horizon=options.horizon)
-    save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
-    print(f"{said}\nwrote {folder}/calibration")
+    with hold(folder):
+        cache = open_cache(options.cache, predictor)
+        inputs = read_json(folder / MARK).get("inputs", {}) if (folder / MARK).exists() else {}
+        require(
+            clips_in_short(cache) != inputs.get("train"),
+            f"{folder} was trained on {options.cache}, whose errors are not usual ones: take other videos",
+        )
+        calibration, said = calibrate(predictor, before.ridge, cache, horizon=options.horizon)
+        save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
+        print(f"{said}\nwrote {folder}/calibration")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ import importlib
 import sys
 from pathlib import Path
 
-from pipelines.run.installed import ForeignPackageError, check_packages
-
 COMMANDS = {
     "demo": "demo",
     "inspect": "inspect_folder",
@@ -25,6 +23,7 @@ COMMANDS = {
     "surprise": "score_surprise",
 }
 """Words and their modules, in the order in which a person needs them."""
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def usage() -> str:
@@ -39,12 +38,10 @@ def usage() -> str:
 
 def main() -> None:
     """Look whether our packages are ours, then run the command that the first word names."""
-    try:
-        warning = check_packages()
-    except ForeignPackageError as error:
-        sys.exit(f"error: {error}")
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
+    for package in ("jepa", "data", "pipelines"):  # other distributions own packages of these names, too
+        found = importlib.import_module(package).__file__
+        if Path(found or "").resolve() != ROOT / package / "__init__.py":
+            sys.exit(f"error: import {package} finds {found}, not {ROOT / package}: take an environment of its own")
     word = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if word in ("-h", "--help"):
         print(usage())

@@ -30,7 +30,7 @@ from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, Terms, VICReg
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import counted, require, run_command
-from pipelines.run.devices import cores_of_this_process, summary
+from pipelines.run.devices import cores_of_this_process, main_first, summary
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run
 
@@ -76,11 +76,12 @@ class Options(RunOptions):
 def main(options: Options) -> None:
     """Check the videos, build the encoder, train it until views agree and frames differ, save it."""
     run = Run(options, "pretrain_encoder", ("encoder",))
-    videos, account = run.main_first(
+    videos, account = main_first(
+        run.accelerator,
         lambda: check_videos(
             options.videos, fps=options.fps, manifest=options.output_dir / "videos.jsonl", image_fps=options.image_fps,
             strict=options.strict, is_main=run.is_main,
-        )
+        ),
     )  # fmt: skip
     encoder = make_encoder(options)
     length = CONTEXT + options.prediction_steps if options.prediction_weight else 2

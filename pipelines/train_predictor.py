@@ -80,7 +80,7 @@ def main(options: Options) -> None:
     judge = Judge(predictor, ridge, held_out)
     best = run.keep_best(predictor, CHOSEN_BY)
     if not best.metrics:
-        best.consider(0, *judge())  # copying and ridge regression, before the first step
+        best.consider(0, judge()[0])  # copying and ridge regression, before the first step
 
     for step, batch in run.steps(lambda place: draw_batches(windows, options, rank=run.rank, place=place)):
         noise = options.input_noise * predictor.change_std * predictor.std * batch.noise

@@ -150,7 +150,7 @@ def test_a_slurm_job_saves_queues_again_and_finishes(slurm, videos, tmp_path):
     assert job.returncode == 0, said  # of scontrol
     assert "add --resume" in said
     assert " on 2 x cpu" in said
-    saved = max(path.name for path in (run / "training_state").glob("step_*[1-9]*"))
+    saved = max(path.stem for path in (run / "training_state").glob("step_*[1-9]*"))
     assert 10 <= int(saved.removeprefix("step_")) < 60
     assert not (run / "metrics.json").exists()
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"

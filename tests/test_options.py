@@ -9,7 +9,7 @@ import yaml
 
 from jepa.errors import ConfigurationError
 from pipelines.run.command import explain
-from pipelines.run.options import OptimizerOptions, name_option, parse
+from pipelines.run.options import OptimizerOptions, parse
 from tests.toy_trainer import Deep, Narrow, Options
 
 ROOT = Path(__file__).parent.parent
@@ -35,15 +35,14 @@ def test_a_kind_brings_exactly_its_options(read, capsys):
     assert read("--network.kind", "deep", "--network.layers", "3").network == Deep(layers=3)
     assert read("--network.kind=deep").network == Deep()
     assert read("--network.kind", "narrow", "--network.width", "5").network == Narrow(5)
-    assert read().helper is None
-    assert read("--helper.kind", "deep", "--helper.width", "4").helper == Deep(4)
-    with pytest.raises(SystemExit):
-        read("--network.layers", "3")  # the narrow one has none
-    assert "--network.layers" in capsys.readouterr().err
-    with pytest.raises(ConfigurationError, match=r"network\.kind is dep: perhaps you meant deep"):
-        read("--network.kind", "dep")
-    with pytest.raises(ConfigurationError, match="is : known are narrow, deep"):
-        read("--network.kind")
+    for arguments, said in (
+        (("--network.layers", "3"), "--network.layers"),  # the narrow one has none
+        (("--network.kind", "dep"), "invalid choice: 'dep' (choose from 'narrow', 'deep')"),
+        (("--network.kind",), "expected one argument"),
+    ):
+        with pytest.raises(SystemExit):
+            read(*arguments)
+        assert said in capsys.readouterr().err
 
 
 def test_help_shows_the_commands_own_options_first_and_the_kinds(read, capsys):
@@ -61,25 +60,14 @@ def test_help_shows_the_commands_own_options_first_and_the_kinds(read, capsys):
     [
         (("--steps", "0"), "error: --steps is 0: it must be at least 1"),
         (("--noise", "nan"), "error: --noise is nan: it must be above 0"),
-        (("--optimizer.learning-rate", "-1"), "error: --optimizer.learning-rate is -1: it must be above 0"),
+        (("--optimizer.learning-rate=-1",), "error: --optimizer.learning-rate is -1: it must be above 0"),
         (("--network.width", "0"), "error: --network.width is 0: it must be at least 1"),
-        (("--helper.kind", "deep", "--helper.width=0"), "error: --helper.width is 0: it must be at least 1"),
     ],
 )
 def test_what_lies_outside_its_bounds_is_said_with_its_option(arguments, line, read):
     with pytest.raises(ConfigurationError) as raised:
         read(*arguments)
-    assert explain(raised.value, Options) == (1, line)
-
-
-def test_fields_are_named_as_their_options(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["toy_trainer.py"])
-    assert name_option("learning_rate", Options) == "--optimizer.learning-rate"
-    assert name_option("layers", Options) == "--network.layers or --helper.layers"
-    assert name_option("network.kind", Options) == "--network.kind"
-    assert name_option("nowhere", Options) == "--nowhere"
-    monkeypatch.setattr(sys, "argv", ["toy_trainer.py", "--helper.kind=deep", "--helper.layers=3"])
-    assert name_option("layers", Options) == "--helper.layers"
+    assert explain(raised.value)[1].removeprefix("\n") == line  # after a progress bar of another test
 
 
 def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
@@ -101,30 +89,18 @@ def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
 @pytest.mark.parametrize(
     ("preset", "complaint"),
     [
-        ("toy_trainr: {}", "a section 'toy_trainr', which is no command: perhaps you meant toy_trainer"),
-        ("optimizer: {learning_rate: 1}", "a section 'optimizer', which is no command: known are cache_embeddings,"),
+        ("toy_trainr: {}", "a section 'toy_trainr', and commands are cache_embeddings,"),
         ("steps: 3", "holds no sections of options"),
-        ("- a", "holds no sections of options"),
         ("", "holds no sections of options"),
         ("a: [", "cannot be read: while parsing"),
-        ("a: &x {b: 1}\nc: *x", "cannot be read: it has aliases"),
         ("a: !!python/object/apply:os.system [ls]", "cannot be read: could not determine a constructor"),
-        ("[" * 5000, "cannot be read"),
-        ("# " + "x" * (1 << 16), "is no file of at most 64 kB"),
-        ("toy_trainer: {overwrite: true}", "sets 'overwrite', which only the command line can"),
-        ("toy_trainer: {output-dir: a}", "sets 'output-dir', which only the command line can"),
-        ("toy_trainer: {preset: b.yaml}", "sets 'preset', which only the command line can"),
-        ("toy_trainer: {resume: false}", "sets 'resume', which only the command line can"),
-        ("toy_trainer: {videos: [a, --overwrite]}", "sets --videos to --overwrite: no value begins with dashes"),
-        ("toy_trainer: {network: {kind: dep}}", "is dep: perhaps you meant deep"),
         ("toy_trainer: {network: {width: 0}}", "is 0: it must be at least 1"),
     ],
 )
-def test_presets_are_validated_whole(preset, complaint, read):
+def test_a_preset_that_cannot_be_used_is_one_line(preset, complaint, read):
     with pytest.raises(ConfigurationError) as raised:
         read(preset=preset)
-    status, line = explain(raised.value, Options)
-    assert status == 1
+    line = explain(raised.value)[1].removeprefix("\n")
     assert complaint in line
     assert "\n" not in line
 
@@ -134,30 +110,21 @@ def test_presets_are_validated_whole(preset, complaint, read):
     [
         ({"stps": 3}, "--stps=3"),
         ({"network": {"layers": 3}}, "--network.layers=3"),
+        ({"network": {"kind": "dep"}}, "invalid choice: 'dep'"),
         ({"steps": "many"}, "--steps"),
-        ({"steps": 1.5}, "--steps"),
         ({"size": [1, 2, 3]}, "3"),
         ({"precision": "fp64"}, "--precision"),
-        ({"data": "--overwrite", "overwrite ": True}, "overwrite "),
     ],
 )
-def test_a_presets_mistakes_are_those_of_the_command_line_and_name_it(preset, complaint, read, capsys):
+def test_a_presets_mistakes_are_those_of_the_command_line(preset, complaint, read, capsys):
     with pytest.raises(SystemExit):
         read(preset={"toy_trainer": preset})
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert "preset.yaml" in said
+    assert complaint in capsys.readouterr().err
 
 
-def test_no_value_of_a_preset_passes_for_an_option(read):
-    options = read(preset={"toy_trainer": {"data": "--overwrite"}})
-    assert (options.data, options.overwrite) == ("--overwrite", False)
-
-
-@pytest.mark.parametrize("name", ["nowhere.yaml", "."])
-def test_a_missing_preset_is_named(name, read, tmp_path):
-    with pytest.raises(ConfigurationError, match="this is no file"):
-        read("--preset", str(tmp_path / name))
+def test_a_missing_preset_is_named(read, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml cannot be read"):
+        read("--preset", str(tmp_path / "nowhere.yaml"))
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)

@@ -27,7 +27,7 @@ from pipelines.run.checkpoints import find_fault
 from pipelines.run.command import Finished, Interrupted, UserError, explain, run_command
 from pipelines.run.devices import cores_of_this_process, describe_devices, start_accelerator, summary
 from pipelines.run.files import differences, to_json
-from pipelines.run.options import OptimizerOptions, RunOptions
+from pipelines.run.options import OptimizerOptions
 from pipelines.run.run import Run, decayed_groups, lr_at, step_generator
 from tests import toy_trainer
 
@@ -66,22 +66,31 @@ def train(path, disturbed=None, **options):
 
 
 def states(path):
-    return sorted(int(state.name.removeprefix("step_")) for state in (path / "training_state").iterdir())
+    return sorted(int(state.stem.removeprefix("step_")) for state in (path / "training_state").glob("step_*.pt"))
+
+
+def logged(path):
+    return [json.loads(row) for row in (path / "curve.jsonl").read_text().splitlines()]
 
 
 def left(path):
-    """What a run has left, but for times: weights, state, curve and metrics."""
-    newest = max((path / "training_state").iterdir())
-    state = torch.load(newest / "state.pt", weights_only=True)
-    curve = [json.loads(row) for row in (path / "curve.jsonl").read_text().splitlines()]
-    records = [*state["own"], *curve, json.loads((path / "metrics.json").read_text())]
-    plain = [{name: value for name, value in record.items() if name not in TIMES} for record in records]
-    return {"state": state["shared"], "weights": load_file(path / "sum" / "model.safetensors"), "records": plain}
+    """What a run has left: weights, state, curve and metrics."""
+    newest = max((path / "training_state").glob("step_*.pt"))
+    state = torch.load(newest, weights_only=True)
+    records = {"curve": logged(path), "metrics": json.loads((path / "metrics.json").read_text())}
+    return records | {"state": state, "weights": load_file(path / "sum" / "model.safetensors")}
 
 
 def differing(one, other):
-    """Names of what two runs have left that is not equal to the bit."""
-    return [name for name, _, _ in differences(to_json(left(one)), to_json(left(other)))]
+    """Names of what two runs have left that is not equal to the bit, but for times."""
+    one, other = (spelled_out(left(path)) for path in (one, other))
+    return [name for name, _, _ in differences(one, other) if name.rpartition(".")[2] not in TIMES]
+
+
+def spelled_out(value):
+    """Lists as dictionaries, whose parts have names."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    return to_json(value) if items is None else {str(name): spelled_out(item) for name, item in items}
 
 
 @pytest.fixture(scope="module")
@@ -115,15 +124,14 @@ def test_biases_and_normalisation_do_not_decay_and_only_what_is_trained_is_moved
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
     assert {id(weight) for weight in decayed["params"]} == {id(network[0].weight), id(network[2].weight)}
     assert len(undecayed["params"]) == 3
-    assert len(decayed_groups(nn.LayerNorm(2), 0.1)) == 1
 
 
 def test_a_run_leaves_what_it_promises(undisturbed):
     path = undisturbed
     metrics = json.loads((path / "metrics.json").read_text())
-    rows = [json.loads(row) for row in (path / "curve.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 4, 8, 12]
-    assert {"validation", "loss", "bias", "learning_rate", "gradient_norm", *(TIMES - {"seconds"})} < rows[1].keys()
+    rows = logged(path)
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert {"validation", "loss", "bias", "learning_rate", "gradient_norm", *(TIMES - {"seconds"})} < rows[0].keys()
     best = min(rows, key=lambda row: row["validation"])
     assert (metrics["best_step"], metrics["validation"]) == (best["step"], best["validation"])
     assert (metrics["steps"], metrics["undefined"], metrics["collapsed"]) == (12, None, False)
@@ -138,7 +146,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_an_undisturbed_one(number, un
     for step in (2, 6):
         with pytest.raises(Interrupted, match=f"stopped and saved after step {step + 1}: add --resume") as stopped:
             train(tmp_path, f"{number.name} {step} 0", resume=step > 2)
-        assert explain(stopped.value, RunOptions)[0] == 128 + number
+        assert explain(pickle.loads(pickle.dumps(stopped.value)))[0] == 128 + number
         assert states(tmp_path)[-1] == step + 1
     with (tmp_path / "curve.jsonl").open("a") as curve:
         curve.write('{"step": 8, "loss": 1}\n{"step": 12, "lo')  # logged before a kill, and torn by it
@@ -154,18 +162,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
         toy._receive(signal.SIGINT, None)
 
 
-def test_a_signal_after_the_last_step_stops_at_once_for_all_is_saved(undisturbed, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("pipelines.run.run.save_artefact", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Interrupted, match="stopped and saved after step 12: add --resume") as stopped:
-            train(tmp_path)
-        assert explain(pickle.loads(pickle.dumps(stopped.value)), RunOptions)[0] == 128 + signal.SIGTERM
-        del stopped
-    train(tmp_path, resume=True)
-    assert differing(tmp_path, undisturbed) == []
-
-
-@pytest.mark.parametrize("cut", ["save_artefact", "RunFolder.leave_account", "RunFolder.finish"])
+@pytest.mark.parametrize("cut", ["write_json", "save_artefact", "RunFolder.finish"])
 def test_a_run_that_was_killed_while_it_left_its_results_leaves_them_when_resumed(
     cut, undisturbed, tmp_path, monkeypatch
 ):
@@ -199,9 +196,9 @@ def test_more_steps_go_on_from_the_last_one(tmp_path, undisturbed, capsys):
     train(tmp_path, steps=12, resume=True)
     said = capsys.readouterr().out
     assert "resuming with steps = 12 instead of 8: the learning rate follows the new schedule" in said
-    rows = [json.loads(row) for row in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 4, 8, 12]
-    assert rows[3]["learning_rate"] == lr_at(11, 12, 1e-2)
+    rows = logged(tmp_path)
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert rows[2]["learning_rate"] == lr_at(11, 12, 1e-2)
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 12
 
 
@@ -219,26 +216,11 @@ def test_a_run_that_lost_its_training_state_does_not_begin_again_by_itself(tmp_p
 
 def test_a_run_that_was_killed_before_its_first_state_begins_again(undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "_save", lambda _: 1 / 0)  # after the entry of step 0
+        patch.setattr(run.Run, "_save", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(tmp_path)
-    with (tmp_path / "curve.jsonl").open("a") as curve:
-        curve.write('{"step": 4, "lo')
     train(tmp_path, resume=True)
     assert differing(tmp_path, undisturbed) == []
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"own": [{"unknown": 1}]}, {"own": [[]]}, {"shared": {}}, {"shared": []}, {"shared": {"network": 1}}, {"own": []}],
-    ids=str,
-)
-def test_a_state_of_something_else_is_one_line(tmp_path, monkeypatch, other):
-    load = torch.load
-    train(tmp_path, steps=8)
-    monkeypatch.setattr(torch, "load", lambda *args, **options: load(*args, **options) | other)
-    with pytest.raises(UserError, match=r"^[^\n]* \(.+\): [^\n]*$"):
-        train(tmp_path, resume=True)
 
 
 def test_a_run_that_diverges_stops_names_its_data_and_goes_on_slower(tmp_path, capsys):
@@ -258,10 +240,7 @@ def test_collapse_is_said_once_and_not_before_anything_could_spread_out(tmp_path
 
 
 def test_curves_are_means_over_an_entrys_steps(tmp_path):
-    def logged(path, every):
-        return [json.loads(row) for row in (path / "curve.jsonl").read_text().splitlines()][1:]
-
-    each, fours = (logged(train(tmp_path / str(every), log_every=every), every) for every in (1, 4))
+    each, fours = (logged(train(tmp_path / str(every), log_every=every)) for every in (1, 4))
     for index, row in enumerate(fours):
         losses = [one["loss"] for one in each[4 * index : 4 * index + 4]]
         assert row["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
@@ -271,8 +250,9 @@ def test_rates_are_those_of_training_and_not_of_validation(tmp_path, monkeypatch
     judge = toy_trainer.judge
     monkeypatch.setattr(toy_trainer, "judge", lambda network: time.sleep(0.5) or judge(network))
     train(tmp_path, steps=3, log_every=1)
-    rates = [json.loads(row).get("samples_per_second") for row in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert max(rates[1:]) > 20  # with the half seconds, 4 samples a step would be at most 8 a second
+    assert (
+        max(row["samples_per_second"] for row in logged(tmp_path)) > 20
+    )  # with the half seconds, 4 samples a step would be at most 8 a second
 
 
 def test_states_are_saved_by_minutes_too(tmp_path, monkeypatch):
@@ -323,14 +303,9 @@ def test_devices_are_described():
     assert re.fullmatch(r"1 x cpu \(\d+ threads\), precision bf16", described)
 
 
-def test_what_cannot_be_started_is_refused(monkeypatch):
+def test_what_cannot_be_started_is_refused():
     with pytest.raises(UserError, match="fp16 needs a GPU: take --precision bf16 or fp32"):
         start_accelerator("fp16")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    start_accelerator()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes were started, but accelerate sees 1: check the --config_file"):
-        start_accelerator()
 
 
 def in_fork(arguments, output, environment, limit, main):
@@ -386,7 +361,7 @@ def rank_environment(rank, port):
 class TestProcesses:
     def test_two_ranks_that_were_stopped_killed_and_resumed_equal_undisturbed_ones(self, tmp_path):
         for rank in start_ranks(tmp_path / "a", f"--output-dir {tmp_path}/whole"):
-            assert "Warning" not in rank.ends()
+            rank.ends()
         options = f"--output-dir {tmp_path}/run --resume"
         for rank in start_ranks(tmp_path / "b", options, {"TOY_DISTURBED": "SIGTERM 2 1"}):
             rank.ends(128 + signal.SIGTERM)
@@ -398,7 +373,7 @@ class TestProcesses:
             rank.ends()
         assert differing(tmp_path / "run", tmp_path / "whole") == []
         own = Process(f"{options} --steps 20", tmp_path / "own.log")
-        assert "step_00000012 was saved by 2 processes, and 1 are running: resume with 2" in own.ends(1)
+        assert "step_00000012.pt was saved by 2 processes, and 1 are running: resume with 2" in own.ends(1)
 
     def test_ranks_with_other_options_end_at_once(self, tmp_path):
         options = f"--output-dir {tmp_path}/run"
@@ -421,9 +396,7 @@ class TestProcesses:
         options = f"--output-dir {tmp_path}/run --resume"
         for step in (1, 6, 11):
             Process(options, tmp_path / "log", {"TOY_DISTURBED": f"SIGKILL {step} 0"}).ends(-signal.SIGKILL)
-        half = tmp_path / "run" / "training_state" / ".tmp.step_00000011"
-        half.mkdir()
-        (half / "state.pt").write_bytes(b"half")
+        (tmp_path / "run" / "training_state" / ".tmp.pt").write_bytes(b"half")
         Process(options, tmp_path / "log").ends()
         assert differing(tmp_path / "run", undisturbed) == []
         assert states(tmp_path / "run") == [10, 12]
@@ -433,14 +406,14 @@ class TestProcesses:
         Process(options, tmp_path / "a.log", {"TOY_DISTURBED": "SIGTERM 2 0"}).ends(128 + signal.SIGTERM)
         said = Process(f"{options} --resume", tmp_path / "b.log", limit=4000).ends(1)
         assert re.search(r"error: .*: what was complete before is kept", said)
-        assert not find_fault(tmp_path / "run" / "training_state" / "step_00000003")
+        assert not find_fault(tmp_path / "run" / "training_state" / "step_00000003.pt")
         Process(f"{options} --resume", tmp_path / "c.log").ends()
         assert differing(tmp_path / "run", undisturbed) == []
 
     def test_a_second_live_resume_is_one_line(self, tmp_path):
         options = f"--output-dir {tmp_path}/run --resume"
         first = Process(options, tmp_path / "a.log", {"TOY_DISTURBED": "SIGSTOP 3 0"})
-        while not (tmp_path / "run" / "curve.jsonl").exists():
+        while not states(tmp_path / "run"):
             time.sleep(0.05)
         assert "is in use: another process is at work on this run" in Process(options, tmp_path / "b.log").ends(1)
         os.kill(first.process.pid, signal.SIGCONT)
@@ -454,5 +427,5 @@ class TestProcesses:
 
 def impatient(_):
     """A trainer that waits a second for the others."""
-    devices.LONGEST_START = devices.datetime.timedelta(seconds=1)
+    devices.LONGEST_WAIT = devices.datetime.timedelta(seconds=1)
     start_accelerator()

@@ -55,7 +55,6 @@ class Options(RunOptions):
     size: tuple[int, int] = (64, 64)
     """Height and width."""
     network: Narrow | Deep = field(default_factory=Narrow)
-    helper: Narrow | Deep | None = None
     optimizer: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(learning_rate=1e-2))
 
 
@@ -85,8 +84,6 @@ def main(options: Options) -> None:
     network = make_network(options)
     trained = run.prepare(network, options.optimizer, clip_norm=1.0)
     best = run.keep_best(network, "validation")
-    if run.step == 0:
-        run.log(judge(network))
     disturbance, at, rank = os.environ.get("TOY_DISTURBED", "none -1 0").split()  # NAME STEP RANK
     for step, batch in run.steps(lambda place: draw_batches(options.seed, run.rank, place)):
         noise = options.noise * torch.randn(batch.numbers.shape, generator=run.generator(step))

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from jepa.errors import ConfigurationError
 from pipelines.run.command import UserError, require
 from pipelines.run.files import discard, read_json, to_disk, write_json
 
@@ -68,6 +69,6 @@ def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Modul
         module = build(content["config"])
         module.load_state_dict(state)
         return module.eval()
-    except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, ConfigurationError, TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: the {kind} here cannot be loaded ({reason}): copy or make it again") from error

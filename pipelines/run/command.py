@@ -15,15 +15,13 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from jepa.errors import ConfigurationError
-from pipelines.run.options import name_option, parse
+from pipelines.run.options import dashed, parse
 
 Options = TypeVar("Options")
 
-LAUNCH = "accelerate launch --quiet --config_file accelerate_config.yaml"
-"""The launcher; `--quiet` keeps its own traceback away from our one-line errors."""
 LOST_CONTACT = re.compile(
-    r"connection (closed|reset|refused|was likely closed|abort)|broken pipe|caused pair closure|timed out|timeout"
-    r"|connectFullMesh failed|failed to recv|ncclRemoteError|communicator was aborted",
+    r"connection|broken pipe|pair closure|timed out|timeout|connectFullMesh|failed to recv|ncclRemoteError"
+    r"|communicator was aborted",
     re.IGNORECASE,
 )
 """The words of gloo, NCCL and the store for another process that has gone, or has not come."""
@@ -76,8 +74,10 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
     try:
         description = sys.modules[main.__module__].__doc__ or ""
         main(parse(options_type, Path(inspect.getfile(main)).stem, description=description))
+    except SystemExit:
+        raise
     except BaseException as error:
-        status, line = explain(error, options_type)
+        status, line = explain(error)
         if line:
             print(line, file=sys.stderr)
         _leave_at_once(status)
@@ -85,14 +85,12 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
         _leave_at_once(0)  # gloo's threads may abort the interpreter while it shuts down (pytorch/pytorch#179291)
 
 
-def explain(error: BaseException, options_type: type) -> tuple[int, str]:
+def explain(error: BaseException) -> tuple[int, str]:
     """The exit code and the one line that an error deserves; an error of our own making keeps its traceback."""
     rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
     said = (str(error) or repr(error)).splitlines()[0].removesuffix(".")
     kept = "what was complete before is kept"
     match error:
-        case SystemExit():
-            raise error
         case Finished():
             return 0, "" if rank else said
         case Interrupted(args=(said, number)):
@@ -101,7 +99,7 @@ def explain(error: BaseException, options_type: type) -> tuple[int, str]:
             said = "interrupted: run the same command again to continue, a trainer with --resume"
             return 128 + signal.SIGINT, "" if rank else f"\n{said}"
         case ConfigurationError():
-            line = f"{name_option(error.field, options_type)} {error.message}"
+            line = f"{_option_of(error.field)} {error.message}"
         case UserError() | DataError():
             line = str(error)
         case OSError():
@@ -117,6 +115,13 @@ def explain(error: BaseException, options_type: type) -> tuple[int, str]:
     # A line of its own, also after a progress bar.
     prefix = ("\n" if getattr(tqdm, "_instances", ()) else "") + (f"[rank {rank}] " if rank else "")
     return 1, "" if rank and getattr(error, "on_all_ranks", False) else f"{prefix}error: {line}"
+
+
+def _option_of(field: str) -> str:
+    """The option on the command line that sets a configuration's field, or the field."""
+    given = (word.partition("=")[0] for word in sys.argv if word.startswith("--"))
+    ours = (option for option in given if option[2:].rpartition(".")[2] == dashed(field))
+    return next(ours, field)
 
 
 def _leave_at_once(status: int) -> NoReturn:

@@ -1,17 +1,14 @@
 """Processes and devices: one or many, alike on all."""
 
-import ctypes
 import datetime
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import joblib
 import torch
-import torch.distributed as distributed
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
@@ -22,8 +19,6 @@ from pipelines.run.files import differences, to_json
 
 Result = TypeVar("Result")
 
-LONGEST_START = datetime.timedelta(minutes=10)
-"""Time for all processes to meet."""
 LONGEST_WAIT = datetime.timedelta(hours=2)
 """Time that ranks wait for one another; one of them may look at 100,000 videos meanwhile."""
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -35,11 +30,9 @@ def start_accelerator(
     """One process or one of many, with its device; the options are those of `RunOptions`.
 
     Raises:
-        UserError: accelerate sees other processes than were started, or there is no such tracker.
+        UserError: there is no such tracker, or the precision needs a GPU.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and "TORCH_CPP_LOG_LEVEL" not in os.environ:
-        _hush()
     known = [*map(str, get_available_trackers()), "none"]  # accelerate passes silently over what it does not find
     for name in trackers:
         require(name in known, f"--tracker {name} is not installed or does not exist: there are {', '.join(known)}")
@@ -52,21 +45,12 @@ def start_accelerator(
         log_with=[name for name in trackers if name != "none"] or None,
         project_dir=logs,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=LONGEST_START),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
             # Backbones may have weights that get no gradient. Looking for them also keeps gradients from being
             # rearranged after the first step: ranks would add them up in another order after each start.
             DDPKwargs(gradient_as_bucket_view=True, find_unused_parameters=True),
         ],
     )
-    require(
-        accelerator.num_processes == processes,
-        f"{processes} processes were started, but accelerate sees {accelerator.num_processes}: "
-        "check the --config_file of accelerate launch",
-    )
-    if distributed.is_initialized():
-        # torch before 2.15 has no other name for it.
-        set_timeout = getattr(distributed, "set_timeout", None) or distributed.distributed_c10d._set_pg_timeout
-        set_timeout(LONGEST_WAIT)
     on_gpu, half = accelerator.device.type == "cuda", accelerator.mixed_precision == "fp16"
     require(on_gpu or not half, "precision fp16 needs a GPU: take --precision bf16 or fp32")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # and 1 of many cores is what that says by itself
@@ -75,13 +59,6 @@ def start_accelerator(
     elif processes == 1 and os.environ.get("OMP_NUM_THREADS") in (None, "1" if launched else None):
         torch.set_num_threads(cores_of_this_process())
     return accelerator
-
-
-def _hush() -> None:
-    """Silence warnings of torch's C++: DDP's long one, on each rank, is of what we want."""
-    with suppress(OSError, ValueError):  # Python's filters do not reach them; that variable is read with torch
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-        ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level").value = 2  # errors
 
 
 def cores_of_this_process() -> int:

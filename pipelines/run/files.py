@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ MARK = "run.json"
 """The file that says whose a folder is."""
 WRITTEN = re.compile(r".*\.(jsonl?|csv|safetensors|pt|png|gif)|hparams\.yml|events\.out\.tfevents\..*")
 """Names of the files that commands write."""
-LARGEST_JSON = 1 << 28
-"""Bytes."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,18 +30,14 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file that is either the old one or the new one, whole and on the disk."""
     unfinished = path.with_name(f".tmp.{path.name}")
-    unfinished.unlink(missing_ok=True)
-    with unfinished.open("x") as file:  # made anew: links are not followed
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished.write_text(text)
+    to_disk(unfinished)
     unfinished.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `UserError` if the file holds none."""
     try:
-        require(path.stat().st_size <= LARGEST_JSON, f"{path} is larger than any file of its kind")
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or make it again") from error
@@ -88,23 +81,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def nested(path: Path) -> Iterator[Path]:
-    """Runs and caches that somebody put under a file or folder of a run."""
-    if path.is_dir() and not path.is_symlink():
-        if (path / MARK).exists() or (path / "cache.json").exists():
-            yield path
-        else:
-            for inner in path.iterdir():
-                yield from nested(inner)
-
-
 def discard(path: Path) -> None:
     """Remove a file or folder as far as a command wrote it: whatever else somebody put there stays."""
     if path.is_dir() and not path.is_symlink():
-        for inner in path.iterdir():
-            discard(inner)
-        with suppress(OSError):
-            path.rmdir()
+        if not any((path / name).exists() for name in (MARK, "cache.json")):  # a run or a cache of its own
+            for inner in path.iterdir():
+                discard(inner)
+            with suppress(OSError):
+                path.rmdir()
     elif WRITTEN.fullmatch(path.name):
         path.unlink(missing_ok=True)
 

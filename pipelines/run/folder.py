@@ -1,21 +1,19 @@
 """The folder of a run: it says whose it is, and nobody else's work is harmed."""
 
 import fcntl
-import os
 import platform
 import re
 import subprocess
 import weakref
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipelines.run.command import Finished, UserError, require
-from pipelines.run.files import MARK, differences, discard, nested, read_json, to_json, versions, write_json
+from pipelines.run.files import MARK, differences, discard, read_json, to_json, versions, write_json
 
 FORMAT = "video-jepa run 1"
-FIELDS = {"command": str, "finished": bool, "options": dict, "inputs": dict}
-"""What stands in the mark of a run that has begun."""
-BEFORE = (MARK, "videos.jsonl", "cache")
+BEFORE = {MARK, "videos.jsonl", "cache"}
 """Names of what a start leaves before the run has begun."""
 MAY_CHANGE = re.compile(r"resume|overwrite|output_dir|tracker|checkpoint_every|log_every|(.*\.)?learning_rate")
 """Options that a run may be resumed with another value of, beside more steps."""
@@ -41,27 +39,21 @@ class RunFolder:
         self.names = ("metrics.json", "account.json", "curve.jsonl", "training_state", "logs", *artefacts)
         self.resume, mark = getattr(options, "resume", False), self.path / MARK
         require(not (options.overwrite and self.resume), "--overwrite starts again, --resume goes on: give one of them")
-        require(self.path.is_dir() or not os.path.lexists(self.path), f"--output-dir {self.path} is no folder")
-        self.record: dict[str, Any] = read_json(mark) if mark.exists() else {"format": FORMAT, "finished": False}
-        self.has_begun = "inputs" in self.record
-        known = [isinstance(self.record.get(name), kind) for name, kind in FIELDS.items() if self.has_begun]
-        require(
-            all(known) and self.record.get("format") == FORMAT,
-            f"{mark} is damaged, or of another version: take another --output-dir",
-        )
-        names = [path.name for path in self.path.glob("[!.]*") if path.suffix not in (".log", ".out")]
-        others = [] if self.has_begun else sorted(set(names) - {*(BEFORE if mark.exists() else ())})
+        require(self.path.is_dir() or not self.path.exists(), f"--output-dir {self.path} is no folder")
+        self.record: dict[str, Any] = read_json(mark) if mark.exists() else {"format": FORMAT}
+        known = self.record.get("format") == FORMAT
+        require(known, f"{mark} is damaged, or of another version: take another --output-dir")
+        self.has_begun = "inputs" in self.record  # a start that failed protects nothing
+        names = {path.name for path in self.path.glob("[!.]*") if path.suffix not in (".log", ".out")}
+        others = [] if self.has_begun else sorted(names - BEFORE)
         require(
             not others,
             f"--output-dir {self.path} holds {', '.join(others[:3])}, and no run of {command}: take another one",
         )
         self.path.mkdir(parents=True, exist_ok=True)
-        self.release = hold(self.path, self)
+        self.release = weakref.finalize(self, hold(self.path).close)
         if self.has_begun:
             self._require_consent()
-        else:
-            self.record["command"] = command
-            write_json(mark, self.record)
 
     def _require_consent(self) -> None:
         """The options say what is to become of the run that was begun here."""
@@ -80,7 +72,7 @@ class RunFolder:
         if self.record["finished"] and "steps" not in [name for name, _, _ in changed]:
             raise Finished(f"{self.path} is finished: nothing to do")
         for name, was, now in changed:
-            more = name == "steps" and isinstance(was, int) and now > was
+            more = name == "steps" and now > was
             require(
                 more or bool(MAY_CHANGE.fullmatch(name)),
                 f"{self.path} was started with {name} = {was}, not {now}: resume with the same options (--steps may be "
@@ -102,9 +94,6 @@ class RunFolder:
                     "or add --overwrite to start again"
                 )
         elif self.has_begun:
-            for name in self.names:
-                for stranger in nested(self.path / name):
-                    raise UserError(f"{stranger} is a run or a cache of its own: move it before you --overwrite")
             # A kill must not leave half of the old run under the mark of the new one.
             write_json(self.path / MARK, {**self.record, "finished": False})
             for name in self.names:
@@ -113,11 +102,6 @@ class RunFolder:
         self.record |= {"command": self.command, "finished": False, "options": self.options, "inputs": inputs}
         write_json(self.path / MARK, self.record | environment())
 
-    def leave_account(self, account: Any) -> None:
-        """Say what was read and what was not, and write it down: a dataclass with a text for people."""
-        print(account)
-        write_json(self.path / "account.json", account)
-
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, flat keys and plain values, and mark the run as finished."""
         write_json(self.path / "metrics.json", metrics)
@@ -125,25 +109,24 @@ class RunFolder:
         self.release()
 
 
-def hold(folder: Path, owner: object) -> "weakref.finalize[Any, Any]":
-    """Hold a folder while its owner lives, or until what is returned is called. Raises `UserError` if it is held."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(folder / ".lock", flags, 0o666)
-    release = weakref.finalize(owner, os.close, descriptor)
+def hold(folder: Path) -> IO[str]:
+    """Hold a folder until what is returned is closed. Raises `UserError` if another process holds it."""
+    lock = (folder / ".lock").open("a")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.close()
         raise UserError(f"{folder} is in use: another process is at work on this run") from None
     except OSError:
         pass  # a file system without locks
-    return release
+    return lock
 
 
 def environment() -> dict[str, Any]:
     """What a number must be traced back to beside its options: versions, machine, and the commit of the code."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        code = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        code = "unknown"
+    git, code = ["git", "-C", str(Path(__file__).parent), "describe"], "unknown"
+    with suppress(OSError, subprocess.CalledProcessError):
+        code = subprocess.check_output(
+            [*git, "--always", "--abbrev=40", "--dirty", "--exclude=*"], text=True, stderr=subprocess.DEVNULL
+        ).strip()
     return {"versions": versions(), "machine": platform.platform(), "code": code}

@@ -1,13 +1,9 @@
 """Options: those that trainers share, and how a command's are read from its command line and from a preset."""
 
 import argparse
-import contextlib
-import dataclasses
-import difflib
-import io
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -21,10 +17,6 @@ Options = TypeVar("Options")
 
 COMMANDS = [path.stem for path in sorted(Path(__file__).parents[1].glob("[!_]*.py")) if path.stem != "cli"]
 """Names that a preset may have sections for, beside that of the command that reads it."""
-NOT_IN_PRESETS = {"output-dir", "overwrite", "resume", "preset"}
-"""Options that decide what is kept and what is replaced: a stranger's file must not set them."""
-LARGEST_PRESET = 1 << 16
-"""Bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,47 +60,27 @@ def parse(options_type: type[Options], command: str, *, description: str = "") -
     `--FIELD.kind NAME` chooses the class of a field whose type is a union of kinds; exactly its options then exist.
 
     Raises:
-        ConfigurationError: a value lies outside its bounds, there is no such kind, or the preset cannot be used.
+        ConfigurationError: a value lies outside its bounds, or the preset cannot be used.
     """
-    unions = {path: kinds for path, kinds in _tree(options_type) if hasattr(kinds[-1], "kind")}
+    hints = get_type_hints(options_type)
+    unions = {name: {one.kind: one for one in get_args(hint) if hasattr(one, "kind")} for name, hint in hints.items()}
+    unions = {name: kinds for name, kinds in unions.items() if kinds}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", type=Path)
-    for path in unions:
-        parser.add_argument(f"--{dashed(path)}.kind", nargs="?", const="")
+    for name, kinds in unions.items():
+        parser.add_argument(f"--{dashed(name)}.kind", dest=name, choices=kinds)
     known, arguments = parser.parse_known_args()
     if known.preset is not None:
-        known, arguments = parser.parse_known_args([*_as_arguments(_read_preset(known.preset, command)), *sys.argv[1:]])
-    default = _unchecked_defaults(options_type)
-    for path, kinds in unions.items():
-        name, named = getattr(known, f"{path}.kind"), {kind.kind: kind for kind in kinds}
-        if name not in (None, *named):
-            raise ConfigurationError(f"{path}.kind", f"is {name}: {_hint(name, named)}")
-        if name is not None and not isinstance(getattr(default, path), named[name]):
-            object.__setattr__(default, path, named[name]())
-    lines = [f"--{dashed(path)}.kind: {' | '.join(kind.kind for kind in kinds)}" for path, kinds in unions.items()]
+        known, arguments = parser.parse_known_args([*_read_preset(known.preset, command), *sys.argv[1:]])
+    chosen = [(name, kinds[getattr(known, name)]) for name, kinds in unions.items() if getattr(known, name)]
+    fields = [(name, kind, field(default_factory=kind)) for name, kind in chosen]
+    shown: Any = make_dataclass(options_type.__name__, fields, bases=(options_type,), frozen=True)
+    for name in RunOptions.__dataclass_fields__ if issubclass(options_type, RunOptions) else ():
+        shown.__dataclass_fields__[name] = shown.__dataclass_fields__.pop(name)  # help shows a command's own first
+    lines = [f"--{dashed(name)}.kind: {' | '.join(kinds)}" for name, kinds in unions.items()]
     text = "\n".join([description, *lines, "--preset FILE: other defaults, such as configs/presets/laptop_cpu.yaml"])
-    said, plain = io.StringIO(), (tyro.conf.AvoidSubcommands,)
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(options_type, description=text, args=arguments, default=default, config=plain)
-    except SystemExit as leaving:
-        cause: BaseException | None = leaving
-        while cause is not None and not isinstance(cause, ConfigurationError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise cause from None
-        if known.preset is not None and leaving.code:
-            sys.stderr.write(f"(read as if the options in {known.preset} had been given, too)\n")
-        sys.stderr.write(said.getvalue())
-        raise
-
-
-def name_option(field: str, options_type: type) -> str:
-    """The option that sets a configuration's field: of several, those that the command line names."""
-    paths = dict.fromkeys(path for path, _ in _tree(options_type) if field in (path, path.rpartition(".")[2]))
-    names = [f"--{dashed(path)}" for path in paths]
-    given = {dashed(argument.partition("=")[0]) for argument in sys.argv}
-    return " or ".join([name for name in names if name in given] or names) or f"--{dashed(field)}"
+    parsed: Options = tyro.cli(shown, description=text, args=arguments, config=(tyro.conf.AvoidSubcommands,))
+    return parsed
 
 
 def dashed(name: str) -> str:
@@ -116,54 +88,21 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _tree(options_type: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The dotted path of each option, and the classes of configurations that it can hold, or its type."""
-    hints = get_type_hints(options_type)
-    for field in dataclasses.fields(options_type):  # type: ignore[arg-type]
-        hint = hints[field.name]
-        kinds = tuple(kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind))
-        yield f"{prefix}{field.name}", kinds or (hint,)
-        for kind in kinds:
-            yield from _tree(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-
-
-def _unchecked_defaults(options_type: type[Options]) -> Options:
-    """An instance whose options without a default are missing; help shows a command's own before those of trainers."""
-    default, fields = object.__new__(options_type), options_type.__dataclass_fields__  # type: ignore[attr-defined]
-    for name, field in sorted(fields.items(), key=lambda item: item[0] in RunOptions.__dataclass_fields__):
-        fields[name] = fields.pop(name)
-        value = tyro.MISSING if field.default is dataclasses.MISSING else field.default
-        made = field.default_factory is not dataclasses.MISSING
-        object.__setattr__(default, name, field.default_factory() if made else value)
-    return default
-
-
-def _read_preset(path: Path, command: str) -> dict[str, Any]:
-    """The section of a command."""
-    if not path.is_file() or path.stat().st_size > LARGEST_PRESET:
-        raise ConfigurationError("preset", f"is {path}: this is no file of at most {LARGEST_PRESET // 1024} kB")
+def _read_preset(path: Path, command: str) -> Iterator[str]:
+    """The section of a command, as arguments."""
     try:
-        text = path.read_text()
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the other one takes minutes for brackets in brackets
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
-            raise ValueError("it has aliases, a few of which can stand for more than fits in memory")
-        sections = yaml.load(text, loader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        sections = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigurationError("preset", f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise ConfigurationError("preset", f"{path} holds no sections of options, named like the commands")
-    known = dict.fromkeys((*COMMANDS, command))
-    for name in sections.keys() - known:
-        raise ConfigurationError("preset", f"{path} has a section '{name}', which is no command: {_hint(name, known)}")
-    section: dict[str, Any] = sections.get(command, {})
-    for name in section:
-        if dashed(str(name)) in NOT_IN_PRESETS:
-            raise ConfigurationError("preset", f"{path} sets '{name}', which only the command line can")
-    return section
+    for name in sections.keys() - {*COMMANDS, command}:
+        raise ConfigurationError("preset", f"{path} has a section '{name}', and commands are {', '.join(COMMANDS)}")
+    return _as_arguments(sections.get(command, {}))
 
 
 def _as_arguments(values: dict[str, Any], prefix: str = "--") -> Iterator[str]:
-    """Options of a preset as they would be given; no value can pass for an option."""
+    """Options of a preset as they would be given."""
     for name, value in values.items():
         option = f"{prefix}{dashed(str(name))}"
         if isinstance(value, dict):
@@ -171,13 +110,6 @@ def _as_arguments(values: dict[str, Any], prefix: str = "--") -> Iterator[str]:
         elif isinstance(value, bool):
             yield option if value else f"{prefix}no-{dashed(str(name))}"
         elif isinstance(value, list):
-            if dash := [item for item in value if str(item).startswith("--")]:
-                raise ConfigurationError("preset", f"sets {option} to {dash[0]}: no value begins with dashes")
             yield from (option, *map(str, value))
         else:
             yield f"{option}={value}"
-
-
-def _hint(name: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), known := list(known), n=1)
-    return f"perhaps you meant {near[0]}" if near else f"known are {', '.join(known)}"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from pipelines.run import devices
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.checkpoints import Checkpoints, State
 from pipelines.run.command import Interrupted, UserError
-from pipelines.run.files import flat, to_json, write_text
+from pipelines.run.files import to_json, write_json, write_text
 from pipelines.run.folder import RunFolder
 from pipelines.run.options import OptimizerOptions, RunOptions
 
@@ -49,21 +49,17 @@ class Batch(Protocol):
 
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
-Result = TypeVar("Result")
 
 
 @dataclass
 class Progress:
-    """What each rank remembers beside weights: all of the run, the last entry in the log, and sums since then."""
+    """What each rank remembers beside weights: of all of the run, and sums since the last entry in the log."""
 
     place: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
-    samples: int = 0
     first_collapse_step: int | None = None
     collapse_alarms: list[str] = field(default_factory=list)
-    logged_step: int = -1
-    metrics: dict[str, float] = field(default_factory=dict)
-    collapsed: bool = False
+    curve: list[dict[str, Any]] = field(default_factory=list)
     sums: dict[str, float | Tensor] = field(default_factory=dict)
     summed_steps: int = 0
 
@@ -73,13 +69,12 @@ class Best:
 
     def __init__(self, module: nn.Module, metric: str) -> None:
         self.module, self.metric = module, metric
-        self.step, self.metrics, self.weights, self.collapsed = 0, dict[str, float](), dict[str, Tensor](), False
+        self.step, self.metrics, self.weights = 0, dict[str, Any](), dict[str, Tensor]()
 
-    def consider(self, step: int, metrics: dict[str, float], alarms: Sequence[str] = ()) -> None:
+    def consider(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep the present weights if they are the best."""
         if not self.metrics or metrics[self.metric] < self.metrics[self.metric]:
-            self.step, self.metrics, self.collapsed = step, metrics, bool(alarms)
-            self.weights = copy.deepcopy(self.module.state_dict())
+            self.step, self.metrics, self.weights = step, metrics, copy.deepcopy(self.module.state_dict())
 
     def restore(self) -> None:
         """Give the module its best weights back."""
@@ -87,11 +82,11 @@ class Best:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the module."""
-        return {name: getattr(self, name) for name in ("step", "metrics", "weights", "collapsed")}
+        return {"step": self.step, "metrics": self.metrics, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what another life found."""
-        vars(self).update({name: state[name] for name in self.state_dict()})
+        vars(self).update(state)
 
 
 class Run:
@@ -120,14 +115,8 @@ class Run:
         self.best: Best | None = None
         self.unseen: list[tuple[int, Sequence[Any], Tensor]] = []
         self.lived = self.saved_at = time.monotonic()
-        self._count_anew()
-        several_gpus = self.ranks > 1 and self.device.type == "cuda"
-        # Agreed upon through the CPU: nobody has to wait for the GPU's queue of work to run empty.
-        self.group = distributed.new_group(backend="gloo", timeout=devices.LONGEST_WAIT) if several_gpus else None
-
-    def main_first(self, work: Callable[[], Result]) -> Result:
-        """Do something on the main process and then on the others; what fails there fails on all alike. Collective."""
-        return devices.main_first(self.accelerator, work)
+        # Ranks agree through the CPU: nobody has to wait for the GPU's queue of work to run empty.
+        self.group = distributed.new_group(backend="gloo", timeout=devices.LONGEST_WAIT) if self.ranks > 1 else None
 
     def begin(self, inputs: dict[str, Any], *facts: str) -> None:
         """Make the folder or resume the run in it, and print the facts: what is trained on what. Collective.
@@ -137,15 +126,21 @@ class Run:
                 others, or has lost its training state.
         """
         devices.require_agreement(self.accelerator, inputs=inputs)
+        curve = self.path / "curve.jsonl"
         if self.options.resume:
-            has_learned = devices.on_main(self.accelerator, lambda: any(step for step, _ in self._logged()))
-            if (state := self.checkpoints.load_newest(is_needed=bool(has_learned))) is not None:
+            has_learned = curve.exists() and curve.stat().st_size > 0
+            if (state := self.checkpoints.load_newest(is_needed=has_learned)) is not None:
                 self.step = self.saved_step = state.step
-                self.restored, self.progress = state.shared, self._restore(lambda: Progress(**state.own))
-        devices.on_main(self.accelerator, lambda: self.folder.begin(inputs))  # type: ignore[union-attr]
-        devices.on_main(self.accelerator, self._start_log)
-        if self.is_main:
+                self.restored, self.progress = state.shared, Progress(**state.own)
+
+        def start() -> None:
+            self.folder.begin(inputs)  # type: ignore[union-attr]
+            # What was logged after the newest state is logged again.
+            write_text(curve, "".join(json.dumps(entry) + "\n" for entry in self.progress.curve))
+            self.accelerator.init_trackers(self.command, init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
             print(f"{self.command} on {devices.describe_devices(self.accelerator)}: {'; '.join(facts)}")
+
+        devices.on_main(self.accelerator, start)
 
     def prepare(self, network: nn.Module, optimizer: OptimizerOptions, *, clip_norm: float = math.inf) -> nn.Module:
         """The network on its device, ready for several ranks, with its weights restored; after `begin`.
@@ -173,18 +168,8 @@ class Run:
     def _keep(self, name: str, part: Any) -> None:
         """Make something part of the training state, and restore it if the run is resumed."""
         self.parts[name] = part
-        if (restored := self.restored) is not None:
-            self._restore(lambda: part.load_state_dict(restored[name]))
-
-    def _restore(self, load: Callable[[], Result]) -> Result:
-        try:
-            return load()
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise UserError(
-                f"{self.path}: its training state is of something else ({reason}): restore it, "
-                "or add --overwrite to start again"
-            ) from error
+        if self.restored is not None:
+            part.load_state_dict(self.restored[name])
 
     def steps(self, batches: Callable[[dict[str, int]], Iterable[AnyBatch]]) -> Iterator[tuple[int, AnyBatch]]:
         """The number of each step from 0 and its batch; `update` is called once for each. Collective.
@@ -195,7 +180,7 @@ class Run:
         Args:
             batches: batches without end from a place in the data on; an empty place is the beginning.
         """
-        self._save()
+        self._save()  # a folder that cannot be written is found out before the first hour
         self.restored = None
         ahead = stream_ahead(lambda place: self._feed(batches(place)), [self.progress.place], workers=1)
         self.bar = tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not self.is_main)
@@ -208,8 +193,7 @@ class Run:
                 # Not before: decoding the first frames may take long, and there is nothing to save yet.
                 signal.signal(signal.SIGINT, self._receive)
                 signal.signal(signal.SIGTERM, self._receive)
-                samples = next(len(value) for value in batch if isinstance(value, Tensor))
-                self.progress.samples += samples * self.ranks
+                self.samples += next(len(value) for value in batch if isinstance(value, Tensor)) * self.ranks
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr_at(self.step, self.options.steps, self.peak)
                 # Dropout and the like: as random as they were, however often the run was interrupted.
@@ -218,12 +202,18 @@ class Run:
                 self.progress.place = dict(batch.place)
                 self.bar.update()
                 self._after_step()
-        except BaseException:
-            self._stop_listening()
-            raise
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.bar.close()
         ahead.close()  # type: ignore[attr-defined]
-        self._save()
+
+    def _feed(self, batches: Iterable[AnyBatch]) -> Iterator[AnyBatch]:
+        """Batches in memory from which a GPU copies while it computes; for the thread that reads ahead."""
+        # Two pools of threads on the same cores wait for each other in busy loops, at .69 of the speed.
+        torch.set_num_threads(1)
+        for batch in batches:
+            yield pin_memory(batch) if self.device.type == "cuda" else batch
 
     def generator(self, step: int, *, shared: bool = False) -> torch.Generator:
         """The randomness of a step on this rank's device, or that which all ranks share."""
@@ -232,29 +222,25 @@ class Run:
     def update(self, loss: Tensor, terms: dict[str, Tensor], videos: Sequence[Any] = ()) -> None:
         """One step of the optimiser. Means of the loss and its terms, all scalars, are logged.
 
-        Raises:
-            UserError: the loss or its gradient is NaN or infinite, with the step and the videos of its batch; on a
-                GPU, said at the next entry in the log.
+        A loss or gradient that is NaN or infinite is a `UserError` before the next entry in the log, and before any
+        state is saved: it names the step and the videos of its batch.
         """
         self.accelerator.backward(loss)
         self.gradient_norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.clip_norm)
         # With fp16, infinite gradients are ordinary: the scaler skips the step and lowers its scale.
         numbers = loss.detach() if self.accelerator.scaler is not None else loss.detach() + self.gradient_norm
         self.unseen.append((self.step, videos, numbers.isfinite()))
-        if self.device.type == "cpu":
-            self._require_finite()
         self.optimizer.step()
         self.optimizer.zero_grad()
         for name, value in {"loss": loss, **terms}.items():
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value.detach()
         self.progress.summed_steps += 1
         self.step += 1
-        if self.due and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # steps that are still under way count
+        if self.due:
+            self._require_finite()  # which waits for steps that are still under way
         self.worked_s = time.monotonic() - self.since
 
     def _require_finite(self) -> None:
-        """Raises `UserError` if a step's numbers are NaN or infinite; no state is saved before they were looked at."""
         for step, videos, finite in self.unseen:
             if not finite:
                 names = ", ".join(map(str, videos[:SHOWN_VIDEOS])) or "unnamed data"
@@ -276,46 +262,68 @@ class Run:
 
         The first alarms, signs of collapse in words, are said loudly. What `show` names stands beside the progress bar.
         """
-        progress = self.progress
-        if self.step == progress.logged_step:
-            return  # in an earlier life
-        self._require_finite()
-        values, rates = {**metrics, **self._means()}, dict[str, float]()
-        if samples := progress.samples - self.earlier_samples:
-            rates = {
-                "samples_per_second": samples / self.worked_s,
-                "data_wait_fraction": self.waited_s / self.worked_s,
-                "gradient_norm": float(self.gradient_norm),
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
-            }
-        alarms = list(alarms) if self.step >= FIRST_ALARM_STEP else []
-        progress.logged_step, progress.metrics, progress.collapsed = self.step, values, bool(alarms)
+        progress, alarms = self.progress, alarms if self.step >= FIRST_ALARM_STEP else []
+        sums = torch.stack([torch.as_tensor(value, device=self.device).float() for value in progress.sums.values()])
+        means = self.accelerator.reduce(sums / progress.summed_steps, "mean").tolist()
+        entry = {
+            "step": self.step,
+            **metrics,
+            **dict(zip(progress.sums, means, strict=True)),
+            "collapsed": bool(alarms),
+            "samples_per_second": self.samples / self.worked_s,
+            "data_wait_fraction": self.waited_s / self.worked_s,
+            "gradient_norm": float(self.gradient_norm),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        progress.sums, progress.summed_steps = {}, 0
+        progress.curve.append(to_json(entry))
         if self.best is not None:
-            self.best.consider(self.step, values, alarms)
+            self.best.consider(self.step, entry)
         if alarms and progress.first_collapse_step is None:
-            progress.first_collapse_step, progress.collapse_alarms = self.step, alarms
+            progress.first_collapse_step, progress.collapse_alarms = self.step, list(alarms)
             if self.is_main:
                 tqdm.write(f"COLLAPSE at step {self.step}: {'; '.join(alarms)}")
         if self.is_main:
             with (self.path / "curve.jsonl").open("a") as curve:
-                curve.write(json.dumps(to_json({"step": self.step, **values, **rates})) + "\n")
-            self.accelerator.log(values | rates, step=self.step)
-            if rates:
-                self.bar.set_postfix({name: f"{values[name]:.4g}" for name in show if name in values})
+                curve.write(json.dumps(progress.curve[-1]) + "\n")
+            self.accelerator.log(entry, step=self.step)
+            self.bar.set_postfix({name: f"{entry[name]:.4g}" for name in show if name in entry})
         self._count_anew()
-
-    def _means(self) -> dict[str, float]:
-        """Means of the terms over the steps since the last time and over ranks. Collective."""
-        sums, steps = self.progress.sums, self.progress.summed_steps
-        self.progress.sums, self.progress.summed_steps = {}, 0
-        if not steps:
-            return {}
-        stacked = torch.stack([torch.as_tensor(value, device=self.device).float() for value in sums.values()])
-        return dict(zip(sums, self.accelerator.reduce(stacked / steps, "mean").tolist(), strict=True))
 
     def _count_anew(self) -> None:
         """Rates are those of training and of waiting for data: validation and logging do not count."""
-        self.earlier_samples, self.waited_s, self.since = self.progress.samples, 0.0, time.monotonic()
+        self.samples, self.waited_s, self.since = 0, 0.0, time.monotonic()
+
+    def _save(self) -> None:
+        """Write the state, unless that has been done. Collective."""
+        if self.step != self.saved_step:
+            self._require_finite()
+            self.progress.seconds, self.lived = self.progress.seconds + time.monotonic() - self.lived, time.monotonic()
+            shared = {name: part.state_dict() for name, part in self.parts.items()}
+            self.checkpoints.save(State(self.step, shared, to_json(self.progress)))
+            self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def _after_step(self) -> None:
+        """Save if it is time to; if any rank was asked to stop, save and raise `Interrupted` on all. Collective."""
+        # Signals reach ranks at different steps, and clocks differ: they must agree, or one waits for ever.
+        wishes = torch.tensor([self.received, time.monotonic() - self.saved_at >= SAVE_EVERY_S], dtype=torch.int64)
+        if self.group is not None:
+            distributed.all_reduce(wishes, distributed.ReduceOp.MAX, self.group)  # type: ignore[arg-type]
+        received, is_time = wishes.tolist()
+        every = self.options.checkpoint_every
+        if received or is_time or self.step % every == 0 or self.step == self.options.steps:
+            self._save()
+        if received:
+            self.accelerator.end_training()
+            raise Interrupted(f"stopped and saved after step {self.step}: add --resume to go on", received)
+
+    def _receive(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.received and signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal_number
+        if self.is_main:
+            # Not by print: the progress bar may be writing at this moment, and streams refuse to be entered twice.
+            os.write(2, b"\nsaving after this step; Ctrl-C again to stop at once\n")
 
     def finish(
         self, metrics: dict[str, Any], artefacts: dict[str, tuple[str, Any, nn.Module]], *, account: Any = None,
@@ -339,95 +347,18 @@ class Run:
                 print(f"Next:\n  {next}")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        self._stop_listening()
 
     def _leave(self, metrics: dict[str, Any], artefacts: dict[str, tuple[str, Any, nn.Module]], account: Any) -> None:
-        assert self.folder is not None
         if account is not None:
-            self.folder.leave_account(account)
+            print(account)
+            write_json(self.path / "account.json", account)
         for name, (kind, config, module) in artefacts.items():
             save_artefact(self.path / name, kind, config, module)
         progress, best = self.progress, self.best
-        self.folder.finish({
-            **(progress.metrics if best is None else {**best.metrics, "best_step": best.step}),
-            "collapsed": progress.collapsed if best is None else best.collapsed,
-            "collapse_alarms": progress.collapse_alarms,
-            "first_collapse_step": progress.first_collapse_step,
-            "steps": self.step,
-            "seconds": progress.seconds,
-            "samples_per_second": progress.samples / max(progress.seconds, 1e-9),
-            **metrics,
-        })  # fmt: skip
-
-    def _save(self) -> None:
-        """Write the state, unless that has been done. Collective."""
-        if self.step != self.saved_step:
-            self._require_finite()
-            self.progress.seconds, self.lived = self.progress.seconds + time.monotonic() - self.lived, time.monotonic()
-            shared = {name: part.state_dict() for name, part in self.parts.items()}
-            self.checkpoints.save(State(self.step, shared, to_json(self.progress)))
-            self.saved_step, self.saved_at = self.step, time.monotonic()
-
-    def _after_step(self) -> None:
-        """Save if it is time to; if any rank was asked to stop, save and raise `Interrupted` on all. Collective."""
-        received, due = self.received, time.monotonic() - self.saved_at >= SAVE_EVERY_S
-        if self.ranks > 1:
-            # Signals reach ranks at different steps, and clocks differ: they must agree, or one waits for ever.
-            wishes = torch.tensor([received, int(due)], device="cpu" if self.group else self.device)
-            distributed.all_reduce(wishes, distributed.ReduceOp.MAX, self.group)  # type: ignore[arg-type]
-            received, due = int(wishes[0]), bool(wishes[1])
-        if received or due or self.step % self.options.checkpoint_every == 0:
-            self._save()
-        if received:
-            self.accelerator.end_training()
-            self._stop(received)
-
-    def _stop(self, signal_number: int) -> NoReturn:
-        if self.folder is not None:
-            self.folder.release()
-        raise Interrupted(f"stopped and saved after step {self.step}: add --resume to go on", signal_number)
-
-    def _receive(self, signal_number: int, frame: FrameType | None) -> None:
-        if self.received and signal_number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal_number
-        if self.step == self.saved_step == self.options.steps:  # what follows is done again in no time
-            self._stop(signal_number)
-        if self.is_main:
-            # Not by print: the progress bar may be writing at this moment, and streams refuse to be entered twice.
-            os.write(2, b"\nsaving after this step; Ctrl-C again to stop at once\n")
-
-    def _stop_listening(self) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def _feed(self, batches: Iterable[AnyBatch]) -> Iterator[AnyBatch]:
-        """Batches in memory from which a GPU copies while it computes; for the thread that reads ahead."""
-        # Two pools of threads on the same cores wait for each other in busy loops, at .69 of the speed.
-        torch.set_num_threads(1)
-        for batch in batches:
-            yield pin_memory(batch) if self.device.type == "cuda" else batch
-
-    def _logged(self) -> list[tuple[int, str]]:
-        """Steps and rows of the curves; a kill may have torn the last one."""
-        curve = self.path / "curve.jsonl"
-        rows = curve.read_text().splitlines(keepends=True) if curve.exists() else []
-        return [(json.loads(row)["step"], row) for row in rows if row.endswith("\n")]
-
-    def _start_log(self) -> None:
-        """Go on with the curves where they were; what was logged after the newest checkpoint is logged again."""
-        if (curve := self.path / "curve.jsonl").exists():
-            write_text(curve, "".join(row for step, row in self._logged() if step <= self.progress.logged_step))
-        if not self.accelerator.log_with:
-            return
-        plain = flat(to_json(self.options)).items()
-        options = {name: value if isinstance(value, int | float) else str(value) for name, value in plain}
-        resumed = {"tensorboard": {"purge_step": self.step + 1}}
-        try:
-            self.accelerator.init_trackers(self.command, None if self.step else options, resumed)
-        except Exception as error:  # these talk to servers, where much can go wrong that is no fault of the code
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise UserError(f"--tracker {' '.join(self.options.tracker)} could not start: {reason}") from error
+        found = progress.curve[-1] if best is None else {"collapsed": False, **best.metrics, "best_step": best.step}
+        alarms = {"first_collapse_step": progress.first_collapse_step, "collapse_alarms": progress.collapse_alarms}
+        found = {**found, **alarms, "steps": self.step, "seconds": progress.seconds, **metrics}
+        self.folder.finish(found)  # type: ignore[union-attr]
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
@@ -438,12 +369,11 @@ def step_generator(seed: int, step: int, rank: int, device: torch.device) -> tor
 
 def decayed_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Groups of trained parameters for an optimiser; biases and normalisation layers do not decay."""
-    decayed, undecayed = list[nn.Parameter](), list[nn.Parameter]()
-    for name, weight in network.named_parameters():
-        if weight.requires_grad:
-            (undecayed if weight.ndim <= 1 or name.endswith("bias") else decayed).append(weight)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    return [
+        {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def lr_at(step: int, steps: int, peak: float) -> float:
