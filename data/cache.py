@@ -147,13 +147,9 @@ class EmbeddingCache:
         return self.provenance.columns["embeddings"].shape
 
     def take(self, rows: np.ndarray, column: str = "embeddings") -> np.ndarray:
-        """Values of a column on the given rows, (...) -> (..., *shape).
+        """Values of a column, be it "times_s" or "ticks", on the given rows, (...) -> (..., *shape).
 
-        float16 comes as float32, all else as it is stored.
-
-        Raises:
-            IndexError: there is no such row.
-            KeyError: there is no such column, neither in the provenance nor "times_s" or "ticks".
+        float16 comes as float32, all else as it is stored. Raises `IndexError` or `KeyError` if there is none.
         """
         stored = self._gather(rows, column)
         # NumPy would take 25 times as long to convert it.
@@ -162,10 +158,6 @@ class EmbeddingCache:
     def clip_embeddings(self, clip: CachedClip) -> np.ndarray:
         """All embeddings of a clip, float32 (T, *tokens, D)."""
         return self.take(clip.rows)
-
-    def clip_times_s(self, clip: CachedClip) -> np.ndarray:
-        """Times of a clip's embeddings in seconds, float64 (T,)."""
-        return self.take(clip.rows, "times_s")
 
     def unbroken_runs(self, clip: CachedClip) -> list[np.ndarray]:
         """Rows of each run of a clip without a gap in time, int64 (T,) each."""
@@ -253,8 +245,7 @@ class Shard(NamedTuple):
             mapped = torch.from_file(str(self.path), size=self.size_bytes, dtype=torch.uint8).numpy()
         except RuntimeError as error:  # which names the file
             raise CacheError(f"{str(error).splitlines()[0]}: see who may read it, and try again") from error
-        start = self.offsets["shard"]
-        if mapped[start : start + len(self.id)].tobytes() != self.id:
+        if mapped[self.offsets["shard"] :][: len(self.id)].tobytes() != self.id:
             raise self.damaged("does not belong to its manifest")
         return mapped
 

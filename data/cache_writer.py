@@ -46,14 +46,9 @@ class EmbeddedClip:
 class CacheWriter:
     """Writer of one rank's clips. Use as a context manager; leaving it without an error commits what is buffered.
 
-    Args:
-        folder: the cache; made if missing.
-        provenance: what the embeddings are.
-        clips_per_shard: how many clips are buffered, and lost at most, when the process dies.
-        is_main: this rank makes the folder and holds its lock; the others must construct theirs after it.
-
-    Raises:
-        CacheError: the folder holds other embeddings, another format, or is being written by another process.
+    At most `clips_per_shard` clips are lost when the process dies. The main rank makes the folder and holds its lock;
+    the others construct theirs after it. Raises `CacheError` if the folder holds other embeddings, or another format,
+    or is being written by another process.
     """
 
     def __init__(
@@ -94,9 +89,8 @@ class CacheWriter:
     def add(self, clip: EmbeddedClip) -> None:
         """Buffer a clip in the cache's types; `clips_per_shard` clips, or a large buffer, become a shard.
 
-        Raises:
-            ValueError: the clip is empty, or its arrays do not fit together or to the cache's columns.
-            CacheError: an embedding is not finite in the cache's type.
+        Raises `ValueError` if it is empty, or its arrays do not fit the columns; `CacheError` if an embedding is not
+        finite in the cache's type.
         """
         self._buffer.append((clip.key, self._as_stored(clip)))
         size = sum(arrays["embeddings"].nbytes for _, arrays in self._buffer)
@@ -107,23 +101,21 @@ class CacheWriter:
         """Write the buffered clips as one shard, durably."""
         if not self._buffer:
             return
-        name = uuid.uuid4().hex
-        columns = {column: np.concatenate([arrays[column] for _, arrays in self._buffer]) for column in self.columns}
-        columns["shard"] = np.frombuffer(name.encode(), np.uint8)
+        shard = uuid.uuid4().hex
+        columns = {name: np.concatenate([arrays[name] for _, arrays in self._buffer]) for name in self.columns}
+        columns["shard"] = np.frombuffer(shard.encode(), np.uint8)
         image = io.BytesIO()  # not on the disk: where that is full, HDF5 crashes the process
         with h5py.File(image, "w") as file:
-            offsets = {
-                column: file.create_dataset(column, data=data).id.get_offset() for column, data in columns.items()
-            }
-        _write(self.folder / "shards" / f"{name}.h5", image.getbuffer())
+            offsets = {name: file.create_dataset(name, data=data).id.get_offset() for name, data in columns.items()}
+        _write(self.folder / "shards" / f"{shard}.h5", image.getbuffer())
         clips = [[*key, len(arrays["ticks"]), checksum(arrays.values())] for key, arrays in self._buffer]
         # Later than all that is there, even if that was written by a clock that was ahead.
         self.written_ns = max(time.time_ns(), self.written_ns + 1)
         manifest = {
-            "shard": name, "bytes": len(image.getbuffer()), "written_ns": self.written_ns, "offsets": offsets,
+            "shard": shard, "bytes": len(image.getbuffer()), "written_ns": self.written_ns, "offsets": offsets,
             "clips": clips,
         }  # fmt: skip
-        _write(self.folder / "shards" / f"{name}.json", json.dumps(manifest).encode())
+        _write(self.folder / "shards" / f"{shard}.json", json.dumps(manifest).encode())
         self._buffer = []
 
     def _as_stored(self, clip: EmbeddedClip) -> dict[str, np.ndarray]:

@@ -12,11 +12,10 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from data.clock import clock_offsets_s, read_on_clock
 from data.decoder import Damage, VideoError
 from data.manifest import Account
-from data.parallel import map_ahead
+from data.parallel import map_ahead, stream_ahead
 from data.video import FrameSize, VideoInfo
 
 SEGMENT_S = 60.0
@@ -103,51 +102,45 @@ class FrameClips:
         self.segments = [segment for video in self.videos for segment in self._segments(video)]
         self.account = Account()
         """What batches were taken from so far, each segment counted once."""
-        self._accounted: set[tuple[Path, float]] = set()
+        self._counted: set[tuple[Path, float]] = set()
 
     def batches(self, place: dict[str, int]) -> Iterator[Clips]:
         """Batches from the place on that came with an earlier one, or `{}` for the beginning."""
-        first_batch = place.get("batch", 0)
+        first_batch, unwanted = place.get("batch", 0), Event()
         idle_blocks = idle_clips = 0
-        for epoch, block, blocks, parts in self._decoded_blocks(place.get("epoch", 0), place.get("block", 0)):
-            clips = [(part.segment.video.path, clip) for part in parts for clip in part.clips]
-            order = np.random.default_rng([self.seed, epoch, block, self.rank]).permutation(len(clips))
-            for batch in range(first_batch, len(clips) // self.batch_size):
-                chosen = [clips[at] for at in order[batch * self.batch_size :][: self.batch_size]]
-                frames = torch.from_numpy(np.stack([frame for _, clip in chosen for frame in clip]))
-                frames = frames.unflatten(0, (self.batch_size, self.length))  # (B, T, 3, H, W)
-                videos = tuple(sorted({video for video, _ in chosen}))
-                yield Clips(frames, videos, {"epoch": epoch, "block": block, "batch": batch + 1})
-            first_batch = 0
-            is_idle = len(clips) < self.batch_size
-            idle_blocks, idle_clips = (idle_blocks + 1, idle_clips + len(clips)) if is_idle else (0, 0)
-            if idle_blocks >= blocks:
-                raise VideoError(
-                    f"the videos hold {idle_clips} clips of {self.length} neighbouring frames at {self.fps:g} fps, "
-                    f"fewer than a batch of {self.batch_size}: make batches smaller, or bring more videos"
-                )
+        plan = self._plan(place.get("epoch", 0), place.get("block", 0))
+        decoded = stream_ahead(partial(self._decoded, unwanted), [plan], workers=1)
+        try:
+            for epoch, block, blocks, parts in decoded:
+                self._count(parts)
+                clips = [(part.segment.video.path, clip) for part in parts for clip in part.clips]
+                order = np.random.default_rng([self.seed, epoch, block, self.rank]).permutation(len(clips))
+                for batch in range(first_batch, len(clips) // self.batch_size):
+                    chosen = [clips[at] for at in order[batch * self.batch_size :][: self.batch_size]]
+                    frames = torch.from_numpy(np.stack([frame for _, clip in chosen for frame in clip]))
+                    frames = frames.unflatten(0, (self.batch_size, self.length))  # (B, T, 3, H, W)
+                    videos = tuple(sorted({video for video, _ in chosen}))
+                    yield Clips(frames, videos, {"epoch": epoch, "block": block, "batch": batch + 1})
+                first_batch = 0
+                is_idle = len(clips) < self.batch_size
+                idle_blocks, idle_clips = (idle_blocks + 1, idle_clips + len(clips)) if is_idle else (0, 0)
+                if idle_blocks >= blocks:
+                    raise VideoError(
+                        f"the videos hold {idle_clips} clips of {self.length} neighbouring frames at {self.fps:g} fps, "
+                        f"fewer than a batch of {self.batch_size}: make batches smaller, or bring more videos"
+                    )
+        finally:
+            unwanted.set()  # nobody waits for what is being decoded
 
-    def _decoded_blocks(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Part]]]:
-        """(epoch, block, how many blocks, what is in it); while one is in use, the next is decoded."""
-        unwanted = Event()
-        decode = partial(self._decode, unwanted)
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            try:
-                plan, upcoming = pairwise(self._plan(epoch, block)), None
-                for (epoch, block, blocks, segments), (_, _, _, following) in plan:
-                    upcoming = upcoming or ahead.submit(decode, segments, show=self.progress)
-                    parts = upcoming.result()
-                    for segment, _, seconds, damage in parts:
-                        if (segment.video.path, segment.start_s) not in self._accounted:
-                            self._accounted.add((segment.video.path, segment.start_s))
-                            self.account.add(segment.video.path, seconds, damage)
-                    if following != segments:  # what fits in memory is decoded once
-                        upcoming = ahead.submit(decode, following, show=False)
-                    yield epoch, block, blocks, parts
-            finally:
-                unwanted.set()
+    def _count(self, parts: list[Part]) -> None:
+        for segment, _, seconds, damage in parts:
+            name = segment.video.path, segment.start_s
+            if name not in self._counted:
+                self._counted.add(name)
+                self.account.add(segment.video.path, seconds, damage)
 
     def _plan(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Segment]]]:
+        """(epoch, block, how many blocks, what is to be in it), without end."""
         while True:
             blocks = self._blocks(epoch)
             yield from ((epoch, index, len(blocks), blocks[index]) for index in range(block, len(blocks)))
@@ -169,9 +162,18 @@ class FrameClips:
             frames += share[index].expected_frames
         return blocks
 
-    def _decode(self, unwanted: Event, block: list[Segment], *, show: bool) -> list[Part]:
-        parts = map_ahead(partial(self._read, unwanted), block, workers=self.workers)
-        return list(tqdm(parts, "decoding videos", len(block), unit="segment", leave=False, disable=not show))
+    def _decoded(
+        self, unwanted: Event, plan: Iterator[tuple[int, int, int, list[Segment]]]
+    ) -> Iterator[tuple[int, int, int, list[Part]]]:
+        """(epoch, block, how many blocks, what is in it); what fits in memory is decoded once."""
+        held: list[Segment] = []
+        for epoch, block, blocks, segments in plan:
+            if segments != held:
+                reads = map_ahead(partial(self._read, unwanted), segments, workers=self.workers)
+                show = self.progress and not held
+                bar = tqdm(reads, "decoding videos", len(segments), unit="segment", leave=False, disable=not show)
+                held, parts = segments, list(bar)
+            yield epoch, block, blocks, parts
 
     def _read(self, unwanted: Event, segment: Segment) -> Part:
         video, damage, reached_s = segment.video, Damage(), segment.start_s

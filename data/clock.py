@@ -43,21 +43,10 @@ def read_on_clock(
 ) -> Iterator[TimedFrame]:
     """Yield the frame nearest in time to each tick of a clock: tick k lies at `offset_s + k / fps` seconds.
 
-    A tick that has no frame within half a tick is left out, so a gap in the recording is a gap in `tick`;
-    no frame stands for two ticks of one clock.
-
-    Args:
-        path: the video.
-        size: of the frames.
-        fps: ticks per second.
-        offsets_s: shift of each clock in seconds, non-negative; several clocks are decoded in one go.
-        start_s: time of the first ticks that are sampled.
-        end_s: time of the first ticks that are not sampled any more.
-        damage: where to write down what is wrong inside; None: damage raises.
-        image_fps: rate of an image sequence; videos have their own times.
-
-    Raises:
-        VideoError: the file cannot be opened; without `damage`, also what is wrong inside.
+    A tick that has no frame within half a tick is left out, so a gap in the recording is a gap in `tick`; no frame
+    stands for two ticks of one clock. Several clocks, shifted by `offsets_s` >= 0, are decoded in one go. Ticks from
+    `start_s` on and before `end_s` are sampled. `damage` is where to write down what is wrong inside; without one it
+    raises `VideoError`, as does a file that cannot be opened. `image_fps` is the rate of a sequence of images.
     """
     convert = FrameConverter(size)
     reach_s = 0.5 / fps + CLOCK_TOLERANCE_S

@@ -26,14 +26,10 @@ class SidecarError(DataError):
 def read_sidecar(
     video: Path, times_s: np.ndarray, *, columns: Sequence[str], tolerance_s: float, image_fps: float = IMAGE_FPS
 ) -> np.ndarray:
-    """Values of the rows nearest in time to the given frames.
+    """Values of the rows nearest in time to frames at `times_s`, (T,) seconds since the first displayed frame.
 
-    Args:
-        video: the CSV lies beside it, under the same name.
-        times_s: (T,), seconds since the first displayed frame.
-        columns: their names.
-        tolerance_s: how near in time a row must be, in seconds; half a tick leaves no frame between two rows out.
-        image_fps: rate of a folder of images.
+    The CSV lies beside the video, under the same name. A row must be within `tolerance_s`; half a tick leaves no frame
+    between two rows out. `image_fps` is the rate of a folder of images.
 
     Returns:
         float64 (T, columns), NaN where no row is near enough.

@@ -37,17 +37,13 @@ class BallWorld:
     """The box, the balls and the camera. Lengths are in pixels, speeds in pixels per frame."""
 
     size: int = 64
-    """Width and height of the box and of the video, in pixels."""
+    """Width and height of the box and of the video."""
     radius: float = 6.0
-    """Radius of each ball, in pixels."""
     slowest: float = 1.5
-    """Least initial speed, in pixels per frame."""
     fastest: float = 3.0
-    """Greatest initial speed, in pixels per frame."""
+    """Least and greatest initial speed."""
     frames: int = 40
-    """Frames in a clip."""
     fps: int = 10
-    """Frame rate of the video."""
     background: Literal["plain", "textured", "full"] = "full"
     """`plain`: grey. `textured`: a texture for each clip. `full`: a texture that flickers in every frame."""
 
@@ -153,11 +149,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, *, codec: str = "lib
 
 
 def write_ball_clip(folder: Path, index: int, world: BallWorld, *, seed: int) -> Path:
-    """Simulate, render and encode one clip; write its state beside it.
-
-    Leaves `clip_<index>.mp4` and `clip_<index>.csv` (`frame,time_s`, positions in pixels, velocities in pixels
-    per frame). The CSV is written last, so a clip that has one is whole.
-    """
+    """Simulate, render and encode `clip_<index>.mp4`; the CSV beside it is written last, so who has one is whole."""
     path = folder / f"clip_{index:05d}.mp4"
     if not path.with_suffix(".csv").exists():
         generator = np.random.default_rng([seed, index])

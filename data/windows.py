@@ -14,12 +14,7 @@ from data.cache import CacheError, EmbeddingCache
 
 
 class Windows:
-    """All windows of one length in a cache, numbered through; within a clip they are in the order of time.
-
-    Args:
-        cache: the embeddings.
-        length: embeddings in a window.
-        stride: ticks between the beginnings of windows.
+    """All windows of `length` embeddings, `stride` ticks apart, numbered through; within a clip in the order of time.
 
     Raises `CacheError` if no clip is long enough for a single window.
     """

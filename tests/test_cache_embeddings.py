@@ -98,7 +98,7 @@ def test_a_published_backbone_gives_what_timm_gives(embed, shared, tokens, tmp_p
         else:
             expected = model.forward_head(model.forward_features(images), pre_logits=True)
     np.testing.assert_allclose(cache.clip_embeddings(cache.clips[0]), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(cache.clip_times_s(cache.clips[0]), [one.time_s for one in timed])
+    np.testing.assert_array_equal(cache.take(cache.clips[0].rows, "times_s"), [one.time_s for one in timed])
     # The folder that is left is an encoder like any other.
     assert find_encoder(str(tmp_path / "cache" / "encoder"), PublishedOptions()).fingerprint == (
         cache.provenance.encoder_fingerprint
@@ -276,7 +276,7 @@ def test_embeddings_are_those_of_frames_at_their_times(embed, material):
         timed = list(read_on_clock(Path(clip.key.source), (32, 32), fps=4.0, offsets_s=(clip.key.offset_s,)))
         expected = encoder.embed(torch.from_numpy(np.stack([one.frame for one in timed]))[:, None])
         np.testing.assert_allclose(cache.clip_embeddings(clip), expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(cache.clip_times_s(clip), [one.time_s for one in timed])
+        np.testing.assert_array_equal(cache.take(clip.rows, "times_s"), [one.time_s for one in timed])
         np.testing.assert_array_equal(cache.take(clip.rows, "ticks"), [one.tick for one in timed])
 
 

@@ -108,14 +108,14 @@ def test_batches_are_shuffled_across_videos_and_anew_each_epoch(videos, numbers_
 def test_the_bound_on_memory_is_kept(videos, monkeypatch):
     monkeypatch.setattr(data.clips, "SEGMENT_S", 1.0)
     held = []
-    plain = FrameClips._decode
+    plain = FrameClips._decoded
 
-    def decode(self, unwanted, block, *, show):
-        decoded = plain(self, unwanted, block, show=show)
-        held.append(len({id(frame) for part in decoded for clip in part.clips for frame in clip}))
-        return decoded
+    def decoded(self, unwanted, plan):
+        for *where, parts in plain(self, unwanted, plan):
+            held.append(len({id(frame) for part in parts for clip in part.clips for frame in clip}))
+            yield *where, parts
 
-    monkeypatch.setattr(FrameClips, "_decode", decode)
+    monkeypatch.setattr(FrameClips, "_decoded", decoded)
     with closing(loader_of(videos, memory_bytes=60 * FRAME_BYTES).batches({})) as batches:
         assert len(list(islice(batches, 200))) == 200
     assert len(held) > 4

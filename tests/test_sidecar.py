@@ -108,7 +108,7 @@ def test_columns_lie_on_the_rows_of_a_cache(tmp_path, make_clip, write_cache):
         clips.append(replace(clip, columns=clip.columns | {"position": table[:, 0]}))
     cache = EmbeddingCache(write_cache(tmp_path / "cache", clips, columns={"position": Column("float64")}))
     for clip, slope in zip(cache.clips, (1, 1, 2), strict=True):
-        times_s, found = cache.clip_times_s(clip), cache.take(clip.rows, "position")
+        times_s, found = cache.take(clip.rows, "times_s"), cache.take(clip.rows, "position")
         covered = times_s <= (1.075 if slope == 2 else np.inf)
         np.testing.assert_allclose(found[covered], slope * times_s[covered], atol=1e-9 if slope == 1 else 0.1)
         assert np.isnan(found[~covered]).all()
