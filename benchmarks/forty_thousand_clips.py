@@ -5,24 +5,26 @@ r"""A cache of 40,000 clips and 8 GB: does it train and evaluate in the memory t
 Writes the embeddings of the largest number of clips directly, as `cache_embeddings` would: the same few waves in every
 clip, each with phases and noise of its own. Smaller caches are its first shards. Then trains a predictor on each and
 evaluates it on each, and watches the memory of their processes that is their own (RssAnon; the pages of mapped files
-do not count). Prints a table in Markdown and writes `results.json`.
+do not count). Prints a table in Markdown and leaves `results.json`.
 """
 
 import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 from tqdm import tqdm
 
-from benchmarks.common import markdown, run_measured
-from data.cache import ClipKey, Column, EmbeddingCache, Provenance
-from data.cache_writer import CacheWriter, EmbeddedClip
+from benchmarks.common import ROOT, markdown, script, words, write_cache, write_results
+from benchmarks.lives import tree
 from jepa.config import Bounded, PositiveInt
-from pipelines.run.command import run_command
-from pipelines.run.files import write_json
+from pipelines.run.command import require, run_command
 
-FPS = 10.0
 CLIPS_PER_SHARD = 64
 WAVES = 16
 """Oscillations that the embeddings of all clips are mixed from."""
@@ -32,8 +34,8 @@ WAVES = 16
 class Options(Bounded):
     """Memory of training and evaluation, by the number of clips."""
 
-    clips: tuple[PositiveInt, ...] = (400, 4_000, 40_000)
-    """Numbers of clips."""
+    clips: tuple[PositiveInt, ...] = (1_000, 10_000, 40_000)
+    """Numbers of clips, growing."""
     frames: PositiveInt = 400
     """Embeddings of a clip: 40,000 clips of 400 embeddings of 256 numbers in float16 are 8.2 GB."""
     dimension: PositiveInt = 256
@@ -49,48 +51,55 @@ class Options(Bounded):
 def main(options: Options) -> None:
     """The story: write the caches, train and evaluate on each, print."""
     largest, validation = options.folder / "cache", options.folder / "validation"
-    write_cache(largest, max(options.clips), options, seed=0)
-    write_cache(validation, 100, options, seed=1)
-    results, rows = [], [["clips", "GB", "command", "seconds", "anonymous memory, MB"]]
-    for clips in sorted(options.clips):
-        cache = largest if clips == max(options.clips) else first_shards(largest, clips)
-        folder = options.folder / f"run_{clips}"
+    for seed, (cache, clips) in enumerate({largest: options.clips[-1], validation: 100}.items()):
+        write_cache(cache, make_clips(clips, options, seed), options.dimension, clips_per_shard=CLIPS_PER_SHARD)
+    rows: list[list[object]] = [["clips", "GB", "command", "seconds", "anonymous memory, MB"]]
+    for clips in options.clips:
+        cache = largest if clips == options.clips[-1] else first_shards(largest, clips)
+        trained, judged = (options.folder / f"run_{clips}" / name for name in ("predictor", "evaluation"))
         gigabytes = sum(path.stat().st_size for path in (cache / "shards").glob("*.h5")) / 1e9
-        commands: dict[str, list[object]] = {
-            "train_predictor": ["--train-cache", cache, "--validation-cache", validation, "--steps", options.steps],
-            "evaluate_rollout": ["--cache", cache, "--predictor", folder / "train_predictor" / "predictor",
-                                 "--windows", options.windows],
+        commands: dict[str, dict[str, object]] = {
+            "train_predictor": {"train-cache": cache, "validation-cache": validation, "steps": options.steps,
+                                "output-dir": trained},
+            "evaluate_rollout": {"cache": cache, "predictor": trained, "windows": options.windows,
+                                 "output-dir": judged},
         }  # fmt: skip
         for name, given in commands.items():
-            seconds, megabytes = run_measured(name, *given, "--output-dir", folder / name, "--overwrite")
-            results.append({"clips": clips, "command": name, "seconds": seconds, "anonymous_mb": megabytes})
-            rows.append([f"{clips:,}", f"{gigabytes:.2f}", name, f"{seconds:.0f}", f"{megabytes:.0f}"])
-            print(f"{clips:,} clips: {name} took {seconds:.0f} s and {megabytes:.0f} MB", flush=True)
-    write_json(options.folder / "results.json", results)
+            seconds, megabytes = run_measured(name, given, "--overwrite")
+            rows.append([clips, gigabytes, name, seconds, megabytes])
+            print(markdown(rows[-2:]), flush=True)
+    write_results(options.folder, rows)
     print(markdown(rows))
 
 
-def write_cache(folder: Path, clips: int, options: Options, *, seed: int) -> None:
-    """Write what is not there yet of a cache."""
-    column = Column("float16", (options.dimension,))
-    provenance = Provenance(
-        encoder="benchmark", encoder_fingerprint="benchmark", fps=FPS, image_fps=25.0, image_size=(64, 64), window=1,
-        transform="none", precision="fp32", columns={"embeddings": column}, versions={},
-    )  # fmt: skip
-    there = {clip.key.source for clip in EmbeddingCache(folder).clips} if (folder / "cache.json").exists() else set()
+def make_clips(clips: int, options: Options, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and embeddings of clips."""
     mixing = np.random.default_rng(0).normal(size=(WAVES, options.dimension)).astype(np.float32)
-    rate = np.linspace(0.1, 1.0, WAVES, dtype=np.float32)
-    ticks = np.arange(options.frames)
-    with CacheWriter(folder, provenance, clips_per_shard=CLIPS_PER_SHARD) as writer:
-        for index in tqdm(range(clips), unit="clip", desc=f"writing {folder.name}", leave=False):
-            source = f"/videos/{seed}/{index:06}.mp4"
-            if source in there:
-                continue
-            generator = np.random.default_rng([seed, index])
-            phases = generator.uniform(0, 2 * np.pi, WAVES).astype(np.float32)
-            noise = generator.standard_normal((options.frames, options.dimension), dtype=np.float32)
-            waves = np.sin(rate * ticks[:, None].astype(np.float32) + phases) @ mixing + 0.3 * noise
-            writer.add(EmbeddedClip(ClipKey(source, 1, 1, 0.0), {"embeddings": waves}, ticks / FPS, ticks))
+    phase = np.linspace(0.1, 1.0, WAVES, dtype=np.float32) * np.arange(options.frames, dtype=np.float32)[:, None]
+    for index in tqdm(range(clips), unit="clip", desc="writing clips", leave=False):
+        generator = np.random.default_rng([seed, index])
+        phases = generator.uniform(0, 2 * np.pi, WAVES).astype(np.float32)
+        noise = generator.standard_normal((options.frames, options.dimension), dtype=np.float32)
+        yield f"/videos/{seed}/{index:06}.mp4", np.sin(phase + phases) @ mixing + 0.3 * noise
+
+
+def run_measured(command: str, *given: object) -> tuple[float, float]:
+    """Seconds and greatest anonymous memory in MB of a command and all its processes."""
+    before, peak = time.monotonic(), 0
+    process = subprocess.Popen([*script(command), *words(*given)], cwd=ROOT)
+    while process.poll() is None:
+        peak = max(peak, sum(map(anonymous_bytes, tree(process.pid))))
+        time.sleep(0.05)
+    require(process.returncode == 0, f"{command} failed, as it says above")
+    return time.monotonic() - before, peak / 1e6
+
+
+def anonymous_bytes(process: psutil.Process) -> int:
+    """Memory of a process that is its own: mapped files do not count."""
+    with suppress(psutil.Error):
+        memory = process.memory_info()
+        return memory.rss - memory.shared
+    return 0
 
 
 def first_shards(cache: Path, clips: int) -> Path:

@@ -2,9 +2,9 @@ r"""Flip bytes of videos and cut them off: nothing may hang, crash, or be lost w
 
   python -m benchmarks.fuzz_videos --mutations 200
 
-Copies of the clips in a folder are mutated at random, with a fixed seed, and
-read in every way that the commands read: all frames counted, on two clocks, in random clips. Each is read in a child
-process under a time limit, so that a hang or a crash costs one file. Faults, any of which makes the exit status 1:
+Copies of the clips in a folder are mutated at random, with a fixed seed, and read in every way that the commands read:
+all frames counted, on two clocks, in random clips. Each is read in a child process under a time limit, so that a hang
+or a crash costs one file. Faults, any of which makes the exit status 1:
 
 - hang: the child did not end in time;
 - crash: the child died of a signal;

@@ -9,29 +9,26 @@ in peace, and every clip must be there once, bit for bit as in the undisturbed r
 there were enough kills, the next one is begun.
 """
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import ROOT, descendants, make_encoder
+from benchmarks.common import make_encoder, write_results
+from benchmarks.lives import Life
 from data.cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_videos
-from jepa.config import Bounded, NotNegativeInt, PositiveInt
+from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import require, run_command
-from pipelines.run.files import write_json
 
+CLIPS_PER_SHARD = 4
+"""The buffer: what a kill may cost each process."""
 WATCHED = """
-import os, runpy, sys
+import os, runpy
 from data.cache_writer import CacheWriter
 
 log = os.open(os.environ["KILL_LOG"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -42,7 +39,7 @@ def watched(self, clip):
     add(self, clip)
 
 CacheWriter.add = watched
-runpy.run_path(os.path.join(os.environ["PYTHONPATH"], "pipelines", "cache_embeddings.py"), run_name="__main__")
+runpy.run_path("pipelines/cache_embeddings.py", run_name="__main__")
 """
 """The command as it is, but each finished clip leaves a line, from which one sees what a kill cost."""
 
@@ -57,111 +54,68 @@ class Options(Bounded):
     """Videos to embed."""
     frames: PositiveInt = 120
     """Frames in a video."""
-    clips_per_shard: PositiveInt = 4
-    """The buffer: what a kill may cost each process."""
-    seed: NotNegativeInt = 0
-    """Seed of the moments."""
     output_dir: Path = Path("runs/benchmarks/kill_caching")
     """Folder for results.json."""
 
 
 def main(options: Options) -> None:
     """The story: embed undisturbed, then kill and look, kill and look, and compare."""
-    generator = np.random.default_rng(options.seed)
-    with tempfile.TemporaryDirectory() as scratch:
+    generator, lost, caches, processes = np.random.default_rng(0), list[int](), 0, 1
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=options.kills, unit="kill") as bar:
         folder = Path(scratch)
-        write_ball_videos(folder / "videos", options.videos, BallWorld(frames=options.frames), seed=options.seed)
+        write_ball_videos(folder / "videos", options.videos, BallWorld(frames=options.frames), seed=0)
         make_encoder(folder / "encoder", 64)
         (folder / "watched.py").write_text(WATCHED)
-        run = Embedding(folder, folder / "undisturbed", options.clips_per_shard, processes=1)
-        started_s = run.wait_for_first_clip()
-        run.wait()
-        whole_s = time.monotonic() - run.began
-        undisturbed = EmbeddingCache(folder / "undisturbed")
-
-        lost: list[int] = []
-        caches = 0
-        with tqdm(total=options.kills, unit="kill") as bar:
-            while len(lost) < options.kills:
-                cache = folder / f"killed_{caches}"
-                caches += 1
-                processes, is_complete = int(generator.integers(1, 3)), False
-                while not is_complete:
-                    run = Embedding(folder, cache, options.clips_per_shard, processes)
-                    wait_s = generator.uniform(0.9 * started_s, whole_s)
-                    is_complete = len(lost) == options.kills or not run.kill_after(wait_s)
-                    if is_complete:
-                        run.wait()
-                    else:
-                        lost.append(finished_but_gone(run, cache))
-                        buffered = processes * options.clips_per_shard
-                        require(lost[-1] <= buffered, f"a kill cost {lost[-1]} clips: more than {buffered} in buffers")
-                        bar.update()
-                    processes = 3 - processes
-                require_equal(EmbeddingCache(cache), undisturbed)
-                shutil.rmtree(cache)
-    results = {
-        "kills": len(lost), "caches": caches, "clips": options.videos, "clips_per_shard": options.clips_per_shard,
-        "kills_that_cost_something": sum(count > 0 for count in lost), "most_clips_lost_by_a_kill": max(lost),
-    }  # fmt: skip
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(options.output_dir / "results.json", results)
+        life = start(folder, folder / "undisturbed", processes)
+        life.wait(600, lambda: bool(finished(folder)))
+        begun_s = time.monotonic() - life.began
+        whole_s = life.end()
+        while len(lost) < options.kills:
+            cache, is_complete = folder / f"killed_{caches}", False
+            caches += 1
+            while not is_complete:
+                processes = 3 - processes
+                life = start(folder, cache, processes)
+                is_complete = len(lost) == options.kills or life.wait(generator.uniform(0.9 * begun_s, whole_s))
+                if is_complete:
+                    life.end()
+                    continue
+                life.kill()
+                require(life.wait(60), f"a killed run does not end: {life.said()[-500:]}")
+                lost.append(finished_but_gone(folder, cache))
+                buffered = processes * CLIPS_PER_SHARD
+                require(lost[-1] <= buffered, f"a kill cost {lost[-1]} clips: more than {buffered} in buffers")
+                bar.update()
+            require_equal(EmbeddingCache(cache), EmbeddingCache(folder / "undisturbed"))
+            shutil.rmtree(cache)
+    write_results(options.output_dir, {"kills": len(lost), "caches": caches, "clips lost by each kill": lost})
     print(
         f"{len(lost)} kills over {caches} caches of {options.videos} clips: every clip there once, bit for bit as in "
         f"an undisturbed run, every shard readable; a kill cost at most {max(lost)} finished clips "
-        f"({options.clips_per_shard} a buffer), {sum(lost)} in all"
+        f"({CLIPS_PER_SHARD} a buffer), {sum(lost)} in all"
     )
 
 
-class Embedding:
-    """One start of the command, with as many processes as asked for."""
-
-    def __init__(self, folder: Path, cache: Path, clips_per_shard: int, processes: int) -> None:
-        self.log, self.output = folder / "log", folder / "output"
-        self.log.unlink(missing_ok=True)
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*launcher, folder / "watched.py", "--videos", folder / "videos", "--encoder", folder / "encoder",
-                   "--fps", 10, "--output-dir", cache, "--clips-per-shard", clips_per_shard]  # fmt: skip
-        environment = os.environ | {"KILL_LOG": str(self.log), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.began = time.monotonic()
-        with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                list(map(str, command)), stdout=output, stderr=output, env=environment, start_new_session=True
-            )
-
-    def wait_for_first_clip(self) -> float:
-        """Seconds until the first clip is finished."""
-        while not (self.log.exists() and self.log.stat().st_size) and self.process.poll() is None:
-            time.sleep(0.01)
-        return time.monotonic() - self.began
-
-    def wait(self) -> None:
-        """Let it end. Raises `UserError` if it fails."""
-        require(self.process.wait() == 0, f"a run that was not killed failed: {self.output.read_text()[-500:]}")
-
-    def kill_after(self, seconds: float) -> bool:
-        """SIGKILL to all of its processes after so many seconds; False if it was done before."""
-        try:
-            self.process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            for process in descendants(self.process.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-            self.process.wait()
-            return True
-        return False
+def start(folder: Path, cache: Path, processes: int) -> Life:
+    """Begin a cache, or go on with it."""
+    (folder / "log").unlink(missing_ok=True)
+    given = {"videos": folder / "videos", "encoder": folder / "encoder", "fps": 10, "output-dir": cache}
+    return Life(processes, folder / "watched.py", given, {"clips-per-shard": CLIPS_PER_SHARD},
+                output=folder / "said", KILL_LOG=str(folder / "log"))  # fmt: skip
 
 
-def finished_but_gone(run: Embedding, cache: Path) -> int:
+def finished(folder: Path) -> set[str]:
+    """Videos of the clips that the newest run has finished."""
+    return set((folder / "log").read_text().splitlines()) if (folder / "log").exists() else set()
+
+
+def finished_but_gone(folder: Path, cache: Path) -> int:
     """Clips that a killed run had finished and that are not in the cache; all shards in it must be readable."""
-    finished = set(run.log.read_text().splitlines()) if run.log.exists() else set()
     if not list((cache / "shards").glob("[!.]*.json")):
-        return len(finished)
+        return len(finished(folder))
     kept = EmbeddingCache(cache)
     require(all(map(kept.is_intact, kept.clips)), f"{cache}: a shard is damaged after a kill")
-    return len(finished - {clip.key.source for clip in kept.clips})
+    return len(finished(folder) - {clip.key.source for clip in kept.clips})
 
 
 def require_equal(cache: EmbeddingCache, undisturbed: EmbeddingCache) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Recipe, embed, finished, markdown, read_scores, run, shared, train
+from benchmarks.common import Recipe, embed, markdown, read_scores, run_once, shared, train, train_on, write_results
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import run_command
-from pipelines.run.files import write_json
 
 LEVELS = (99, 90)
 
@@ -53,7 +52,7 @@ def main(options: Options) -> None:
             folder = options.output_dir / f"walkway_{part:02}"
             train_without(clips, left_out.tolist(), folder, options)
             shares["walkway"] |= score(folder, folder / "surprise", options)
-    write_json(options.output_dir / "results.json", shares)
+    write_results(options.output_dir, shares)
     rows: list[list[object]] = [["clips", "number", *(f"above {level}, %" for level in LEVELS), "worst clip"]]
     for name, of_clips in shares.items():
         values = 100 * np.array(list(of_clips.values()))  # (clips, levels)
@@ -69,18 +68,16 @@ def train_without(clips: Sequence[Path], left_out: Sequence[Path], folder: Path,
     videos = {"train": [clip for index, clip in enumerate(others) if index % 4], "val": others[::4], "test": left_out}
     train("pretrain_encoder", folder / "encoder", {"videos": videos["train"], "fps": 10, "steps": options.steps[0]},
           {"encoder.image-size": (64, 96)})  # fmt: skip
-    embed(folder, videos, Recipe(fps=10))
-    caches = {"train-cache": folder / "cache" / "train", "validation-cache": folder / "cache" / "val"}
-    train("train_predictor", folder / "predictor", caches, {"steps": options.steps[1]})
+    embed(folder / "cache", videos, folder / "encoder", Recipe(fps=10))
+    train_on(folder / "cache", folder / "predictor", {"steps": options.steps[1]})
 
 
 def score(folder: Path, output: Path, options: Options) -> dict[str, list[float]]:
     """Shares of the frames of each test clip of a run above each of `LEVELS`."""
-    if not finished(output):
-        run("score_surprise", {"cache": folder / "cache" / "test", "predictor": folder / "predictor",
-            "horizon": options.horizon, "peaks": 1}, "--output-dir", output, "--overwrite")  # fmt: skip
+    given = {"cache": folder / "cache" / "test", "predictor": folder / "predictor", "horizon": options.horizon}
+    run_once("score_surprise", output, given, {"peaks": 1})
     found = read_scores(output / "surprise.csv", "percentile")
-    return {clip: [float((values[:, 1] > level).mean()) for level in LEVELS] for clip, values in found.items()}
+    return {clip: [float((values > level).mean()) for level in LEVELS] for clip, values in found.items()}
 
 
 if __name__ == "__main__":

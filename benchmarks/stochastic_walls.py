@@ -4,7 +4,7 @@ r"""Futures that cannot be known: balls that leave walls at random angles, sever
 
 Uses the encoders of `benchmarks/balls.py` (`RUNS/seed_N/encoder/encoder`). For each seed: videos of its own with random
 walls, cached; a predictor with a latent, and one without, trained alike; on the test clips the sampled futures of the
-one against a plain Gaussian around the forecasts of the other. Prints a table in Markdown and writes `results.json`.
+one against a plain Gaussian around the forecasts of the other.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import evaluate, read_json, run, table_of_measures, train
+from benchmarks.common import (
+    Figures,
+    Recipe,
+    SeedOptions,
+    embed,
+    evaluate,
+    forecasts,
+    measure_seeds,
+    train_on,
+)
 from data.synthetic import BallWorld, write_ball_videos
-from pipelines.run.command import require, run_command
-from pipelines.run.files import write_json
+from pipelines.run.command import run_command
 
 CLIPS = {"train": 4000, "val": 200, "test": 1000}
 TRAINING = {"steps": 5000, "precision": "bf16"}
 PREDICTORS = {"latent": {"predictor.latent-dimension": 16}, "point": {}}
-HORIZONS = (1, 5, 10, 20)
 SAMPLES = 32
 WIDEST_BOUNCE = np.pi / 3
 """A ball leaves a wall within this angle of the wall's normal, in radians."""
@@ -48,11 +55,9 @@ class RandomWalls(BallWorld):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SeedOptions):
     """Sampled futures where chance decides, several seeds."""
 
-    seeds: tuple[int, ...] = (0,)
-    """Each makes its own videos and predictors."""
     runs: Path = Path("runs/benchmarks/balls")
     """Where benchmarks/balls.py left its runs: the encoder of the same seed is used."""
     output_dir: Path = Path("runs/benchmarks/stochastic_walls")
@@ -60,41 +65,24 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """The story: run each seed, gather, print."""
-    for seed in options.seeds:
-        encoder = options.runs / f"seed_{seed}" / "encoder" / "encoder"
-        require(encoder.is_dir(), f"{encoder}: there is no encoder: run benchmarks/balls.py first")
-    results = [measure_seed(seed, options) for seed in options.seeds]
-    write_json(options.output_dir / "results.json", results)
-    print(table_of_measures({"": results}))
+    """The story: each seed, then tables over seeds."""
 
+    def measure(seed: int, folder: Path) -> Figures:
+        videos = {split: folder / "videos" / split for split in CLIPS}
+        for number, (split, clips) in enumerate(CLIPS.items()):
+            write_ball_videos(videos[split], clips, RandomWalls(), seed=5000 + 3 * seed + number)
+        embed(folder / "cache", videos, options.runs / f"seed_{seed}" / "encoder", Recipe(RandomWalls().fps))
+        scores = {}
+        for name, extra in PREDICTORS.items():
+            train_on(folder / "cache", folder / f"predictor_{name}", TRAINING, extra, {"seed": seed})
+            given = {"samples": SAMPLES, "seed": seed}
+            scores[name] = evaluate(folder / "cache", folder / f"predictor_{name}", given)
+        ours, plain = (forecasts(evaluation, "energy_score")["model"] for evaluation in scores.values())
+        held = {name: forecasts(scores["latent"], name)["model"] for name in ("coverage_50", "coverage_90")}
+        energies = {"energy score": ours, "of Gaussian": (np.array(ours) / plain).tolist()}
+        return Figures({"sampled futures": energies | held}, {})
 
-def measure_seed(seed: int, options: Options) -> dict[str, float]:
-    """All figures of one seed."""
-    folder = options.output_dir / f"seed_{seed}"
-    world = RandomWalls()
-    for number, (split, clips) in enumerate(CLIPS.items()):
-        write_ball_videos(folder / "videos" / split, clips, world, seed=5000 + 3 * seed + number)
-        run("cache_embeddings", {"videos": folder / "videos" / split, "fps": world.fps},
-            {"encoder": options.runs / f"seed_{seed}" / "encoder" / "encoder"},
-            "--output-dir", folder / "cache" / split)  # fmt: skip
-    caches = {"train-cache": folder / "cache" / "train", "validation-cache": folder / "cache" / "val"}
-    measures = {}
-    for name, extra in PREDICTORS.items():
-        seconds = train("train_predictor", folder / f"predictor_{name}", caches, TRAINING, extra, {"seed": seed})
-        measures |= {} if seconds is None else {f"training, {name}: seconds": seconds}
-        evaluate(folder / "cache", folder / f"predictor_{name}", {"samples": SAMPLES, "seed": seed})
-    sampled, point = (read_json(folder / f"evaluation_{name}" / "rollout.json")["predictors"] for name in PREDICTORS)
-    for horizon in HORIZONS:
-        ours, plain = sampled["model"][horizon - 1], point["model"][horizon - 1]
-        measures |= {
-            f"horizon {horizon}: energy score, model": ours["energy_score"],
-            f"horizon {horizon}: energy score, Gaussian": plain["energy_score"],
-            f"horizon {horizon}: model of Gaussian": ours["energy_score"] / plain["energy_score"],
-            f"horizon {horizon}: central 50 %, model": ours["coverage_50"],
-            f"horizon {horizon}: central 90 %, model": ours["coverage_90"],
-        }
-    return measures
+    measure_seeds(options, measure)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ lawful ones. With t the first frame that shows the event, the score of a clip is
   pass_through                the mean energy of the frames t + 2 to t + 6, when the lawful bounce is over
   pass_through, at the bounce the greatest energy of the frames t to t + 2, hard to predict in the lawful twin, too
 
-The energy of a forecast is the Mahalanobis distance of its one-step error among its own on the run's validation clips;
-beside it stands the plain squared error. Prints a table in Markdown and writes `results.json`.
+The energy of a forecast is the Mahalanobis distance of its one-step error among its own on the run's validation clips.
+Prints a table in Markdown and leaves `results.json`.
 """
 
 import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -29,22 +29,17 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from benchmarks.common import markdown, run
+from benchmarks.common import markdown, run, write_results
 from benchmarks.synthetic_events import Event, write_ball_pairs
 from data.cache import EmbeddingCache
 from data.synthetic import BallWorld
-from jepa.baselines import CopyLast, LinearExtrapolation
-from jepa.calibration import Calibration
-from jepa.predictor import Predictor
+from jepa.baselines import CopyLast
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import require, run_command
-from pipelines.run.files import write_json
 from pipelines.run.models import load_predictor
 
 RESAMPLES = 1000
-Scores = Callable[[np.ndarray], np.ndarray]
-"""Errors (N, D) -> (N,)."""
 
 
 @dataclass(frozen=True)
@@ -90,28 +85,53 @@ class Pairs(NamedTuple):
 
 def main(options: Options) -> None:
     """The story: make pairs, and for each run embed them and score them; print."""
-    world = BallWorld()
     folders = {event: [options.output_dir / "pairs" / event / f"seed_{seed}_{options.pairs}" for seed in options.seeds]
                for event in get_args(Event)}  # fmt: skip
     for event, of_event in folders.items():
         for folder, seed in zip(of_event, options.seeds, strict=True):
-            write_ball_pairs(folder, options.pairs, world, seed=seed, event=event)
-    results = []
+            write_ball_pairs(folder, options.pairs, BallWorld(), seed=seed, event=event)
+    rows: list[list[object]] = [["run", "event", "forecast", "AUROC", "95 % from", "to"]]
     for trained in options.runs:
-        predictor, calibration = load_predictor(trained / "predictor")
-        require(predictor.config.context <= world.frames // 4, f"{trained}: its context reaches into the events")
-        cache = options.output_dir / "cache" / predictor.encoder_fingerprint
-        run("cache_embeddings", {"videos": [folder for of_event in folders.values() for folder in of_event],
-            "encoder": trained / "encoder" / "encoder", "fps": world.fps}, "--output-dir", cache)  # fmt: skip
-        pairs = {event: read_pairs(EmbeddingCache(cache), of_event) for event, of_event in folders.items()}
-        usual = EmbeddingCache(trained / "cache" / "val")
-        results += [{"run": str(trained)} | found for found in measure(predictor, calibration, usual, pairs)]
-    write_json(options.output_dir / "results.json", results)
-    rows = [["run", "event", "forecast", "pairs", "AUROC of the energy", "AUROC of the squared error"]]
-    for found in results:
-        intervals = ["{:.3f} ({:.3f} to {:.3f})".format(*found[name]) for name in ("energy", "squared error")]
-        rows.append([*(str(found[name]) for name in ("run", "event", "forecast", "pairs")), *intervals])
+        rows += [[str(trained), *row] for row in measure(trained, folders, options)]
+    write_results(options.output_dir, rows)
     print(markdown(rows))
+
+
+@torch.no_grad()
+def measure(trained: Path, folders: dict[Event, list[Path]], options: Options) -> list[list[object]]:
+    """Event, forecast, AUROC and its 95 % interval over pairs, for every rule and forecast of a run."""
+    predictor, calibration = load_predictor(trained / "predictor")
+    context, fps, next_tick = predictor.config.context, predictor.fps, Future.ticks(1, predictor.fps)
+    require(context <= BallWorld().frames // 4, f"{trained}: its context reaches into the events")
+    cache = options.output_dir / "cache" / predictor.encoder_fingerprint
+    videos = [folder for of_event in folders.values() for folder in of_event]
+    run("cache_embeddings", {"videos": videos, "encoder": trained / "encoder" / "encoder", "fps": fps,
+                             "output-dir": cache})  # fmt: skip
+    pairs = {event: read_pairs(EmbeddingCache(cache), of_event) for event, of_event in folders.items()}
+    usual = EmbeddingCache(trained / "cache" / "val")
+    ordinary = torch.stack([torch.from_numpy(usual.clip_embeddings(clip)) for clip in usual.clips])
+    forecasts: dict[str, Callable[[Sequence], Tensor]] = {
+        "model": lambda past: rollout(predictor, past, next_tick, calibration=calibration),
+        "copy_last": lambda past: rollout(CopyLast(fps), past, next_tick),
+        "ridge": lambda past: rollout(calibration.ridge, past, next_tick),
+    }
+
+    def errors_of(forecast: Callable[[Sequence], Tensor], clips: Tensor) -> np.ndarray:
+        """Standardised errors of each embedding after the first `context`, (B x (T - context), D)."""
+        windows = rearrange(clips.unfold(1, context + 1, 1), "b t d k -> (b t) k d")
+        error = forecast(Sequence.on_clock(windows[:, :context], fps))[:, 0] - windows[:, context]
+        return (error / predictor.std).numpy()
+
+    rows: list[list[object]] = []
+    for name, forecast in forecasts.items():
+        energy = LedoitWolf().fit(errors_of(forecast, ordinary)).mahalanobis
+        for title, rule in RULES.items():
+            lawful, impossible, shown_at = pairs[rule.event]
+            frames = np.arange(rule.frames.start, rule.frames.stop) + shown_at[:, None] - context  # (pairs, frames)
+            energies = [energy(errors_of(forecast, clips)).reshape(len(clips), -1) for clips in (lawful, impossible)]
+            scores = [rule.reduce(np.take_along_axis(one, frames, axis=1), axis=1) for one in energies]
+            rows.append([title, name, *auroc(*scores)])
+    return rows
 
 
 def read_pairs(cache: EmbeddingCache, folders: list[Path]) -> Pairs:
@@ -126,45 +146,6 @@ def read_pairs(cache: EmbeddingCache, folders: list[Path]) -> Pairs:
             video = (impossible.parent.parent / kind / impossible.name).with_suffix(".mp4").resolve()
             embeddings.append(torch.from_numpy(cache.clip_embeddings(clips[str(video)])))
     return Pairs(torch.stack(twins["lawful"]), torch.stack(twins["impossible"]), np.array(shown_at))
-
-
-@torch.no_grad()
-def measure(
-    predictor: Predictor, calibration: Calibration, usual: EmbeddingCache, pairs: dict[Event, Pairs]
-) -> list[dict[str, Any]]:
-    """AUROC, each with a 95 % interval over pairs, for every rule and forecast."""
-    context, fps, next_tick = predictor.config.context, predictor.fps, Future.ticks(1, predictor.fps)
-    forecasts: dict[str, Callable[[Sequence], Tensor]] = {
-        "model": lambda past: rollout(predictor, past, next_tick, calibration=calibration),
-        "copy_last": lambda past: rollout(CopyLast(fps), past, next_tick),
-        "linear_extrapolation": lambda past: rollout(LinearExtrapolation(fps), past, next_tick),
-        "ridge": lambda past: rollout(calibration.ridge, past, next_tick),
-    }
-
-    def errors_of(forecast: Callable[[Sequence], Tensor], clips: Tensor) -> np.ndarray:
-        """Standardised errors of each embedding after the first `context`, (B x (T - context), D)."""
-        windows = rearrange(clips.unfold(1, context + 1, 1), "b t d k -> (b t) k d")
-        error = forecast(Sequence.on_clock(windows[:, :context], fps))[:, 0] - windows[:, context]
-        return (error / predictor.std).numpy()
-
-    def score(errors: np.ndarray, scores: Scores, shown_at: np.ndarray, rule: Rule) -> np.ndarray:
-        """One number a clip, (pairs,)."""
-        energies = scores(errors).reshape(len(shown_at), -1)  # (pairs, T - context)
-        frames = np.arange(rule.frames.start, rule.frames.stop) + shown_at[:, None] - context  # (pairs, frames)
-        return rule.reduce(np.take_along_axis(energies, frames, axis=1), axis=1)
-
-    ordinary = torch.stack([torch.from_numpy(usual.clip_embeddings(clip)) for clip in usual.clips])
-    records = []
-    for name, forecast in forecasts.items():
-        scorings = {"energy": LedoitWolf().fit(errors_of(forecast, ordinary)).mahalanobis,
-                    "squared error": lambda errors: np.square(errors).mean(axis=1)}  # fmt: skip
-        for title, rule in RULES.items():
-            lawful, impossible, shown_at = pairs[rule.event]
-            both = [errors_of(forecast, clips) for clips in (lawful, impossible)]
-            found = {scoring: auroc(*(score(errors, scores, shown_at, rule) for errors in both))
-                     for scoring, scores in scorings.items()}  # fmt: skip
-            records.append({"event": title, "forecast": name, "pairs": len(shown_at)} | found)
-    return records
 
 
 def auroc(lawful: np.ndarray, impossible: np.ndarray) -> tuple[float, float, float]:

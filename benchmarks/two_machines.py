@@ -12,27 +12,24 @@ those of the undisturbed run, bit for bit.
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGKILL
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.common import ROOT, words
+from benchmarks.common import ROOT, words, write_results
 from data.synthetic import BallWorld, write_ball_videos
 from jepa.config import Bounded, Positive, PositiveInt
 from pipelines.run.command import require, run_command
-from pipelines.run.files import write_json
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 ENVIRONMENT = {
@@ -62,26 +59,23 @@ class Options(Bounded):
 def main(options: Options) -> None:
     """The story: train undisturbed, then lose each side, resume, and compare."""
     require(shutil.which("ip") is not None and os.geteuid() == 0, "network namespaces need root and the `ip` command")
-    results: dict[str, Any] = {}
+    results: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as scratch, two_namespaces() as names:
         folder = Path(scratch)
         write_ball_videos(folder / "videos", 8, BallWorld(size=32, radius=3, frames=24, fps=8), seed=0)
         common = words("--videos", folder / "videos", ENCODER.split(), "--tracker", "none", "--steps", options.steps,
                        "--checkpoint-every", max(1, options.steps // 10), "--output-dir")  # fmt: skip
-        results["undisturbed: seconds"] = train(names, [*common, str(folder / "undisturbed")], folder)
+        train(names, [*common, str(folder / "undisturbed")], folder)
         for lost in (1, 0):
             output = folder / f"lost_{lost}"
-            seconds, code, said = lose(names, lost, [*common, str(output)], output, limit_s=options.limit_s)
+            seconds = lose(names, lost, [*common, str(output)], output, options.limit_s)
             train(names, [*common, str(output), "--resume"], folder)
-            equal = same_weights(folder / "undisturbed", output)
-            results[f"side {lost} lost"] = {"seconds": seconds, "exit code": code, "said": said, "bit-equal": equal}
-            print(
-                f"side {lost} lost: the other ended after {seconds:.1f} s with {code} ({'; '.join(said)})", flush=True
-            )
-            print(f"  resumed: the weights are {'bit-equal' if equal else 'DIFFERENT'}", flush=True)
-            require(code not in (None, 0) and equal, f"side {lost} lost: this is not as it should be")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(options.output_dir / "results.json", results)
+            first, second = (load_file(run / "encoder/model.safetensors") for run in (folder / "undisturbed", output))
+            equal = all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
+            results[f"side {lost} lost"] = {"seconds": seconds, "bit-equal": equal}
+            print(f"side {lost} lost: the other ended after {seconds:.1f} s; resumed, bit-equal: {equal}", flush=True)
+            require(equal, f"side {lost} lost: the resumed run has other weights")
+    write_results(options.output_dir, results)
 
 
 @contextmanager
@@ -126,53 +120,37 @@ def launch(names: list[str], arguments: list[str], logs: Path) -> list["subproce
 
 
 def said(logs: Path, side: int) -> str:
-    """What a side has said; progress bars leave carriage returns."""
-    return (logs / f"side_{side}.log").read_text(errors="replace").replace("\r", "\n")
+    """What a side has said."""
+    return (logs / f"side_{side}.log").read_text(errors="replace")
 
 
-def train(names: list[str], arguments: list[str], logs: Path, limit_s: float = 300) -> float:
-    """Train on both sides to the end; the seconds it took."""
-    began = time.monotonic()
+def train(names: list[str], arguments: list[str], logs: Path) -> None:
+    """Train on both sides to the end."""
     for side, process in enumerate(launch(names, arguments, logs)):
-        try:
-            process.wait(timeout=max(1, began + limit_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            kill(names[0])
-            kill(names[1])
-        require(process.wait() == 0, f"side {side} ended with {process.returncode}:\n{said(logs, side)[-2000:]}")
-    ranks = re.search(r" on (\d+) x ", said(logs, 0))
-    require(ranks is not None and ranks[1] == "2", f"the run does not have 2 ranks:\n{said(logs, 0)[-2000:]}")
-    return time.monotonic() - began
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=300)
+        require(process.poll() == 0, f"side {side} ended with {process.poll()}:\n{said(logs, side)[-2000:]}")
+    require(" on 2 x " in said(logs, 0), f"the run does not have 2 ranks:\n{said(logs, 0)[-2000:]}")
 
 
-def lose(
-    names: list[str], lost: int, arguments: list[str], output: Path, *, limit_s: float
-) -> tuple[float, int | None, list[str]]:
-    """Train until there is a checkpoint, kill a side, and see how the other ends; seconds, exit code, error lines."""
-    logs = output.parent
-    sides = launch(names, arguments, logs)
+def lose(names: list[str], lost: int, arguments: list[str], output: Path, limit_s: float) -> float:
+    """Train until there is a checkpoint, kill a side, and see the other end with an error; the seconds it took."""
+    sides = launch(names, arguments, output.parent)
     while not list((output / "training_state").glob("step_*[1-9]*")):
         for side, process in enumerate(sides):
-            require(process.poll() is None, f"side {side} ended by itself:\n{said(logs, side)[-2000:]}")
+            require(process.poll() is None, f"side {side} ended by itself:\n{said(output.parent, side)[-2000:]}")
         time.sleep(0.05)
     began, left = time.monotonic(), sides[1 - lost]
     kill(names[lost])
-    try:
+    with suppress(subprocess.TimeoutExpired):
         left.wait(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        print(f"side {1 - lost} is still there after {limit_s:g} s")
     seconds, code = time.monotonic() - began, left.poll()
     for name in names:
         kill(name)  # also ranks that have outlived their launcher
     for process in sides:
         process.wait()
-    return seconds, code, re.findall(r"error: .*", said(logs, 1 - lost))
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    """Whether two runs left the same encoder, bit for bit."""
-    first, second = (load_file(run / "encoder" / "model.safetensors") for run in (one, other))
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    require(bool(code), f"side {1 - lost} should have ended with an error, and not with {code}")
+    return seconds
 
 
 def ip(*arguments: str) -> str:

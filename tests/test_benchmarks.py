@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, detection, driving, forty_thousand_clips, robot
+from benchmarks import common, detection, driving, forty_thousand_clips
 from benchmarks.common import table_by_horizon, table_of_measures, words
 from benchmarks.detection import average_precision, fit_detection_head, occupied_cells
 from benchmarks.digits import DIGIT_SIZE, SIZE, SPEED, STATE_COLUMNS, render_digits, simulate_digits, write_digit_videos
@@ -19,13 +19,13 @@ from pipelines.run.files import write_json
 
 
 def test_words_of_a_command_line():
-    given = ["--fps", 4, {"videos": (Path("/a"), Path("/b")), "predictor.kind": "gru", "resume": True, "x": False}]
-    assert words(given) == ["--fps", "4", "--videos", "/a", "/b", "--predictor.kind", "gru", "--resume", "--no-x"]
+    given = ["--fps", 4, {"videos": (Path("/a"), Path("/b")), "predictor.kind": "gru", "resume": True}]
+    assert words(given) == ["--fps", "4", "--videos", "/a", "/b", "--predictor.kind", "gru", "--resume"]
 
 
 def test_tables_hold_means_and_ranges_of_seeds():
     errors = [{"model": [0.1, 0.2]}, {"model": [0.3, 0.6]}]
-    assert table_by_horizon(errors, (1, 5)).splitlines() == [
+    assert table_by_horizon(errors).splitlines() == [
         "| steps ahead | 1 | 5 |",
         "| --- | --- | --- |",
         "| model | 0.200 (0.100 to 0.300) | 0.400 (0.200 to 0.600) |",
@@ -45,23 +45,11 @@ def test_a_forecast_is_compared_with_the_best_simple_guess_at_each_horizon(tmp_p
         "mean": np.full(20, 2),
     }
     records = {name: [{"relative_to_copy_last": value} for value in curve] for name, curve in curves.items()}
-    write_json(tmp_path / "rollout.json", {"predictors": records})
-    found = robot.compare_with_the_best(tmp_path)
+    write_json(tmp_path / "rollout.json", {"predictors": records, "truth": [{}]})
+    found = common.figures(tmp_path).measures
     assert found["of the best simple guess, worst horizon"] == pytest.approx(0.5 / 0.4)
     assert found["of the best simple guess, 20 ahead"] == pytest.approx(0.5 / 0.8)
     assert found["of ridge, mean over horizons"] == pytest.approx(np.mean(0.5 / curves["ridge"]))
-
-
-@pytest.mark.parametrize(("seams", "inside", "expected"), [(5.0, 1.0, 0.5), (1.0, 5.0, 1.0), (5.0, 5.0, 1.0)])
-def test_a_reversed_segment_is_noticed_by_its_inside_and_not_by_its_seams(seams, inside, expected):
-    times_s = np.arange(0, 100, 1 / driving.FPS)
-    values = np.ones(len(times_s))
-    start = round(40 * driving.FPS)
-    values[start : start + driving.SEGMENT] = inside
-    for seam in (start, start + driving.SEGMENT):
-        values[seam : seam + round(driving.GAP_S * driving.FPS)] = seams
-    scores = {"video.mp4": np.stack([times_s, values], axis=1)}
-    assert driving.notice_reversals(scores, {Path("video.mp4"): 40.0}) == {"moments": expected, "10 s": expected}
 
 
 def test_a_recording_is_cut_at_a_key_frame_and_keeps_its_frames_and_its_table(tmp_path):
@@ -92,8 +80,9 @@ def test_a_recording_is_cut_at_a_key_frame_and_keeps_its_frames_and_its_table(tm
 def test_small_caches_are_the_first_shards_of_a_large_one(tmp_path, monkeypatch):
     monkeypatch.setattr(forty_thousand_clips, "CLIPS_PER_SHARD", 2)
     options = forty_thousand_clips.Options(frames=5, dimension=4)
-    for clips in (4, 6):  # goes on where it stopped
-        forty_thousand_clips.write_cache(tmp_path / "cache", clips, options, seed=0)
+    for number in (4, 6):  # goes on where it stopped
+        clips = forty_thousand_clips.make_clips(number, options, seed=0)
+        common.write_cache(tmp_path / "cache", clips, 4, clips_per_shard=2)
     assert EmbeddingCache(tmp_path / "cache").frames == 30
     assert len(EmbeddingCache(forty_thousand_clips.first_shards(tmp_path / "cache", 4)).clips) == 4
 
@@ -168,9 +157,12 @@ def test_a_recipe_makes_a_model_and_its_evaluation_and_does_nothing_twice(tmp_pa
         predictor=["--steps", "4", "--tracker", "none", "--predictor.width", "8"],
         columns=("ball_1_x", "ball_2_y"),
     )
-    seconds = common.make_model(tmp_path / "run", videos, recipe, 0)
-    assert set(seconds) == {"training, encoder: seconds", "training, predictor: seconds"}
-    assert common.make_model(tmp_path / "run", videos, recipe, 0) == {}
-    found = common.forecasts(tmp_path / "run" / "evaluation", "probe_r2", (1, 20))
-    assert {name: len(values) for name, values in found.items()}["model"] == 2
-    assert robot.compare_with_the_best(tmp_path / "run" / "evaluation")["of ridge, mean over horizons"] > 0
+    options = common.SeedOptions(seeds=(0,), output_dir=tmp_path / "runs")
+    for _ in range(2):
+        common.measure_seeds(
+            options, lambda seed, folder: common.figures(common.make_model(folder, videos, recipe, seed), "probe_r2")
+        )
+        (found,) = common.read_json(tmp_path / "runs" / "results.json")
+        assert len(found["tables"]["probe_r2"]["truth"]) == len(common.HORIZONS)
+        assert found["measures"]["of ridge, mean over horizons"] > 0
+    assert "everything: seconds" not in found["measures"]  # nothing was made anew
