@@ -39,28 +39,20 @@ def ridge_context(context: int, dimension: int) -> int:
 def fit_ridge(windows: Iterable[Tensor], like: Ridge, penalties: Sequence[float]) -> list[Ridge]:
     """Ridge regressions from `context` embeddings to the next, one for each penalty, solved in float64.
 
-    Args:
-        windows: batches (N, context + 1, *tokens, D) of raw embeddings, gone through once.
-        like: an empty regression, for its context and standardisation.
-        penalties: added to the diagonal of the inputs' second moment, per sample.
+    Batches are (N, context + 1, *tokens, D), raw, gone through once; context and standardisation are those of `like`. A
+    penalty is added to the diagonal of the inputs' second moment, per sample.
     """
-    context, dimension = like.context, len(like.mean)
-    size = context * dimension + 1
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    moment = torch.zeros(size, dimension, dtype=torch.float64)
-    samples = 0
+    gram, moment, samples = torch.zeros(()), torch.zeros(()), 0
     for part in windows:
         flat = rearrange((part - like.mean) / like.std, "n k ... d -> (n ...) k d").double()
-        inputs = functional.pad(rearrange(flat[:, :-1], "n k d -> n (k d)"), (0, 1), value=1.0)
-        gram += inputs.T @ inputs
-        moment += inputs.T @ flat[:, -1]
-        samples += len(flat)
+        inputs = functional.pad(flat[:, :-1].flatten(1), (0, 1), value=1.0)
+        gram, moment, samples = gram + inputs.T @ inputs, moment + inputs.T @ flat[:, -1], samples + len(flat)
     fitted = []
     for penalty in penalties:
-        diagonal = torch.full((size,), penalty * samples, dtype=torch.float64)
+        diagonal = torch.full((len(gram),), penalty * samples, dtype=torch.float64)
         diagonal[-1] = 1e-9  # the bias is not penalised
         solution = torch.linalg.solve(gram + torch.diag(diagonal), moment)
-        ridge = Ridge(like.fps, context, mean=like.mean, std=like.std)
+        ridge = Ridge(like.fps, like.context, mean=like.mean, std=like.std)
         ridge.weight.copy_(solution[:-1])
         ridge.bias.copy_(solution[-1])
         fitted.append(ridge)
@@ -68,16 +60,15 @@ def fit_ridge(windows: Iterable[Tensor], like: Ridge, penalties: Sequence[float]
 
 
 class Forecasts(NamedTuple):
-    """Guesses of the same windows and what came; standardised, float32."""
+    """Guesses of the same windows and what came, (N, H, *tokens, D); standardised, float32."""
 
     rolled: Tensor
-    """(N, H, *tokens, D), the predictor's rollouts."""
+    """Rollouts of the predictor."""
     ridged: Tensor
-    """(N, H, *tokens, D), those of ridge regression."""
+    """Rollouts of ridge regression."""
     last: Tensor
     """(N, 1, *tokens, D), what both started from."""
     came: Tensor
-    """(N, H, *tokens, D)."""
     groups: np.ndarray
     """int (N,): windows of one clip have one number."""
 
@@ -90,51 +81,35 @@ class Forecasts(NamedTuple):
 
 @torch.no_grad()
 def fit_calibration(ridge: Ridge, forecasts: Forecasts, drawn: Tensor | None = None) -> Calibration:
-    """Fit all of a calibration.
+    """A calibration on forecasts for clips that the predictor was not trained on, of at least two groups.
 
-    Args:
-        ridge: whose rollouts are among the forecasts.
-        forecasts: on clips that the predictor was not trained on, of at least two groups.
-        drawn: (n, N, H, *tokens, D), sampled futures of a predictor with a latent, standardised.
+    With a latent in the predictor also on sampled futures (n, N, H, *tokens, D), standardised.
     """
-    horizon = forecasts.came.shape[1]
-    calibration = Calibration(ridge, horizon)
-    folds = hold_out(forecasts.groups)
-    for step in range(horizon):
-        errors = forecasts.errors(step)  # (4, N, places, D)
-        blend, left = cross_fit_blend(errors, folds)  # (4,), (N, places, D)
-        usual, energies = cross_fit_energy(left, folds)
-        quantiles, levels = predictive_quantiles(energies, forecasts.groups)
-        calibration.blend[step] = blend
-        calibration.error_mean[step], calibration.whitening[step] = usual
-        calibration.quantiles[step], calibration.levels[step] = quantiles, levels
+    calibration, parts = Calibration(ridge, forecasts.came.shape[1]), hold_out(forecasts.groups)
+    for step in range(calibration.horizon):
+        calibration.blend[step], left = cross_fit_blend(forecasts.errors(step), parts)
+        (calibration.error_mean[step], calibration.whitening[step]), energies = cross_fit_energy(left, parts)
+        calibration.quantiles[step], calibration.levels[step] = predictive_quantiles(energies, forecasts.groups)
     if drawn is not None:
         calibration.sample_spread.copy_(fit_spread(drawn, forecasts.came))
     return calibration
 
 
-def hold_out(groups: np.ndarray) -> np.ndarray:
-    """The part in which each window is held out, int (N,): contiguous groups, at most `FOLDS` parts."""
+def hold_out(groups: np.ndarray) -> list[Tensor]:
+    """The parts, of whole and contiguous groups, that are held out in turn: bool (N,) each."""
     names, membership = np.unique(groups, return_inverse=True)
     parts = min(FOLDS, len(names))
-    return (np.arange(len(names)) * parts // len(names))[membership]
+    part_of = (np.arange(len(names)) * parts // len(names))[membership]
+    return [torch.from_numpy(part_of == part) for part in range(parts)]
 
 
-def cross_fit_blend(errors: Tensor, folds: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The blend, and the errors that blends of the other parts leave.
-
-    Args:
-        errors: float64 (4, N, places, D), of the guesses.
-        folds: int (N,).
-
-    Returns:
-        float64 (4,) and (N, places, D).
-    """
-    held_out, left = _held_out(folds), torch.empty_like(errors[0])
-    parts = (errors[:, chosen] for chosen in held_out)
-    grams = torch.stack([torch.einsum("gnpd,knpd->gk", part, part) for part in parts])  # (parts, 4, 4)
+def cross_fit_blend(errors: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The blend, and what blends of the other parts leave: (4, N, places, D), float64 -> (4,) and (N, places, D)."""
+    left = torch.empty_like(errors[0])
+    of_parts = (errors[:, chosen] for chosen in parts)
+    grams = torch.stack([torch.einsum("gnpd,knpd->gk", part, part) for part in of_parts])  # (parts, 4, 4)
     blends = best_blend(grams.sum(dim=0) - grams)
-    for chosen, blend in zip(held_out, blends, strict=True):
+    for chosen, blend in zip(parts, blends, strict=True):
         left[chosen] = torch.einsum("g,gnpd->npd", blend, errors[:, chosen])
     return blends.mean(dim=0), left
 
@@ -158,24 +133,18 @@ def best_blend(gram: Tensor) -> Tensor:
     return torch.stack(choices).gather(0, best[None, ..., None].expand(1, *gram.shape[:-1]))[0]
 
 
-def cross_fit_energy(errors: Tensor, folds: np.ndarray) -> tuple[tuple[Tensor, Tensor], np.ndarray]:
-    """Usual errors, and the energies of each window in units of those of the other parts.
+def cross_fit_energy(errors: Tensor, parts: list[Tensor]) -> tuple[tuple[Tensor, Tensor], np.ndarray]:
+    """Usual errors, of what the believed forecast leaves, and the energy of each window in units of the other parts.
 
-    Args:
-        errors: float64 (N, places, D), what the believed forecast leaves.
-        folds: int (N,).
-
-    Returns:
-        Mean (D,) and whitening (D, D), for which held-out energies are 1 in the mean; and energies (N,).
+    Float64 (N, places, D) -> mean (D,) and whitening (D, D), for which energies are 1 in the mean; and energies (N,).
     """
-    held_out = _held_out(folds)
     energies = torch.empty(len(errors), dtype=torch.float64)
     usual_mean, usual_precision = torch.zeros(()), torch.zeros(())
-    for chosen in held_out:
+    for chosen in parts:
         mean, precision = _precision(errors[~chosen].flatten(0, 1))
         centred = errors[chosen] - mean
         energies[chosen] = reduce(centred @ precision * centred, "n p d -> n", "sum") / centred[0].numel()
-        usual_mean, usual_precision = usual_mean + mean / len(held_out), usual_precision + precision / len(held_out)
+        usual_mean, usual_precision = usual_mean + mean / len(parts), usual_precision + precision / len(parts)
     # The mean of the parts' units, not the units of all: a new clip then meets units fitted on as little as were those
     # that each held-out clip met, and few clips make it no less surprising than they were.
     scale = energies.mean().clamp_min(1e-12)
@@ -196,9 +165,7 @@ def _precision(errors: Tensor) -> tuple[Tensor, Tensor]:
 def predictive_quantiles(energies: np.ndarray, groups: np.ndarray) -> tuple[Tensor, Tensor]:
     """Quantiles of the energy of a moment in a new clip; and mean, spread and degrees of freedom of clips' levels.
 
-    Args:
-        energies: (N,), each in units that its own clip had no part in.
-        groups: int (N,), the clip of each, at least two.
+    Energies (N,) are each in units that its own clip had no part in; groups int (N,) say the clips, at least two.
     """
     logs = np.log(np.maximum(energies, 1e-12))
     _, membership, counts = np.unique(groups, return_inverse=True, return_counts=True)
@@ -212,13 +179,9 @@ def predictive_quantiles(energies: np.ndarray, groups: np.ndarray) -> tuple[Tens
 
 
 def fit_spread(drawn: Tensor, came: Tensor) -> Tensor:
-    """How far samples have to lie apart for central intervals to hold what they should, by horizon.
+    """Factors (H,) for which the coverage of the central 50 % and 90 % is least off, taken together.
 
-    For each horizon the factor for which the coverage of the central 50 % and 90 % is least off, taken together.
-
-    Args:
-        drawn: (n, N, H, *tokens, D), samples.
-        came: (N, H, *tokens, D).
+    Of samples (n, N, H, *tokens, D), for what came, (N, H, *tokens, D).
     """
     centre = drawn.mean(dim=0)
     error, live = came - centre, live_features(came)
@@ -229,8 +192,3 @@ def fit_spread(drawn: Tensor, came: Tensor) -> Tensor:
             inside = (error >= spread * low) & (error <= spread * high)
             off[number] += (reduce(inside[..., live].float(), "n h ... -> h", "mean") - share).abs()
     return torch.tensor(SPREADS)[off.argmin(dim=0)]
-
-
-def _held_out(folds: np.ndarray) -> list[Tensor]:
-    """For each part, whether each window is in it, bool (N,)."""
-    return [torch.from_numpy(folds == fold) for fold in range(int(folds.max()) + 1)]

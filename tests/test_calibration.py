@@ -63,13 +63,12 @@ def test_a_blend_is_the_least_squares_one_on_the_simplex():
 
 def test_a_blend_is_judged_on_clips_that_it_was_not_fitted_on():
     forecasts = clips(6)
-    folds = hold_out(forecasts.groups)
-    errors = forecasts.errors(0)
-    _, left = cross_fit_blend(errors, folds)
-    mine = torch.from_numpy(folds == 2)
+    parts = hold_out(forecasts.groups)
+    errors, mine = forecasts.errors(0), parts[2]
+    _, left = cross_fit_blend(errors, parts)
     changed = errors.clone()
     changed[:, mine] *= torch.tensor([9.0, 1, 1, 1], dtype=torch.float64)[:, None, None, None]
-    _, other = cross_fit_blend(changed, folds)
+    _, other = cross_fit_blend(changed, parts)
     others = best_blend(torch.einsum("gnpd,knpd->gk", errors[:, ~mine], errors[:, ~mine]))
     torch.testing.assert_close(left[mine], torch.einsum("g,gnpd->npd", others, errors[:, mine]))
     assert not torch.allclose(other[~mine], left[~mine])
@@ -105,10 +104,10 @@ def test_energy_is_one_in_the_mean_and_counts_errors_in_usual_units():
 
 def test_energies_of_a_clip_owe_nothing_to_the_clip():
     errors = torch.randn(120, 1, 3, dtype=torch.float64)
-    folds = np.repeat(np.arange(4), 30)
-    _, energies = cross_fit_energy(errors, folds)
+    parts = hold_out(np.repeat(np.arange(4), 30))
+    _, energies = cross_fit_energy(errors, parts)
     errors[:30] *= 10
-    _, louder = cross_fit_energy(errors, folds)
+    _, louder = cross_fit_energy(errors, parts)
     ratio = louder[:30].mean() / louder[30:].mean() / (energies[:30].mean() / energies[30:].mean())
     assert ratio > 100 / 1.01  # had it served as its own unit, less
 
@@ -151,9 +150,11 @@ def test_a_video_that_is_unlike_the_clips_is_noticed():
 
 
 def test_clips_are_held_out_whole_and_in_few_parts():
-    folds = hold_out(np.repeat(np.arange(37), 3))
-    assert folds.max() == 9
-    assert all(len(set(folds[start : start + 3])) == 1 for start in range(0, len(folds), 3))
+    parts = torch.stack(hold_out(np.repeat(np.arange(37), 3)))
+    assert len(parts) == 10
+    assert (parts.sum(dim=0) == 1).all()
+    assert torch.equal(parts[:, ::3], parts[:, 1::3])
+    assert torch.equal(parts[:, ::3], parts[:, 2::3])
 
 
 def test_samples_are_widened_until_intervals_hold_what_they_should():
