@@ -9,17 +9,13 @@ from jepa.sequence import Sequence
 
 
 class Baseline(nn.Module):
-    """A guess from the last `memory` embeddings, on a clock of `fps` ticks a second."""
+    """A guess of the next embedding, (B, T, *tokens, D) -> (B, 1, *tokens, D), from the last `memory` ones."""
 
     latent_dimension, memory = 0, 1
 
     def __init__(self, fps: float) -> None:
         super().__init__()
         self.fps = fps
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """The next embedding, (B, T, *tokens, D) -> (B, 1, *tokens, D)."""
-        raise NotImplementedError
 
     def step(self, newest: Sequence, state: Tensor | None, latent: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step of a rollout, as `jepa.predictor.Predictor.step`; the state is the embeddings still needed."""

@@ -17,13 +17,7 @@ ROUNDING = 1e-12
 
 
 class Bootstrap:
-    """Resamples of groups of windows (Efron 1979), drawn once.
-
-    Args:
-        groups: int (N,), the group of each window, numbered from 0.
-        resamples: how many resamples.
-        seed: of the draws.
-    """
+    """Resamples of groups of windows (Efron 1979), drawn once; groups int (N,) are numbered from 0."""
 
     def __init__(self, groups: np.ndarray, resamples: int = 1000, *, seed: int = 0) -> None:
         self.groups, self.count = groups, int(groups.max()) + 1
@@ -44,10 +38,7 @@ class Bootstrap:
         return divide(self.sums(values), windows.reshape(-1, *[1] * (values.ndim - 1)))
 
     def interval(self, resampled: np.ndarray) -> np.ndarray:
-        """The middle 95 % of the resamples in which a number is defined, (resamples, ...) -> (2, ...).
-
-        NaN of fewer than `LEAST_GROUPS` groups.
-        """
+        """The middle 95 % of what is defined, (resamples, ...) -> (2, ...); NaN of fewer than `LEAST_GROUPS` groups."""
         if self.count < LEAST_GROUPS:
             return np.full((2, *resampled.shape[1:]), np.nan)
         with warnings.catch_warnings():
@@ -69,9 +60,7 @@ def divide(above: np.ndarray, below: np.ndarray | float) -> np.ndarray:
 def useful_steps(relative: np.ndarray, high: np.ndarray) -> int:
     """The useful horizon: how many steps from the first on are better than the mean, without interruption.
 
-    Args:
-        relative: (H,), error relative to that of the mean.
-        high: (H,), upper end of its interval, which has to lie below 1; NaN where none is claimed.
+    Errors (H,) relative to the mean's and the upper ends of their intervals, which must be below 1; NaN claims none.
     """
     better = np.where(np.isnan(high), relative, high) < 1
     return len(better) if better.all() else int(better.argmin())

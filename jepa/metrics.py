@@ -16,10 +16,7 @@ def change_cosine(forecast: Tensor, came: Tensor, last: Tensor) -> Tensor:
     """The cosine between the change that was foreseen and the one that came, since the last embedding (B, *tokens, D).
 
     How far off a forecast is depends, on real video, above all on how much there was to foresee. This asks only whether
-    things went the way they were expected to go.
-
-    Returns:
-        (B, H): 1 as foreseen, 0 unrelated, or nothing changes, below 0 against it.
+    things went the way they were expected to go: (B, H), 1 as foreseen, 0 unrelated or no change, below 0 against it.
     """
     foreseen, true = ((value - last[:, None]).flatten(2) for value in (forecast, came))
     return functional.cosine_similarity(foreseen, true, dim=2)

@@ -30,15 +30,8 @@ def rollout(
 
     Networks carry their state along, so a step costs the same however long the rollout. Between two ticks of the clock,
     and before the first, the way is straight. Without a calibration this is the bare network, differentiable where the
-    predictor is; with one it is the believed forecast, the same at each call.
-
-    Args:
-        predictor: a predictor or a baseline.
-        past: consecutive ticks of the predictor's clock.
-        future: when, and what is done until then.
-        samples: futures to draw by the generator, from a predictor with a latent.
-        generator: draws them.
-        calibration: how far to believe them.
+    predictor is; with one it is the believed forecast, the same at each call. Of a predictor with a latent a generator
+    draws futures.
 
     Returns:
         (B, H, *tokens, D); with several samples (samples, B, H, *tokens, D).

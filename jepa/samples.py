@@ -10,15 +10,8 @@ def energy_score(samples: Tensor, future: Tensor) -> Tensor:
     A proper score of the whole vector (Gneiting and Raftery 2007): nobody gains by claiming to be more or less certain
     than he is. The second expectation is over *different* samples, which is fair to small ensembles (Ferro 2014).
 
-    Args:
-        samples: (n, ..., D), n at least 2; tokens are flattened.
-        future: (..., D), what came.
-
-    Returns:
-        (...), in units of the root mean square per feature. Differentiable.
+    Samples (n, ..., D), at least 2, and what came (..., D) -> (...), in units of the root mean square per feature.
     """
-    if len(samples) < 2:
-        raise ValueError(f"{len(samples)} samples: an energy score takes at least 2")
     near = distance(samples, future[None]).mean(dim=0)
     apart = torch.zeros_like(near)
     for shift in range(1, len(samples) // 2 + 1):  # each pair of different samples once, without n x n memory

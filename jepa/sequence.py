@@ -25,11 +25,11 @@ class Sequence:
     """float (B, T, A): taken after each embedding, on the way to the next."""
 
     def __post_init__(self) -> None:
-        shape = tuple(self.embeddings.shape)
+        shape, times = tuple(self.embeddings.shape), tuple(self.times.shape)
         if len(shape) < 3 or shape[1] == 0:
             raise ValueError(f"embeddings have shape {shape}: it must be (B, T, *tokens, D) with at least one step")
-        if self.times.ndim != 2 or self.times.shape[1] != shape[1] or self.times.shape[0] not in (1, shape[0]):
-            raise ValueError(f"times have shape {tuple(self.times.shape)}: it must be {shape[:2]} or {(1, shape[1])}")
+        if times not in (shape[:2], (1, shape[1])):
+            raise ValueError(f"times have shape {times}: it must be {shape[:2]} or {(1, shape[1])}")
         if self.actions is not None and (self.actions.ndim != 3 or self.actions.shape[:2] != shape[:2]):
             raise ValueError(f"actions have shape {tuple(self.actions.shape)}: it must be {shape[:2]} and their number")
 
@@ -51,16 +51,14 @@ class Sequence:
 
     def followed_by(self, actions: Tensor | None) -> "Sequence":
         """The same with other actions (B, 1, A) after the last embedding."""
-        if actions is None:
-            return self
-        before = actions[:, :0] if self.actions is None else self.actions[:, :-1]
-        return replace(self, actions=torch.cat([before, actions], dim=1))
+        before = [] if self.actions is None else [self.actions[:, :-1]]
+        return self if actions is None else replace(self, actions=torch.cat([*before, actions], dim=1))
 
     def require_clock(self, fps: float) -> None:
         """Raises `ValueError` where the steps are not consecutive ticks of a clock."""
         jumps = (self.times.diff(dim=1) * fps).flatten()  # in ticks
-        for worst in jumps[(jumps - 1).abs() > 2 * CLOCK_TOLERANCE][:1].tolist():
-            raise ValueError(f"the past jumps by {worst:.2f} ticks of {1 / fps:g} s: it must be consecutive ticks")
+        for jump in jumps[(jumps - 1).abs() > 2 * CLOCK_TOLERANCE].tolist():
+            raise ValueError(f"the past jumps by {jump:.2f} ticks of {1 / fps:g} s: it must be consecutive ticks")
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,10 @@ class Future:
     def __post_init__(self) -> None:
         if self.times.ndim != 1 or len(self.times) == 0:
             raise ValueError(f"times have shape {tuple(self.times.shape)}: it must be (H,) with at least one time")
-        if float(self.times[0]) <= 0 or bool((self.times.diff() <= 0).any()):
+        if bool((self.times.diff(prepend=self.times.new_zeros(1)) <= 0).any()):
             raise ValueError("times must increase, from above 0 s")
 
     @classmethod
     def ticks(cls, horizon: int, fps: float, actions: Tensor | None = None) -> "Future":
         """The next `horizon` ticks of a clock."""
-        if horizon < 1:
-            raise ValueError(f"horizon is {horizon}: it must be at least 1")
         return cls(torch.arange(1, horizon + 1, dtype=torch.float64) / fps, actions)

@@ -221,7 +221,7 @@ def test_impossible_networks_are_refused(build, words):
          "actions for 2 ticks, and 3"),
         (lambda: rollout(make(), sequence(), Future.ticks(1, FPS), 3), "a predictor with a latent"),
         (lambda: Future(torch.tensor([0.5, 0.5])), "times must increase"),
-        (lambda: Future.ticks(0, FPS), "horizon is 0"),
+        (lambda: Future.ticks(0, FPS), "at least one time"),
         (lambda: Sequence(torch.zeros(2, 3), torch.zeros(1, 3)), "embeddings have shape"),
         (lambda: Sequence(torch.zeros(2, 3, 5), torch.zeros(1, 4)), "times have shape"),
         (lambda: Sequence(torch.zeros(2, 3, 5), torch.zeros(1, 3), torch.zeros(2, 2, 1)), "actions have shape"),
