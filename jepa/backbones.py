@@ -29,11 +29,9 @@ class SmallConv(nn.Module):
             self.stages.append(nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU()))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Mean features (B, 64)."""
         return self.stages(images).mean(dim=(2, 3))
 
     def forward_intermediates(self, images: Tensor, indices: Sequence[int], **_: Any) -> list[Tensor]:
-        """Feature maps of several stages, in the order of depth."""
         maps = []
         for stage in self.stages:
             images = stage(images)
@@ -41,7 +39,6 @@ class SmallConv(nn.Module):
         return [maps[index] for index in indices]
 
     def prune_intermediate_layers(self, indices: Sequence[int], **_: Any) -> None:
-        """Drop the stages after the last that is taken."""
         self.stages = self.stages[: max(indices) + 1]
 
 
@@ -51,13 +48,8 @@ def build_backbone(
     """Backbone without its classifier.
 
     With `load`, timm builds the published network whole and loads it strictly; only then it loses its classifier. So
-    weights of another model, or a part of them, are never taken.
-
-    Args:
-        name: `small_conv` or a name of timm's.
-        image_size: (height, width) in pixels, for models with a fixed token grid.
-        load: ask the hub for the published weights.
-        weights_file: safetensors file under timm's names, taken instead.
+    weights of another model, or a part of them, are never taken. They are the hub's, or a safetensors file's, named
+    as timm does. The image size, (height, width) in pixels, is for models with a fixed token grid.
 
     Raises:
         ConfigurationError: no such backbone, image size or weights.

@@ -27,12 +27,7 @@ FAR_LEVEL = 99.0
 
 
 class Calibration(nn.Module):
-    """A calibration of one predictor.
-
-    Args:
-        ridge: fitted on the predictor's training windows.
-        horizon: ticks ahead with numbers of their own; later ones share the last.
-    """
+    """A calibration of one predictor, with ridge regression fitted on the same windows; later ticks share the last."""
 
     blend: Tensor
     error_mean: Tensor
@@ -62,13 +57,9 @@ class Calibration(nn.Module):
         return cls(Ridge(fps, context, mean=torch.zeros(dimension), std=torch.ones(dimension)), horizon)
 
     def believe(self, rolled: Tensor, ridged: Tensor, past: Sequence, ticks: Tensor) -> Tensor:
-        """The believed forecast, (B, H, *tokens, D), raw.
+        """The believed forecast, from rollouts of predictor and `ridge` from the past, (B, H, *tokens, D), raw.
 
-        Args:
-            rolled: (B, H, *tokens, D), a rollout, raw.
-            ridged: (B, H, *tokens, D), that of `ridge`.
-            past: what both started from.
-            ticks: (H,), how far ahead each is.
+        Each is so many ticks ahead, (H,).
         """
         weights = self._at(self.blend, ticks).to(rolled)  # (H, 4)
         weights = weights.view(1, len(ticks), 4, *[1] * (rolled.ndim - 2))
@@ -82,10 +73,9 @@ class Calibration(nn.Module):
         return centre + spread * (drawn - centre)
 
     def energy(self, believed: Tensor, came: Tensor, ticks: Tensor) -> Tensor:
-        """How badly embeddings that came fit what was believed, (B, H, *tokens, D) twice, raw.
+        """How badly embeddings that came fit what was believed, (B, H, *tokens, D) twice, raw, `ticks` (H,) ahead.
 
-        Returns:
-            (B, H), the mean over tokens; about 1 on ordinary video, `ticks` (H,) ahead.
+        (B, H), the mean over tokens; about 1 on ordinary video.
         """
         errors = rearrange((came - believed) / self.ridge.std, "b h ... d -> b h (...) d")
         centred = errors - self._at(self.error_mean, ticks)[:, None]
@@ -95,9 +85,8 @@ class Calibration(nn.Module):
     def percentile(self, energies: Tensor, ticks: int) -> Tensor:
         """The share of ordinary moments with less energy so many ticks ahead, in percent; any shape."""
         quantiles = self.quantiles[min(ticks, self.horizon) - 1]
-        return torch.searchsorted(quantiles, energies.to(quantiles).contiguous()).clamp(max=QUANTILES - 1) * (
-            100 / (QUANTILES - 1)
-        )
+        below = torch.searchsorted(quantiles, energies.to(quantiles).contiguous())
+        return below.clamp(max=QUANTILES - 1) * (100 / (QUANTILES - 1))
 
     def level(self, energies: Tensor, ticks: int) -> float:
         """The percentile of a video's ordinary level among those of ordinary clips; energies (N,)."""

@@ -11,11 +11,7 @@ from jepa.errors import ConfigurationError
 def principal_components(batches: Iterable[Tensor], dimension: int) -> nn.Linear:
     """Linear head onto the leading principal components of features, fitted in one pass.
 
-    Components stay on their natural scale: whitening them would give noise the same weight as signal.
-
-    Args:
-        batches: features (..., F).
-        dimension: how many components.
+    Features are (..., F). Components stay on their natural scale: whitened, noise would have the same weight as signal.
 
     Raises:
         ConfigurationError: there are fewer components than asked for.

@@ -81,8 +81,7 @@ def sequence_stats(embeddings: Tensor) -> SequenceStats:
 def encoder_alarms(embeddings: Tensor, outputs: Tensor | None) -> list[str]:
     """Alarms about an encoder, one line each; none when it is healthy.
 
-    Embeddings (B, T, *tokens, D) are of consecutive frames, `outputs` (B, T, *tokens, E) the expander's for them: None
-    where the objective sees the embeddings.
+    Embeddings (B, T, *tokens, D) are of consecutive frames, outputs (B, T, *tokens, E) the expander's, if there is one.
     """
     alarms, stats = [], {"embedding": sequence_stats(embeddings)}
     if outputs is not None:

@@ -44,16 +44,9 @@ class Encoder(nn.Module):
     pixel_std: Tensor
 
     def __init__(
-        self,
-        config: Any,
-        backbone: Any,
-        *,
-        window: int,
-        image_size: tuple[int, int],
-        tokens: tuple[int, ...],
-        features: int,
-        pixels: tuple[Sequence[float], Sequence[float]],
-    ) -> None:
+        self, config: Any, backbone: Any, *, window: int, image_size: tuple[int, int], tokens: tuple[int, ...],
+        features: int, pixels: tuple[Sequence[float], Sequence[float]],
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.backbone, self.window, self.image_size = config, backbone, window, image_size
         self.tokens, self.features, self.head = tokens, features, nn.Sequential()
@@ -133,9 +126,7 @@ class EncoderConfig(Bounded):
 class FrameEncoder(Encoder):
     """Frames (B, 3, H, W), uint8 or float in [0, 1], to embeddings (B, *tokens, D), float32.
 
-    Args:
-        config: what to build.
-        backbone: a whole one to take, with its weights; by default a new one is made, without published weights.
+    A whole backbone is taken with its weights; by default a new one is made, without published weights.
 
     Raises:
         ConfigurationError: no such backbone, or levels. That it does not take the image size shows at the first frame.
@@ -164,12 +155,7 @@ class FrameEncoder(Encoder):
             self.head.append(nn.Linear(features, config.embedding_dimension))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Embeddings (B, *tokens, D) of frames (B, 3, H, W), uint8 or float in [0, 1].
-
-        Raises:
-            ValueError: the frames have another shape.
-            ConfigurationError: the backbone does not take frames of this size.
-        """
+        """Embeddings, with gradients. Raises as `normalise`, and `ConfigurationError` if the size does not fit."""
         images = self.normalise(frames, (3, *self.image_size))
         try:
             features = self._features(images)  # (B, *tokens, F)

@@ -1,9 +1,7 @@
-"""The expander: the network that only the loss sees.
-
-VICReg decorrelates features in the expander's output space; the embedding before it keeps what prediction needs.
-"""
+"""The expander: only the loss sees its outputs, so that the embedding before it keeps what prediction needs."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -26,13 +24,9 @@ class Expander(nn.Sequential):
 
     def __init__(self, embedding_dimension: int, config: ExpanderConfig) -> None:
         layers: list[nn.Module] = []
-        inputs = embedding_dimension
-        for width in config.widths[:-1]:
-            layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
-            inputs = width
-        if config.widths:
-            layers.append(nn.Linear(inputs, config.widths[-1], bias=False))
-        super().__init__(*layers)
+        for inputs, outputs in pairwise((embedding_dimension, *config.widths)):
+            layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+        super().__init__(*layers[:-2])
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(..., D) to (..., E); all leading axes are samples of the batch normalisation."""

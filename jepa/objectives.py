@@ -12,8 +12,8 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor
 
-from jepa.config import Bounded, NotNegative, Positive, PositiveInt, Share
-from jepa.distributed import gather_rows, rank, sum_over_ranks, world_size
+from jepa.config import Bounded, NotNegative, PositiveInt, Share
+from jepa.distributed import sum_over_ranks, world_size
 
 MARGIN, EPSILON = 1.0, 1e-4
 """Standard deviation that VICReg pushes features up to, and what it adds to the variance under the root."""
@@ -122,29 +122,7 @@ class SIGReg(_Objective):
         }
 
 
-@dataclass(frozen=True)
-class InfoNCE(_Objective):
-    """NT-Xent of SimCLR (Chen et al. 2020, arXiv:2002.05709).
-
-    The cross-entropy of finding each output's other view among the 2 N - 1 other outputs of all ranks.
-    """
-
-    kind: ClassVar[str] = "infonce"
-    temperature: Positive = 0.1
-    """Divisor of the cosines. The lower, the more the nearest other frames count."""
-
-    def terms(self, views: Tensor, samples: int, generator: torch.Generator) -> Weighted:
-        unit = functional.normalize(views, dim=-1)
-        everyone = rearrange(gather_rows(rearrange(unit, "v n d -> n v d")), "n v d -> (v n) d")
-        logits = rearrange(unit, "v n d -> (v n) d") @ everyone.T / self.temperature  # (2 N, 2 N of all ranks)
-        own = torch.arange(views.shape[1], device=views.device) + rank() * views.shape[1]
-        own, other = torch.cat([own, own + samples]), torch.cat([own + samples, own])
-        logits = logits.scatter(1, own[:, None], -torch.inf)  # nobody finds itself
-        loss = sum_over_ranks(functional.cross_entropy(logits, other, reduction="sum")) / (2 * samples)
-        return {"infonce": (1.0, loss)}
-
-
-Objective = VICReg | SIGReg | InfoNCE
+Objective = VICReg | SIGReg
 
 
 def mean_square(values: Tensor, samples: int) -> Tensor:

@@ -1,8 +1,4 @@
-"""Past embeddings -> the next embedding. A predictor predicts, and nothing else.
-
-How far to believe its rollouts is said by `jepa.calibration`, the guesses to beat are in `jepa.baselines`, the networks
-inside in `jepa.networks`.
-"""
+"""Past embeddings -> the next embedding. A predictor predicts, and nothing else."""
 
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -26,8 +22,7 @@ class LatentBlock(nn.Module):
 
     def forward(self, hidden: Tensor, latent: Tensor) -> Tensor:
         scale, shift = self.modulate(latent).chunk(2, dim=-1)
-        modulated: Tensor = hidden + self.mlp(self.norm(hidden) * (1 + scale) + shift)
-        return modulated
+        return hidden + self.mlp(self.norm(hidden) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
 
 class State(NamedTuple):
@@ -46,12 +41,8 @@ class Predictor(nn.Module):
     a network f with a zero-initialised head gives e_t + sigma * f, so training starts from copying the last embedding.
     All tokens of a grid share one network and see their own past. Embeddings are raw on the way in and on the way out.
 
-    Args:
-        config: the network.
-        shape: of an embedding, (*tokens, D).
-        fps: ticks per second of the clock.
-        encoder_fingerprint: which encoder's embeddings these are.
-        action_dimension: numbers of an action; 0 without actions.
+    Embeddings of the encoder with this fingerprint have `shape`, (*tokens, D), on a clock of `fps` ticks a second; an
+    action has `action_dimension` numbers.
     """
 
     mean: Tensor
@@ -84,10 +75,7 @@ class Predictor(nn.Module):
         self.register_buffer("change_std", torch.ones(dimension))
 
     def forward(self, past: Sequence, last: int = 1, latent: Tensor | None = None) -> Tensor:
-        """What comes after each of the last embeddings, (B, last, *tokens, D), as `step` from the beginning.
-
-        The prediction after embedding t depends on those up to t only.
-        """
+        """What comes after each of the last embeddings, (B, last, *tokens, D); it depends on those up to it only."""
         return self.step(past, None, latent, last=last)[0]
 
     def step(

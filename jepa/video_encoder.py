@@ -39,9 +39,7 @@ class ClipEncoderConfig(Bounded):
 class ClipEncoder(Encoder):
     """Frames (B, window, 3, H, W), uint8 or float in [0, 1], to embeddings (B, *tokens, D), float32; never trained.
 
-    Args:
-        config: what to build.
-        model: a `VJEPA2Model` to take, with its weights; by default a new one is made.
+    A `VJEPA2Model` is taken with its weights; by default a new one is made.
 
     Raises:
         ConfigurationError: transformers is not installed, or the window does not fit the model.
@@ -77,12 +75,7 @@ class ClipEncoder(Encoder):
 
 
 def load_clip_encoder(name: str, *, tokens: Literal["vector", "grid"] = "vector", window: int = 0) -> ClipEncoder:
-    """Published clip encoder.
-
-    Args:
-        name: of a V-JEPA 2 on the hub, or a folder that holds one.
-        tokens: mean of the tokens, or the grid of them.
-        window: frames; 0: as many as it was trained on.
+    """A V-JEPA 2 of the hub, or in a folder; its window is so many frames, or (0) as many as it was trained on.
 
     Raises:
         ConfigurationError: as `ClipEncoder`; or the encoder cannot be had, or is none.

@@ -10,17 +10,15 @@ import pytest
 import torch
 
 from jepa.errors import ConfigurationError
-from jepa.objectives import EPSILON, MARGIN, InfoNCE, SIGReg, VICReg
+from jepa.objectives import EPSILON, MARGIN, SIGReg, VICReg
 
 OBJECTIVES = [
     VICReg(),
     VICReg(variance_weight=1.0, invariance_weight=2.0, covariance_weight=3.0),
     SIGReg(),
     SIGReg(share=0.3, slices=7),
-    InfoNCE(),
-    InfoNCE(temperature=0.7),
 ]
-KINDS = [VICReg, SIGReg, InfoNCE]
+KINDS = [VICReg, SIGReg]
 SHAPES = [(2, 1), (2, 9), (12, 5), (5, 12), (8, 8)]
 """Samples and features."""
 
@@ -65,17 +63,7 @@ def reference_sigreg(first, second, config):
     }
 
 
-def reference_infonce(first, second, config):
-    """SimCLR, algorithm 1, pair by pair."""
-    outputs = [row / np.linalg.norm(row) for row in (*first, *second)]
-    samples, loss = len(first), 0.0
-    for i, row in enumerate(outputs):
-        similarity = {k: math.exp(row @ outputs[k] / config.temperature) for k in range(2 * samples) if k != i}
-        loss -= math.log(similarity[(i + samples) % (2 * samples)] / sum(similarity.values())) / (2 * samples)
-    return {"infonce": (1.0, loss)}
-
-
-REFERENCES = {"vicreg": reference_vicreg, "sigreg": reference_sigreg, "infonce": reference_infonce}
+REFERENCES = {"vicreg": reference_vicreg, "sigreg": reference_sigreg}
 
 
 def reference_loss(first, second, config):
@@ -207,7 +195,7 @@ def test_bad_shapes_are_refused(kind):
 
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
-    [(VICReg, "covariance_weight", -1.0), (SIGReg, "share", 1.0), (SIGReg, "slices", 0), (InfoNCE, "temperature", 0.0)],
+    [(VICReg, "covariance_weight", -1.0), (SIGReg, "share", 1.0), (SIGReg, "slices", 0)],
 )
 def test_weights_that_make_no_sense_are_refused(kind, field, value):
     with pytest.raises(ConfigurationError, match=f"{field} is {value:g}: it must be"):
