@@ -83,11 +83,11 @@ class Judge:
         """
         self.predictor.eval()
         forecasts, _ = forecast_windows(self.predictor, self.ridge, self.windows, self.chosen)
-        horizon, folds = forecasts.came.shape[1], hold_out(forecasts.groups)
+        horizon, parts = forecasts.came.shape[1], hold_out(forecasts.groups)
         relative, bare = np.empty(horizon), np.empty(horizon)
         for step in range(horizon):
             errors = forecasts.errors(step)
-            _, left = cross_fit_blend(errors, folds)
+            _, left = cross_fit_blend(errors, parts)
             rolled, _, copied, _ = errors.square().mean(dim=(1, 2, 3)).clamp_min(1e-12).tolist()
             relative[step], bare[step] = float(left.square().mean()) / copied, rolled / copied
         metrics = {CHOSEN_BY: float(relative.mean()), "validation_rollout_relative_to_copy_last": float(bare.mean())}
