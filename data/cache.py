@@ -241,10 +241,7 @@ class Shard(NamedTuple):
     def map(self) -> np.ndarray:
         """The bytes of the file, uint8 (bytes,). Raises `CacheError` if they belong to another manifest."""
         # Not `numpy.memmap`: it keeps each file open, and a process may have 1024 open files.
-        try:
-            mapped = torch.from_file(str(self.path), size=self.size_bytes, dtype=torch.uint8).numpy()
-        except RuntimeError as error:  # which names the file
-            raise CacheError(f"{str(error).splitlines()[0]}: see who may read it, and try again") from error
+        mapped = torch.from_file(str(self.path), size=self.size_bytes, dtype=torch.uint8).numpy()
         if mapped[self.offsets["shard"] :][: len(self.id)].tobytes() != self.id:
             raise self.damaged("does not belong to its manifest")
         return mapped

@@ -8,10 +8,8 @@ import numpy as np
 from data.decoder import Damage
 from data.video import CLOCK_TOLERANCE_S, IMAGE_FPS, VideoInfo, open_video, probe_video
 
-GAP_PERIODS = 5
-"""An interval between two frames of more than this many median intervals is reported as a gap."""
-STEADY_GAP_PERIODS = 1.5
-"""The same where the rate is constant: there a single lost frame can be seen."""
+GAP_PERIODS, STEADY_GAP_PERIODS = 5, 1.5
+"""An interval of more than this many median ones is a gap; at a constant rate a single lost frame can be seen."""
 STEADY_SHARE = 0.8
 """The rate is constant if this share of the intervals is as long as the median."""
 

@@ -62,15 +62,12 @@ class Damage:
 class Decoder(Iterator[tuple[VideoFrame, float]], AbstractContextManager["Decoder"]):
     """Frames and their times in seconds, in presentation order."""
 
+    # As in `data.video.VideoInfo`, by the header:
     codec: str
     average_fps: float
-    """Average frame rate; 0 where the header has none."""
     seekable: bool
-    """Whether decoding can begin in the middle and give the same frames."""
     header_duration_s: float
-    """Duration that the header promises; 0 where it says nothing."""
     keyframes_s: tuple[float, ...]
-    """Times at which decoding can begin, as far as the container knows them."""
 
     def __init__(self, path: Path, damage: Damage | None) -> None:
         self.path, self.damage = path, damage

@@ -1,8 +1,6 @@
 import json
-import multiprocessing
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -79,10 +77,10 @@ def test_round_trip_is_exact(tmp_path, write_cache, make_provenance, clips, dtyp
     folder = write_cache(tmp_path / "new" / "cache", clips, clips_per_shard, dtype=dtype)
     assert_holds(folder, clips)
     assert EmbeddingCache(folder).provenance == make_provenance(dtype=dtype)
-    assert len(shards(folder)) == len(shards(folder, ".json")) == -(-len(clips) // clips_per_shard)
     assert remaining_clips(folder, [clip.key for clip in clips]) == []
     assert {path.name for path in folder.iterdir()} == {"cache.json", "shards", ".lock"}
-    assert {path.suffix for path in (folder / "shards").iterdir()} == {".h5", ".json"}
+    files = -(-len(clips) // clips_per_shard)
+    assert sorted(path.suffix for path in (folder / "shards").iterdir()) == [".h5"] * files + [".json"] * files
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -92,7 +90,6 @@ def test_tokens_and_other_columns_come_back_exactly(tmp_path, write_cache, clips
     assert cache.shape == (3, 2, 5)
     rows = np.array([[17, 0], [9, 9]])
     assert cache.take(rows).shape == (2, 2, 3, 2, 5)
-    assert cache.take(rows, "steering").shape == (2, 2, 2)
     assert [cache.take(rows, name).dtype for name in ("times_s", "ticks")] == [np.float64, np.int64]
     with pytest.raises(KeyError, match="brake"):
         cache.take(rows, "brake")
@@ -130,13 +127,6 @@ def test_rows_that_do_not_exist_are_refused(tmp_path, write_cache, clips, rows):
     assert cache.frames == 30
     with pytest.raises(IndexError, match="out of range: there are 30"):
         cache.take(np.array(rows))
-
-
-def test_what_is_taken_is_a_copy(tmp_path, write_cache, clips):
-    cache = EmbeddingCache(write_cache(tmp_path, clips))
-    before = cache.clip_embeddings(cache.clips[0]).copy()
-    cache.clip_embeddings(cache.clips[0])[:] = 0
-    np.testing.assert_array_equal(cache.clip_embeddings(cache.clips[0]), before)
 
 
 def test_runs_end_at_gaps(tmp_path, write_cache, make_clip):
@@ -318,41 +308,6 @@ def test_a_copy_for_another_process_is_small(tmp_path, write_cache, make_clip):
     np.testing.assert_array_equal(again.take(np.arange(cache.frames)), everything)
 
 
-def read_as_nobody(folder):
-    """What a reader without any right to write gets: embeddings, or an error's line."""
-    os.chdir(folder)
-    if os.geteuid() == 0:  # whom no permission stops
-        os.setgid(65534)
-        os.setuid(65534)
-    try:
-        (Path("shards") / "new").touch()
-    except PermissionError:
-        cache = EmbeddingCache(Path())
-        try:
-            return cache.take(np.arange(cache.frames))
-        except CacheError as error:
-            return str(error)
-    return "may write"
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("may_read", [True, False])
-def test_reading_needs_the_right_to_read_alone(tmp_path, write_cache, clips, may_read):
-    cache = EmbeddingCache(write_cache(tmp_path, clips))
-    subprocess.run(["chmod", "-R", "a=rX", tmp_path], check=True)
-    if not may_read:
-        shards(tmp_path)[0].chmod(0)
-    try:
-        with multiprocessing.get_context("fork").Pool(1) as pool:
-            got = pool.apply(read_as_nobody, (tmp_path,))
-    finally:
-        subprocess.run(["chmod", "-R", "u+rwX", tmp_path], check=True)
-    if may_read:
-        np.testing.assert_array_equal(got, cache.take(np.arange(cache.frames)))
-    else:
-        assert re.fullmatch(r"unable to open file <.*\.h5> .*Permission denied.*: see who may read it, and .*", got)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -439,18 +394,6 @@ def test_a_refused_writer_lets_go_of_the_folder(tmp_path, write_cache, make_prov
         CacheWriter(tmp_path, make_provenance(fps=9.0))
     write_cache(tmp_path, clips)
     assert refused.traceback  # kept until here: the lock must not wait for the garbage collector
-
-
-@pytest.mark.parametrize("name", [".lock", ".tmp.cache.json", "shards/.tmp.0123.h5"])
-def test_links_in_a_strangers_cache_harm_no_file_of_mine(tmp_path, write_cache, clips, name):
-    mine = tmp_path / "mine"
-    mine.write_text("precious")
-    folder = write_cache(tmp_path / "cache", clips[:2])
-    (folder / name).unlink(missing_ok=True)
-    (folder / name).symlink_to(mine)
-    write_cache(folder, clips[2:])
-    assert_holds(folder, clips)
-    assert mine.read_text() == "precious"
 
 
 @pytest.mark.parametrize(
@@ -558,7 +501,7 @@ WRITE = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from data.cache import CacheError, ClipKey, Column, Provenance
+from data.cache import ClipKey, Column, Provenance
 from data.cache_writer import CacheWriter, EmbeddedClip
 
 folder, stop_at = Path(sys.argv[1]), int(sys.argv[2])
@@ -578,30 +521,21 @@ def stop_in_the_middle(file):
         time.sleep(120)
     sync(file)
 
-try:
-    with CacheWriter(folder, provenance, clips_per_shard=2) as writer:
-        for number in range(4):
-            writer.add(clip(number))
-        synced, sync, os.fsync = 0, os.fsync, stop_in_the_middle
-        for number in range(4, 6):
-            writer.add(clip(number))
-    print("done", flush=True)
-except CacheError as error:
-    print(error, flush=True)
-    sys.exit(3)
+with CacheWriter(folder, provenance, clips_per_shard=2) as writer:
+    for number in range(4):
+        writer.add(clip(number))
+    synced, sync, os.fsync = 0, os.fsync, stop_in_the_middle
+    for number in range(4, 6):
+        writer.add(clip(number))
 """
-
-
-def writer_process(folder, stop_at=0):
-    command = [sys.executable, "-W", "error", "-c", WRITE, str(folder), str(stop_at)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 # The moments of a commit: the shard is written but has no name yet; it has one but no manifest; the manifest is
 # written but has no name yet.
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
 def test_a_kill_in_the_middle_of_writing_loses_no_committed_clip(tmp_path, write_cache, make_clip, stop_at):
-    with writer_process(tmp_path, stop_at) as process:
+    command = [sys.executable, "-W", "error", "-c", WRITE, str(tmp_path), str(stop_at)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout.readline() == "in the middle\n", process.stderr.read()
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -617,17 +551,14 @@ def test_a_kill_in_the_middle_of_writing_loses_no_committed_clip(tmp_path, write
     assert not list((tmp_path / "shards").glob(".tmp.*"))
 
 
-def test_a_second_writing_process_is_refused_and_nothing_is_lost(tmp_path, make_provenance, clips):
+def test_a_second_writer_is_refused_and_nothing_is_lost(tmp_path, make_provenance, clips):
     with CacheWriter(tmp_path, make_provenance(), clips_per_shard=2) as writer:
         for clip in clips[:3]:
             writer.add(clip)
         unfinished = tmp_path / "shards" / ".tmp.being_written.h5"
         unfinished.touch()
-        with writer_process(tmp_path) as second:
-            output, errors = second.communicate(timeout=60)
-        assert second.returncode == 3, errors
-        assert output.splitlines() == [f"{tmp_path} is being written by another process: wait for it, or stop it"]
-        assert errors == ""
+        with pytest.raises(CacheError, match="is being written by another process: wait for it, or stop it"):
+            CacheWriter(tmp_path, make_provenance())
         assert unfinished.exists()
         for clip in clips[3:]:
             writer.add(clip)

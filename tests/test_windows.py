@@ -82,20 +82,6 @@ def test_windows_that_do_not_exist_are_refused(cache, index):
             use(np.array([0, index]))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_windows_are_the_same_from_one_shard_and_from_many(tmp_path, make_clip, write_cache, dtype):
-    clips = [make_clip(f"/{at:03}.mp4", 7 + at % 5, gaps=(3,) if at % 3 else (), seed=at) for at in range(100)]
-    one, many = (
-        Windows(EmbeddingCache(write_cache(tmp_path / str(size), clips, size, dtype=dtype)), length=3)
-        for size in (100, 1)
-    )
-    assert len(list((tmp_path / "100" / "shards").glob("*.h5"))) == 1
-    assert len(list((tmp_path / "1" / "shards").glob("*.h5"))) == 100
-    order = np.random.default_rng(0).permutation(len(one))
-    np.testing.assert_array_equal(one.clip_of(order), many.clip_of(order))
-    assert torch.equal(one.take(order), many.take(order))
-
-
 def test_memory_is_by_the_run_and_not_by_the_window(tmp_path, make_clip, write_cache):
     """Neither embeddings nor windows are held: what is sent to another process is all there is."""
     sizes = []
