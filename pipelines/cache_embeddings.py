@@ -35,8 +35,8 @@ from jepa.encoder import Encoder
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
+from pipelines.run.encoders import PublishedOptions, find_encoder, keep_encoder, sample_windows
 from pipelines.run.files import read_json, to_json, versions, write_json
-from pipelines.run.published import PublishedOptions, find_encoder, keep_encoder, sample_windows
 
 OWN_NAMES = ("cache.json", "shards", "videos.jsonl", "account.json", "encoder")
 """Names of what a cache's folder holds."""

@@ -1,6 +1,5 @@
 """From videos and an encoder to a cache: published encoders by name and file, columns, precision, what is refused."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -23,14 +22,12 @@ from data.errors import DataError
 from data.synthetic import BallWorld, write_ball_clip
 from jepa.encoder import EncoderConfig, create_encoder
 from jepa.errors import ConfigurationError
-from jepa.expander import Expander, ExpanderConfig
 from pipelines import cache_embeddings
 from pipelines.cache_embeddings import Options
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
-from pipelines.run.encoders import load_encoder
+from pipelines.run.encoders import PublishedOptions, find_encoder, load_encoder
 from pipelines.run.files import write_json
-from pipelines.run.published import PublishedOptions, find_encoder
 
 ROOT = Path(__file__).parent.parent
 CLIPS = 4
@@ -185,27 +182,12 @@ def test_a_cache_holds_one_precision(embed):
         embed(precision="fp32", dtype="float32")
 
 
-def test_what_is_no_encoder_is_refused(embed, material, tmp_path):
-    expander = Expander(8, ExpanderConfig())
-    save_artefact(tmp_path / "expander", "expander", dataclasses.asdict(ExpanderConfig()), expander)
-    with pytest.raises(UserError, match=r"this is no encoder; its config\.json says expander"):
-        embed(encoder=str(tmp_path / "expander"))
-    part = tmp_path / "part"
-    shutil.copytree(material / "encoder", part)
-    weights = safetensors.torch.load_file(part / "model.safetensors")
-    safetensors.torch.save_file(dict(list(weights.items())[1:]), part / "model.safetensors")
-    with pytest.raises(UserError, match="is missing"):
-        embed(encoder=str(part))
-    with pytest.raises(UserError, match="there is no encoder here"):
-        embed(encoder=str(tmp_path / "nowhere"))
-    assert not list(tmp_path.glob("cache/cache.json"))
-
-
 @pytest.mark.parametrize(
     ("encoder", "changes", "complaint"),
     [
         ("{ours}", {"tokens": "grid"}, r"--tokens is not for --encoder .*, which is a folder: drop it"),
         ("{ours}", {"pca": 3}, r"--pca is not for"),
+        ("{ours}/nowhere", {}, r"there is no encoder here"),
         ("timm:test_resnet", {"window": 4}, r"--window is not for --encoder timm:test_resnet, which is timm: drop it"),
         ("timm:test_resnet", {"grid": (3, 4)}, r"--grid needs --tokens grid"),
         ("timm:test_resnt", {}, r"encoder is test_resnt, which timm does not know: perhaps you meant test_resnet"),
@@ -253,19 +235,18 @@ def test_a_video_that_vanishes_or_is_locked_is_listed_and_the_others_are_embedde
     assert all("o such file" in reason for reason in refused.values())
 
 
-def test_another_commands_folder_is_no_place_for_a_cache(embed, tmp_path):
-    (tmp_path / "cache").mkdir()
-    write_json(tmp_path / "cache" / "run.json", {})
-    with pytest.raises(UserError, match=r"cache holds run.json, and is no cache: take another one"):
-        embed()
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["run.json"]
-
-
-def test_a_file_is_no_place_for_a_cache(embed, tmp_path):
-    (tmp_path / "cache").write_text("mine")
-    with pytest.raises(UserError, match="cache is no folder"):
-        embed()
-    assert (tmp_path / "cache").read_text() == "mine"
+def test_what_is_there_already_is_no_place_for_a_cache(embed, tmp_path):
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "run.json", {})
+    (tmp_path / "file").write_text("mine")
+    for output, complaint in (
+        ("run", "run holds run.json, and is no cache: take another one"),
+        ("file", "is no folder"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            embed(output)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_embeddings_are_those_of_frames_at_their_times(embed, material):

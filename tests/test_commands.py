@@ -156,12 +156,6 @@ def test_help_explains_every_option(name, monkeypatch, capsys):
         assert len(" ".join(found[0].split())) > len(option) + 15, f"{option} is not explained"
 
 
-def test_a_typing_error_is_answered_with_the_right_name(capsys):
-    with pytest.raises(SystemExit):
-        call("pretrain_encoder", "--videos x --objective.variance-wieght 3")
-    assert "--objective.variance-weight" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("error", "line"),
     [

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +35,6 @@ from pipelines.pretrain_encoder import (
 )
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import UserError
-from pipelines.run.options import parse
 from pipelines.run.run import Run
 
 VECTOR = EncoderConfig(image_size=(16, 16), embedding_dimension=6)
@@ -155,21 +153,6 @@ def test_a_mistake_is_one_line(options, changes, error, message):
     with pytest.raises(error, match=message) as raised:
         main(replace(options, **changes))
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--batch-size 1", "batch_size is 1: it must be at least 2"),
-        ("--prediction-weight -1", "prediction_weight is -1: it must be at least 0"),
-        ("--objective.kind sigreg --objective.share 2", "share is 2: it must be at least 0 and below 1"),
-        ("--expander.widths 8 0", "widths is 8 0: it must be at least 1"),
-    ],
-)
-def test_a_value_out_of_bounds_is_named(monkeypatch, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["pretrain_encoder", "--videos", "V", *arguments.split()])
-    with pytest.raises(ConfigurationError, match=message):
-        parse(Options, "pretrain_encoder")
 
 
 def network(encoder=VECTOR, prediction_weight=1.0):

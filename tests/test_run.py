@@ -25,7 +25,7 @@ from data.manifest import Account
 from pipelines.run import devices, run
 from pipelines.run.checkpoints import find_fault
 from pipelines.run.command import Finished, Interrupted, UserError, explain, run_command
-from pipelines.run.devices import cores_of_this_process, describe_devices, start_accelerator, summary
+from pipelines.run.devices import cores_of_this_process, start_accelerator
 from pipelines.run.files import differences, to_json
 from pipelines.run.options import OptimizerOptions
 from pipelines.run.run import Run, decayed_groups, lr_at, step_generator
@@ -270,11 +270,6 @@ def test_a_tracker_goes_on_where_it_was_and_must_exist(tmp_path):
     assert len(list((tmp_path / "logs" / "toy_trainer").glob("events.out.tfevents.*"))) == 2
 
 
-def test_inputs_in_short_tell_lists_apart():
-    assert summary(["a", "b"]) == summary(["a", "b"]) != summary(["b", "a"])
-    assert summary(["a"]).startswith("1, fingerprint ")
-
-
 @pytest.mark.parametrize(("processes", "cores"), [("1", 6), ("4", 1), ("8", 1), ("2", 3)])
 def test_cores_are_those_granted_shared_with_other_processes(processes, cores, monkeypatch):
     monkeypatch.setattr(devices.joblib, "cpu_count", lambda: 6)
@@ -296,11 +291,6 @@ def test_one_process_computes_on_all_cores_unless_told_otherwise(chosen, launche
     monkeypatch.setattr(devices.joblib, "cpu_count", lambda: 6)
     start_accelerator()
     assert threads == ([] if expected is None else [expected])
-
-
-def test_devices_are_described():
-    described = describe_devices(start_accelerator("bf16"))
-    assert re.fullmatch(r"1 x cpu \(\d+ threads\), precision bf16", described)
 
 
 def test_what_cannot_be_started_is_refused():

@@ -1,7 +1,6 @@
 """Artefacts: folders with `config.json` and `model.safetensors` that say what they are."""
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from torch import nn
 
 from jepa.errors import ConfigurationError
 from pipelines.run.command import UserError, require
-from pipelines.run.files import discard, read_json, to_disk, write_json
+from pipelines.run.files import read_json, to_disk, write_json
 
 NAMES = ("config.json", "model.safetensors")
 Module = TypeVar("Module", bound=nn.Module)
@@ -36,11 +35,12 @@ def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> No
     except SafetensorError as error:
         raise OSError(f"{beside}: {error}") from error
     to_disk(beside / "model.safetensors")
-    aside = Path(tempfile.mkdtemp(prefix=f".old.{folder.name}.", dir=folder.parent))
+    aside = folder.with_name(f".old.{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
-        folder.rename(aside / folder.name)
+        folder.rename(aside)
     beside.rename(folder)
-    discard(aside)
+    shutil.rmtree(aside, ignore_errors=True)
     to_disk(folder.parent)
 
 
