@@ -30,7 +30,7 @@ from data.errors import DataError
 from data.manifest import Account, check_videos, file_state
 from data.sidecar import read_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
-from jepa.config import Bounded, Positive, PositiveInt
+from jepa.config import Positive, PositiveInt
 from jepa.encoder import Encoder
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
@@ -45,8 +45,8 @@ NUMBER = Column("float64")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheOptions(Bounded):
-    """Options of a cache."""
+class Options(PublishedOptions):
+    """Embed videos and keep the embeddings on disk."""
 
     videos: tuple[Path, ...]
     """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
@@ -72,11 +72,6 @@ class CacheOptions(Bounded):
     """Rate of folders of images, which have no times of their own."""
     strict: bool = False
     """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(PublishedOptions, CacheOptions):  # the cache's options first
-    """Embed videos and keep the embeddings on disk."""
 
 
 def main(options: Options) -> None:

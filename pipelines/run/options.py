@@ -62,7 +62,7 @@ def parse(options_type: type[Options], command: str, *, description: str = "") -
     Raises:
         ConfigurationError: a value lies outside its bounds, or the preset cannot be used.
     """
-    hints = get_type_hints(options_type)
+    hints, own = get_type_hints(options_type), vars(options_type).get("__annotations__", {})
     unions = {name: {one.kind: one for one in get_args(hint) if hasattr(one, "kind")} for name, hint in hints.items()}
     unions = {name: kinds for name, kinds in unions.items() if kinds}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -75,7 +75,7 @@ def parse(options_type: type[Options], command: str, *, description: str = "") -
     chosen = [(name, kinds[getattr(known, name)]) for name, kinds in unions.items() if getattr(known, name)]
     fields = [(name, kind, field(default_factory=kind)) for name, kind in chosen]
     shown: Any = make_dataclass(options_type.__name__, fields, bases=(options_type,), frozen=True)
-    for name in RunOptions.__dataclass_fields__ if issubclass(options_type, RunOptions) else ():
+    for name in [name for name in hints if name in shown.__dataclass_fields__ and name not in own]:
         shown.__dataclass_fields__[name] = shown.__dataclass_fields__.pop(name)  # help shows a command's own first
     lines = [f"--{dashed(name)}.kind: {' | '.join(kinds)}" for name, kinds in unions.items()]
     text = "\n".join([description, *lines, "--preset FILE: other defaults, such as configs/presets/laptop_cpu.yaml"])
