@@ -57,13 +57,6 @@ def test_a_probe_is_the_ridge_of_scikit_learn_at_the_penalty_that_cross_validati
     assert probe.penalties[1] > probe.penalties[0]  # what cannot be known is held back more
 
 
-def test_what_is_asked_beside_a_column_does_not_matter():
-    embeddings, targets = linear_world(noise=1.0)
-    both, alone = fit(embeddings, targets), fit(embeddings, targets[:, 1:])
-    assert both.penalties[1:] == alone.penalties
-    assert torch.allclose(both(embeddings)[:, 1:], alone(embeddings), rtol=1e-9)
-
-
 def test_penalties_are_chosen_by_group():
     """Embeddings that say which group they are from, and a target that is nothing but its group's: not to be known."""
     generator = torch.Generator().manual_seed(0)
