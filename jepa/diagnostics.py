@@ -78,21 +78,18 @@ def sequence_stats(embeddings: Tensor) -> SequenceStats:
     return SequenceStats(batch, time)
 
 
-def encoder_alarms(embeddings: Tensor, outputs: Tensor | None) -> list[str]:
+def encoder_alarms(embeddings: Tensor, outputs: Tensor) -> list[str]:
     """Alarms about an encoder, one line each; none when it is healthy.
 
-    Embeddings (B, T, *tokens, D) are of consecutive frames, outputs (B, T, *tokens, E) the expander's, if there is one.
+    Embeddings (B, T, *tokens, D) are of consecutive frames, outputs (B, T, *tokens, E) the expander's.
     """
-    alarms, stats = [], {"embedding": sequence_stats(embeddings)}
-    if outputs is not None:
-        stats["expander output"] = sequence_stats(outputs)
-    name, seen = list(stats.items())[-1]
-    if seen.batch.std < SMALLEST_OBJECTIVE_STD:
-        alarms.append(f"the {name}'s standard deviation is {seen.batch.std:.3f} (healthy: about 1)")
+    alarms, of_embeddings, of_outputs = [], sequence_stats(embeddings), sequence_stats(outputs)
+    if of_outputs.batch.std < SMALLEST_OBJECTIVE_STD:
+        alarms.append(f"the expander output's standard deviation is {of_outputs.batch.std:.3f} (healthy: about 1)")
     size = float(embeddings.float().square().mean().sqrt())
-    if stats["embedding"].batch.std < SMALLEST_EMBEDDING_STD * size:
-        alarms.append(f"the embedding's standard deviation is {stats['embedding'].batch.std / size:.4f} of its size")
-    for name, (batch, time) in stats.items():
+    if of_embeddings.batch.std < SMALLEST_EMBEDDING_STD * size:
+        alarms.append(f"the embedding's standard deviation is {of_embeddings.batch.std / size:.4f} of its size")
+    for name, (batch, time) in (("embedding", of_embeddings), ("expander output", of_outputs)):
         if batch.effective_rank < SMALLEST_RANK:
             alarms.append(f"the {name}'s effective rank is {batch.effective_rank:.1f}")
         if embeddings.shape[1] > 1 and time.std < SMALLEST_TIME_SHARE * batch.std:
