@@ -2,36 +2,30 @@ r"""Making a VICReg: an encoder of still images that never sees a label, and wha
 
   python examples/cifar10.py --images cifar10.zip --output-dir runs/cifar10
   python examples/cifar10.py --images cifar10.zip --output-dir runs/collapse --objective.variance-weight 0 --steps 300
-  python examples/cifar10.py --images cifar10.zip --output-dir runs/resnet18 --small-stem --steps 58500 \
-      --encoder.backbone resnet18 --encoder.pooling average --encoder.embedding-dimension 0 \
-      --expander.widths 2048 2048 2048 --optimizer.learning-rate 1e-3 --precision bf16
 
 The same expander, objectives and alarms as for video; the two views are one image, cropped and coloured twice, by
 torchvision. The first line reaches 57 % by nearest neighbours on two cores; the second collapses, and the alarm says
-so (the expander's outputs all become one point, which two views always agree on); the third is how public benchmarks
-train a ResNet-18, on a GPU.
+so (the expander's outputs all become one point, which two views always agree on).
 
-`--images` is a zip of `train/CLASS/*.jpg` and `test/CLASS/*.jpg`. Leaves `encoder/`, `expander/`, `accuracy.json` (test
-images classified by the nearest training images and by linear evaluation, on the embeddings, the expander's outputs,
-the untrained encoder and principal components of the pixels), `tsne.png` and the logs. Ctrl-C saves; --resume goes on.
+`--images` is a zip of `train/CLASS/*.jpg` and `test/CLASS/*.jpg`. Leaves `encoder/`, `accuracy.json` (test images
+classified by the nearest training images and by linear evaluation, on the embeddings, the expander's outputs, the
+untrained encoder and principal components of the pixels) and the logs. Ctrl-C saves; --resume goes on.
 """
 
 import copy
 import io
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
@@ -39,12 +33,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from jepa.config import Bounds, NotNegativeInt, PositiveInt, SeveralInt
+from jepa.config import NotNegativeInt, PositiveInt, SeveralInt
 from jepa.diagnostics import encoder_alarms
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, VICReg
-from pipelines.run.artefacts import load_module
 from pipelines.run.command import require, run_command
 from pipelines.run.files import write_json
 from pipelines.run.options import OptimizerOptions, RunOptions
@@ -52,8 +45,8 @@ from pipelines.run.run import Run
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """As in Wu et al. 2018 (arXiv:1805.01978), who take 200 neighbours on ImageNet."""
-WATCHED, DRAWN = 512, 2000
-"""Test images that the alarms look at while training, and that t-SNE shows."""
+WATCHED = 512
+"""Test images that the alarms look at while training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +63,8 @@ class Options(RunOptions):
     """Images in a batch, on each process, each with two views."""
     log_every: PositiveInt = 500
     """Steps between two entries in the log, each with a check for collapse."""
-    fraction: Annotated[float, Bounds("above 0 and at most 1", lambda share: 0 < share <= 1)] = 1.0
-    """Share of the images that is used, evenly over all: to see quickly that everything works."""
     workers: NotNegativeInt = 2
     """Processes that make views."""
-    small_stem: bool = False
-    """ResNets begin with 3x3 pixels and no pooling, as is usual for images of 32 pixels."""
     encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(image_size=(32, 32), embedding_dimension=128))
     expander: ExpanderConfig = field(default_factory=lambda: ExpanderConfig(widths=(512, 512, 512)))
     objective: Objective = field(default_factory=VICReg)
@@ -84,9 +73,9 @@ class Options(RunOptions):
 
 def main(options: Options) -> None:
     """Decode the images, train until two views agree and images differ, probe, save."""
-    run = Run(options, "cifar10", ("encoder", "expander", "accuracy.json", "tsne.png"))
+    run = Run(options, "cifar10", ("encoder", "accuracy.json"))
     train, test = (read_images(options.images, split, options) for split in ("train", "test"))
-    encoder = build_encoder(options.encoder, options.small_stem)
+    encoder = create_encoder(options.encoder)
     untrained = copy.deepcopy(encoder).to(run.device).eval()
     network = Network(encoder, Expander(encoder.shape[-1], options.expander))
     run.begin({"images": str(options.images), "train": len(train.labels)},
@@ -106,16 +95,12 @@ def main(options: Options) -> None:
     metrics: dict[str, Any] = {}
     artefacts: dict[str, tuple[str, Any, nn.Module]] = {}
     if run.is_main:
-        accuracy, probed = probe(network, untrained, (train, test), run.device)
+        accuracy = probe(network, untrained, (train, test), run.device)
         write_json(options.output_dir / "accuracy.json", accuracy)
-        draw_tsne(probed, test, options.output_dir / "tsne.png")
         metrics = {f"{name}_{kind}": value for name, row in accuracy.items() for kind, value in row.items()}
         for name, row in accuracy.items():
             print(f"{name:20}" + "".join(f"{kind:>8} {100 * value:6.2f} %" for kind, value in row.items()))
-        description = {"encoder": asdict(options.encoder), "small_stem": options.small_stem}
-        expander = {"embedding_dimension": encoder.shape[-1], "widths": options.expander.widths}
-        artefacts = {"encoder": ("cifar10_encoder", description, encoder),
-                     "expander": ("expander", expander, network.expander)}  # fmt: skip
+        artefacts = {"encoder": ("encoder", encoder.config, encoder)}
     run.finish(metrics, artefacts)
 
 
@@ -137,27 +122,11 @@ def read_images(path: Path, split: str, options: Options) -> Images:
         names = sorted(name for name in archive.namelist() if name.startswith(f"{split}/") and name.count("/") == 2)
         names = [name for name in names if not name.endswith("/")]
         require(bool(names), f"{path} holds no images {split}/CLASS/*")
-        names = names[:: round(1 / options.fraction)]
         folders = [name.split("/")[1] for name in names]
         classes = sorted(set(folders))
         decoded = (Image.open(io.BytesIO(archive.read(name))).convert("RGB").resize((width, height)) for name in names)
         pixels = np.stack([np.asarray(image) for image in decoded])
     return Images(pixels, np.array([classes.index(folder) for folder in folders]), classes)
-
-
-def build_encoder(config: EncoderConfig, small_stem: bool) -> FrameEncoder:
-    """An encoder with new weights."""
-    encoder = create_encoder(config)
-    if small_stem:
-        encoder.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        encoder.backbone.maxpool = nn.Identity()
-    return encoder
-
-
-def load_encoder(folder: Path) -> FrameEncoder:
-    """The encoder that a run has left."""
-    return load_module(folder, "cifar10_encoder",
-                       lambda found: build_encoder(EncoderConfig(**found["encoder"]), found["small_stem"]))  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -232,8 +201,8 @@ def embed_both(network: Network, pixels: np.ndarray, device: torch.device) -> tu
 
 def probe(
     network: Network, untrained: FrameEncoder, images: tuple[Images, Images], device: torch.device
-) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """Accuracies by representation and kind of probe, and the test images' embeddings (N, D)."""
+) -> dict[str, dict[str, float]]:
+    """Accuracies by representation and kind of probe."""
     network.eval()
     train, test = images
     found = {
@@ -253,27 +222,12 @@ def probe(
         linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3)).fit(known, train.labels)
         accuracy[name] = {"knn": float(neighbours.score(normalize(asked), test.labels)),
                           "linear": float(linear.score(asked, test.labels))}  # fmt: skip
-    return accuracy, found["embedding"][1]
+    return accuracy
 
 
 def vote(distances: np.ndarray) -> np.ndarray:
     """Weights of neighbours at distances between unit vectors: exp(cosine / temperature), but for a factor."""
     return np.exp(-np.square(distances) / 2 / TEMPERATURE)
-
-
-def draw_tsne(embeddings: np.ndarray, images: Images, path: Path) -> None:
-    """Leave a picture: embeddings (N, D) in the plane, coloured by class."""
-    every = max(1, len(embeddings) // DRAWN)
-    shown, labels = embeddings[::every], images.labels[::every]
-    plane = TSNE(perplexity=min(30, len(shown) / 4), init="pca", random_state=0).fit_transform(shown)
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
-    axis = figure.subplots()
-    for number, name in enumerate(images.classes):
-        x, y = plane[labels == number].T
-        axis.scatter(x, y, s=5, color=f"C{number % 10}", label=name)
-    axis.set(xticks=[], yticks=[], title=f"t-SNE of {len(shown):,} test images")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ from examples import adaptation, cifar10, infilling
 from examples.adaptation import adapt, earned_share, similar_errors
 from examples.direct_predictor import DirectConfig
 from examples.infilling import Infiller, InfillerConfig, draw_line, ridge_beside_line
-from examples.sentence_jepa import FIRST_BUCKET, MASK, PADDING, SentenceEncoder, Vocabulary, WordCrop, embed, read_pairs
+from examples.sentence_jepa import FIRST_BUCKET, PADDING, SentenceEncoder, Vocabulary, WordCrop, embed
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import UserError
+from pipelines.run.encoders import load_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 HORIZON, D = 4, 3
@@ -233,9 +234,8 @@ def test_cifar10_runs_and_collapse_is_seen(images, tmp_path):
     accuracy = json.loads((tmp_path / "healthy" / "accuracy.json").read_text())
     assert accuracy.keys() == {"embedding", "expander output", "untrained", "pixels (PCA)"}
     assert accuracy["embedding"]["knn"] > 0.8
-    assert (tmp_path / "healthy" / "tsne.png").stat().st_size > 5000
     assert "COLLAPSE" not in said
-    assert cifar10.load_encoder(tmp_path / "healthy" / "encoder").shape == (128,)
+    assert load_encoder(tmp_path / "healthy" / "encoder").shape == (128,)
     collapsed = ["--objective.variance-weight", "0", "--output-dir", tmp_path / "collapsed"]
     run("cifar10", *small, *collapsed)
     assert json.loads((tmp_path / "collapsed" / "metrics.json").read_text())["collapse_alarms"]
@@ -260,7 +260,7 @@ def test_words_that_training_never_saw_still_equal_themselves():
     assert seen.tolist() == [len(vocabulary) - 2, len(vocabulary) - 1]
     assert unseen[0] == unseen[1]
     assert FIRST_BUCKET <= unseen[0] < len(vocabulary) - 2
-    assert silent[0] not in (PADDING, MASK)
+    assert silent[0] != PADDING
 
 
 def test_padding_does_not_change_an_embedding():
@@ -270,15 +270,6 @@ def test_padding_does_not_change_an_embedding():
     together = encoder(torch.tensor([[7, 9, 4, 0, 0, 0], [5, 6, 7, 8, 9, 3]]))
     torch.testing.assert_close(together[:1], alone)
     assert (together[1] - alone[0]).abs().max() > 0.1
-
-
-def test_a_row_that_is_no_pair_is_named(tmp_path):
-    path = tmp_path / "pairs.csv"
-    path.write_text("One.,Two.,3.5\nOne.,Two.\n")
-    with pytest.raises(UserError, match=r"pairs.csv, row 2: One.,Two. is not sentence1,sentence2,score"):
-        read_pairs(path)
-    with pytest.raises(UserError, match="is not there: name its folder with --text"):
-        read_pairs(tmp_path / "none.csv")
 
 
 @pytest.mark.slow
@@ -301,7 +292,7 @@ def test_the_sentence_jepa_runs_and_a_small_variance_weight_collapses(tmp_path):
                  "--output-dir", tmp_path / str(weight)]  # fmt: skip
         assert "| jepa |" in run("sentence_jepa", *words)
         (record,) = json.loads((tmp_path / str(weight) / "results.json").read_text())["runs"]
-        assert record["masked_language_model"].keys() >= {"spearman", "spearman_whitened", "std", "effective_rank"}
+        assert record["untrained"].keys() >= {"spearman", "spearman_whitened", "std", "effective_rank"}
         stds[weight] = record["jepa"]["output_std"]
     # Of whole sentences, which are more alike than the crops that the objective holds at 1.
     assert stds[0.1] < 0.05 < 0.2 < stds[25.0]
