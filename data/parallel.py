@@ -29,14 +29,14 @@ def map_ahead(
 def stream_ahead(
     function: Callable[[Item], Iterable[Result]], items: Iterable[Item], *, workers: int | None = None
 ) -> Iterator[Result]:
-    """Results of a generator called with `workers` items at a time: as they come, an item's own in order.
+    """Results of a generator called with several items side by side: as they come, an item's own in order.
 
-    One result of each is prepared ahead.
+    One result of each is prepared ahead; more items are begun than there are threads, so that no thread waits.
     """
     workers = workers or joblib.cpu_count()
     streams = (iter(function(item)) for item in items)
     with ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(next, stream, _ENDED): stream for stream in islice(streams, workers)}
+        running = {pool.submit(next, stream, _ENDED): stream for stream in islice(streams, 2 * workers)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 stream, result = running.pop(future), future.result()
