@@ -120,15 +120,13 @@ def draw_futures(train: EmbeddingCache, test: EmbeddingCache, predictor_folder: 
         embeddings = torch.from_numpy(test.clip_embeddings(clip))[: len(real)]
         imagined = draw_imagined(predictor, calibration, embeddings, readout=readout)
         columns.append(np.concatenate([real.transpose(0, 2, 3, 1), imagined], axis=1))  # (T, 2 H, W, 3)
-    film = np.concatenate(columns, axis=2)
-    pictures = [Image.fromarray(frame.repeat(SCALE, axis=0).repeat(SCALE, axis=1)) for frame in film]
-    pictures[0].save(
-        folder / "imagined_future.gif", save_all=True, append_images=pictures[1:], duration=1000 // world.fps, loop=0
-    )
+    film = np.concatenate(columns, axis=2).repeat(SCALE, axis=1).repeat(SCALE, axis=2)
+    first, *others = map(Image.fromarray, film)
+    first.save(folder / "imagined_future.gif", save_all=True, append_images=others, duration=1000 // world.fps, loop=0)
     context = predictor.config.context
     moments = [context - 1, *range(context + 1, min(len(film), context + 20), 3)]
-    sheet = np.concatenate(list(film[moments][:, :, : world.size]), axis=1)
-    Image.fromarray(sheet.repeat(SCALE, axis=0).repeat(SCALE, axis=1)).save(folder / "imagined_future.png")
+    sheet = np.concatenate(list(film[moments][:, :, : SCALE * world.size]), axis=1)
+    Image.fromarray(sheet).save(folder / "imagined_future.png")
 
 
 @torch.no_grad()
@@ -143,14 +141,14 @@ def draw_imagined(
     world, context, frames = BallWorld(), predictor.config.context, len(embeddings)
     past, future = embeddings[:context], Future.ticks(frames - context, predictor.fps)
     believed = rollout(predictor, Sequence.on_clock(past[None], predictor.fps), future, calibration=calibration)[0]
-    positions = readout.probe(predictor.standardise(torch.cat([past, believed]))).reshape(frames, 2, 2).numpy()
+    read = readout.probe(predictor.standardise(torch.cat([past, believed])))
+    positions = read.reshape(frames, 2, 2, 1, 1).numpy()
     vertical, horizontal = np.mgrid[0 : world.size, 0 : world.size] + 0.5
-    film = np.empty((frames, world.size, world.size, 3))
-    for index, balls in enumerate(positions):
-        film[index] = 0.75 if index < context else 1.0
-        for (x, y), colour in zip(balls, BALL_COLOURS, strict=True):
-            cover = np.clip(world.radius + 0.5 - np.hypot(horizontal - x, vertical - y), 0, 1)[..., None]
-            film[index] = film[index] * (1 - cover) + colour * cover
+    distance = np.hypot(horizontal - positions[:, :, 0], vertical - positions[:, :, 1])  # (frames, balls, H, W)
+    covers = np.clip(world.radius + 0.5 - distance, 0, 1)[..., None]
+    film = np.where(np.arange(frames) < context, 0.75, 1.0)[:, None, None, None]
+    for ball, colour in enumerate(BALL_COLOURS):
+        film = film * (1 - covers[:, ball]) + colour * covers[:, ball]
     return (film * 255 + 0.5).astype(np.uint8)
 
 

@@ -192,8 +192,6 @@ def test_another_encoder_is_refused_and_finished_results_are_kept(judge, tmp_pat
     [
         ({"samples": 18}, "--samples is 18: a central interval of 90 % takes at least 19"),
         ({"probe_columns": ("speed",)}, "--probe-cache and --probe-columns belong together"),
-        ({"horizon": 0}, "horizon is 0: it must be at least 1"),
-        ({"windows": 0}, "windows is 0: it must be at least 1"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(judge, options, said):

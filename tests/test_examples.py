@@ -12,18 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import Matern
 
-from examples import adaptation, cifar10, infilling
-from examples.adaptation import adapt, earned_share, similar_errors
+from examples import cifar10, infilling
+from examples.adaptation import adapt, earned_share
 from examples.direct_predictor import DirectConfig
-from examples.infilling import Infiller, InfillerConfig, draw_line, ridge_beside_line
+from examples.infilling import Infiller, InfillerConfig, ridge_beside_line
 from examples.sentence_jepa import FIRST_BUCKET, PADDING, SentenceEncoder, Vocabulary, WordCrop, embed
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
-from pipelines.run.command import UserError
 from pipelines.run.encoders import load_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,18 +85,6 @@ def test_corrections_earn_their_share(useful, at_first, at_last):
     assert torch.allclose(share[-1], torch.tensor(float(at_last)), atol=1e-6)
 
 
-def test_errors_are_expected_as_by_a_gaussian_process():
-    generator = torch.Generator().manual_seed(0)
-    moments, errors = torch.randn(30, 6, generator=generator), torch.randn(30, 2, 3, generator=generator)
-    known = torch.cat([torch.zeros(20, dtype=torch.long), torch.full((10,), 15)])
-    kernel = Matern(adaptation.REACH * 6**0.5, "fixed", nu=0.5)
-    process = GaussianProcessRegressor(kernel, alpha=adaptation.NOISE, optimizer=None)
-    process.fit(moments[:15], errors[:15].flatten(1))
-    found = similar_errors(errors, moments, known)
-    assert (found[:20] == 0).all()
-    assert np.allclose(found[20:].flatten(1), process.predict(moments[20:]), atol=1e-5)
-
-
 # Infilling
 
 SMALL = InfillerConfig(longest_gap=3, context=4, width=16, depth=2, heads=2)
@@ -132,13 +117,6 @@ def test_hidden_embeddings_have_no_influence(value):
             changed = windows.clone()
             changed[:, place] += 1
             assert not torch.equal(infiller(changed, length)[hidden], before[hidden])
-
-
-def test_lines_across_gaps():
-    values = torch.tensor([7.0, 1, 0, 0, 0, 9, 2, 3])[None, :, None]
-    line, before, after = draw_line(values, torch.tensor([3]))
-    assert line[0, :, 0].tolist() == [7, 1, 3, 5, 7, 9, 2, 3]
-    assert (before[0, 2:5].tolist(), after[0, 2:5].tolist()) == ([1, 1, 1], [5, 5, 5])
 
 
 def test_an_infiller_starts_from_the_line_and_training_beats_it():
@@ -216,14 +194,6 @@ def test_batches_are_a_function_of_seed_step_and_rank(images, tmp_path):
     assert (late.views.shape, late.place) == ((10, 2, 3, 32, 32), {"step": 20})
     assert not torch.equal(batches[0].views[:, 0], batches[0].views[:, 1])
     assert cifar10.Views(train, options, rank=0, ranks=2).epoch_steps == 6
-
-
-def test_images_that_are_not_there_are_named(images, tmp_path):
-    options = cifar10.Options(images=images, output_dir=tmp_path)
-    with pytest.raises(UserError, match="there is no zip of images here"):
-        cifar10.read_images(tmp_path / "none.zip", "train", options)
-    with pytest.raises(UserError, match="holds no images val/CLASS"):
-        cifar10.read_images(images, "val", options)
 
 
 @pytest.mark.slow

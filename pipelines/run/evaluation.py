@@ -5,7 +5,6 @@ sampled futures and what is read off forecasts, which cost more, of at most `DET
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,10 +100,10 @@ class Evaluation:
         found = defaultdict[tuple[str, str], list[np.ndarray]](list)
         for chosen, more in ((detailed, True), (others, False)):
             batches = in_batches(windows, chosen, self.device, copies=10 + 4 * self.samples, doing="forecasting")
-            for some, embeddings in batches:
+            for part, embeddings in batches:
                 batch = self.forecast(embeddings)
                 errors = {(name, "mse"): squared_error(value, batch.came) for name, value in batch.forecasts.items()}
-                for key, values in (errors | (self.measure_details(batch, some) if more else {})).items():
+                for key, values in (errors | (self.measure_details(batch, chosen[part]) if more else {})).items():
                     found[key].append(values.cpu().numpy())
         measures = {key: np.concatenate(parts) for key, parts in found.items()}
         require_changing(windows.cache, bool(measures["copy_last", "mse"].any()))
@@ -193,12 +192,11 @@ def fit_readout(cache: EmbeddingCache, columns: tuple[str, ...], predictor: Pred
     if groups.max() + 1 < FOLDS:  # of few videos parts, one after the other
         groups = np.arange(len(indices)) * FOLDS // len(indices)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for some, embeddings in in_batches(frames, indices, predictor.mean.device):
-            place = np.searchsorted(indices, some)
-            yield predictor.standardise(embeddings[:, 0]), true[place], torch.from_numpy(groups[place])
-
-    return Readout(columns, fit_probe(batches(), predictor.shape))
+    batches = (
+        (predictor.standardise(embeddings[:, 0]), true[part], torch.from_numpy(groups[part]))
+        for part, embeddings in in_batches(frames, indices, predictor.mean.device)
+    )
+    return Readout(columns, fit_probe(batches, predictor.shape))
 
 
 def read_columns(windows: Windows, indices: np.ndarray, columns: tuple[str, ...]) -> Tensor:

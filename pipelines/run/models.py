@@ -90,15 +90,15 @@ def require_finite(cache: EmbeddingCache, embeddings: Tensor) -> Tensor:
 
 def in_batches(
     windows: Windows, chosen: np.ndarray, device: torch.device, *, copies: int = 8, doing: str = ""
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Numbers (B,) and embeddings (B, length, *tokens, D) of some windows, so many that memory holds their copies.
+) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of some windows, so many that memory holds their copies, and their embeddings (B, length, *tokens, D).
 
     With a progress bar where it is said what is done. Raises `UserError` where embeddings are not finite.
     """
     size = max(1, BATCH_NUMBERS // (copies * windows.length * int(np.prod(windows.cache.shape))))
     for start in tqdm(range(0, len(chosen), size), desc=doing, unit="batch", leave=False, disable=not doing):
-        some = chosen[start : start + size]
-        yield some, require_finite(windows.cache, windows.take(some)).to(device)
+        part = slice(start, start + size)
+        yield part, require_finite(windows.cache, windows.take(chosen[part])).to(device)
 
 
 def require_changing(cache: EmbeddingCache, changing: bool) -> None:
