@@ -45,6 +45,15 @@ def test_a_state_comes_back_to_the_bit(saver, tmp_path):
     assert names(tmp_path) == ["step_00000005.pt"]
 
 
+def test_a_large_state_that_was_cut_short_is_not_whole(saver, tmp_path):
+    """Of such a file torch says "Invalid argument", as if the disk could not be read now."""
+    saver.save(State(1, {"weight": torch.zeros(100_000)}, {}))
+    saver.save(State(2, {"weight": torch.ones(100_000)}, {}))
+    os.truncate(tmp_path / "step_00000002.pt", 200_000)
+    assert "BadZipFile" in find_fault(tmp_path / "step_00000002.pt")
+    assert saver.load_newest().step == 1
+
+
 def test_every_cut_is_found_and_every_bit_that_matters(saver, tmp_path):
     saver.save(state(1))
     checkpoint = tmp_path / "step_00000001.pt"

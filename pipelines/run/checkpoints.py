@@ -98,9 +98,10 @@ class Checkpoints:
 def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if it is whole. What cannot be read now, raises `OSError`."""
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # looks at tensors' places
         with ZipFile(checkpoint) as file:  # torch writes zip files, with a checksum of each part
             changed = file.testzip()
+        # Looks at tensors' places. Of a file that was cut short, which is no zip file, it would say "Invalid argument".
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         return "it has changed since it was written" if changed or state.keys() != {"shared", "own"} else ""
     except OSError:
         raise
