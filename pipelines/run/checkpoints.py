@@ -1,5 +1,6 @@
 """Complete training states on disk: renamed when they are whole, checked before they are used, read without pickle."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -98,12 +99,11 @@ class Checkpoints:
 def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if it is whole. What cannot be read now, raises `OSError`."""
     try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # looks at tensors' places
         with ZipFile(checkpoint) as file:  # torch writes zip files, with a checksum of each part
             changed = file.testzip()
-        # Looks at tensors' places. Of a file that was cut short, which is no zip file, it would say "Invalid argument".
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         return "it has changed since it was written" if changed or state.keys() != {"shared", "own"} else ""
-    except OSError:
-        raise
     except Exception as error:  # whatever damage leads to; torch's advice to let a file run code is not passed on
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is of a place that damage made up
+            raise
         return f"it cannot be read: {type(error).__name__}"
