@@ -64,15 +64,15 @@ def main(options: Options) -> None:
     trainer = {"seed": options.seed, "resume": True}
     made = {"videos": videos["train"], "fps": world.fps, "output-dir": encoder, "steps": options.encoder_steps}
     run_stage("pretrain", made | trainer)
-    for split in SPLITS:
-        made = {"videos": videos[split], "encoder": encoder / "encoder", "fps": world.fps, "columns": STATE_COLUMNS}
+    for split, source in (videos | {"one": videos["test"] / "clip_00000.mp4"}).items():
+        made = {"videos": source, "encoder": encoder / "encoder", "fps": world.fps, "columns": STATE_COLUMNS}
         run_stage("embed", made | {"output-dir": caches / split})
     made = {"train-cache": caches / "train", "validation-cache": caches / "val", "output-dir": predictor}
     run_stage("train", made | {"steps": options.predictor_steps} | trainer)
     judge = {"predictor": predictor, "overwrite": True}
     probe = {"probe-cache": caches / "train", "probe-columns": STATE_COLUMNS}
     run_stage("evaluate", {"cache": caches / "test", "output-dir": evaluation} | judge | probe)
-    run_stage("surprise", {"cache": caches / "test", "output-dir": surprise} | judge)
+    run_stage("surprise", {"cache": caches / "one", "output-dir": surprise} | judge)
     draw_futures(EmbeddingCache(caches / "train"), EmbeddingCache(caches / "test"), predictor, folder=folder)
     print(f"""
 Look at {folder}/imagined_future.gif (and .png), {folder}/evaluation/rollout.png and {folder}/surprise/pictures.
