@@ -70,6 +70,15 @@ def test_every_cut_is_found_and_every_bit_that_matters(saver, tmp_path):
             assert str(torch.load(checkpoint, weights_only=True)) == str(expected)
 
 
+def test_a_bit_that_makes_a_part_a_folder_is_found(saver, tmp_path):
+    saver.save(state(1))
+    checkpoint = tmp_path / "step_00000001.pt"
+    content = bytearray(checkpoint.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 38] ^= 1 << 4  # torch would give its tensor whatever memory holds
+    checkpoint.write_bytes(content)
+    assert find_fault(checkpoint)
+
+
 def test_the_newest_two_are_kept(saver, tmp_path):
     for step in (0, 5, 100, 20_000):
         saver.save(state(step))
