@@ -16,6 +16,8 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return module
+    if any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):
+        return module  # done before: once more, and timm's function would drop activations, too
     if any(tensor.is_cuda for tensor in module.parameters()):
         # timm's function: torch's drops the activation that timm's layers carry. Imported here, as it takes seconds.
         from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]

@@ -39,6 +39,7 @@ class Step:
     tokens: tuple[int, ...] = ()
     batch_norm: bool = True
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
 
     def run(self, rank=None):
         torch.manual_seed(0)
@@ -48,8 +49,8 @@ class Step:
         expander = Expander(EMBEDDING, ExpanderConfig((WIDTH, WIDTH))) if self.batch_norm else plain
         shape = (self.ranks * self.rows, *self.tokens, INPUTS)
         views = torch.randn(1, *shape) + 0.3 * torch.randn(2, *shape)
-        views = all_of(views.to(self.dtype), self.ranks, rank, axis=1)
-        network = nn.Sequential(encoder, expander).to(self.dtype)
+        views = all_of(views.to(self.device, self.dtype), self.ranks, rank, axis=1)
+        network = nn.Sequential(encoder, expander).to(self.device, self.dtype)
         wrapped = network if rank is None else DistributedDataParallel(synchronise_batch_norm(network))
         outputs = wrapped(views.flatten(0, 1)).unflatten(0, (2, -1))  # both views, as the command has it
         terms = self.objective(*outputs, generator=torch.Generator().manual_seed(7))
@@ -72,6 +73,7 @@ class Normalise:
     layer: str = "torch"
     dtype: torch.dtype = torch.float64
     autocast: bool = False
+    device: str = "cpu"
 
     def run(self, rank=None):
         torch.manual_seed(0)
@@ -80,12 +82,12 @@ class Normalise:
         layer = kind(self.shape[0], **dict(self.options)).to(torch.float32 if self.autocast else self.dtype)
         for parameter in layer.parameters():
             nn.init.normal_(parameter)
-        network = nn.Sequential(layer)
+        network = nn.Sequential(layer).to(self.device)
         keys = list(network.state_dict())
         parameters = list(network.parameters())
         if rank is not None:
             network = synchronise_batch_norm(synchronise_batch_norm(network))
-            assert isinstance(network[0], SynchronisedBatchNorm)
+            assert isinstance(network[0], SynchronisedBatchNorm | nn.SyncBatchNorm)
             assert list(network.state_dict()) == keys
             # An optimiser that was made before goes on.
             assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
@@ -94,7 +96,7 @@ class Normalise:
             for step in range(3):
                 network.train(step < 2)
                 batch, aim = torch.randn(2, self.ranks * self.rows, *self.shape, dtype=torch.float64)
-                batch = (batch * (1 + step) + 2).to(self.dtype)
+                batch, aim = (batch * (1 + step) + 2).to(self.device, self.dtype), aim.to(self.device)
                 inputs = all_of(batch, self.ranks, rank).clone().requires_grad_()
                 outputs.append(network(inputs))
                 loss = (outputs[-1].double() * all_of(aim, self.ranks, rank)).sum() + outputs[-1].double().pow(3).sum()
@@ -161,12 +163,12 @@ ROWS = [Rows(2, 3), Rows(2, 1), Rows(4, 3)]
 CASES = {ranks: [case for case in [*STEPS, *NORMALISATIONS, *ROWS] if case.ranks == ranks] for ranks in (2, 4)}
 
 
-def work(rank, ranks, folder):
+def work(rank, ranks, folder, cases=None, backend="gloo"):
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", timedelta(minutes=5), rank=rank, world_size=ranks
+        backend, f"file://{folder}/rendezvous", timedelta(minutes=5), rank=rank, world_size=ranks
     )
-    torch.save([case.run(rank) for case in CASES[ranks]], folder / f"{rank}.pt")
+    torch.save([case.run(rank) for case in cases or CASES[ranks]], folder / f"{rank}.pt")
     distributed.barrier()
     os._exit(0)  # gloo's threads may abort an interpreter that shuts down
 

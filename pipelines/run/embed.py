@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 from tqdm import tqdm
 
@@ -158,7 +159,8 @@ def _prepare_thread(device: torch.device) -> None:
 @torch.inference_mode()
 def _embed(accelerator: Accelerator, encoder: Encoder, frames: Tensor) -> Tensor:
     """Embeddings of uint8 frames (B, window, 3, H, W), as float32 (B, *tokens, D) on the CPU."""
-    with accelerator.autocast():
+    # Two threads would share the weights that autocast has cast, and one stream would not wait for the other's cast.
+    with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
         return encoder.embed(frames.to(accelerator.device, non_blocking=True)).float().cpu()
 
 
