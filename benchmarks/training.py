@@ -35,7 +35,6 @@ from pipelines.run.command import run_command
 
 VIDEO_FPS = 8.0
 HELD_BATCHES = 8
-DIMENSION = 64
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,14 @@ class Options(Bounded):
     """Steps of the encoder that are timed, after as many that are not; ten times as many of the predictor."""
     encoder_options: str = "--precision bf16"
     """Options of `pretrain_encoder.py`."""
+    videos: tuple[Path, ...] = ()
+    """Other videos than the driving clips."""
+    dimension: PositiveInt = 64
+    """Numbers of an embedding that the predictor learns from."""
+    width: PositiveInt = 512
+    """Width of the predictor."""
+    trainers: tuple[str, ...] = ("encoder", "predictor")
+    """Trainers to time."""
     output_dir: Path = Path("runs/benchmarks/training")
     """Where runs and results.json are left."""
 
@@ -65,8 +72,10 @@ def main(options: Options) -> None:
     torch.set_num_threads(joblib.cpu_count())
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{options.backbone}, {options.size}x{options.size}, batch {options.batch_size}, on {name}")
-    results = compare("encoder", *encoder_contestants(options, device), options)
-    results |= compare("predictor", *predictor_contestants(options, device), options)
+    contestants = {"encoder": encoder_contestants, "predictor": predictor_contestants}
+    results: dict[str, float] = {}
+    for trainer in options.trainers:
+        results |= compare(trainer, *contestants[trainer](options, device), options)
     write_results(options.output_dir, {"device": name, **results})
 
 
@@ -99,7 +108,8 @@ def encoder_contestants(
     options: Options, device: torch.device
 ) -> tuple[Callable[[], tuple[float, float]], Callable[[], float]]:
     """The command, from video; and an eager float32 loop over decoded batches on the device."""
-    paths, size = tuple(sorted(shared("driving").glob("*.mp4"))), (options.size, options.size)
+    paths = options.videos or tuple(sorted(shared("driving").glob("*.mp4")))
+    size = (options.size, options.size)
     # Flattened maps of large backbones would make a head larger than they are.
     pooling = "flatten" if options.backbone == "small_conv" else "average"
     network = {"encoder.backbone": options.backbone, "encoder.image-size": size, "encoder.pooling": pooling}
@@ -135,9 +145,9 @@ def predictor_contestants(
     caches = {"train-cache": options.output_dir / "cache", "validation-cache": options.output_dir / "validation"}
     for seed, folder in enumerate(caches.values()):
         generator = np.random.default_rng(seed)
-        clips = ((f"/{folder.name}_{clip}.mp4", generator.normal(size=(64, DIMENSION))) for clip in range(500))
-        write_cache(folder, clips, DIMENSION)
-    cache, config = EmbeddingCache(caches["train-cache"]), MLPConfig()
+        clips = ((f"/{folder.name}_{clip}.mp4", generator.normal(size=(64, options.dimension))) for clip in range(500))
+        write_cache(folder, clips, options.dimension)
+    cache, config = EmbeddingCache(caches["train-cache"]), MLPConfig(width=options.width)
     ahead = train_predictor.Options().rollout_steps
     predictor = Predictor(config, cache.shape, fps=FPS, encoder_fingerprint="benchmark")
     losses = train_predictor.Losses(predictor, torch.ones(ahead)).to(device)
@@ -156,6 +166,7 @@ def predictor_contestants(
         optimizer.step()
 
     folder, steps, given = options.output_dir / "predictor", 10 * options.steps, {"batch-size": options.batch_size}
+    given["predictor.width"] = options.width
     return (
         lambda: last_entry("train_predictor", folder, steps, caches, given),
         lambda: rate(step, steps, options.batch_size, device),
