@@ -160,7 +160,7 @@ def main(options: Options) -> None:
 
 
 def measure(name: str, measurement: Measurement, left_s: float, options: Options) -> dict[str, Any]:
-    """Run a process within its limit (in a rehearsal the budget): figures, seconds, GPU memory, the end of its output, and why it failed."""
+    """Run a process within its limit, in a rehearsal the budget: its figures, seconds, memory, and why it failed."""
     kind = "rehearsed" if options.rehearse else "whole"
     folder, log = options.work_dir.absolute() / kind / name, options.output_dir / f"{name}.log"
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ from pipelines import pretrain_encoder
 from pipelines.pretrain_encoder import Pretraining, diagnose, loss_of, relight
 from pipelines.run.devices import start_accelerator
 from pipelines.run.embed import embed_videos
-from pipelines.run.evaluation import Judged, evaluate, fit_readout
+from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.forecasts import calibrate
 from pipelines.run.judging import Judge, fit_ridge_on, measure_embeddings
 from pipelines.score_surprise import score_clips
@@ -167,9 +167,8 @@ def test_forecasts_evaluation_and_surprise_are_those_of_the_cpu(caches, network)
         judge, _ = Judge(predictor, ridge, held_out)()
         fitted, _ = calibrate(predictor, ridge, caches["val"], horizon=HORIZON)
         readout = fit_readout(caches["train"], ("speed",), predictor)
-        judged = Judged(predictor, calibration, windows)
-        found = evaluate(judged, readout=readout, resamples=20)
-        evaluate(judged, samples=19, resamples=2)  # draws of its own
+        found = Evaluation(predictor, calibration, windows, readout=readout).run(resamples=20)
+        Evaluation(predictor, calibration, windows, samples=19).run(resamples=2)  # draws of its own
         scores = list(score_clips(predictor, calibration, windows))
         surprise = [
             [*map(float, (*score.energies, *score.percentiles, *score.cosines)), score.level] for score in scores
@@ -296,7 +295,7 @@ def train(command, folder, *given, kill=False):
     """Run a trainer to its end; with `kill`, after some of its states it is killed and resumed."""
     process = start(command, *given, {"output-dir": folder})
     if kill:
-        while process.poll() is None and not (folder / "training_state" / "step_00000030").exists():
+        while process.poll() is None and not (folder / "training_state" / "step_00000030.pt").exists():
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -322,8 +321,8 @@ def runs(tmp_path_factory, videos):
 
 def left(folder):
     """Training state, weights and curve of a finished run; all but times."""
-    newest = max((folder / "training_state").iterdir())
-    state = torch.load(newest / "state.pt", weights_only=True, map_location="cpu")
+    newest = max((folder / "training_state").glob("step_*.pt"))
+    state = torch.load(newest, weights_only=True, map_location="cpu")
     rows = [json.loads(row) for row in (folder / "curve.jsonl").read_text().splitlines()]
     times = {"samples_per_second", "data_wait_fraction"}
     weights = {str(path): load_file(path) for path in sorted(folder.glob("*/model.safetensors"))}
