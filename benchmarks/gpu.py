@@ -76,8 +76,8 @@ class Measurement(NamedTuple):
 MEASUREMENTS = {
     "correctness": Measurement(
         150, "-m pytest tests/test_device.py -m '' -p no:cacheprovider --tb=short --junitxml=FOLDER/results.xml", "",
-        {"tests passed": ("tests/test_device.py: passed", ""), "tests failed": ("failed", "0"),
-         "tests skipped": ("skipped", "0")},
+        {"tests passed": ("tests of `tests/test_device.py` that pass", ""), "tests failed": ("that fail", "0"),
+         "tests skipped": ("that are skipped", "0")},
     ),
     "training": Measurement(
         120, "-m benchmarks.training --output-dir FOLDER --trainers encoder --videos VIDEOS --rounds 1 "
