@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import ROOT, descendants, markdown, read_json, shared
+from benchmarks.common import ROOT, markdown, read_json, shared
 from benchmarks.pack import pack
 from jepa.config import Bounded, Positive
 from pipelines.run.command import run_command
@@ -111,8 +111,8 @@ MEASUREMENTS = {
         "--predictor-options='--steps 4000 --rollout-steps 7 --precision bf16 --predictor.width 1024 --tracker none'",
         f"--clips 12 6 --encoder-options='--steps 4 --batch-size 16 {MNIST}' "
         "--predictor-options='--steps 20 --rollout-steps 2 --predictor.width 32 --tracker none'",
-        {"0.predictors.model.mean_to_7": ("Moving MNIST: mAP over horizons 1 to 7", "eb_jepa publishes .607"),
-         "0.predictors.true frames.mean_to_7": ("its ceiling, true frames", "")},
+        {"0.measures.mAP over 1 to 7, model": ("Moving MNIST: mAP over horizons 1 to 7", "eb_jepa publishes .607"),
+         "0.measures.mAP over 1 to 7, true frames": ("its ceiling, true frames", "")},
     ),
     "predictor": Measurement(
         60, "-m benchmarks.training --output-dir FOLDER --trainers predictor --rounds 1 "
@@ -172,16 +172,16 @@ def measure(name: str, measurement: Measurement, left_s: float, options: Options
     print(f"{name}, at most {limit_s:.0f} s: {' '.join(command)}"[:400], flush=True)
     began, failed, memory = time.monotonic(), "", 0.0
     with log.open("wb") as output:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
         while process.poll() is None and time.monotonic() - began < limit_s:
             memory = max(memory, gpu_memory_mb())
             with suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
         if process.poll() is None:
             failed = f"stopped after {limit_s:.0f} s"
-            for pid in descendants(process.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
         elif process.returncode:
             failed = f"exit code {process.returncode}"
         process.wait()

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.common import shared
 from examples import cifar10
 from jepa.config import Bounded, Positive, PositiveInt
-from jepa.encoder import EncoderConfig
+from jepa.encoder import EncoderConfig, create_encoder
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import VICReg
 from pipelines.run.command import run_command
@@ -63,10 +63,13 @@ def main(options: Options) -> None:
     """The story: images onto the device, train and probe in turn, project."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = EncoderConfig(backbone=options.backbone, image_size=(32, 32), pooling="average", embedding_dimension=0)
-    read = cifar10.Options(images=shared("images/cifar10.zip"), encoder=config, fraction=options.fraction)
-    train, test = (split_on_device(split, read, device) for split in ("train", "test"))
+    read = cifar10.Options(images=shared("images/cifar10.zip"), encoder=config)
+    train, test = (split_on_device(split, read, options.fraction, device) for split in ("train", "test"))
     torch.manual_seed(0)
-    encoder = cifar10.build_encoder(config, small_stem=options.backbone.startswith("resnet"))
+    encoder = create_encoder(config)
+    if options.backbone.startswith("resnet"):
+        encoder.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        encoder.backbone.maxpool = nn.Identity()
     network = cifar10.Network(encoder, Expander(encoder.shape[-1], ExpanderConfig(widths=options.widths)))
     network = network.to(device).to(memory_format=torch.channels_last)
     if options.compiled:
@@ -84,11 +87,12 @@ def main(options: Options) -> None:
         print(f"  {trained:6.1f} s, {done:,} steps: {100 * curve[-1]['accuracy']:.2f} %", flush=True)
 
 
-def split_on_device(split: str, read: cifar10.Options, device: torch.device) -> tuple[Tensor, Tensor]:
+def split_on_device(split: str, read: cifar10.Options, fraction: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, 3, 32, 32) and their classes (N,)."""
     images = cifar10.read_images(read.images, split, read)
     pixels = rearrange(torch.from_numpy(images.pixels), "n h w c -> n c h w")
-    return pixels.to(device), torch.from_numpy(images.labels).to(device)
+    every = round(1 / fraction)
+    return pixels[::every].to(device), torch.from_numpy(images.labels)[::every].to(device)
 
 
 def train_steps(network: cifar10.Network, images: Tensor, options: Options, device: torch.device) -> Iterator[float]:
@@ -155,7 +159,7 @@ def colours(turn: Tensor, saturation: Tensor) -> Tensor:
     return third + saturation * (angle.cos() * (one - third) + angle.sin() * cross)
 
 
-def probe(encoder: torch.nn.Module, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
+def probe(encoder: nn.Module, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
     """Share of the test images that a linear probe of the embeddings classifies rightly."""
     encoder.eval()
     with torch.no_grad(), torch.autocast(train[0].device.type, torch.bfloat16):
@@ -163,7 +167,7 @@ def probe(encoder: torch.nn.Module, train: tuple[Tensor, Tensor], test: tuple[Te
     encoder.train()
     mean, std = known.mean(dim=0), known.std(dim=0) + 1e-6
     known, asked = (known - mean) / std, (asked - mean) / std
-    linear = torch.nn.Linear(known.shape[1], 10, device=known.device)
+    linear = nn.Linear(known.shape[1], 10, device=known.device)
     optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-2, weight_decay=1e-2)
     for _ in range(200):
         loss = functional.cross_entropy(linear(known), train[1])

@@ -69,7 +69,7 @@ def main(options: Options) -> None:
 def measure(config: NetworkConfig, options: Options) -> dict[str, str | float]:
     """All figures of one kind."""
     torch.manual_seed(0)
-    kind: str = type(config).kind  # type: ignore[attr-defined]
+    kind = config.kind
     predictor = Predictor(config, (options.dimension,), fps=FPS, encoder_fingerprint="benchmark")
     predictor = predictor.to(DEVICE).eval()
     past = Sequence.on_clock(torch.randn(options.clips, config.context, options.dimension, device=DEVICE), FPS)

@@ -32,7 +32,7 @@ from data.views import Neighbours
 from data.windows import Windows
 from jepa.encoder import EncoderConfig, create_encoder
 from jepa.networks import MLPConfig, TransformerConfig
-from jepa.objectives import InfoNCE, SIGReg, VICReg
+from jepa.objectives import SIGReg, VICReg
 from jepa.predictor import Predictor
 from pipelines import pretrain_encoder
 from pipelines.pretrain_encoder import Pretraining, diagnose, loss_of, relight
@@ -84,7 +84,7 @@ def assert_near(found, expected, tolerance=1e-4):
 # Objectives and encoder
 
 
-@pytest.mark.parametrize("objective", [VICReg(), SIGReg(), InfoNCE()], ids=lambda objective: objective.kind)
+@pytest.mark.parametrize("objective", [VICReg(), SIGReg()], ids=lambda objective: objective.kind)
 @pytest.mark.parametrize("features", [16, 96])
 def test_objectives_and_their_gradients_are_those_of_float64(objective, features):
     def run(views, generator):
@@ -267,8 +267,8 @@ def test_one_rank_of_nccl_is_one_process(tmp_path):
 
 # Commands
 
-STEPS = 120
-COMMON = {"steps": STEPS, "log-every": 30, "tracker": "none", "checkpoint-every": 15, "batch-size": 16}
+STEPS = 60
+COMMON = {"steps": STEPS, "log-every": 30, "tracker": "none", "checkpoint-every": 10, "batch-size": 16}
 ENCODER = {"encoder.image-size": (32, 32), "encoder.embedding-dimension": 16, "fps": 8.0}
 PREDICTOR = {"predictor.width": 32, "predictor.depth": 1, "predictor.context": 3, "validation-horizon": 4}
 RUNS = {
@@ -295,7 +295,7 @@ def train(command, folder, *given, kill=False):
     """Run a trainer to its end; with `kill`, after some of its states it is killed and resumed."""
     process = start(command, *given, {"output-dir": folder})
     if kill:
-        while process.poll() is None and not (folder / "training_state" / "step_00000030.pt").exists():
+        while process.poll() is None and not (folder / "training_state" / "step_00000020.pt").exists():
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
