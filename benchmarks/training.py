@@ -126,9 +126,9 @@ def encoder_contestants(
 
     def step(index: int) -> None:
         frames = pretrain_encoder.relight(batches[index % HELD_BATCHES], same.views, generator)
-        _, outputs, error = learner(frames)
+        _, outputs = learner(frames)
         optimizer.zero_grad()
-        pretrain_encoder.loss_of(outputs, error, same, generator).loss.backward()
+        same.objective(outputs[:, 0], outputs[:, 1], generator=generator).loss.backward()
         optimizer.step()
 
     folder = options.output_dir / "encoder"
