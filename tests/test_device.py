@@ -8,7 +8,6 @@ import copy
 import json
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -281,7 +280,7 @@ RUNS = {
 
 
 def start(command, *given):
-    return subprocess.Popen([sys.executable, *script(command), *words(*given)], cwd=ROOT, stderr=subprocess.PIPE)
+    return subprocess.Popen([*script(command), *words(*given)], cwd=ROOT, stderr=subprocess.PIPE)
 
 
 def finish(process):
