@@ -45,6 +45,7 @@ def average_precision(logits: Tensor, occupied: Tensor, weights: np.ndarray | No
     return float(average_precision_score(occupied.flatten().numpy(), logits.flatten().numpy(), sample_weight=each))
 
 
+@torch.enable_grad()
 def fit_detection_head(
     train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], *, seed: int = 0, steps: int = STEPS
 ) -> nn.Module:

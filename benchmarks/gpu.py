@@ -46,9 +46,9 @@ class Options(Bounded):
     budget_minutes: Positive = 8.0
     """All has ended by then."""
     output_dir: Path = Path("runs/benchmarks/gpu/results")
-    """Folder for results.json and a log of each measurement."""
+    """Folder for results.json."""
     work_dir: Path = Path("runs/benchmarks/gpu/work")
-    """Folder for videos, caches and runs."""
+    """Folder for videos, caches, runs and the whole output of each measurement."""
     earlier: tuple[Path, ...] = ()
     """Results whose measurements are not made again."""
     only: tuple[str, ...] = ()
@@ -162,7 +162,8 @@ def main(options: Options) -> None:
 def measure(name: str, measurement: Measurement, left_s: float, options: Options) -> dict[str, Any]:
     """Run a process within its limit, in a rehearsal the budget: its figures, seconds, memory, and why it failed."""
     kind = "rehearsed" if options.rehearse else "whole"
-    folder, log = options.work_dir.absolute() / kind / name, options.output_dir / f"{name}.log"
+    folder = options.work_dir.absolute() / kind / name
+    log = folder / "output.log"
     folder.mkdir(parents=True, exist_ok=True)
     limit_s = left_s if options.rehearse else min(left_s, measurement.limit_s)
     command: list[str] = []
