@@ -3,6 +3,8 @@ r"""Train the frame encoder on a folder of videos, without labels.
   video-jepa pretrain --videos DIR --output-dir runs/encoder
 
 Two neighbouring frames under different light are to have like embeddings, and all frames different ones (--objective).
+With `--prediction-weight 1` the error of a small predictor, rolled out on the embeddings of longer clips, trains the
+encoder, too. That predictor only serves the encoder: train_predictor trains the one to keep, on cached embeddings.
 
 Leaves `encoder/` (`model.safetensors` and `config.json`), `metrics.json`, `account.json` (what was read, what could not
 be), `curve.jsonl` and tracker logs. Ctrl-C saves; the same command with --resume goes on.
@@ -20,17 +22,20 @@ from data.manifest import check_videos
 from data.video import IMAGE_FPS
 from data.views import Neighbours
 from jepa.batch_norm import synchronise_batch_norm
-from jepa.config import Positive, PositiveInt, SeveralInt
+from jepa.config import NotNegative, Positive, PositiveInt, SeveralInt
 from jepa.diagnostics import encoder_alarms, sequence_stats
+from jepa.distributed import sum_over_ranks, world_size
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from jepa.expander import Expander, ExpanderConfig
-from jepa.objectives import Objective, VICReg
+from jepa.objectives import Objective, Terms, VICReg
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import counted, require, run_command
 from pipelines.run.devices import cores_of_this_process, main_first, summary
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run
 
+CONTEXT, WIDTH = 4, 512
+"""Embeddings that the predictor of joint training starts from, and its width."""
 WATCHED_CLIPS, WATCHED_FRAMES = 16, 16
 """Clips that collapse is looked for in, and their least length."""
 
@@ -52,11 +57,15 @@ class Options(RunOptions):
     image_fps: Positive = IMAGE_FPS
     """Rate of folders of images, which have no times of their own."""
     batch_size: SeveralInt = 128
-    """Pairs of neighbouring frames in a batch on each process."""
+    """Clips in a batch on each process, of two frames or, with a prediction weight, more."""
     shuffle_memory: Positive = 2.0
     """Gigabytes of decoded frames on each process at most; larger data sets are streamed through them."""
     strict: bool = False
     """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
+    prediction_weight: NotNegative = 0.0
+    """Weight of the error of rollouts on the embeddings, in units of their variance, beside the objective."""
+    prediction_steps: PositiveInt = 8
+    """Steps of these rollouts."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     expander: ExpanderConfig = field(default_factory=ExpanderConfig)
     objective: Objective = field(default_factory=VICReg)
@@ -75,28 +84,30 @@ def main(options: Options) -> None:
         ),
     )  # fmt: skip
     encoder = make_encoder(options)
+    length = CONTEXT + options.prediction_steps if options.prediction_weight else 2
     inputs: dict[str, object] = {"videos": summary([(str(video.path), video.duration_s) for video in videos])}
     if options.initial_encoder is not None:
         inputs["initial_encoder"] = encoder.fingerprint
     run.begin(
         inputs,
-        f"{encoder.config.backbone}, {options.batch_size} pairs of frames in a batch on each",
+        f"{encoder.config.backbone}, {options.batch_size} clips of {length} frames in a batch on each",
         f"{counted(len(videos), 'video')}, {len(account.refused)} refused",
     )
     pretraining = synchronise_batch_norm(Pretraining(encoder, options).to(run.device))
     network = run.prepare(pretraining, options.optimizer)
     clips = FrameClips(
-        videos, encoder.image_size, fps=options.fps, batch_size=options.batch_size, length=2,
+        videos, encoder.image_size, fps=options.fps, batch_size=options.batch_size, length=length,
         seed=options.seed, rank=run.rank, ranks=run.ranks, memory_bytes=1e9 * options.shuffle_memory,
         strict=options.strict, workers=cores_of_this_process(), progress=run.is_main,
     )  # fmt: skip
     watched = read_sequences(
-        videos, encoder.image_size, fps=options.fps, clips=WATCHED_CLIPS, length=WATCHED_FRAMES
+        videos, encoder.image_size, fps=options.fps, clips=WATCHED_CLIPS, length=max(length, WATCHED_FRAMES)
     ).to(run.device)
 
     for step, batch in run.steps(clips.batches):
-        _, outputs = network(relight(batch.frames, options.views, run.generator(step)))  # (B, 2, *tokens, E)
-        terms = options.objective(outputs[:, :1], outputs[:, 1:], generator=run.generator(step, shared=True))
+        frames = relight(batch.frames, options.views, run.generator(step))  # (B, T, 3, H, W)
+        _, outputs, error = network(frames)
+        terms = loss_of(outputs, error, options, run.generator(step, shared=True))
         weighted = {f"weighted_{name}": term for name, term in terms.weighted.items()}
         run.update(terms.loss, {**terms.unweighted, **weighted}, batch.videos)
         if run.due:
@@ -111,6 +122,18 @@ def main(options: Options) -> None:
         next=f"video-jepa embed --videos {' '.join(map(str, options.videos))} "
         f"--encoder {options.output_dir}/encoder --fps {options.fps:g} --output-dir cache/train",
     )
+
+
+def loss_of(outputs: Tensor, error: Tensor | None, options: Options, generator: torch.Generator) -> Terms:
+    """The objective on outputs (B, T, *tokens, E) of neighbouring frames, and the error of rollouts. Collective."""
+    first, second = outputs[:, :-1], outputs[:, 1:]
+    terms = options.objective(first, second, generator=generator)
+    if error is None:
+        return terms
+    prediction = sum_over_ranks(error.mean()) / world_size()
+    weighted = options.prediction_weight * prediction
+    unweighted = {"prediction": prediction, **terms.unweighted}
+    return Terms(terms.loss + weighted, unweighted, {"prediction": weighted, **terms.weighted})
 
 
 def make_encoder(options: Options) -> FrameEncoder:
@@ -134,17 +157,43 @@ def make_encoder(options: Options) -> FrameEncoder:
 
 
 class Pretraining(nn.Module):
-    """Encoder and expander as one module, so that one call does all that ranks share."""
+    """Encoder, expander and joint training's predictor as one module, so that one call does all that ranks share."""
 
     def __init__(self, encoder: FrameEncoder, options: Options) -> None:
         super().__init__()
         self.encoder, self.expander = encoder, Expander(encoder.shape[-1], options.expander)
+        self.dynamics = Dynamics(encoder.shape[-1]) if options.prediction_weight else None
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Clips (B, T, 3, H, W) to embeddings (B, T, *tokens, D) and outputs (B, T, *tokens, E)."""
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Clips (B, T, 3, H, W) to embeddings (B, T, *tokens, D), outputs (B, T, *tokens, E), errors of rollouts."""
         flat = rearrange(frames, "b t c h w -> (b t) c h w")
         embeddings = rearrange(self.encoder(flat), "(b t) ... -> b t ...", b=len(frames)).float()
-        return embeddings, self.expander(embeddings)
+        return embeddings, self.expander(embeddings), self.dynamics(embeddings) if self.dynamics is not None else None
+
+
+class Dynamics(nn.Module):
+    """Rollouts of a small predictor from the first embeddings of each clip; only the loss sees it.
+
+    It starts from copying the last embedding. Embeddings are standardised by the batch, with gradients: an error in
+    their own units could be lowered for ever by shrinking them.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.standardise = nn.BatchNorm1d(dimension, affine=False)
+        last = nn.Linear(WIDTH, dimension, bias=False)
+        nn.init.zeros_(last.weight)
+        hidden = [nn.Linear(CONTEXT * dimension, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU()]
+        self.change = nn.Sequential(*hidden, last)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(B, T, *tokens, D) to squared errors (B x tokens, T - CONTEXT, D)."""
+        clips = rearrange(embeddings, "b t ... d -> (b ...) t d")
+        clips = self.standardise(clips.flatten(0, 1)).view_as(clips)
+        way = list(clips[:, :CONTEXT].unbind(dim=1))
+        while len(way) < clips.shape[1]:
+            way.append(way[-1] + self.change(torch.cat(way[-CONTEXT:], dim=1)))
+        return (torch.stack(way, dim=1) - clips)[:, CONTEXT:].square()
 
 
 def relight(clips: Tensor, views: Neighbours, generator: torch.Generator) -> Tensor:
@@ -165,7 +214,8 @@ def diagnose(network: nn.Module, clips: Tensor) -> tuple[dict[str, float], list[
     parts = [network(part) for part in clips.split(8)]
     network.train()
     embeddings, outputs = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    metrics: dict[str, float] = {}
+    errors = [float(error.mean()) for _, _, error in parts if error is not None]
+    metrics = {"prediction_on_watched_clips": sum(errors) / len(errors)} if errors else {}
     for name, value in (("embedding", embeddings), ("expander", outputs)):
         for over, stats in sequence_stats(value)._asdict().items():
             metrics |= {f"{name}_{over}_std": stats.std, f"{name}_{over}_rank": stats.effective_rank}

@@ -1,4 +1,4 @@
-"""The encoder's training: what it leaves, resuming, collapse, ranks, mistakes."""
+"""The encoder's training, alone and with a prediction term: what it leaves, resuming, collapse, ranks, mistakes."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import DataError
@@ -22,9 +23,12 @@ from jepa.errors import ConfigurationError
 from jepa.expander import ExpanderConfig
 from jepa.objectives import SIGReg, VICReg
 from pipelines.pretrain_encoder import (
+    CONTEXT,
+    Dynamics,
     Options,
     Pretraining,
     diagnose,
+    loss_of,
     main,
     make_encoder,
     relight,
@@ -63,14 +67,16 @@ def metrics_of(folder):
 
 @pytest.mark.parametrize("encoder", [VECTOR, GRID])
 @pytest.mark.parametrize("objective", [VICReg(), SIGReg(slices=8)])
-def test_an_encoder_is_left_with_all_terms_of_its_loss(options, encoder, objective):
-    options = replace(options, encoder=encoder, objective=objective)
+@pytest.mark.parametrize("prediction_weight", [0.0, 2.0])
+def test_an_encoder_is_left_with_all_terms_of_its_loss(options, encoder, objective, prediction_weight):
+    options = replace(options, encoder=encoder, objective=objective, prediction_weight=prediction_weight)
     main(options)
     metrics = metrics_of(options.output_dir)
     trained = load(options.output_dir / "encoder")
     assert trained.fingerprint == metrics["encoder_fingerprint"]
     assert trained.embed(torch.zeros(2, 1, 3, 16, 16, dtype=torch.uint8)).shape == (2, *trained.shape)
     terms = [value for name, value in metrics.items() if name.startswith("weighted_")]
+    assert ("weighted_prediction" in metrics) == (prediction_weight > 0)
     assert metrics["loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert metrics["steps"] == 6
     assert len((options.output_dir / "curve.jsonl").read_text().splitlines()) == 2
@@ -87,7 +93,7 @@ def test_without_the_variance_term_the_collapse_is_announced(options, capsys):
 
 
 def test_a_run_in_two_parts_equals_one_in_one(options, monkeypatch, tmp_path):
-    options = replace(options, checkpoint_every=2)
+    options = replace(options, prediction_weight=1.0, checkpoint_every=2)
     main(replace(options, output_dir=tmp_path / "whole"))
 
     runs = []
@@ -149,15 +155,49 @@ def test_a_mistake_is_one_line(options, changes, error, message):
     assert "\n" not in str(raised.value)
 
 
-def network(encoder=VECTOR):
+def network(encoder=VECTOR, prediction_weight=1.0):
     torch.manual_seed(0)
-    options = Options(videos=(), encoder=encoder, expander=ExpanderConfig((8, 8)))
-    return Pretraining(make_encoder(options), options)
+    options = Options(videos=(), encoder=encoder, expander=ExpanderConfig((8, 8)), prediction_weight=prediction_weight)
+    built = Pretraining(make_encoder(options), options)
+    if built.dynamics is not None:
+        nn.init.normal_(built.dynamics.change[-1].weight, std=0.1)  # it would copy
+    return built
 
 
-def some_clips(count, length=2, seed=0):
+def some_clips(count, length=CONTEXT + 3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, length, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def test_rollouts_start_by_copying_and_their_error_has_no_unit():
+    dynamics = Dynamics(5)
+    embeddings = torch.randn(3, CONTEXT + 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    errors = dynamics(embeddings)
+    assert errors.shape == (3 * 4, 2, 5)
+    unit = (embeddings - embeddings.mean(dim=(0, 1, 2))) / embeddings.std(dim=(0, 1, 2), correction=0)
+    copied = (unit[:, CONTEXT:] - unit[:, CONTEXT - 1, None]).square()
+    torch.testing.assert_close(errors.unflatten(0, (3, 4)).transpose(1, 2), copied, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dynamics(7 + 30 * embeddings), errors, rtol=1e-4, atol=1e-4)
+
+
+def test_rollouts_go_on_from_their_own_predictions():
+    dynamics = Dynamics(5).eval()
+    nn.init.normal_(dynamics.change[-1].weight)
+    embeddings = torch.randn(2, CONTEXT + 2, 5, generator=torch.Generator().manual_seed(0))
+    errors = dynamics(embeddings)
+    changed = embeddings.clone()
+    changed[:, CONTEXT] += 1
+    assert torch.equal(dynamics(changed)[:, 1], errors[:, 1])
+    assert not torch.equal(dynamics(changed)[:, 0], errors[:, 0])
+
+
+def test_the_encoder_learns_through_past_and_future():
+    built = network().eval()
+    frames = (some_clips(2, CONTEXT + 2).float() / 255).requires_grad_()
+    _, _, error = built(frames)
+    error[:, 0].mean().backward()
+    reached = frames.grad.abs().sum(dim=(0, 2, 3, 4)) > 0
+    assert reached.tolist() == [True] * CONTEXT + [True, False]
 
 
 def test_every_frame_has_light_of_its_own():
@@ -176,17 +216,18 @@ def test_clips_are_watched_in_evaluation_mode():
     metrics, alarms = diagnose(built, some_clips(20))
     assert built.training
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
-    assert metrics["expander_batch_std"] >= 0
+    assert metrics["prediction_on_watched_clips"] > 0
     assert any("expander output" in alarm for alarm in alarms)  # untrained
     assert diagnose(built, some_clips(0)) == ({}, [])
+    assert "prediction_on_watched_clips" not in diagnose(network(prediction_weight=0.0), some_clips(2))[0]
 
 
-ON_RANKS = [VECTOR, GRID]
+ON_RANKS = [(VECTOR, 1.0), (GRID, 1.0), (GRID, 0.0)]
 
 
 def gradients_of(clips, built, wrapped):
-    _, outputs = wrapped(clips)
-    terms = VICReg()(outputs[:, :1], outputs[:, 1:], generator=torch.Generator())
+    _, outputs, error = wrapped(clips)
+    terms = loss_of(outputs, error, Options(videos=(), prediction_weight=3.0), torch.Generator())
     terms.loss.backward()
     return terms.loss.detach(), {name: weight.grad for name, weight in built.named_parameters()}
 
@@ -195,8 +236,8 @@ def work(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder}/rendezvous", timedelta(minutes=5), rank=rank, world_size=2)
     found = []
-    for encoder in ON_RANKS:
-        built = network(encoder)
+    for encoder, prediction_weight in ON_RANKS:
+        built = network(encoder, prediction_weight)
         synchronise_batch_norm(built)
         wrapped = DistributedDataParallel(built, find_unused_parameters=True)
         found.append(gradients_of(some_clips(8).chunk(2)[rank], built, wrapped))
@@ -208,8 +249,8 @@ def work(rank, folder):
 def test_two_ranks_equal_one_process(tmp_path):
     multiprocessing.start_processes(work, (tmp_path,), 2, start_method="spawn")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for index, encoder in enumerate(ON_RANKS):
-        built = network(encoder)
+    for index, (encoder, prediction_weight) in enumerate(ON_RANKS):
+        built = network(encoder, prediction_weight)
         loss, gradients = gradients_of(some_clips(8), built, built)
         for found in ranks:
             assert found[index][0].item() == pytest.approx(loss.item(), rel=1e-6)
