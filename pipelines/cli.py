@@ -8,8 +8,13 @@ Starts one process; many are started by `accelerate launch pipelines/pretrain_en
 """
 
 import ast
+import base64
+import csv
+import hashlib
 import importlib
+import re
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 COMMANDS = {
@@ -23,6 +28,7 @@ COMMANDS = {
     "surprise": "score_surprise",
 }
 """Words and their modules, in the order in which a person needs them."""
+NAME, PACKAGES = "video-jepa", ("jepa", "data", "pipelines")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -36,12 +42,30 @@ def usage() -> str:
     )
 
 
-def main() -> None:
-    """Look whether our packages are ours, then run the command that the first word names."""
-    for package in ("jepa", "data", "pipelines"):  # other distributions own packages of these names, too
+def check_packages() -> None:
+    """Warn of another distribution with a package of our names, or exit where ours is not whole.
+
+    Two such distributions share a folder: the one installed later overwrites files of the other, and pip is silent.
+    """
+    for package in PACKAGES:
         found = importlib.import_module(package).__file__
         if Path(found or "").resolve() != ROOT / package / "__init__.py":
             sys.exit(f"error: import {package} finds {found}, not {ROOT / package}: take an environment of its own")
+    records = {one.name: one.read_text("RECORD") or "" for one in distributions() if one.locate_file("") == ROOT}
+    rows = [row for row in csv.reader(records.pop(NAME, "").splitlines()) if row[0].endswith(".py")]
+    others = [name for name, rows in records.items() if re.search(rf"^({'|'.join(PACKAGES)})/", rows, re.MULTILINE)]
+    names, mend = " and ".join(others) or "another distribution", f"give {NAME} an environment of its own"
+    for file, digest, _ in rows:  # file, sha256=digest, size
+        content = (ROOT / file).read_bytes() if (ROOT / file).exists() else b""
+        if digest != "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode():
+            sys.exit(f"error: {names} has overwritten {ROOT / file} or taken it away: {mend}")
+    if others:
+        print(f"warning: {NAME} has overwritten files of {names}, which may not work any more: {mend}", file=sys.stderr)
+
+
+def main() -> None:
+    """Look whether our packages are ours, then run the command that the first word names."""
+    check_packages()
     word = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if word in ("-h", "--help"):
         print(usage())

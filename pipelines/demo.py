@@ -7,11 +7,8 @@ commands that one runs on one's own videos, and draws the imagined future beside
 where it was.
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +22,10 @@ from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
-from pipelines.run.command import require, run_command
+from pipelines.run.command import run_command
 from pipelines.run.evaluation import Readout, fit_readout
 from pipelines.run.models import load_predictor
+from pipelines.run.stages import run_stage
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 SHOWN_CLIPS = 4
@@ -84,26 +82,6 @@ On your own videos, in folders for training, validation and test:
   video-jepa train --train-cache cache/train --validation-cache cache/val --output-dir runs/predictor
   video-jepa evaluate --cache cache/test --predictor runs/predictor --output-dir runs/evaluation
   video-jepa surprise --cache cache/test --predictor runs/predictor --output-dir runs/surprise""")
-
-
-def run_stage(command: str, options: dict[str, Any]) -> None:
-    """Show a command and run it, its messages on this screen; Ctrl-C reaches both, and we wait for it to save.
-
-    Raises `UserError` where it stopped with an error, which it has explained itself.
-    """
-    words = [command]
-    for name, value in options.items():
-        values = [] if value is True else value if isinstance(value, tuple) else [value]
-        words += [f"--{name}", *map(str, values)]
-    print(f"\n$ video-jepa {' '.join(words)}", flush=True)
-    # In the folder of our packages, which Python then finds first; all paths are absolute.
-    process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *words], cwd=Path(__file__).parents[1])
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # after which subprocess.run would kill it
-        process.wait()
-        raise
-    require(status == 0, f"{command} stopped as it says above (exit code {status}): run this again to go on")
 
 
 def draw_futures(train: EmbeddingCache, test: EmbeddingCache, predictor_folder: Path, *, folder: Path) -> None:

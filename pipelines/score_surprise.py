@@ -1,12 +1,14 @@
 r"""When does a video do what the world model did not expect?
 
   video-jepa surprise --cache cache/test --predictor runs/predictor --output-dir runs/surprise
+  video-jepa surprise --videos VIDEO... --encoder runs/encoder/encoder --predictor runs/predictor
 
-Leaves `surprise.csv` (a row for each frame with enough past), `peaks.csv` (the most surprising moments of each video,
-with a `rank`), `pictures/NAME.png` (both curves) and `peaks/NAME.png` (each peak among the frames around it). Energy is
-the error of the believed forecast in units of what is usual (mean 1); the percentile says how much of ordinary video
-has less. The change cosine says whether things went as expected, from 1 by 0 to -1: its mean over seconds notices what
-goes wrong for longer, such as a film that runs backwards.
+The second embeds the videos first, into OUTPUT/cache. Leaves `surprise.csv` (a row for each frame with enough past),
+`peaks.csv` (the most surprising moments of each video, with a `rank`), `pictures/NAME.png` (both curves) and
+`peaks/NAME.png` (each peak among the frames around it). Energy is the error of the believed forecast in units of what
+is usual (mean 1); the percentile says how much of ordinary video has less. The change cosine says whether things went
+as expected, from 1 by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a film that runs
+backwards.
 """
 
 import csv
@@ -34,6 +36,7 @@ from pipelines.run.command import counted, require, require_one_process, run_com
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import in_batches, load_predictor, open_cache
 from pipelines.run.pictures import Scores, draw_peaks, draw_surprise, plain
+from pipelines.run.stages import run_stage
 
 COLUMNS = ("time_s", "energy", "percentile", "change_cosine")
 
@@ -42,8 +45,12 @@ COLUMNS = ("time_s", "energy", "percentile", "change_cosine")
 class Options(Bounded):
     """Score how surprising each moment of a video is to the world model."""
 
-    cache: Path = Path("cache/test")
+    cache: Path | None = None
     """Embeddings of the videos to score."""
+    videos: tuple[Path, ...] = ()
+    """Videos to embed and score, instead of a cache."""
+    encoder: str = "runs/encoder/encoder"
+    """Encoder of the predictor's embeddings; for videos."""
     predictor: Path = Path("runs/predictor")
     """Run folder of train_predictor: the predictor and its calibration."""
     output_dir: Path = Path("runs/surprise")
@@ -61,13 +68,14 @@ def main(options: Options) -> None:
     require_one_process()
     folder, device = options.output_dir, Accelerator().device
     output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "pictures", "peaks"))
+    require(bool(options.videos) != bool(options.cache), "give --cache, or --videos to embed first")
     predictor, calibration = load_predictor(options.predictor, device)
     require(
         options.horizon <= calibration.horizon,
         f"--horizon is {options.horizon}, and the calibration knows what is usual up to {calibration.horizon} ticks "
         "ahead: lower it, or run video-jepa calibrate with a larger one",
     )
-    cache = open_cache(options.cache, predictor)
+    cache = open_cache(options.cache or embed(options, predictor.fps), predictor)
     windows = Windows(cache, predictor.config.context + options.horizon)
     output.begin({"provenance": cache.provenance, "clips": len(cache.clips)})
     for name in ("pictures", "peaks"):
@@ -90,6 +98,15 @@ def main(options: Options) -> None:
     if silent:
         print(f"{counted(silent, 'video')} without {windows.length} frames in a row: not scored")
     print(f"wrote {folder}/surprise.csv and peaks.csv, and pictures of each video in pictures and peaks")
+
+
+def embed(options: Options, fps: float) -> Path:
+    """The cache of the videos in the output folder, in which what is there already is not embedded again."""
+    cache = (options.output_dir / "cache").absolute()
+    encoder = str(Path(options.encoder).absolute()) if Path(options.encoder).is_dir() else options.encoder
+    videos = tuple(path.absolute() for path in options.videos)
+    run_stage("embed", {"videos": videos, "encoder": encoder, "fps": fps, "output-dir": cache})
+    return cache
 
 
 @torch.no_grad()

@@ -1,16 +1,91 @@
-"""The command `video-jepa`, from a clone and installed."""
+"""The command `video-jepa`, from a clone, and installed beside another distribution with a package of our names."""
 
 import os
+import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines import cli
 from pipelines.run.options import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
+OTHER = """
+build-system = {requires = ["setuptools>=77"], build-backend = "setuptools.build_meta"}
+project = {name = "other-data", version = "1.0"}
+tool.setuptools.packages = ["data"]
+"""
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    """Ours and another that owns `data/__init__.py` and `data/loading.py`, built from copies."""
+    folder = tmp_path_factory.mktemp("wheels")
+    for name in ("jepa", "data", "pipelines"):
+        shutil.copytree(ROOT / name, folder / "ours" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "ours")
+    (folder / "other" / "data").mkdir(parents=True)
+    (folder / "other" / "pyproject.toml").write_text(OTHER)
+    for name in ("__init__", "loading"):
+        (folder / "other" / "data" / f"{name}.py").write_text('OWNER = "other"\n')
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "ours", folder / "other")
+    return {"ours": next(folder.glob("video_jepa*.whl")), "other": next(folder.glob("other_data*.whl"))}
+
+
+def pip(*arguments):
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """An environment with nothing in it; libraries are borrowed from this one, behind its own."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    own = tmp_path / "venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    (own / "borrowed.pth").write_text(str(Path(np.__file__).parents[1]) + "\n")
+    return tmp_path / "venv"
+
+
+def change(environment, *arguments):
+    pip("--python", environment / "bin" / "python", *arguments)
+
+
+def run(environment, *arguments):
+    """The command in a folder without anything of ours; the exit code and what it complains of."""
+    variables = os.environ | {"PYTHONPATH": ""}
+    command = [environment / "bin" / "video-jepa", *arguments]
+    ended = subprocess.run(command, cwd=environment, capture_output=True, text=True, env=variables)
+    return ended.returncode, ended.stderr
+
+
+def test_installed_after_another_with_our_name_it_works_and_says_whom_it_broke(wheels, environment):
+    (environment / "data").mkdir()  # a folder of somebody's data is no package
+    change(environment, "install", "--no-deps", wheels["ours"])
+    assert run(environment, "inspect", "--help") == (0, "")
+    change(environment, "uninstall", "--yes", "video-jepa")
+    for name in ("other", "ours"):
+        change(environment, "install", "--no-deps", wheels[name])
+    code, complaint = run(environment, "--help")
+    assert (code, complaint.count("\n")) == (0, 1)
+    assert "warning: video-jepa has overwritten files of other-data, which may not work any more" in complaint
+
+    change(environment, "uninstall", "--yes", "other-data")  # takes our data/__init__.py away
+    code, complaint = run(environment, "--help")
+    assert code == 1
+    assert complaint.count("\n") == 1
+
+
+def test_overwritten_by_another_with_our_name_it_refuses_and_names_it(wheels, environment):
+    for name in ("ours", "other"):
+        change(environment, "install", "--no-deps", wheels[name])
+    code, complaint = run(environment, "--help")
+    assert code == 1
+    assert "error: other-data has overwritten" in complaint
+    assert "data/__init__.py or taken it away: give video-jepa an environment of its own" in complaint
 
 
 @pytest.mark.parametrize("package", ["jepa", "data"])

@@ -64,7 +64,7 @@ def world(tmp_path_factory):
     call("train_predictor", f"{caches} {PREDICTOR} {run}/predictor")
     judge = f"--predictor {folder}/predictor --output-dir {folder}"
     call("evaluate_rollout", f"--cache {folder}/cache/test --horizon 4 {judge}/evaluation")
-    call("score_surprise", f"--cache {folder}/cache/test {judge}/surprise")
+    call("score_surprise", f"--videos {folder}/test --encoder {folder}/encoder/encoder {judge}/surprise")
     return folder
 
 
@@ -76,6 +76,7 @@ def test_the_journey_leaves_what_it_promises(world):
         json.loads((world / run / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert json.loads((world / "encoder" / "metrics.json").read_text())["refused_videos"] == 1
     assert "notes.mp4" in (world / "encoder" / "account.json").read_text()
+    assert len((world / "surprise" / "peaks.csv").read_text().splitlines()) > 4  # a head and the peaks of each video
 
 
 @pytest.mark.parametrize(

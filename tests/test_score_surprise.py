@@ -110,6 +110,8 @@ def test_an_unfinished_run_is_replaced_and_a_finished_one_kept(world, tmp_path):
 
 
 def test_what_cannot_be_scored_is_refused(world, tmp_path, make_clip, write_cache, damage_cache):
+    with pytest.raises(UserError, match="give --cache, or --videos"):
+        score(world, tmp_path / "run", videos=("x.mp4",))
     with pytest.raises(UserError, match="the calibration knows what is usual up to 4"):
         score(world, tmp_path / "run", horizon=9)
     broken = damage_cache(write_cache(tmp_path / "broken", [make_clip("/videos/x.mp4", 30)]))

@@ -1,0 +1,33 @@
+"""One command that runs another, as a person would."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines.run.command import require
+
+
+def run_stage(command: str, options: dict[str, Any]) -> None:
+    """Show a command and run it, its messages on this screen; Ctrl-C reaches both, and we wait for it to save.
+
+    Args:
+        command: a word of `video-jepa`.
+        options: by name; True for a switch, a tuple for several values.
+
+    Raises:
+        UserError: it stopped with an error, which it has explained itself.
+    """
+    words = [command]
+    for name, value in options.items():
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        words += [f"--{name}", *map(str, values)]
+    print(f"\n$ video-jepa {' '.join(words)}", flush=True)
+    # In the folder of our packages, which Python then finds first; all paths are absolute.
+    process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *words], cwd=Path(__file__).parents[2])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # after which subprocess.run would kill it
+        process.wait()
+        raise
+    require(status == 0, f"{command} stopped as it says above (exit code {status}): run this again to go on")
