@@ -173,8 +173,10 @@ def measure(name: str, measurement: Measurement, left_s: float, options: Options
     print(f"{name}, at most {limit_s:.0f} s: {' '.join(command)}"[:400], flush=True)
     began, failed, memory = time.monotonic(), "", 0.0
     with log.open("wb") as output:
+        # Threads of a rehearsal would wait in busy loops for cores that others use.
+        environment = os.environ | ({"LOKY_MAX_CPU_COUNT": "1", "OMP_NUM_THREADS": "1"} if options.rehearse else {})
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
         )
         while process.poll() is None and time.monotonic() - began < limit_s:
             memory = max(memory, gpu_memory_mb())
