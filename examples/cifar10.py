@@ -2,14 +2,17 @@ r"""Making a VICReg: an encoder of still images that never sees a label, and wha
 
   python examples/cifar10.py --images cifar10.zip --output-dir runs/cifar10
   python examples/cifar10.py --images cifar10.zip --output-dir runs/collapse --objective.variance-weight 0 --steps 300
+  python examples/cifar10.py --images cifar10.zip --output-dir runs/resnet18 --steps 58500 --precision bf16 \
+      --encoder.backbone resnet18 --encoder.pooling average --encoder.embedding-dimension 0 \
+      --expander.widths 2048 2048 2048 --optimizer.learning-rate 1e-3
 
 The same expander, objectives and alarms as for video; the two views are one image, cropped and coloured twice, by
 torchvision. The first line reaches 57 % by nearest neighbours on two cores; the second collapses, and the alarm says
-so (the expander's outputs all become one point, which two views always agree on).
+so (the expander's outputs all become one point, which two views always agree on); the third is a ResNet-18, on a GPU.
 
 `--images` is a zip of `train/CLASS/*.jpg` and `test/CLASS/*.jpg`. Leaves `encoder/`, `accuracy.json` (test images
 classified by the nearest training images and by linear evaluation, on the embeddings, the expander's outputs, the
-untrained encoder and principal components of the pixels) and the logs. Ctrl-C saves; --resume goes on.
+untrained encoder and principal components of the pixels), `tsne.png` and the logs. Ctrl-C saves; --resume goes on.
 """
 
 import copy
@@ -23,9 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
@@ -45,8 +50,8 @@ from pipelines.run.run import Run
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """As in Wu et al. 2018 (arXiv:1805.01978), who take 200 neighbours on ImageNet."""
-WATCHED = 512
-"""Test images that the alarms look at while training."""
+WATCHED, DRAWN = 512, 2000
+"""Test images that the alarms look at while training, and that t-SNE shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ class Options(RunOptions):
 
 def main(options: Options) -> None:
     """Decode the images, train until two views agree and images differ, probe, save."""
-    run = Run(options, "cifar10", ("encoder", "accuracy.json"))
+    run = Run(options, "cifar10", ("encoder", "accuracy.json", "tsne.png"))
     train, test = (read_images(options.images, split, options) for split in ("train", "test"))
     encoder = create_encoder(options.encoder)
     untrained = copy.deepcopy(encoder).to(run.device).eval()
@@ -95,8 +100,9 @@ def main(options: Options) -> None:
     metrics: dict[str, Any] = {}
     artefacts: dict[str, tuple[str, Any, nn.Module]] = {}
     if run.is_main:
-        accuracy = probe(network, untrained, (train, test), run.device)
+        accuracy, embedded = probe(network, untrained, (train, test), run.device)
         write_json(options.output_dir / "accuracy.json", accuracy)
+        draw_tsne(embedded, test, options.output_dir / "tsne.png")
         metrics = {f"{name}_{kind}": value for name, row in accuracy.items() for kind, value in row.items()}
         for name, row in accuracy.items():
             print(f"{name:20}" + "".join(f"{kind:>8} {100 * value:6.2f} %" for kind, value in row.items()))
@@ -201,8 +207,8 @@ def embed_both(network: Network, pixels: np.ndarray, device: torch.device) -> tu
 
 def probe(
     network: Network, untrained: FrameEncoder, images: tuple[Images, Images], device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Accuracies by representation and kind of probe."""
+) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+    """Accuracies by representation and kind of probe, and the test images' embeddings (N, D)."""
     network.eval()
     train, test = images
     found = {
@@ -222,12 +228,27 @@ def probe(
         linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3)).fit(known, train.labels)
         accuracy[name] = {"knn": float(neighbours.score(normalize(asked), test.labels)),
                           "linear": float(linear.score(asked, test.labels))}  # fmt: skip
-    return accuracy
+    return accuracy, found["embedding"][1]
 
 
 def vote(distances: np.ndarray) -> np.ndarray:
     """Weights of neighbours at distances between unit vectors: exp(cosine / temperature), but for a factor."""
     return np.exp(-np.square(distances) / 2 / TEMPERATURE)
+
+
+def draw_tsne(embeddings: np.ndarray, images: Images, path: Path) -> None:
+    """Leave a picture: embeddings (N, D) in the plane, coloured by class."""
+    every = max(1, len(embeddings) // DRAWN)
+    shown, labels = embeddings[::every], images.labels[::every]
+    plane = TSNE(perplexity=min(30, len(shown) / 4), init="pca", random_state=0).fit_transform(shown)
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axis = figure.subplots()
+    for number, name in enumerate(images.classes):
+        x, y = plane[labels == number].T
+        axis.scatter(x, y, s=5, color=f"C{number % 10}", label=name)
+    axis.set(xticks=[], yticks=[], title=f"t-SNE of {len(shown):,} test images")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

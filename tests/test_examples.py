@@ -201,6 +201,7 @@ def test_cifar10_runs_and_collapse_is_seen(images, tmp_path):
     small = f"--images {images} --steps 80 --batch-size 24 --log-every 80 --tracker none --workers 0".split()
     small += ["--expander.widths", "64", "8"]
     said = run("cifar10", *small, "--output-dir", tmp_path / "healthy")
+    assert (tmp_path / "healthy" / "tsne.png").stat().st_size > 1000
     accuracy = json.loads((tmp_path / "healthy" / "accuracy.json").read_text())
     assert accuracy.keys() == {"embedding", "expander output", "untrained", "pixels (PCA)"}
     assert accuracy["embedding"]["knn"] > 0.8
