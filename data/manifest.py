@@ -8,7 +8,6 @@ looked at, so that nothing is lost if the process dies; a file that has not chan
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
-from data.image_sequence import FEWEST_IMAGES, find_zipped_sequences, is_image, is_image_sequence, split_zip
+from data.image_sequence import FEWEST_IMAGES, is_image
 from data.parallel import map_ahead
 from data.video import IMAGE_FPS, VideoInfo, probe_video
 
@@ -85,28 +84,19 @@ class Account:
 def find_videos(paths: Sequence[Path]) -> list[Path]:
     """All videos under `paths`: files as they are named, folders searched recursively; resolved, sorted, each once.
 
-    A folder that holds at least two images and no video file is an image sequence, as are such folders inside a zip.
+    A folder that holds at least two images and no video file is an image sequence.
     Raises `VideoError` if a path does not exist, or is a folder without videos.
     """
     found: set[Path] = set()
     for path in paths:
-        if not (path.exists() or is_image_sequence(path)):
+        if not path.exists():
             raise VideoError(f"{path}: no such file or folder")
-        files = _videos_inside(path) if path.is_dir() else [path]
-        videos = [video.resolve() for file in files for video in _sequences_in(file)]
-        if not videos and path.is_dir():
+        videos = [video.resolve() for video in (_videos_inside(path) if path.is_dir() else [path])]
+        if not videos:
             suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
             raise VideoError(f"{path}: no videos in this folder (looked for {suffixes}, and folders of images)")
-        found.update(videos or [path.resolve()])
+        found.update(videos)
     return sorted(found)
-
-
-def _sequences_in(file: Path) -> list[Path]:
-    """A video itself; of a zip file the sequences in it, which may be none."""
-    if file.suffix.lower() == ".zip" and file.is_file():
-        with suppress(VideoError):  # opening it will say why
-            return find_zipped_sequences(file)
-    return [file]
 
 
 def _videos_inside(folder: Path) -> Iterator[Path]:
@@ -117,8 +107,9 @@ def _videos_inside(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(os.path.realpath(where))
-        videos = [Path(where, name) for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES | {".zip"}]
-        yield from filter(Path.is_file, videos)
+        videos = [Path(where, name) for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
+        zips = [Path(where, name) for name in names if name.lower().endswith(".zip")]  # opening them will say: unpack
+        yield from filter(Path.is_file, videos + zips)
         if not videos and sum(map(is_image, names)) >= FEWEST_IMAGES:
             yield Path(where)
     yield from (Path(error.filename) for error in closed)
@@ -126,8 +117,7 @@ def _videos_inside(folder: Path) -> Iterator[Path]:
 
 def file_state(path: Path) -> FileState:
     """A video as it lies on disk now, or `OSError`; a change of any of its images changes a folder."""
-    split = split_zip(path)
-    status = (split[0] if split else path).stat()
+    status = path.stat()
     images = [image.stat() for image in path.iterdir() if is_image(image.name)] if path.is_dir() else []
     size_bytes = sum(image.st_size for image in images or [status])
     return FileState(str(path.resolve()), size_bytes, max(file.st_mtime_ns for file in (status, *images)))

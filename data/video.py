@@ -22,7 +22,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from data.decoder import Damage, Decoder, VideoDecoder, VideoError
-from data.image_sequence import ImageSequenceDecoder, is_image_sequence
+from data.image_sequence import ImageSequenceDecoder
 
 FrameSize = tuple[int, int]
 """(height, width) in pixels."""
@@ -63,8 +63,8 @@ class VideoInfo:
 
 
 def open_video(path: Path, damage: Damage | None, image_fps: float = IMAGE_FPS) -> Decoder:
-    """A video file, or a folder of images, be it inside a zip file, ready to be decoded. Raises `VideoError`."""
-    return ImageSequenceDecoder(path, image_fps, damage) if is_image_sequence(path) else VideoDecoder(path, damage)
+    """A video file, or a folder of images, ready to be decoded. Raises `VideoError`."""
+    return ImageSequenceDecoder(path, image_fps, damage) if path.is_dir() else VideoDecoder(path, damage)
 
 
 def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:

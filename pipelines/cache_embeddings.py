@@ -49,7 +49,7 @@ class Options(PublishedOptions):
     """Embed videos and keep the embeddings on disk."""
 
     videos: tuple[Path, ...]
-    """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
+    """Folders (searched recursively), video files, folders of images, and manifests."""
     encoder: str = "runs/encoder/encoder"
     """Encoder: a folder of ours, timm:MODEL, or hf:MODEL of transformers."""
     output_dir: Path = Path("cache/train")

@@ -45,7 +45,7 @@ class Options(RunOptions):
     """Train a frame encoder on videos, without labels."""
 
     videos: tuple[Path, ...]
-    """Folders (searched recursively), video files, folders of images, zips of them, and manifests."""
+    """Folders (searched recursively), video files, folders of images, and manifests."""
     output_dir: Path = Path("runs/encoder")
     """Folder for the encoder, its metrics and its logs."""
     steps: PositiveInt = 1000

@@ -1,6 +1,4 @@
 import zipfile
-from itertools import islice
-from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from data.clock import read_on_clock
 from data.counting import count_frames
 from data.decoder import Damage, VideoError
 from data.frames_at import read_frames_at
-from data.image_sequence import split_zip
 from data.manifest import check_videos, find_videos, index_videos
 from data.video import probe_video
 
@@ -27,14 +24,6 @@ def write_images(folder, names, numbers=None):
     return folder
 
 
-def zip_folder(folder, path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(folder))
-    return path
-
-
 @pytest.fixture
 def numbered(read_number):
     """(number in the pixels, time) of every image."""
@@ -45,18 +34,10 @@ def numbered(read_number):
     return read
 
 
-@pytest.fixture(params=["folder", "zip", "folder in zip"])
-def sequence(request, tmp_path):
-    """Forty images, 000000.png to 000039.png, as a folder or in a zip file."""
-    folder = write_images(tmp_path / "frames", [f"{index:06d}.png" for index in range(40)])
-    if request.param == "folder":
-        return folder
-    if request.param == "zip":
-        (path,) = find_videos([zip_folder(folder, tmp_path / "frames.ZIP")])
-        return path
-    (path,) = find_videos([zip_folder(tmp_path, tmp_path.parent / f"{tmp_path.name}.zip")])
-    assert path.name == "frames"
-    return path
+@pytest.fixture
+def sequence(tmp_path):
+    """Forty images, 000000.png to 000039.png."""
+    return write_images(tmp_path / "frames", [f"{index:06d}.png" for index in range(40)])
 
 
 def test_images_are_frames(sequence, numbered):
@@ -186,31 +167,15 @@ def test_a_damaged_image_is_left_out_and_noted(tmp_path, numbered, content):
         content, content
     )
     victim.write_bytes(content)
-    for path in (folder, find_videos([zip_folder(folder, tmp_path / "frames.zip")])[0]):
-        damage = Damage()
-        assert numbered(path, image_fps=10, damage=damage) == [(index, index / 10) for index in range(10) if index != 4]
-        assert len(damage.breaks) == 1
-        assert damage.breaks[0].startswith("image 004.png cannot be decoded (")
-        assert "004.png" in count_frames(path, 10).damage
-        assert len(count_frames(path, 10).gaps_s) == 0 or count_frames(path, 10).gaps_s[0][0] == pytest.approx(0.3)
-        with pytest.raises(VideoError, match=r"frames.*: image 004\.png cannot be decoded"):
-            numbered(path, image_fps=10)
-
-
-def test_a_damaged_member_of_a_zip_is_left_out_and_noted(tmp_path, numbered):
-    folder = write_images(tmp_path / "frames", [f"{index}.png" for index in range(5)])
-    path = tmp_path / "frames.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, file.name)
-        info = archive.getinfo("2.png")
-    content = bytearray(path.read_bytes())
-    at = info.header_offset + 30 + len("2.png")
-    content[at : at + info.compress_size] = b"\xff" * info.compress_size
-    path.write_bytes(content)
     damage = Damage()
-    assert [number for number, _ in numbered(path, damage=damage)] == [0, 1, 3, 4]
-    assert damage.breaks[0].startswith("image 2.png cannot be decoded (")
+    assert numbered(folder, image_fps=10, damage=damage) == [(index, index / 10) for index in range(10) if index != 4]
+    assert len(damage.breaks) == 1
+    assert damage.breaks[0].startswith("image 004.png cannot be decoded (")
+    info = count_frames(folder, 10)
+    assert "004.png" in info.damage
+    assert len(info.gaps_s) == 0 or info.gaps_s[0][0] == pytest.approx(0.3)
+    with pytest.raises(VideoError, match=r"frames.*: image 004\.png cannot be decoded"):
+        numbered(folder, image_fps=10)
 
 
 @pytest.mark.parametrize("names", [[], ["1.jpg"]])
@@ -234,45 +199,19 @@ def test_nested_folders_are_sequences_of_their_own(tmp_path, numbered):
         write_images(root / name, ["1.png", "2.png", "3.png"])
     write_images(root / "poor", ["1.png"])
     assert find_videos([root]) == [root / "a" / "deep", root / "b"]
-    archive = zip_folder(root, tmp_path / "all.zip")
-    assert find_videos([archive]) == [archive / "a" / "deep", archive / "b"]
-    assert split_zip(archive / "a" / "deep") == (archive, PurePosixPath("a/deep"))
-    assert numbered(archive / "a" / "deep", image_fps=10) == [(0, 0), (1, 0.1), (2, 0.2)]
-    assert find_videos([tmp_path]) == [archive / "a" / "deep", archive / "b", root / "a" / "deep", root / "b"]
-    assert find_videos([archive / "b"]) == [archive / "b"]
+    assert numbered(root / "a" / "deep", image_fps=10) == [(0, 0), (1, 0.1), (2, 0.2)]
 
 
-def test_damaged_zips_are_refused_by_name_and_others_passed_over(tmp_path):
+def test_a_zip_is_refused_and_listed_and_hides_nothing_beside_it(tmp_path):
     folder = write_images(tmp_path / "frames", [f"{index}.png" for index in range(3)])
-    whole = zip_folder(folder, tmp_path / "whole.zip").read_bytes()
-    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty.zip").touch()
-    with zipfile.ZipFile(tmp_path / "labels.zip", "w") as archive:
-        archive.writestr("labels.csv", "1,2")
-    _, account = check_videos([tmp_path], fps=4, progress=False)
-    assert account.refused.keys() == {str(tmp_path / "cut.zip"), str(tmp_path / "empty.zip")}
-    assert all("not a readable zip file" in reason for reason in account.refused.values())
-    with pytest.raises(VideoError, match=r"labels\.zip: not a readable video, but a folder with 0 images"):
-        check_videos([tmp_path / "labels.zip"], fps=4, progress=False)
-    with pytest.raises(VideoError, match=r"whole\.zip/nowhere: .* 0 images"):
-        probe_video(tmp_path / "whole.zip" / "nowhere")
-    with pytest.raises(VideoError, match=r"missing\.zip: no such file"):
-        find_videos([tmp_path / "missing.zip"])
-
-
-def test_a_zip_with_flipped_bytes_is_read_or_refused(tmp_path):
-    folder = write_images(tmp_path / "frames", [f"{index}.png" for index in range(6)])
-    whole = zip_folder(folder, tmp_path / "whole.zip").read_bytes()
-    mutated = tmp_path / "mutated.zip"
-    for seed in range(150):
-        generator = np.random.default_rng(seed)
-        content = np.frombuffer(whole, np.uint8).copy()
-        flips = int(generator.integers(1, 12))
-        content[generator.integers(len(content), size=flips)] ^= generator.integers(1, 256, flips, dtype=np.uint8)
-        mutated.write_bytes(content.tobytes())
-        (record,) = index_videos([mutated], None, look=count_frames, progress=False)
-        # Names in the directory of a zip have no checksum: an image that is called otherwise cannot be missed.
-        assert record.video is not None or "mutated.zip" in record.refused
+    archive = folder / "images.ZIP"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(folder / "1.png", "1.png")
+    videos, account = check_videos([tmp_path], fps=4, progress=False)
+    assert [video.path for video in videos] == [folder]
+    assert list(account.refused) == [str(archive)]
+    with pytest.raises(VideoError, match=r"images\.ZIP: not a readable video \(.*\): unpack it"):
+        check_videos([archive], fps=4, progress=False)
 
 
 def test_a_changed_image_changes_the_sequence(tmp_path):
@@ -303,10 +242,3 @@ def test_another_rate_is_another_index(tmp_path):
         (record,) = index_videos([folder], manifest, look=look, image_fps=image_fps, progress=False)
         assert record.video.average_fps == image_fps
     assert rates == [10, 30, 29.97]
-
-
-def test_a_shared_zip_of_images(shared):
-    sequences = find_videos([shared / "images" / "cifar10.zip"])
-    assert len(sequences) == 20
-    frames = list(islice(read_frames(sequences[3], (32, 32)), 5))
-    assert len(frames) == 5
