@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.clock import clock_offsets_s, read_on_clock
+from data.clock import read_on_clock
 from data.decoder import Damage, VideoError
 from data.manifest import Account
 from data.parallel import map_ahead, stream_ahead
@@ -81,8 +81,6 @@ class FrameClips:
     """Clips in a batch, on this rank."""
     length: int = 2
     """Frames in a clip."""
-    clocks: int = 1
-    """Each video is sampled on this many clocks, shifted against each other."""
     seed: int = 0
     rank: int = 0
     """This process; each reads its own share of the segments (all of them, if there are too few)."""
@@ -97,7 +95,6 @@ class FrameClips:
     """Show a progress bar while the first block is decoded."""
 
     def __post_init__(self) -> None:
-        self.offsets_s = clock_offsets_s(self.fps, self.clocks)
         self.memory_frames = self.memory_bytes / (3 * self.size[0] * self.size[1])
         self.segments = [segment for video in self.videos for segment in self._segments(video)]
         self.account = Account()
@@ -178,34 +175,33 @@ class FrameClips:
     def _read(self, unwanted: Event, segment: Segment) -> Part:
         video, damage, reached_s = segment.video, Damage(), segment.start_s
         timed_frames = read_on_clock(
-            video.path, self.size, fps=self.fps, offsets_s=self.offsets_s, start_s=segment.start_s,
+            video.path, self.size, fps=self.fps, start_s=segment.start_s,
             end_s=segment.end_s + (self.length - 1) / self.fps,  # so that no clip is lost between two segments
             damage=None if self.strict else damage, image_fps=video.average_fps,
         )  # fmt: skip
         clips: list[tuple[np.ndarray, ...]] = []
-        histories: list[deque[np.ndarray]] = [deque(maxlen=self.length) for _ in self.offsets_s]
-        last_ticks = [-1] * len(histories)
-        for frame, time_s, tick, clock in timed_frames:
+        neighbours: deque[np.ndarray] = deque(maxlen=self.length)
+        last_tick = -1
+        for frame, time_s, tick, _ in timed_frames:
             if unwanted.is_set():
                 break
-            if tick != last_ticks[clock] + 1:
-                histories[clock].clear()
-            histories[clock].append(frame)
-            last_ticks[clock], reached_s = tick, time_s
-            if len(histories[clock]) == self.length:
-                clips.append(tuple(histories[clock]))
+            if tick != last_tick + 1:
+                neighbours.clear()
+            neighbours.append(frame)
+            last_tick, reached_s = tick, time_s
+            if len(neighbours) == self.length:
+                clips.append(tuple(neighbours))
         return Part(segment, clips, max(0.0, min(reached_s, segment.end_s) - segment.start_s), damage)
 
     def _segments(self, video: VideoInfo) -> Iterator[Segment]:
         """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""
-        ticks_per_second = self.fps * len(self.offsets_s)
         # An eighth: several segments share a block, and the block shares the memory with the next one.
-        longest_s = self.memory_frames / 8 / ticks_per_second
+        longest_s = self.memory_frames / 8 / self.fps
         # What cannot be sought in is decoded from its beginning for each part: as few of them as memory allows.
         wanted_s = min(SEGMENT_S if video.seekable else math.inf, longest_s)
         latest_s = 2 * min(SEGMENT_S, longest_s)  # rather a little long than decoded from the keyframe before
         duration_s = video.duration_s or SEGMENT_S  # unknown: in one piece, taken for a minute when memory is planned
-        rate = min(ticks_per_second, video.average_fps or ticks_per_second)  # clocks share frames, each held once
+        rate = min(self.fps, video.average_fps or self.fps)
         start_s = 0.0
         while start_s < math.inf:
             middle_s = start_s + wanted_s

@@ -80,14 +80,6 @@ def test_neighbours_are_one_tick_of_the_clock_apart(videos, numbers_in):
     assert len(pairs) == sum((length - 1) // 2 for length in LENGTHS)
 
 
-def test_more_clocks_give_the_pairs_that_one_clock_passes_over(videos, numbers_in):
-    pairs, _ = epoch_of(loader_of(videos, fps=5, clocks=2), numbers_in)
-    assert len(pairs) == len(set(pairs))
-    assert set(pairs) == {
-        (100 * video + at, 100 * video + at + 2) for video, length in enumerate(LENGTHS) for at in range(length - 2)
-    }
-
-
 @pytest.mark.parametrize("length", [2, 4])
 def test_no_clip_across_a_gap_in_the_recording(tmp_path, encode_video, numbers_in, length):
     times_s = np.concatenate([np.arange(12), 30 + np.arange(9)]) / 10
