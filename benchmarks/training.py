@@ -125,10 +125,10 @@ def encoder_contestants(
     generator = torch.Generator(device).manual_seed(0)
 
     def step(index: int) -> None:
-        frames = pretrain_encoder.relight(batches[index % HELD_BATCHES], same.views, generator)
-        _, outputs = learner(frames)
+        frames = same.views(batches[index % HELD_BATCHES], generator)
+        _, outputs, error = learner(frames)
         optimizer.zero_grad()
-        same.objective(outputs[:, 0], outputs[:, 1], generator=generator).loss.backward()
+        pretrain_encoder.loss_of(outputs, error, same, generator).loss.backward()
         optimizer.step()
 
     folder = options.output_dir / "encoder"

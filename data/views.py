@@ -1,13 +1,14 @@
-"""The two views of a training sample: what an embedding must keep is what the two have in common.
+"""The views of a training sample: what an embedding must keep is what they have in common.
 
-Whole batches at once, on the batch's device, with parameters drawn for each sample, all randomness from one generator:
-a batch is a pure function of (frames, state of the generator).
+Whole batches at once, on the batch's device, all randomness from one generator: views are a pure function of (frames,
+state of the generator).
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
+from einops import rearrange
 from torch import Tensor
 
 LIGHT_CELLS = 8
@@ -16,11 +17,11 @@ LIGHT_CELLS = 8
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Consecutive frames under changing light.
+    """Consecutive frames, each under light of its own.
 
-    What moves predictably stays in the embedding; independent light and shade on each view make everything static and
-    textured useless, because without them the easiest thing to keep is which clip this is. No crops: they would make
-    position useless too.
+    What moves predictably stays in the embedding; independent light and shade make everything static and textured
+    useless, because without them the easiest thing to keep is which clip this is. No crops: they would make position
+    useless too.
     """
 
     light_amplitude: float = 0.1
@@ -28,10 +29,11 @@ class Neighbours:
     pixel_noise: float = 0.05
     """Standard deviation of the noise added to each pixel."""
 
-    def __call__(self, frames: Tensor, following: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two views, float (B, 3, H, W) in [0, 1], of frames and those one tick later, uint8 (B, 3, H, W) each."""
-        first, second = (images.float() / 255 for images in (frames, following))
-        return self._relight(first, generator), self._relight(second, generator)
+    def __call__(self, clips: Tensor, generator: torch.Generator) -> Tensor:
+        """Views, float (B, T, 3, H, W) in [0, 1], of clips uint8 (B, T, 3, H, W)."""
+        images = rearrange(clips, "b t c h w -> (t b) c h w").float() / 255
+        views = torch.cat([self._relight(half, generator) for half in images.chunk(2)])
+        return rearrange(views, "(t b) c h w -> b t c h w", b=len(clips))
 
     def _relight(self, images: Tensor, generator: torch.Generator) -> Tensor:
         batch, channels, height, width = images.shape

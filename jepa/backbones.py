@@ -1,6 +1,5 @@
 """Backbones of frame encoders: timm's, and a small convolutional one."""
 
-import difflib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -61,9 +60,7 @@ def build_backbone(
     import timm  # here, because it takes seconds, and every command would wait for it
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [SMALL_CONV, *timm.list_models()], n=3, cutoff=0.5)
-        hint = f"perhaps you meant {' or '.join(near)}" if near else "timm.list_models() lists all names"
-        raise ConfigurationError("backbone", f"is {name}, which timm does not know: {hint}")
+        raise ConfigurationError("backbone", f"is {name}, which timm does not know: timm.list_models() lists all")
     if weights_file and (weights_file.suffix != ".safetensors" or not weights_file.is_file()):
         raise ConfigurationError("weights", f"{weights_file}: there is no such safetensors file")
     overlay = {"file": str(weights_file)} if weights_file else None

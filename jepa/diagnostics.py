@@ -26,12 +26,10 @@ SMALLEST_PREDICTED_SHARE = 0.25
 
 
 class CollapseStats(NamedTuple):
-    """Standard deviation and effective rank of embeddings; plain numbers."""
+    """Root mean square over features of the standard deviation, and rank between 1 and the number of features."""
 
     std: float
-    """Root mean square over features of the standard deviation."""
     effective_rank: float
-    """Between 1 and the number of features."""
 
 
 class SequenceStats(NamedTuple):

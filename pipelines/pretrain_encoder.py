@@ -105,7 +105,7 @@ def main(options: Options) -> None:
     ).to(run.device)
 
     for step, batch in run.steps(clips.batches):
-        frames = relight(batch.frames, options.views, run.generator(step))  # (B, T, 3, H, W)
+        frames = options.views(batch.frames, run.generator(step))  # (B, T, 3, H, W)
         _, outputs, error = network(frames)
         terms = loss_of(outputs, error, options, run.generator(step, shared=True))
         weighted = {f"weighted_{name}": term for name, term in terms.weighted.items()}
@@ -194,15 +194,6 @@ class Dynamics(nn.Module):
         while len(way) < clips.shape[1]:
             way.append(way[-1] + self.change(torch.cat(way[-CONTEXT:], dim=1)))
         return (torch.stack(way, dim=1) - clips)[:, CONTEXT:].square()
-
-
-def relight(clips: Tensor, views: Neighbours, generator: torch.Generator) -> Tensor:
-    """Clips uint8 (B, T, 3, H, W) with each frame under light of its own, float in [0, 1].
-
-    Light that stayed for a clip would be what two frames have in common, and the easiest thing to predict.
-    """
-    early, late = rearrange(clips, "b t c h w -> (t b) c h w").chunk(2)
-    return rearrange(torch.cat(views(early, late, generator)), "(t b) c h w -> b t c h w", b=len(clips))
 
 
 @torch.no_grad()

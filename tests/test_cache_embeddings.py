@@ -190,7 +190,7 @@ def test_a_cache_holds_one_precision(embed):
         ("{ours}/nowhere", {}, r"there is no encoder here"),
         ("timm:test_resnet", {"window": 4}, r"--window is not for --encoder timm:test_resnet, which is timm: drop it"),
         ("timm:test_resnet", {"grid": (3, 4)}, r"--grid needs --tokens grid"),
-        ("timm:test_resnt", {}, r"encoder is test_resnt, which timm does not know: perhaps you meant test_resnet"),
+        ("timm:test_resnt", {}, r"encoder is test_resnt, which timm does not know"),
         ("timm:small_conv", {}, r"encoder_weights are published for models of timm, not for small_conv"),
         ("timm:test_vit", {"image_size": (0, 0)}, r"encoder_weights .*does not hold the weights of test_vit"),
         ("timm:test_resnet", {"tokens": "grid", "levels": (7,)}, r"levels is 7: test_resnet has 0 to 4"),

@@ -34,7 +34,7 @@ from jepa.networks import MLPConfig, TransformerConfig
 from jepa.objectives import SIGReg, VICReg
 from jepa.predictor import Predictor
 from pipelines import pretrain_encoder
-from pipelines.pretrain_encoder import Pretraining, diagnose, relight
+from pipelines.pretrain_encoder import Pretraining, diagnose, loss_of
 from pipelines.run.devices import start_accelerator
 from pipelines.run.embed import embed_videos
 from pipelines.run.evaluation import Evaluation, fit_readout
@@ -102,21 +102,23 @@ def test_objectives_and_their_gradients_are_those_of_float64(objective, features
     torch.testing.assert_close(found[1], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize("grid", [(0, 0), (2, 3)])
-def test_an_encoder_learns_from_frames(grid, tmp_path):
+@pytest.mark.parametrize(("grid", "weight"), [((0, 0), 1.0), ((2, 3), 0.0)])
+def test_an_encoder_learns_from_frames(grid, weight, tmp_path):
     config = EncoderConfig(image_size=(32, 32), grid=grid, head_widths=(16,), embedding_dimension=8)
-    options = pretrain_encoder.Options(videos=(tmp_path,), encoder=config)
+    options = pretrain_encoder.Options(
+        videos=(tmp_path,), encoder=config, prediction_weight=weight, prediction_steps=3
+    )  # fmt: skip
     torch.manual_seed(0)
     network = Pretraining(create_encoder(config), options)
     frames = torch.randint(256, (4, 7, 3, 32, 32), dtype=torch.uint8)
-    expected = [output.detach() for output in network.eval()(frames)]
+    expected = [output.detach() for output in network.eval()(frames)[:2]]
     with on_device() as device:
         network.to(device)
-        found = [output.detach().cpu() for output in network(frames.to(device))]
+        found = [output.detach().cpu() for output in network(frames.to(device))[:2]]
         generator = torch.Generator(device).manual_seed(0)
-        views = relight(network.train() and frames.to(device), Neighbours(), generator)
-        _, outputs = network(views)
-        options.objective(outputs[:, :-1], outputs[:, 1:], generator=generator).loss.backward()
+        views = Neighbours()(network.train() and frames.to(device), generator)
+        _, outputs, error = network(views)
+        loss_of(outputs, error, options, generator).loss.backward()
         assert all(weights.grad.device.type == device.type for weights in network.parameters())
         metrics, _ = diagnose(network, frames.to(device))
     assert all(np.isfinite(value) for value in metrics.values())
@@ -273,8 +275,8 @@ RUNS = {
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
     "compiled": {"precision": "bf16", "execution": "compiled", "steps": 30},
-    "whole": {"execution": "deterministic"},
-    "killed": {"execution": "deterministic"},
+    "whole": {"execution": "deterministic", "prediction-weight": 1.0},
+    "killed": {"execution": "deterministic", "prediction-weight": 1.0},
 }
 """Encoders."""
 

@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import DataError
 from data.synthetic import BallWorld, write_ball_clip
-from data.views import Neighbours
 from jepa.batch_norm import synchronise_batch_norm
 from jepa.encoder import EncoderConfig, FrameEncoder
 from jepa.errors import ConfigurationError
@@ -31,7 +30,6 @@ from pipelines.pretrain_encoder import (
     loss_of,
     main,
     make_encoder,
-    relight,
 )
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import UserError
@@ -198,16 +196,6 @@ def test_the_encoder_learns_through_past_and_future():
     error[:, 0].mean().backward()
     reached = frames.grad.abs().sum(dim=(0, 2, 3, 4)) > 0
     assert reached.tolist() == [True] * CONTEXT + [True, False]
-
-
-def test_every_frame_has_light_of_its_own():
-    grey = torch.full((3, 5, 3, 16, 16), 128, dtype=torch.uint8)
-    lit = relight(grey, Neighbours(pixel_noise=0.0), torch.Generator().manual_seed(0))
-    assert lit.shape == grey.shape
-    flat = lit.flatten(0, 1).flatten(1)
-    assert (torch.cdist(flat, flat) + torch.eye(15) > 0.1).all()
-    unlit = relight(some_clips(3), Neighbours(light_amplitude=0.0, pixel_noise=0.0), torch.Generator())
-    assert torch.equal(unlit, some_clips(3).float() / 255)  # in the order that they came in
 
 
 def test_clips_are_watched_in_evaluation_mode():
