@@ -61,7 +61,7 @@ def shared(name: str) -> Path:
 def words(*given: object) -> list[str]:
     """Words of a command line: paths absolute, mappings as options, sequences one by one.
 
-    `words("--fps", 4, {"predictor.kind": "gru", "resume": True})` is `--fps 4 --predictor.kind gru --resume`.
+    `words("--fps", 4, {"predictor.kind": "mlp", "resume": True})` is `--fps 4 --predictor.kind mlp --resume`.
     """
     found: list[str] = []
     for word in given:

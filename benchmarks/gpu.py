@@ -126,7 +126,7 @@ MEASUREMENTS = {
         60, "-m benchmarks.rollout --output-dir FOLDER --width 1024 --dimension 512 --clips 1024",
         "--width 32 --dimension 8 --clips 8 --horizon 20 --rounds 1",
         {f"{kind}.{key}": (f"rollout, {kind}, 1024 wide, {name}: imagined frames a second", "")
-         for kind in ("mlp", "transformer", "gru")
+         for kind in ("mlp", "transformer")
          for key, name in (("imagined frames a second", "float32"), ("the same in bf16", "bf16"))},
     ),
 }  # fmt: skip

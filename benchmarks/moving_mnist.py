@@ -30,7 +30,6 @@ from benchmarks.detection import average_precision, fit_detection_head, occupied
 from benchmarks.digits import FPS, SIZE, STATE_COLUMNS, read_digits, write_digit_videos
 from data.cache import EmbeddingCache
 from data.windows import Windows
-from jepa.baselines import CopyLast, Mean
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
@@ -108,9 +107,9 @@ def find_digits(folder: Path, split: str, seed: int) -> Figures:
     found = {
         "true frames": embeddings[:, CONTEXT:],
         "model": rollout(predictor, past, future, calibration=calibration),
-        "copy_last": rollout(CopyLast(FPS), past, future),
+        "copy_last": embeddings[:, CONTEXT - 1, None].expand(-1, HORIZON, -1),
         "ridge": rollout(calibration.ridge, past, future),
-        "mean": rollout(Mean(FPS, predictor.mean), past, future),
+        "mean": predictor.mean.expand_as(embeddings[:, CONTEXT:]),
     }
     occupied = cells_of_digits(windows.cache, windows.rows(indices)[:, CONTEXT:])
     precision = {}

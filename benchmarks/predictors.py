@@ -34,7 +34,7 @@ class Options(SeedOptions):
 
     runs: tuple[Path, ...]
     """Folders that hold `cache/train`, `cache/val` and `cache/test`."""
-    kinds: tuple[str, ...] = ("mlp", "transformer", "gru", "direct")
+    kinds: tuple[str, ...] = ("mlp", "transformer", "direct")
     """Kinds of predictor."""
     steps: PositiveInt = 800
     """Optimiser steps of each."""

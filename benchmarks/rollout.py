@@ -33,7 +33,7 @@ REACH: dict[str, Callable[[NetworkConfig], int]] = {
     "mlp": lambda config: config.context + 1,
     "transformer": lambda config: config.depth * (config.context - 1) + 2,
 }
-"""Embeddings that can matter to a prediction, that before the first change included. A GRU never forgets."""
+"""Embeddings that can matter to a prediction, that before the first change included."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,13 @@ def measure(config: NetworkConfig, options: Options) -> dict[str, str | float]:
         remembering.append(seconds(lambda: rollout(predictor, past, future)))
         with torch.autocast(DEVICE, torch.bfloat16):
             halved.append(seconds(lambda: rollout(predictor, past, future)))
-        if kind in REACH:
-            reading.append(seconds(lambda: read_again(predictor, past, options.horizon, REACH[kind](config))))
+        reading.append(seconds(lambda: read_again(predictor, past, options.horizon, REACH[kind](config))))
     cost, frames = statistics.median(remembering), options.clips * options.horizon
     return {
         "kind": kind,
         "seconds": cost,
-        "seconds without state": statistics.median(reading) if reading else "",
-        "times faster": statistics.median(reading) / cost if reading else "",
+        "seconds without state": statistics.median(reading),
+        "times faster": statistics.median(reading) / cost,
         "imagined frames a second": frames / cost,
         "the same in bf16": frames / statistics.median(halved),
     }

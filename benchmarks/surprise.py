@@ -33,7 +33,6 @@ from benchmarks.common import markdown, run, write_results
 from benchmarks.synthetic_events import Event, write_ball_pairs
 from data.cache import EmbeddingCache
 from data.synthetic import BallWorld
-from jepa.baselines import CopyLast
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import require, run_command
@@ -112,7 +111,7 @@ def measure(trained: Path, folders: dict[Event, list[Path]], options: Options) -
     ordinary = torch.stack([torch.from_numpy(usual.clip_embeddings(clip)) for clip in usual.clips])
     forecasts: dict[str, Callable[[Sequence], Tensor]] = {
         "model": lambda past: rollout(predictor, past, next_tick, calibration=calibration),
-        "copy_last": lambda past: rollout(CopyLast(fps), past, next_tick),
+        "copy_last": lambda past: past.embeddings[:, -1:],
         "ridge": lambda past: rollout(calibration.ridge, past, next_tick),
     }
 

@@ -167,30 +167,7 @@ class TransformerConfig(NetworkConfig):
         return CausalTransformer(features, self)
 
 
-class GRU(nn.Module):
-    """A gated recurrent unit; its state is the hidden state."""
-
-    def __init__(self, features: int, config: NetworkConfig) -> None:
-        super().__init__()
-        dropout = config.dropout if config.depth > 1 else 0.0
-        self.recurrence = nn.GRU(features, config.width, config.depth, batch_first=True, dropout=dropout)
-
-    def forward(self, features: Tensor, last: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        hidden, state = self.recurrence(features, state)
-        return hidden[:, -last:], state
-
-
-@dataclass(frozen=True)
-class GRUConfig(NetworkConfig):
-    """A gated recurrent unit."""
-
-    kind: ClassVar[str] = "gru"
-
-    def build(self, features: int) -> nn.Module:
-        return GRU(features, self)
-
-
-PredictorConfig = MLPConfig | TransformerConfig | GRUConfig
+PredictorConfig = MLPConfig | TransformerConfig
 
 
 def last_windows(steps: Tensor, context: int, last: int) -> Tensor:

@@ -6,19 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa.baselines import Baseline
+from jepa.baselines import Ridge
 from jepa.calibration import Calibration
 from jepa.predictor import Predictor
 from jepa.sequence import CLOCK_TOLERANCE, Future, Sequence
 
-Forecaster = Predictor | Baseline
-"""What can be rolled out."""
 EXPECTED_OF = 16
 """Rollouts whose mean is the expected future, where there are several."""
 
 
 def rollout(
-    predictor: Forecaster,
+    predictor: Predictor | Ridge,
     past: Sequence,
     future: Future,
     samples: int = 1,
@@ -55,7 +53,7 @@ def rollout(
     return (believed + calibration.widen(several, ticks) - several.mean(dim=0))[:samples]
 
 
-def expected_rollout(predictor: Forecaster, past: Sequence, future: Future) -> Tensor:
+def expected_rollout(predictor: Predictor | Ridge, past: Sequence, future: Future) -> Tensor:
     """The rollout (B, H, *tokens, D); of a predictor with a latent the mean of several, by the same draws each time."""
     if not predictor.latent_dimension:
         return rollout(predictor, past, future)
@@ -63,7 +61,9 @@ def expected_rollout(predictor: Forecaster, past: Sequence, future: Future) -> T
     return rollout(predictor, past, future, EXPECTED_OF, generator=generator).mean(dim=0)
 
 
-def _roll(predictor: Forecaster, past: Sequence, future: Future, generator: torch.Generator | None = None) -> Tensor:
+def _roll(
+    predictor: Predictor | Ridge, past: Sequence, future: Future, generator: torch.Generator | None = None
+) -> Tensor:
     """One rollout, (B, H, *tokens, D): of the latent's mean unless a generator draws it."""
     ticks = future.times.to(past.embeddings.device) * predictor.fps  # (H,)
     steps = max(1, math.ceil(float(ticks[-1]) - CLOCK_TOLERANCE))

@@ -15,7 +15,7 @@ from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.files import MARK, read_json
 from pipelines.run.folder import hold
-from pipelines.run.forecasts import calibrate, clips_in_short
+from pipelines.run.judging import calibrate, clips_in_short
 from pipelines.run.models import calibration_artefact, load_predictor, open_cache, run_of
 
 

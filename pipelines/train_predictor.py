@@ -25,8 +25,15 @@ from jepa.rollout import rollout
 from jepa.samples import energy_score
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
-from pipelines.run.forecasts import calibrate, clips_in_short
-from pipelines.run.judging import CHOSEN_BY, Judge, copying_error, fit_ridge_on, measure_embeddings
+from pipelines.run.judging import (
+    CHOSEN_BY,
+    calibrate,
+    clips_in_short,
+    copying_error,
+    fit_ridge_on,
+    judge,
+    measure_embeddings,
+)
 from pipelines.run.models import calibration_artefact, open_cache, require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator
@@ -77,10 +84,9 @@ def main(options: Options) -> None:
         f"{len(windows):,} windows of {len(train.clips)} clips, validated on {len(validation.clips)} clips",
     )
     losses = run.prepare(Losses(predictor, copying_error(windows, predictor)), options.optimizer, clip_norm=1.0)
-    judge = Judge(predictor, ridge, held_out)
     best = run.keep_best(predictor, CHOSEN_BY)
     if not best.metrics:
-        best.consider(0, judge()[0])  # copying and ridge regression, before the first step
+        best.consider(0, judge(predictor, ridge, held_out)[0])  # copying and ridge regression, before the first step
 
     for step, batch in run.steps(lambda place: draw_batches(windows, options, rank=run.rank, place=place)):
         noise = options.input_noise * predictor.change_std * predictor.std * batch.noise
@@ -88,7 +94,7 @@ def main(options: Options) -> None:
         terms = losses(past, batch.windows[:, context : context + reached], run.generator(step))
         run.update(terms["rollout_loss"] + terms["one_step_loss"], terms, batch.videos)
         if run.due:
-            run.log(*judge(), show=("one_step_loss", CHOSEN_BY))
+            run.log(*judge(predictor, ridge, held_out), show=("one_step_loss", CHOSEN_BY))
 
     artefacts: dict[str, tuple[str, Any, nn.Module]] = {}
     if run.is_main:

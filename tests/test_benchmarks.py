@@ -19,8 +19,8 @@ from pipelines.run.files import write_json
 
 
 def test_words_of_a_command_line():
-    given = ["--fps", 4, {"videos": (Path("/a"), Path("/b")), "predictor.kind": "gru", "resume": True}]
-    assert words(given) == ["--fps", "4", "--videos", "/a", "/b", "--predictor.kind", "gru", "--resume"]
+    given = ["--fps", 4, {"videos": (Path("/a"), Path("/b")), "predictor.kind": "mlp", "resume": True}]
+    assert words(given) == ["--fps", "4", "--videos", "/a", "/b", "--predictor.kind", "mlp", "--resume"]
 
 
 def test_tables_hold_means_and_ranges_of_seeds():

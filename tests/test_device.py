@@ -38,8 +38,7 @@ from pipelines.pretrain_encoder import Pretraining, diagnose, loss_of
 from pipelines.run.devices import start_accelerator
 from pipelines.run.embed import embed_videos
 from pipelines.run.evaluation import Evaluation, fit_readout
-from pipelines.run.forecasts import calibrate
-from pipelines.run.judging import Judge, fit_ridge_on, measure_embeddings
+from pipelines.run.judging import calibrate, fit_ridge_on, judge, measure_embeddings
 from pipelines.score_surprise import score_clips
 from pipelines.train_predictor import Losses
 from tests import test_ranks
@@ -163,7 +162,7 @@ def test_forecasts_evaluation_and_surprise_are_those_of_the_cpu(caches, network)
 
     def measure(device):
         assert predictor.mean.device.type == device.type
-        judge, _ = Judge(predictor, ridge, held_out)()
+        judged, _ = judge(predictor, ridge, held_out)
         fitted, _ = calibrate(predictor, ridge, caches["val"], horizon=HORIZON)
         readout = fit_readout(caches["train"], ("speed",), predictor)
         found = Evaluation(predictor, calibration, windows, readout=readout).run(resamples=20)
@@ -173,7 +172,7 @@ def test_forecasts_evaluation_and_surprise_are_those_of_the_cpu(caches, network)
             [*map(float, (*score.energies, *score.percentiles, *score.cosines)), score.level] for score in scores
         ]
         blend = fitted.blend.tolist()
-        return {"judge": judge, "blend": blend, "evaluation": found["predictors"], "surprise": surprise}
+        return {"judge": judged, "blend": blend, "evaluation": found["predictors"], "surprise": surprise}
 
     stochastic = NETWORKS[network].latent_dimension > 0  # and each device has draws of its own
     expected = measure(torch.device("cpu"))

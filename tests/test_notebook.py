@@ -20,7 +20,7 @@ from jepa.encoder import EncoderConfig, FrameEncoder
 from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.forecasts import calibrate
+from pipelines.run.judging import calibrate
 from pipelines.run.models import calibration_artefact
 from pipelines.run.pictures import read_pictures
 

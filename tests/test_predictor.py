@@ -1,15 +1,14 @@
-"""Predictors, baselines and rollouts: causal, with a state, over tokens and actions, on the clock and off it."""
+"""Predictors, ridge regression and rollouts: causal, with a state, over tokens and actions, on the clock and off it."""
 
 from typing import get_args
 
 import pytest
 import torch
 
-from jepa.baselines import CopyLast, LinearExtrapolation, Mean, Ridge
+from jepa.baselines import Ridge
 from jepa.errors import ConfigurationError
 from jepa.fitting import fit_ridge, ridge_context
 from jepa.networks import (
-    GRUConfig,
     MLPConfig,
     PredictorConfig,
     TransformerConfig,
@@ -25,7 +24,6 @@ FPS = 4.0
 CONFIGS = {
     "mlp": MLPConfig(context=4, width=16, depth=2),
     "transformer": TransformerConfig(context=4, width=16, depth=2, heads=2),
-    "gru": GRUConfig(width=16, depth=2),
     "latent": MLPConfig(context=4, width=16, depth=1, latent_dimension=3),
 }
 assert {type(config) for config in CONFIGS.values()} == set(get_args(PredictorConfig))  # a new kind is tested, too
@@ -148,18 +146,6 @@ def test_a_rollout_is_differentiable_and_finite_in_half_precision():
         assert rollout(predictor, past, Future.ticks(3, FPS)).isfinite().all()
 
 
-def test_baselines_are_what_they_say():
-    past, future = sequence(6, tokens=(2,)), Future.ticks(3, FPS)
-    last, before = past.embeddings[:, -1:], past.embeddings[:, -2:-1]
-    steps = torch.arange(1, 4).view(1, 3, 1, 1)
-    torch.testing.assert_close(rollout(CopyLast(FPS), past, future), last.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(
-        rollout(LinearExtrapolation(FPS), past, future), last + steps * (last - before), rtol=1e-4, atol=1e-4
-    )
-    mean = torch.arange(5.0)
-    assert torch.equal(rollout(Mean(FPS, mean), past, future), mean.expand(3, 3, 2, 5))
-
-
 @pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 def test_ridge_recovers_a_linear_law(tokens):
     generator = torch.Generator().manual_seed(0)
@@ -200,7 +186,7 @@ def test_attention_sees_its_context_and_knows_how_long_ago():
     ("build", "words"),
     [
         (lambda: MLPConfig(context=1), "context is 1: it must be at least 2"),
-        (lambda: GRUConfig(width=0), "width is 0: it must be at least 1"),
+        (lambda: MLPConfig(width=0), "width is 0: it must be at least 1"),
         (lambda: MLPConfig(dropout=1.0), "dropout is 1: it must be at least 0 and below 1"),
         (lambda: TransformerConfig(width=20, heads=3), "heads is 3: twice that must divide the width, 20"),
         (lambda: MLPConfig(latent_dimension=-1), "latent_dimension is -1: it must be at least 0"),

@@ -9,7 +9,7 @@ import torch
 from data.cache import CacheError, ClipKey, EmbeddingCache
 from data.cache_writer import CacheWriter, EmbeddedClip
 from data.windows import Windows
-from jepa.networks import GRUConfig, MLPConfig, TransformerConfig
+from jepa.networks import MLPConfig, TransformerConfig
 from jepa.predictor import Predictor
 from pipelines import calibrate, train_predictor
 from pipelines.run.command import UserError
@@ -19,7 +19,6 @@ from pipelines.run.models import load_predictor
 NETWORKS = {
     "mlp": MLPConfig(context=4, width=32, depth=1),
     "transformer": TransformerConfig(context=4, width=32, depth=1, heads=2),
-    "gru": GRUConfig(width=32, depth=1),
     "latent": MLPConfig(context=4, width=32, depth=1, latent_dimension=2),
 }
 

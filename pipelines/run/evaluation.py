@@ -15,7 +15,6 @@ from torch import Tensor
 from data.cache import EmbeddingCache
 from data.groups import group_windows
 from data.windows import Windows
-from jepa.baselines import CopyLast, LinearExtrapolation, Mean
 from jepa.bootstrap import Bootstrap, divide, r2, reading_moments, useful_steps
 from jepa.calibration import Calibration
 from jepa.metrics import squared_error
@@ -139,9 +138,10 @@ class Evaluation:
         # As rollout(..., calibration=calibration), which would roll both out again.
         believed = self.calibration.believe(rolled, ridged, past, (future.times * fps).to(rolled.device))
         forecasts = {"model": believed, "rollout": rolled, "ridge": ridged}
-        guesses = {"copy_last": CopyLast(fps), "linear_extrapolation": LinearExtrapolation(fps)}
-        for name, guess in (guesses | {"mean": Mean(fps, predictor.mean)}).items():
-            forecasts[name] = rollout(guess, past, future)
+        last, steps = seen[:, -1:], torch.arange(1, came.shape[1] + 1, device=came.device)
+        forecasts["copy_last"] = last.expand_as(came)
+        change = steps.view(1, -1, *[1] * (came.ndim - 2)) * (last - seen[:, -2:-1])
+        forecasts |= {"linear_extrapolation": last + change, "mean": predictor.mean.expand_as(came)}
         standardised = {name: predictor.standardise(value) for name, value in forecasts.items()}
         return ForecastBatch(past, standardised, predictor.standardise(came))
 

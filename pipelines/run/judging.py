@@ -1,4 +1,4 @@
-"""What a predictor is told before it learns, and how it is judged while it does."""
+"""What is measured and fitted before a predictor learns, how it is judged meanwhile, and its calibration afterwards."""
 
 import numpy as np
 import torch
@@ -8,11 +8,14 @@ from tqdm import tqdm
 from data.cache import EmbeddingCache
 from data.windows import Windows
 from jepa.baselines import Ridge
+from jepa.calibration import Calibration
 from jepa.diagnostics import floor_std, prediction_alarms
-from jepa.fitting import cross_fit_blend, fit_ridge, hold_out, ridge_context
+from jepa.fitting import Forecasts, cross_fit_blend, fit_calibration, fit_ridge, hold_out, ridge_context
 from jepa.predictor import Predictor
-from jepa.sequence import Sequence
-from pipelines.run.forecasts import forecast_windows
+from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
+from jepa.sequence import Future, Sequence
+from pipelines.run.command import counted
+from pipelines.run.devices import summary
 from pipelines.run.models import in_batches, require_changing, require_finite
 
 CHOSEN_BY = "validation_relative_to_copy_last"
@@ -22,6 +25,10 @@ RIDGE_SAMPLES = 200_000
 """Windows that ridge regression is fitted on at most, evenly spread, each token counted."""
 VALIDATION_NUMBERS, VALIDATION_WINDOWS = 16_000_000, 1024
 """Size of the windows that each validation goes through, and their most."""
+MOST_NUMBERS, MOST_WINDOWS = 32_000_000, 8192
+"""Size of the forecasts that a calibration is fitted on, each of its four tensors, and their most."""
+FEW_CLIPS = 20
+"""Clips below which percentiles are called cautious."""
 
 
 def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
@@ -69,36 +76,80 @@ def fit_ridge_on(train: EmbeddingCache, held_out: Windows, predictor: Predictor)
     return fitted[int(torch.stack(errors).argmin())]
 
 
-class Judge:
-    """Judges a predictor by rollouts on validation windows."""
+def judge(predictor: Predictor, ridge: Ridge, windows: Windows) -> tuple[dict[str, float], list[str]]:
+    """Errors on validation windows relative to copying, of the believed forecast and of the bare rollout, and alarms.
 
-    def __init__(self, predictor: Predictor, ridge: Ridge, windows: Windows) -> None:
-        self.predictor, self.ridge, self.windows = predictor, ridge, windows
-        self.chosen = choose_windows(windows, predictor)
+    What is believed is blended by weights that were fitted on other clips.
+    """
+    predictor.eval()
+    chosen = choose_windows(windows, predictor)
+    forecasts, _ = forecast_windows(predictor, ridge, windows, chosen)
+    horizon, parts = forecasts.came.shape[1], hold_out(forecasts.groups)
+    relative, bare = np.empty(horizon), np.empty(horizon)
+    for step in range(horizon):
+        errors = forecasts.errors(step)
+        _, left = cross_fit_blend(errors, parts)
+        rolled, _, copied, _ = errors.square().mean(dim=(1, 2, 3)).clamp_min(1e-12).tolist()
+        relative[step], bare[step] = float(left.square().mean()) / copied, rolled / copied
+    metrics = {CHOSEN_BY: float(relative.mean()), "validation_rollout_relative_to_copy_last": float(bare.mean())}
+    metrics |= {f"{CHOSEN_BY}_{h}": float(relative[h - 1]) for h in sorted({1, 5, horizon}) if h <= horizon}
+    alarms: list[str] = []
+    if horizon > 1:  # of one step after each of several: over time predictions may collapse, too
+        some = windows.take(chosen[:: max(1, len(chosen) // 256)]).to(predictor.mean.device)
+        with torch.no_grad():
+            predicted = predictor(Sequence.on_clock(some[:, :-1], predictor.fps), last=horizon)
+        pair = (predictor.standardise(part).cpu() for part in (predicted, some[:, -horizon:]))
+        alarms = prediction_alarms(*pair)
+    predictor.train()
+    return metrics, alarms
 
-    def __call__(self) -> tuple[dict[str, float], list[str]]:
-        """Errors relative to copying, of the believed forecast and of the bare rollout, and alarms.
 
-        What is believed is blended by weights that were fitted on other clips.
-        """
-        self.predictor.eval()
-        forecasts, _ = forecast_windows(self.predictor, self.ridge, self.windows, self.chosen)
-        horizon, parts = forecasts.came.shape[1], hold_out(forecasts.groups)
-        relative, bare = np.empty(horizon), np.empty(horizon)
-        for step in range(horizon):
-            errors = forecasts.errors(step)
-            _, left = cross_fit_blend(errors, parts)
-            rolled, _, copied, _ = errors.square().mean(dim=(1, 2, 3)).clamp_min(1e-12).tolist()
-            relative[step], bare[step] = float(left.square().mean()) / copied, rolled / copied
-        metrics = {CHOSEN_BY: float(relative.mean()), "validation_rollout_relative_to_copy_last": float(bare.mean())}
-        metrics |= {f"{CHOSEN_BY}_{h}": float(relative[h - 1]) for h in sorted({1, 5, horizon}) if h <= horizon}
-        alarms = self.watch(horizon) if horizon > 1 else []
-        self.predictor.train()
-        return metrics, alarms
+def calibrate(predictor: Predictor, ridge: Ridge, cache: EmbeddingCache, *, horizon: int) -> tuple[Calibration, str]:
+    """A calibration on a cache, and a line that says how much it was fitted on."""
+    context = predictor.config.context
+    windows = Windows(cache, context + horizon)
+    numbers = horizon * int(np.prod(predictor.shape)) * (EXPECTED_OF if predictor.latent_dimension else 1)
+    chosen = windows.evenly(min(MOST_WINDOWS, max(64, MOST_NUMBERS // numbers)))
+    predictor.eval()
+    forecasts, drawn = forecast_windows(predictor, ridge, windows, chosen)
+    said = f"calibrated on {counted(len(chosen), 'window')} of {counted(len(windows.videos(chosen)), 'video')}"
+    if len(np.unique(forecasts.groups)) < FEW_CLIPS:
+        said += ": few, so percentiles are cautious; video-jepa calibrate with more ordinary videos sharpens them"
+    return fit_calibration(ridge, forecasts, drawn), said
 
-    @torch.no_grad()
-    def watch(self, horizon: int) -> list[str]:
-        """Alarms about the collapse of one-step predictions, beside what they predict."""
-        some = self.windows.take(self.chosen[:: max(1, len(self.chosen) // 256)]).to(self.predictor.mean.device)
-        predicted = self.predictor(Sequence.on_clock(some[:, :-1], self.predictor.fps), last=horizon)
-        return prediction_alarms(*(self.predictor.standardise(part).cpu() for part in (predicted, some[:, -horizon:])))
+
+@torch.no_grad()
+def forecast_windows(
+    predictor: Predictor, ridge: Ridge, windows: Windows, chosen: np.ndarray
+) -> tuple[Forecasts, Tensor | None]:
+    """Forecasts on some windows, and sampled futures where the predictor has a latent."""
+    context, device = predictor.config.context, predictor.mean.device
+    future = Future.ticks(windows.length - context, predictor.fps)
+    found: list[tuple[Tensor, ...]] = []
+    sampled = []
+    generator = torch.Generator(device).manual_seed(0)
+    for _, embeddings in in_batches(windows, chosen, device, doing="forecasting"):
+        past = Sequence.on_clock(embeddings[:, :context], predictor.fps)
+        guesses = expected_rollout(predictor, past, future), rollout(ridge.to(device), past, future)
+        seen = embeddings.split([context - 1, 1, len(future.times)], dim=1)[1:]  # the last of the past, and what came
+        found.append(tuple(predictor.standardise(part).cpu() for part in (*guesses, *seen)))
+        if predictor.latent_dimension:
+            drawn = rollout(predictor, past, future, EXPECTED_OF, generator=generator)
+            sampled.append(predictor.standardise(drawn).cpu())
+    rolled, ridged, last, came = (torch.cat(part) for part in zip(*found, strict=True))
+    ridge.cpu()
+    require_changing(windows.cache, bool((came != last).any()))
+    groups = ordinary_clips(windows, chosen)
+    return Forecasts(rolled, ridged, last, came, groups), torch.cat(sampled, dim=1) if sampled else None
+
+
+def ordinary_clips(windows: Windows, chosen: np.ndarray) -> np.ndarray:
+    """The clip of each window, int (N,): its video, or one of four parts of the only one there is."""
+    sources = [windows.cache.clips[clip].key.source for clip in windows.clip_of(chosen)]
+    _, videos = np.unique(sources, return_inverse=True)
+    return videos if videos.max() > 0 else np.arange(len(chosen)) * 4 // len(chosen)
+
+
+def clips_in_short(cache: EmbeddingCache) -> str:
+    """The clips of a cache as runs record them: alike where they are the same."""
+    return summary([clip.key for clip in cache.clips])
