@@ -98,7 +98,7 @@ def read_again(predictor: Predictor, past: Sequence, horizon: int, reach: int) -
     for _ in range(horizon):
         recent = Sequence.on_clock(embeddings[:, -reach:], FPS)
         embeddings = torch.cat([embeddings, predictor(recent)], dim=1)
-    return embeddings[:, past.length :]
+    return embeddings[:, past.embeddings.shape[1] :]
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -1,7 +1,6 @@
 """Windows of a cache: what a predictor is trained and judged on.
 
-A window is a run of rows on consecutive ticks of one clip: it never crosses a clip or a gap in time. Memory is kept by
-the unbroken run, not by the window.
+A window is a run of rows on consecutive ticks of one clip: it never crosses a clip or a gap in time.
 """
 
 from pathlib import Path
@@ -14,13 +13,13 @@ from data.cache import CacheError, EmbeddingCache
 
 
 class Windows:
-    """All windows of `length` embeddings, `stride` ticks apart, numbered through; within a clip in the order of time.
+    """All windows of `length` embeddings, numbered through; within a clip in the order of time.
 
     Raises `CacheError` if no clip is long enough for a single window.
     """
 
-    def __init__(self, cache: EmbeddingCache, length: int, *, stride: int = 1) -> None:
-        self.cache, self.length, self.stride = cache, length, stride
+    def __init__(self, cache: EmbeddingCache, length: int) -> None:
+        self.cache, self.length = cache, length
         runs = [
             (run[0], len(run), index) for index, clip in enumerate(cache.clips) for run in cache.unbroken_runs(clip)
         ]
@@ -34,7 +33,7 @@ class Windows:
                 "bring longer videos, or lower the context or the horizon"
             )
         self._run_starts, self._run_clips = starts[fit], clips[fit]  # (runs,): first row; index into `cache.clips`
-        counts = (lengths[fit] - length) // stride + 1
+        counts = lengths[fit] - length + 1
         self._ends = np.cumsum(counts)  # (runs,): number after the run's last window
         self._firsts = self._ends - counts
 
@@ -44,19 +43,15 @@ class Windows:
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows in the cache of the given windows, (N,) -> int64 (N, length). Raises `IndexError`."""
         runs = self._runs(indices)
-        starts = self._run_starts[runs] + (indices - self._firsts[runs]) * self.stride
+        starts = self._run_starts[runs] + indices - self._firsts[runs]
         return starts[:, None] + np.arange(self.length)
 
     def take(self, indices: np.ndarray) -> Tensor:
         """Embeddings of the given windows, (N,) -> float32 (N, length, *tokens, D)."""
         return torch.from_numpy(self.column(indices, "embeddings"))
 
-    def times_s(self, indices: np.ndarray) -> np.ndarray:
-        """Times of the given windows in seconds, (N,) -> float64 (N, length)."""
-        return self.column(indices, "times_s")
-
     def column(self, indices: np.ndarray, name: str) -> np.ndarray:
-        """A column of the cache on the given windows, (N,) -> (N, length, *shape)."""
+        """A column of the cache, be it "times_s", on the given windows, (N,) -> (N, length, *shape)."""
         return self.cache.take(self.rows(indices), name)
 
     def clip_of(self, indices: np.ndarray) -> np.ndarray:

@@ -29,8 +29,7 @@ from data.windows import Windows
 from jepa.config import Bounded, PositiveInt
 from jepa.diagnostics import floor_std
 from pipelines.run.command import run_command
-from pipelines.run.devices import summary
-from pipelines.run.files import write_json
+from pipelines.run.files import summary, write_json
 from pipelines.run.models import require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator

@@ -1,14 +1,10 @@
 """How far to believe a rollout, by horizon: fitted once on validation clips, kept beside the predictor.
 
-*Blend.* A rollout that has learned from other videos is overconfident on a new one. The believed forecast combines four
-guesses, with weights that are not negative and sum to 1: the rollout, ridge regression, copying the last embedding, and
-the mean (Bates and Granger 1969; by least squares, Granger and Ramanathan 1984).
-
-*Energy.* Surprise: the squared error of the believed forecast, whitened by the covariance of the errors that are usual
-so far ahead (a squared Mahalanobis distance per dimension); ordinary video has 1.
-
-*Percentile.* The share of ordinary moments with less energy. Clips differ in their ordinary level, and a new video is a
-new clip: its log energy is a new clip's level (Student's t over those seen) plus what moments differ from their own.
+*Blend*: rollout, ridge regression, copying the last embedding and the mean, with weights that are not negative and sum
+to 1 (Bates and Granger 1969; by least squares, Granger and Ramanathan 1984). *Energy*: the believed forecast's squared
+Mahalanobis distance, per dimension, among the errors that are usual so far ahead. *Percentile*: the share of ordinary
+moments with less energy, where log energy is a new clip's level (Student's t over those seen) plus what moments differ
+from their own clip's.
 """
 
 from typing import Any

@@ -25,11 +25,7 @@ Share = Annotated[float, Bounds("at least 0 and below 1", lambda value: 0 <= val
 
 @dataclass(frozen=True)
 class Bounded:
-    """Base of configurations.
-
-    Raises:
-        ConfigurationError: a field lies outside the bounds that it is annotated with, alone or inside a tuple.
-    """
+    """Base of configurations. A field, or one of a tuple, outside its annotated bounds is a `ConfigurationError`."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)

@@ -32,13 +32,6 @@ class CollapseStats(NamedTuple):
     effective_rank: float
 
 
-class SequenceStats(NamedTuple):
-    """Collapse statistics over everything, and over time within clips (0 and rank 1 for clips of one frame)."""
-
-    batch: CollapseStats
-    time: CollapseStats
-
-
 def floor_std(std: Tensor) -> Tensor:
     """Standard deviations (D,) to divide by, raised where one is next to nothing beside the others.
 
@@ -69,11 +62,11 @@ def collapse_stats(embeddings: Tensor) -> CollapseStats:
     return CollapseStats(float(embeddings.float().var(dim=0).mean().sqrt()), effective_rank(embeddings))
 
 
-def sequence_stats(embeddings: Tensor) -> SequenceStats:
-    """Collapse statistics of (B, T, *tokens, D): of everything together, and around the mean over each clip's time."""
+def sequence_stats(embeddings: Tensor) -> dict[str, CollapseStats]:
+    """Collapse statistics of (B, T, *tokens, D): of the "batch", and around each clip's mean, over "time"."""
     over_time = embeddings - reduce(embeddings, "b t ... d -> b 1 ... d", "mean")
-    batch, time = (collapse_stats(rearrange(part, "... d -> (...) d")) for part in (embeddings, over_time))
-    return SequenceStats(batch, time)
+    parts = {"batch": embeddings, "time": over_time}
+    return {name: collapse_stats(rearrange(part, "... d -> (...) d")) for name, part in parts.items()}
 
 
 def encoder_alarms(embeddings: Tensor, outputs: Tensor) -> list[str]:
@@ -82,12 +75,13 @@ def encoder_alarms(embeddings: Tensor, outputs: Tensor) -> list[str]:
     Embeddings (B, T, *tokens, D) are of consecutive frames, outputs (B, T, *tokens, E) the expander's.
     """
     alarms, of_embeddings, of_outputs = [], sequence_stats(embeddings), sequence_stats(outputs)
-    if of_outputs.batch.std < SMALLEST_OBJECTIVE_STD:
-        alarms.append(f"the expander output's standard deviation is {of_outputs.batch.std:.3f} (healthy: about 1)")
+    if (std := of_outputs["batch"].std) < SMALLEST_OBJECTIVE_STD:
+        alarms.append(f"the expander output's standard deviation is {std:.3f} (healthy: about 1)")
     size = float(embeddings.float().square().mean().sqrt())
-    if of_embeddings.batch.std < SMALLEST_EMBEDDING_STD * size:
-        alarms.append(f"the embedding's standard deviation is {of_embeddings.batch.std / size:.4f} of its size")
-    for name, (batch, time) in (("embedding", of_embeddings), ("expander output", of_outputs)):
+    if (std := of_embeddings["batch"].std) < SMALLEST_EMBEDDING_STD * size:
+        alarms.append(f"the embedding's standard deviation is {std / size:.4f} of its size")
+    for name, stats in (("embedding", of_embeddings), ("expander output", of_outputs)):
+        batch, time = stats["batch"], stats["time"]
         if batch.effective_rank < SMALLEST_RANK:
             alarms.append(f"the {name}'s effective rank is {batch.effective_rank:.1f}")
         if embeddings.shape[1] > 1 and time.std < SMALLEST_TIME_SHARE * batch.std:
@@ -98,8 +92,9 @@ def encoder_alarms(embeddings: Tensor, outputs: Tensor) -> list[str]:
 def prediction_alarms(predicted: Tensor, true: Tensor) -> list[str]:
     """Alarms about predictions (B, T, *tokens, D), one line each; none when they vary as the true embeddings do."""
     alarms = []
-    pairs = zip(("the batch", "time"), sequence_stats(predicted), sequence_stats(true), strict=True)
-    for over, (std, rank), (true_std, true_rank) in pairs:
+    stats, of_true = sequence_stats(predicted), sequence_stats(true)
+    for over, (std, rank) in stats.items():
+        true_std, true_rank = of_true[over]
         if std < SMALLEST_PREDICTED_SHARE * true_std:
             alarms.append(f"predictions vary over {over} by {std:.3f}, the truth by {true_std:.3f}")
         if rank < SMALLEST_PREDICTED_SHARE * true_rank:

@@ -2,11 +2,9 @@
 
 
 class ConfigurationError(Exception):
-    """A choice that cannot be built.
+    """A choice that cannot be built: the field's name, which a command line turns into its option, and a message.
 
-    Args:
-        field: name of the configuration's field; a command line turns it into its option.
-        message: what is wrong with its value, and the mend: "is 3: it must divide the width 512".
+    The message says what is wrong with its value, and the mend: "is 3: it must divide the width 512".
     """
 
     def __init__(self, field: str, message: str) -> None:

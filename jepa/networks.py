@@ -1,8 +1,4 @@
-"""The networks inside predictors, a configuration beside each; `PredictorConfig` names them all.
-
-To add one, write a configuration that builds it, and name that in `PredictorConfig`: training, selection, rollout,
-samples, calibration, energy and evaluation come with it.
-"""
+"""The networks inside predictors, a configuration beside each; `PredictorConfig` names them all, and yours."""
 
 from collections import OrderedDict
 from dataclasses import dataclass

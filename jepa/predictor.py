@@ -1,7 +1,7 @@
 """Past embeddings -> the next embedding. A predictor predicts, and nothing else."""
 
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -23,15 +23,6 @@ class LatentBlock(nn.Module):
     def forward(self, hidden: Tensor, latent: Tensor) -> Tensor:
         scale, shift = self.modulate(latent).chunk(2, dim=-1)
         return hidden + self.mlp(self.norm(hidden) * (1 + scale) + shift)  # type: ignore[no-any-return]
-
-
-class State(NamedTuple):
-    """What a rollout remembers of the steps before."""
-
-    last: Tensor
-    """(N, 1, D), the newest embedding, standardised; N counts tokens as well."""
-    network: Any
-    """The network's own state."""
 
 
 class Predictor(nn.Module):
@@ -79,9 +70,9 @@ class Predictor(nn.Module):
         return self.step(past, None, latent, last=last)[0]
 
     def step(
-        self, newest: Sequence, state: State | None, latent: Tensor | None = None, *, last: int = 1
-    ) -> tuple[Tensor, State]:
-        """One step of a rollout: (B, last, *tokens, D), and the state for the next step.
+        self, newest: Sequence, state: tuple[Tensor, Any] | None, latent: Tensor | None = None, *, last: int = 1
+    ) -> tuple[Tensor, tuple[Tensor, Any]]:
+        """One step of a rollout: (B, last, *tokens, D), and the state for the next step, of predictor and network.
 
         Args:
             newest: the past or, with a state, what was predicted last.
@@ -95,20 +86,20 @@ class Predictor(nn.Module):
         batch, tokens = len(newest.embeddings), newest.embeddings.shape[2:-1]
         places = tokens.numel()
         embeddings = rearrange(self.standardise(newest.embeddings), "b t ... d -> (b ...) t d")
-        before = embeddings[:, :1] if state is None else state.last
+        before, memory = (embeddings[:, :1], None) if state is None else state
         features = [embeddings, torch.diff(embeddings, dim=1, prepend=before) / self.change_std]
         if self.action_dimension:
             if newest.actions is None:
                 raise ValueError(f"the predictor takes {self.action_dimension} actions a step, and none are given")
             actions = (newest.actions - self.action_mean) / self.action_std
             features.append(actions.repeat_interleave(places, dim=0))
-        hidden, kept = self.network(torch.cat(features, dim=2), last, None if state is None else state.network)
+        hidden, kept = self.network(torch.cat(features, dim=2), last, memory)
         if self.latent_block is not None:
             latent = hidden.new_zeros(batch, last, self.latent_dimension) if latent is None else latent
             hidden = self.latent_block(hidden, latent.repeat_interleave(places, dim=0))
         predicted = embeddings[:, -last:] + self.change_std * self.head(hidden)  # (B x places, last, D)
         raw = self.unstandardise(predicted.unflatten(0, (batch, *tokens)).movedim(-2, 1))
-        return raw, State(embeddings[:, -1:], kept)
+        return raw, (embeddings[:, -1:], kept)
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Raw embeddings (..., D) in units of their standard deviation around their mean."""

@@ -31,11 +31,8 @@ def rollout(
     predictor is; with one it is the believed forecast, the same at each call. Of a predictor with a latent a generator
     draws futures.
 
-    Returns:
-        (B, H, *tokens, D); with several samples (samples, B, H, *tokens, D).
-
-    Raises:
-        ValueError: the past is not on the clock, actions are missing, or several samples take a latent.
+    Returns (B, H, *tokens, D); with several samples (samples, B, H, *tokens, D). Raises `ValueError` where the past is
+    not on the clock, actions are missing, or several samples take a latent.
     """
     past.require_clock(predictor.fps)
     if samples > 1 and not (predictor.latent_dimension and generator is not None):

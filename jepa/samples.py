@@ -1,5 +1,7 @@
 """How good are sampled futures? A proper score of them, and how often they cover what came."""
 
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,8 @@ def energy_score(samples: Tensor, future: Tensor) -> Tensor:
     Samples (n, ..., D), at least 2, and what came (..., D) -> (...), in units of the root mean square per feature.
     """
     near = distance(samples, future[None]).mean(dim=0)
-    apart = torch.zeros_like(near)
-    for shift in range(1, len(samples) // 2 + 1):  # each pair of different samples once, without n x n memory
-        rolled = distance(samples, samples.roll(shift, dims=0)).sum(dim=0)
-        apart = apart + (rolled / 2 if 2 * shift == len(samples) else rolled)
-    pairs = len(samples) * (len(samples) - 1) / 2
-    return near - apart / pairs / 2
+    apart = torch.stack([distance(one, other) for one, other in combinations(samples, 2)]).mean(dim=0)
+    return near - apart / 2
 
 
 def distance(first: Tensor, second: Tensor) -> Tensor:

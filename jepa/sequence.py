@@ -11,11 +11,7 @@ CLOCK_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Sequence:
-    """Embeddings on a clock: of vectors without tokens, of a video that nobody acts in without actions.
-
-    Raises:
-        ValueError: the shapes do not fit together.
-    """
+    """Embeddings on a clock; a video that nobody acts in has no actions. Raises `ValueError` if shapes do not fit."""
 
     embeddings: Tensor
     """float (B, T, *tokens, D), as the encoder gives them."""
@@ -39,16 +35,6 @@ class Sequence:
         ticks = torch.arange(embeddings.shape[1], dtype=torch.float64, device=embeddings.device)
         return cls(embeddings, ticks[None] / fps, actions)
 
-    @property
-    def length(self) -> int:
-        """T."""
-        return self.embeddings.shape[1]
-
-    def __getitem__(self, steps: slice) -> "Sequence":
-        """Some consecutive steps."""
-        actions = None if self.actions is None else self.actions[:, steps]
-        return Sequence(self.embeddings[:, steps], self.times[:, steps], actions)
-
     def followed_by(self, actions: Tensor | None) -> "Sequence":
         """The same with other actions (B, 1, A) after the last embedding."""
         before = [] if self.actions is None else [self.actions[:, :-1]]
@@ -63,11 +49,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Future:
-    """What is asked of a rollout: when, and what is done until then.
-
-    Raises:
-        ValueError: times do not increase from above 0, or the shapes do not fit together.
-    """
+    """What is asked of a rollout: when, and what is done until then. Raises `ValueError` if times do not increase."""
 
     times: Tensor
     """float64 (H,), seconds after the last embedding of the past, increasing."""

@@ -15,8 +15,8 @@ from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.files import MARK, read_json
 from pipelines.run.folder import hold
-from pipelines.run.judging import calibrate, clips_in_short
-from pipelines.run.models import calibration_artefact, load_predictor, open_cache, run_of
+from pipelines.run.judging import calibrate
+from pipelines.run.models import calibration_artefact, clips_in_short, load_predictor, open_cache
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Options(Bounded):
 def main(options: Options) -> None:
     """Load, forecast ordinary video, fit, replace the calibration."""
     require_one_process()
-    folder = run_of(options.predictor)
+    folder = options.predictor
     predictor, before = load_predictor(folder, start_accelerator().device)
     with hold(folder):
         cache = open_cache(options.cache, predictor)

@@ -30,7 +30,8 @@ from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, Terms, VICReg
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import counted, require, run_command
-from pipelines.run.devices import cores_of_this_process, main_first, summary
+from pipelines.run.devices import cores_of_this_process, main_first
+from pipelines.run.files import summary
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run
 
@@ -208,7 +209,7 @@ def diagnose(network: nn.Module, clips: Tensor) -> tuple[dict[str, float], list[
     errors = [float(error.mean()) for _, _, error in parts if error is not None]
     metrics = {"prediction_on_watched_clips": sum(errors) / len(errors)} if errors else {}
     for name, value in (("embedding", embeddings), ("expander", outputs)):
-        for over, stats in sequence_stats(value)._asdict().items():
+        for over, stats in sequence_stats(value).items():
             metrics |= {f"{name}_{over}_std": stats.std, f"{name}_{over}_rank": stats.effective_rank}
     return metrics, encoder_alarms(embeddings, outputs)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,8 @@ from jepa.rollout import rollout
 from jepa.samples import energy_score
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
-from pipelines.run.judging import (
-    CHOSEN_BY,
-    calibrate,
-    clips_in_short,
-    copying_error,
-    fit_ridge_on,
-    judge,
-    measure_embeddings,
-)
-from pipelines.run.models import calibration_artefact, open_cache, require_no_video_in_both
+from pipelines.run.judging import CHOSEN_BY, calibrate, copying_error, fit_ridge_on, judge, measure_embeddings
+from pipelines.run.models import calibration_artefact, clips_in_short, open_cache, require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator
 
@@ -96,7 +88,7 @@ def main(options: Options) -> None:
         if run.due:
             run.log(*judge(predictor, ridge, held_out), show=("one_step_loss", CHOSEN_BY))
 
-    artefacts: dict[str, tuple[str, Any, nn.Module]] = {}
+    artefacts = {}
     if run.is_main:
         best.restore()
         if best.step == 0:
@@ -107,11 +99,8 @@ def main(options: Options) -> None:
             "predictor": ("predictor", predictor.description(), predictor),
             "calibration": calibration_artefact(calibration, predictor),
         }
-    run.finish(
-        {"encoder_fingerprint": encoder},
-        artefacts,
-        next=f"video-jepa evaluate --cache cache/test --predictor {options.output_dir} --output-dir runs/evaluation",
-    )
+    evaluate = f"video-jepa evaluate --cache cache/test --predictor {options.output_dir} --output-dir runs/evaluation"
+    run.finish({"encoder_fingerprint": encoder}, artefacts, next=evaluate)
 
 
 class Batch(NamedTuple):
@@ -146,10 +135,8 @@ def growing_horizon(step: int, options: Options) -> int:
 class Losses(nn.Module):
     """The predictor and its losses as one module, so that one call does all that ranks must agree on.
 
-    Args:
-        predictor: what is trained.
-        unit: (steps,), squared error of copying for so many ticks, standardised. Relative to it all horizons matter
-            alike: the near ones, where little changes, would be nothing beside the far ones.
+    The unit, (steps,), is the standardised squared error of copying for so many ticks. Relative to it all horizons
+    matter alike: the near ones, where little changes, would be nothing beside the far ones.
     """
 
     unit: Tensor
@@ -162,13 +149,9 @@ class Losses(nn.Module):
     def forward(self, past: Tensor, future: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Errors of the first step of a rollout, and of all its steps, relative to copying.
 
-        The error is the squared error; with a latent the energy score of two samples, which has its least value where
-        they are as far from each other as from what came (Pacchiardi et al. 2024, arXiv:2112.08217).
-
-        Args:
-            past: (B, context, *tokens, D), with noise.
-            future: (B, steps, *tokens, D), without.
-            generator: draws the latent.
+        The error is the squared error; with a latent, which the generator draws, the energy score of two samples: it
+        is least where they are as far from each other as from what came (Pacchiardi et al. 2024, arXiv:2112.08217).
+        The past (B, context, *tokens, D) has noise, the future (B, steps, *tokens, D) has none.
         """
         steps, fps = future.shape[1], self.predictor.fps
         sequence, ticks = Sequence.on_clock(past, fps), Future.ticks(steps, fps)

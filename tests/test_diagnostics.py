@@ -74,6 +74,6 @@ def test_each_way_to_collapse_is_noticed(tokens):
 def test_statistics_over_time_leave_out_what_tells_clips_and_places_apart():
     constant = 10 * healthy(time=1, tokens=(3,))
     stats = sequence_stats(constant + healthy(tokens=(3,)))
-    assert stats.batch.std > 8
-    assert stats.time.std == pytest.approx(1, rel=0.1)
-    assert sequence_stats(healthy(time=1)).time == (0, 1)
+    assert stats["batch"].std > 8
+    assert stats["time"].std == pytest.approx(1, rel=0.1)
+    assert sequence_stats(healthy(time=1))["time"] == (0, 1)

@@ -68,8 +68,9 @@ def test_changing_the_future_leaves_the_past_bit_equal(name, tokens):
 def test_step_by_step_is_the_whole_sequence(name, tokens):
     predictor, past = make(name, tokens, actions=2), sequence(tokens=tokens, actions=2)
     state, steps = None, []
-    for step in range(past.length):
-        predicted, state = predictor.step(past[step : step + 1], state)
+    for step in range(past.embeddings.shape[1]):
+        newest = Sequence(*(part[:, step : step + 1] for part in (past.embeddings, past.times, past.actions)))
+        predicted, state = predictor.step(newest, state)
         steps.append(predicted)
     torch.testing.assert_close(torch.cat(steps, dim=1), predictor(past, last=10), rtol=1e-4, atol=1e-4)
 

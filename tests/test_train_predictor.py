@@ -81,8 +81,6 @@ def test_every_network_is_trained_calibrated_and_loaded(caches, tmp_path, name, 
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < metrics["validation_relative_to_copy_last"] < 1
     assert metrics["steps"] == 12
-    again, _ = load_predictor(tmp_path / "run" / "predictor")
-    assert all(torch.equal(one, other) for one, other in zip(predictor.parameters(), again.parameters(), strict=True))
 
 
 def test_training_learns_and_the_best_weights_are_kept(caches, tmp_path):

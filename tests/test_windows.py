@@ -26,18 +26,14 @@ def read_all(windows):
     return windows.take(np.arange(len(windows))).numpy()
 
 
-@pytest.mark.parametrize("stride", [1, 3])
-def test_windows_are_all_runs_of_one_clip_without_a_gap(cache, clips, stride):
-    windows = Windows(cache, length=4, stride=stride)
+def test_windows_are_all_runs_of_one_clip_without_a_gap(cache, clips):
+    windows = Windows(cache, length=4)
     first, second, _ = (clip.columns["embeddings"] for clip in clips)
-    starts_of_runs = [range(0, 6, stride), range(0, 2, stride), range(0, 3, stride)]
-    runs = zip([first, second[:5], second[6:]], starts_of_runs, strict=True)
-    expected = [run[start : start + 4] for run, starts in runs for start in starts]
+    runs = (first, second[:5], second[6:])
+    expected = [run[start : start + 4] for run in runs for start in range(len(run) - 3)]
     assert len(windows) == len(expected)
     np.testing.assert_array_equal(read_all(windows), np.stack(expected))
-    of_first = len(starts_of_runs[0])
-    of_clips = windows.clip_of(np.arange(len(windows)))
-    assert of_clips.tolist() == [0] * of_first + [1] * (len(windows) - of_first)
+    assert windows.clip_of(np.arange(len(windows))).tolist() == [0] * 6 + [1] * 5
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 9])
@@ -64,7 +60,7 @@ def test_windows_of_tokens_carry_times_and_other_columns(tmp_path, make_clip, wr
     stored = clips[1].columns["embeddings"][2:7].astype(np.float16)
     np.testing.assert_array_equal(windows.take(indices)[0].numpy(), stored)
     np.testing.assert_array_equal(windows.column(indices, "speed"), [np.arange(2, 7) / 2, np.arange(1, 6)])
-    np.testing.assert_array_equal(windows.times_s(indices), [np.arange(2, 7) / 4, np.arange(1, 6) / 4])
+    np.testing.assert_array_equal(windows.column(indices, "times_s"), [np.arange(2, 7) / 4, np.arange(1, 6) / 4])
 
 
 def test_take_follows_the_order_asked_for(cache):
@@ -156,7 +152,7 @@ def test_segments_are_of_time_and_never_of_two_videos(few):
     assert groups.dtype == np.int64
     assert sorted(set(groups)) == list(range(12))
     sources = np.array([few.clips[clip].key.source for clip in windows.clip_of(everything)])
-    segments = windows.times_s(everything)[:, 0] // 2.5
+    segments = windows.column(everything, "times_s")[:, 0] // 2.5
     for group in range(12):
         assert len(set(sources[groups == group])) == len(set(segments[groups == group])) == 1
     # Both clocks of a video are together.

@@ -48,10 +48,7 @@ def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Modul
     """The module of an artefact in evaluation mode: every weight is there, none is left over, all shapes agree.
 
     `build` makes it from its configuration; on the meta device first, where nothing is allocated, so that a hostile
-    configuration is found out by the shapes of the weights.
-
-    Raises:
-        UserError: it is missing, damaged, of another kind, or its weights are not those of its configuration.
+    configuration is found out by the shapes of the weights. What does not fit is a `UserError`.
     """
     for name in NAMES:
         require((folder / name).is_file(), f"{folder}: there is no {kind} here ({name} is missing)")

@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zipfile import ZipFile
 
 import torch
@@ -19,12 +19,8 @@ KEPT = 2
 """Newest training states that stay."""
 
 
-class State(NamedTuple):
-    """A training state after so many steps: what all ranks share, and plain values of this rank's own."""
-
-    step: int
-    shared: dict[str, Any]
-    own: dict[str, Any]
+State = tuple[int, dict[str, Any], dict[str, Any]]
+"""A number of steps, what all ranks share after them, and plain values of this rank's own."""
 
 
 class Checkpoints:
@@ -36,10 +32,8 @@ class Checkpoints:
     def load_newest(self, *, is_needed: bool = False) -> State | None:
         """The newest state that is whole; None if none was ever saved. Collective.
 
-        Raises:
-            UserError: none is whole, though there are some, or one is needed on the main process; or it was saved by
-                another number of processes.
-            OSError: it may be whole, but this process cannot read it.
+        Raises `UserError` where none is whole, though there are some, or one is needed on the main process, or another
+        number of processes saved it; `OSError` where it may be whole, but cannot be read now.
         """
         broadcast_object_list(chosen := [on_main(self.accelerator, lambda: self._newest_whole(is_needed))])
         if (newest := chosen[0]) is None:
@@ -51,12 +45,13 @@ class Checkpoints:
                 f"{newest} was saved by {len(own)} processes, and {self.accelerator.num_processes} are running: "
                 f"resume with {len(own)}, or add --overwrite to start again"
             ))  # fmt: skip
-        return State(int(newest.stem.removeprefix("step_")), shared, own[self.accelerator.process_index])
+        return int(newest.stem.removeprefix("step_")), shared, own[self.accelerator.process_index]
 
     def save(self, state: State) -> None:
         """Write a state: it is whole or it is not there, also after a kill or on a full disk. Collective."""
-        content = {"shared": state.shared, "own": gather_object([state.own])}
-        on_main(self.accelerator, lambda: self._write(f"step_{state.step:08d}.pt", content))
+        step, shared, own = state
+        content = {"shared": shared, "own": gather_object([own])}
+        on_main(self.accelerator, lambda: self._write(f"step_{step:08d}.pt", content))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

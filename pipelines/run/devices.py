@@ -1,7 +1,6 @@
 """Processes and devices: one or many, alike on all."""
 
 import datetime
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,11 +26,7 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 def start_accelerator(
     precision: str = "launched", execution: str = "eager", *, trackers: Sequence[str] = (), logs: Path | None = None
 ) -> Accelerator:
-    """One process or one of many, with its device; the options are those of `RunOptions`.
-
-    Raises:
-        UserError: there is no such tracker, or the precision needs a GPU.
-    """
+    """One process or one of many, with its device; the options are those of `RunOptions`. Raises `UserError`."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     known = [*map(str, get_available_trackers()), "none"]  # accelerate passes silently over what it does not find
     for name in trackers:
@@ -101,8 +96,3 @@ def require_agreement(accelerator: Accelerator, **facts: Any) -> None:
         for name, mine, other in differences(everyone[0], theirs):
             same = "start all of them with the same command, code and data"
             raise said_by_all(UserError(f"rank {rank} has {name} = {other}, rank 0 has {mine}: {same}"))
-
-
-def summary(names: Sequence[Any]) -> str:
-    """A long list in short: whoever agrees on it agrees on the list."""
-    return f"{len(names):,}, fingerprint {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"

@@ -170,7 +170,7 @@ class Evaluation:
         if self.readout is not None:
             columns, probe = self.readout
             mean, std = probe.columns
-            true = read_columns(self.windows, indices, columns)[:, batch.past.length :].to(mean)
+            true = read_columns(self.windows, indices, columns)[:, -batch.came.shape[1] :].to(mean)
             known = true.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True)
             true = (true - mean) / std
             for name, value in (batch.forecasts | {"truth": batch.came}).items():

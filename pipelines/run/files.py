@@ -1,12 +1,14 @@
 """Files that are whole or not there: JSON, and what is known about values in it."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, 
     """Dotted names whose values differ between two nested dictionaries, with both values."""
     old, new = flat(before), flat(now)
     return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def summary(names: Sequence[Any]) -> str:
+    """A long list in short: whoever agrees on it agrees on the list."""
+    return f"{len(names):,}, fingerprint {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
 
 
 def versions() -> dict[str, str]:

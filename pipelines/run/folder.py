@@ -20,10 +20,7 @@ MAY_CHANGE = re.compile(r"resume|overwrite|output_dir|tracker|checkpoint_every|l
 
 
 class RunFolder:
-    """The folder of a run, held by one process at a time.
-
-    `run.json` marks it: command, options, inputs, versions, and whether the run is finished. A folder without the mark
-    of this command that holds anything else is left alone.
+    """The folder of a run, held by one process at a time, and marked by `run.json`.
 
     Options have `output_dir`, `overwrite`, and `resume` if the command can go on with what it began; artefacts are
     names of the files and folders that it leaves beside those of every run.
@@ -82,11 +79,7 @@ class RunFolder:
                 print(f"resuming with {name} = {now} instead of {was}: the learning rate follows the new schedule")
 
     def begin(self, inputs: dict[str, Any]) -> None:
-        """Record the run, once all inputs have been checked.
-
-        Raises:
-            UserError: a run that is resumed began with other inputs.
-        """
+        """Record the run, once all inputs have been checked. Raises `UserError` if a resumed run began with others."""
         if self.has_begun and self.resume:
             for name, was, now in differences(self.record["inputs"], to_json(inputs)):
                 raise UserError(

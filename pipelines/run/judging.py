@@ -15,7 +15,6 @@ from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import counted
-from pipelines.run.devices import summary
 from pipelines.run.models import in_batches, require_changing, require_finite
 
 CHOSEN_BY = "validation_relative_to_copy_last"
@@ -93,15 +92,12 @@ def judge(predictor: Predictor, ridge: Ridge, windows: Windows) -> tuple[dict[st
         relative[step], bare[step] = float(left.square().mean()) / copied, rolled / copied
     metrics = {CHOSEN_BY: float(relative.mean()), "validation_rollout_relative_to_copy_last": float(bare.mean())}
     metrics |= {f"{CHOSEN_BY}_{h}": float(relative[h - 1]) for h in sorted({1, 5, horizon}) if h <= horizon}
-    alarms: list[str] = []
-    if horizon > 1:  # of one step after each of several: over time predictions may collapse, too
-        some = windows.take(chosen[:: max(1, len(chosen) // 256)]).to(predictor.mean.device)
-        with torch.no_grad():
-            predicted = predictor(Sequence.on_clock(some[:, :-1], predictor.fps), last=horizon)
-        pair = (predictor.standardise(part).cpu() for part in (predicted, some[:, -horizon:]))
-        alarms = prediction_alarms(*pair)
+    some = windows.take(chosen[:: max(1, len(chosen) // 256)]).to(predictor.mean.device)
+    with torch.no_grad():  # one step from each moment: over time predictions may collapse, too
+        predicted = predictor(Sequence.on_clock(some[:, :-1], predictor.fps), last=horizon)
+    pair = (predictor.standardise(part).cpu() for part in (predicted, some[:, -horizon:]))
     predictor.train()
-    return metrics, alarms
+    return metrics, prediction_alarms(*pair)
 
 
 def calibrate(predictor: Predictor, ridge: Ridge, cache: EmbeddingCache, *, horizon: int) -> tuple[Calibration, str]:
@@ -148,8 +144,3 @@ def ordinary_clips(windows: Windows, chosen: np.ndarray) -> np.ndarray:
     sources = [windows.cache.clips[clip].key.source for clip in windows.clip_of(chosen)]
     _, videos = np.unique(sources, return_inverse=True)
     return videos if videos.max() > 0 else np.arange(len(chosen)) * 4 // len(chosen)
-
-
-def clips_in_short(cache: EmbeddingCache) -> str:
-    """The clips of a cache as runs record them: alike where they are the same."""
-    return summary([clip.key for clip in cache.clips])

@@ -17,6 +17,7 @@ from jepa.networks import PredictorConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import UserError, require
+from pipelines.run.files import summary
 
 BATCH_NUMBERS = 32_000_000
 """Numbers that are held at a time where windows of a cache go by in batches."""
@@ -25,27 +26,20 @@ BATCH_NUMBERS = 32_000_000
 def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Predictor, Calibration]:
     """A predictor and its calibration on a device, from the run folder of train_predictor.
 
-    Raises:
-        UserError: they are not there, are damaged, or do not belong together.
+    Raises `UserError` where they are not there, are damaged, or do not belong together.
     """
-    folder = run_of(folder)
     predictor = load_module(folder / "predictor", "predictor", build_predictor)
-    owner = owner_of(predictor)
+    owner = fingerprint(predictor, predictor.description())
 
     def build_calibration(config: dict[str, Any]) -> Calibration:
         require(
-            config.items() >= owner.items(),
+            config.get("predictor_fingerprint") == owner,
             f"{folder}/calibration is that of another predictor: end the training there with --resume, or train anew",
         )
-        return Calibration.build(**{name: value for name, value in config.items() if name not in owner})
+        return Calibration.build(**{name: value for name, value in config.items() if name != "predictor_fingerprint"})
 
     calibration = load_module(folder / "calibration", "calibration", build_calibration)
     return predictor.to(device), calibration.to(device)
-
-
-def run_of(folder: Path) -> Path:
-    """The run folder of a predictor, which may be named by the predictor's own."""
-    return folder.parent if folder.name == "predictor" and not (folder / "predictor").is_dir() else folder
 
 
 def build_predictor(description: dict[str, Any]) -> Predictor:
@@ -58,12 +52,8 @@ def build_predictor(description: dict[str, Any]) -> Predictor:
 
 def calibration_artefact(calibration: Calibration, predictor: Predictor) -> tuple[str, dict[str, Any], Calibration]:
     """Kind, configuration and module of a calibration's artefact: it says whose it is."""
-    return "calibration", calibration.description() | owner_of(predictor), calibration
-
-
-def owner_of(predictor: Predictor) -> dict[str, str]:
-    """What a calibration says of the predictor that it belongs to."""
-    return {"predictor_fingerprint": fingerprint(predictor, predictor.description())}
+    owner = {"predictor_fingerprint": fingerprint(predictor, predictor.description())}
+    return "calibration", calibration.description() | owner, calibration
 
 
 def open_cache(folder: Path, predictor: Predictor) -> EmbeddingCache:
@@ -71,6 +61,11 @@ def open_cache(folder: Path, predictor: Predictor) -> EmbeddingCache:
     cache = EmbeddingCache(folder)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, "the predictor", shape=predictor.shape)
     return cache
+
+
+def clips_in_short(cache: EmbeddingCache) -> str:
+    """The clips of a cache as runs record them: alike where they are the same."""
+    return summary([clip.key for clip in cache.clips])
 
 
 def require_no_video_in_both(one: EmbeddingCache, other: EmbeddingCache) -> None:

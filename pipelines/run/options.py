@@ -57,10 +57,8 @@ class OptimizerOptions(Bounded):
 def parse(options_type: type[Options], command: str, *, description: str = "") -> Options:
     """Options from the command line, over those from the section `command` of `--preset FILE`, over the defaults.
 
-    `--FIELD.kind NAME` chooses the class of a field whose type is a union of kinds; exactly its options then exist.
-
-    Raises:
-        ConfigurationError: a value lies outside its bounds, or the preset cannot be used.
+    `--FIELD.kind NAME` chooses the class of a field whose type is a union of kinds; exactly its options then exist. A
+    value outside its bounds, or a preset that cannot be used, is a `ConfigurationError`.
     """
     hints, own = get_type_hints(options_type), vars(options_type).get("__annotations__", {})
     unions = {name: {one.kind: one for one in get_args(hint) if hasattr(one, "kind")} for name, hint in hints.items()}

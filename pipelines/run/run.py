@@ -1,8 +1,4 @@
-"""`Run`: the order of a trainer. Folder, ranks, randomness, resuming, steps, log, stopping, what is left behind.
-
-The loop, the loss and the network stay in the command's own file, which calls `begin`, `prepare`, `steps` with `update`
-and `log` for each, and `finish`, in this order.
-"""
+"""`Run`: the order of a trainer, which calls `begin`, `prepare`, `steps` with `update` and `log` for each, `finish`."""
 
 import copy
 import json
@@ -26,7 +22,7 @@ from tqdm import tqdm
 from data.parallel import stream_ahead
 from pipelines.run import devices
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.checkpoints import Checkpoints, State
+from pipelines.run.checkpoints import Checkpoints
 from pipelines.run.command import Interrupted, UserError
 from pipelines.run.files import to_json, write_json, write_text
 from pipelines.run.folder import RunFolder
@@ -81,20 +77,16 @@ class Best:
         self.module.load_state_dict(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the module."""
         return {"step": self.step, "metrics": self.metrics, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what another life found."""
         vars(self).update(state)
 
 
 class Run:
     """The run of a trainer, on this rank, in the folder of its options. Collective.
 
-    Raises:
-        UserError: the folder cannot be used, or ranks were started differently.
-        Finished: a finished run is to be resumed.
+    Raises `UserError` where the folder cannot be used, or ranks were started differently; and `Finished`.
     """
 
     def __init__(self, options: RunOptions, command: str, artefacts: tuple[str, ...]) -> None:
@@ -121,17 +113,16 @@ class Run:
     def begin(self, inputs: dict[str, Any], *facts: str) -> None:
         """Make the folder or resume the run in it, and print the facts: what is trained on what. Collective.
 
-        Raises:
-            UserError: ranks see other inputs, which say in short what is learned from, or a resumed run began with
-                others, or has lost its training state.
+        Raises `UserError` where ranks see other inputs, which say in short what is learned from, or a resumed run began
+        with others, or has lost its training state.
         """
         devices.require_agreement(self.accelerator, inputs=inputs)
         curve = self.path / "curve.jsonl"
         if self.options.resume:
             has_learned = curve.exists() and curve.stat().st_size > 0
             if (state := self.checkpoints.load_newest(is_needed=has_learned)) is not None:
-                self.step = self.saved_step = state.step
-                self.restored, self.progress = state.shared, Progress(**state.own)
+                self.step, self.restored, own = state
+                self.saved_step, self.progress = self.step, Progress(**own)
 
         def start() -> None:
             self.folder.begin(inputs)  # type: ignore[union-attr]
@@ -153,32 +144,29 @@ class Run:
             network.compile()
         adamw = torch.optim.AdamW(decayed_groups(network, optimizer.weight_decay), lr=self.peak, fused=True)
         self.trained, self.optimizer = self.accelerator.prepare(network, adamw)
-        self._keep("network", network)
-        self._keep("optimizer", self.optimizer)
+        self._keep(network=network, optimizer=self.optimizer)
         if self.accelerator.scaler is not None:
-            self._keep("scaler", self.accelerator.scaler)
+            self._keep(scaler=self.accelerator.scaler)
         return self.trained
 
     def keep_best(self, module: nn.Module, metric: str) -> Best:
         """From now on, keep the weights for which a logged metric is lowest; after `prepare`."""
         self.best = Best(module, metric)
-        self._keep("best", self.best)
+        self._keep(best=self.best)
         return self.best
 
-    def _keep(self, name: str, part: Any) -> None:
+    def _keep(self, **parts: Any) -> None:
         """Make something part of the training state, and restore it if the run is resumed."""
-        self.parts[name] = part
+        self.parts |= parts
         if self.restored is not None:
-            part.load_state_dict(self.restored[name])
+            for name, part in parts.items():
+                part.load_state_dict(self.restored[name])
 
     def steps(self, batches: Callable[[dict[str, int]], Iterable[AnyBatch]]) -> Iterator[tuple[int, AnyBatch]]:
         """The number of each step from 0 and its batch; `update` is called once for each. Collective.
 
-        A thread reads ahead. States are saved; Ctrl-C and SIGTERM save after the step under way, and raise
-        `Interrupted`.
-
-        Args:
-            batches: batches without end from a place in the data on; an empty place is the beginning.
+        Batches without end come from a place in the data on, at first an empty one; a thread reads ahead. States are
+        saved; Ctrl-C and SIGTERM save after the step under way, and raise `Interrupted`.
         """
         self._save()  # a folder that cannot be written is found out before the first hour
         self.restored = None
@@ -260,7 +248,7 @@ class Run:
     def log(self, metrics: dict[str, float], alarms: Sequence[str] = (), show: Sequence[str] = ("loss",)) -> None:
         """Log metrics alike on all ranks, the means of the terms since the last entry, and rates. Collective.
 
-        The first alarms, signs of collapse in words, are said loudly. What `show` names stands beside the progress bar.
+        The first alarms, signs of collapse in words, are said loudly; what `show` names stands beside the bar.
         """
         progress, alarms = self.progress, alarms if self.step >= FIRST_ALARM_STEP else []
         sums = torch.stack([torch.as_tensor(value, device=self.device).float() for value in progress.sums.values()])
@@ -300,7 +288,7 @@ class Run:
             self._require_finite()
             self.progress.seconds, self.lived = self.progress.seconds + time.monotonic() - self.lived, time.monotonic()
             shared = {name: part.state_dict() for name, part in self.parts.items()}
-            self.checkpoints.save(State(self.step, shared, to_json(self.progress)))
+            self.checkpoints.save((self.step, shared, to_json(self.progress)))
             self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _after_step(self) -> None:
@@ -329,36 +317,32 @@ class Run:
         self, metrics: dict[str, Any], artefacts: dict[str, tuple[str, Any, nn.Module]], *, account: Any = None,
         next: str = "",
     ) -> None:  # fmt: skip
-        """Leave account, artefacts and metrics, in this order, and mark the run as finished. Collective.
+        """Leave account, artefacts and metrics, in this order, mark the run as finished, say what is next. Collective.
 
-        Args:
-            metrics: beside those of the last, or of the best, entry in the log.
-            artefacts: kind, configuration and module by the name of their folder; the main process's are written.
-            account: of this rank's reading, merged with those of the others.
-            next: command to run now.
+        Metrics are beside those of the last, or of the best, entry in the log. Artefacts are kind, configuration and
+        module by the name of their folder, those of the main process. The account is of this rank's reading.
         """
         if account is not None:
             account, *others = gather_object([account])
             account.merge(others)
-        devices.on_main(self.accelerator, lambda: self._leave(metrics, artefacts, account))
-        if self.is_main:
+
+        def leave() -> None:
+            if account is not None:
+                print(account)
+                write_json(self.path / "account.json", account)
+            for name, artefact in artefacts.items():
+                save_artefact(self.path / name, *artefact)
+            progress, best = self.progress, self.best
+            found = progress.curve[-1] if best is None else {"collapsed": False, **best.metrics, "best_step": best.step}
+            lived = {name: getattr(progress, name) for name in ("first_collapse_step", "collapse_alarms", "seconds")}
+            self.folder.finish({**found, **lived, "steps": self.step, **metrics})  # type: ignore[union-attr]
             print(f"wrote {', '.join(f'{self.path}/{name}' for name in (*artefacts, 'metrics.json'))}")
             if next:
                 print(f"Next:\n  {next}")
+
+        devices.on_main(self.accelerator, leave)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-
-    def _leave(self, metrics: dict[str, Any], artefacts: dict[str, tuple[str, Any, nn.Module]], account: Any) -> None:
-        if account is not None:
-            print(account)
-            write_json(self.path / "account.json", account)
-        for name, (kind, config, module) in artefacts.items():
-            save_artefact(self.path / name, kind, config, module)
-        progress, best = self.progress, self.best
-        found = progress.curve[-1] if best is None else {"collapsed": False, **best.metrics, "best_step": best.step}
-        alarms = {"first_collapse_step": progress.first_collapse_step, "collapse_alarms": progress.collapse_alarms}
-        found = {**found, **alarms, "steps": self.step, "seconds": progress.seconds, **metrics}
-        self.folder.finish(found)  # type: ignore[union-attr]
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
@@ -377,10 +361,7 @@ def decayed_groups(network: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def lr_at(step: int, steps: int, peak: float) -> float:
-    """Learning rate at a step: linear warm-up over a tenth of the steps, then a cosine to 0.
-
-    A pure function, because a prepared scheduler would step once for each process.
-    """
+    """Learning rate at a step: linear warm-up over a tenth of the steps, then a cosine to 0; no state to restore."""
     warmup = min(LONGEST_WARMUP, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
