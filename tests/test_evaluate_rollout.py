@@ -104,6 +104,11 @@ def test_the_model_is_the_calibrated_forecast_and_the_rollout_the_bare_network(
     if not latent_dimension:
         assert torch.allclose(batch.forecasts["rollout"], judge.predictor.standardise(bare), atol=1e-6)
     assert torch.allclose(batch.forecasts["mean"], torch.zeros_like(batch.came), atol=1e-6)
+    last, before = (judge.predictor.standardise(embeddings[:, CONTEXT - back]) for back in (1, 2))
+    for step in range(HORIZON):
+        assert torch.allclose(batch.forecasts["copy_last"][:, step], last, atol=1e-6)
+        extrapolated = last + (step + 1) * (last - before)
+        assert torch.allclose(batch.forecasts["linear_extrapolation"][:, step], extrapolated, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4)])
