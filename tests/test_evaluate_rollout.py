@@ -329,7 +329,3 @@ def test_a_predictor_without_its_calibration_is_refused(judge, tmp_path):
     (tmp_path / "predictor" / "calibration" / "config.json").unlink()
     with pytest.raises(UserError, match="calibration"):
         judge([40])
-
-
-def test_the_predictors_own_folder_is_taken_too(judge, tmp_path):
-    assert judge([40], predictor=tmp_path / "predictor" / "predictor")["windows"] == 34
