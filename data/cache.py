@@ -228,22 +228,18 @@ class Shard(NamedTuple):
     offsets: dict[str, int]
     """Place in the file where each dataset begins, in bytes."""
 
-    def damaged(self, reason: object) -> CacheError:
-        """The error that names the shard and the mend."""
-        return CacheError(f"{self.path} {reason}: delete it and {self.path.stem}.json, and embed the videos again")
-
     def require_whole(self) -> None:
         """Raise `CacheError` if the file has another size: a truncated one, mapped, ends the process (bus error)."""
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != self.size_bytes:
-            raise self.damaged(f"has {size} bytes instead of {self.size_bytes}")
+            raise _damaged(self.path, f"has {size} bytes instead of {self.size_bytes}")
 
     def map(self) -> np.ndarray:
         """The bytes of the file, uint8 (bytes,). Raises `CacheError` if they belong to another manifest."""
         # Not `numpy.memmap`: it keeps each file open, and a process may have 1024 open files.
         mapped = torch.from_file(str(self.path), size=self.size_bytes, dtype=torch.uint8).numpy()
         if mapped[self.offsets["shard"] :][: len(self.id)].tobytes() != self.id:
-            raise self.damaged("does not belong to its manifest")
+            raise _damaged(self.path, "does not belong to its manifest")
         return mapped
 
 
@@ -265,30 +261,33 @@ def read_shards(folder: Path, columns: dict[str, Column]) -> tuple[list[Shard], 
 
 def _read_manifest(path: Path, columns: dict[str, Column]) -> tuple[Shard, list[CachedClip]]:
     """A shard, and its clips at their rows in it."""
-    shard = Shard(path.with_suffix(".h5"), rows=0, size_bytes=0, id=b"", written_ns=0, offsets={})
+    shard_path = path.with_suffix(".h5")
     try:
         record = json.loads(path.read_bytes())
         clips, rows = [], 0
         for source, size_bytes, modified_ns, offset_s, frames, crc32 in record["clips"]:
             key = ClipKey(str(source), size_bytes, modified_ns, float(offset_s))
-            clips.append(CachedClip(key, rows, frames, crc32, shard.path))
+            clips.append(CachedClip(key, rows, frames, crc32, shard_path))
             rows += frames
-        shard = shard._replace(
-            rows=rows, size_bytes=record["bytes"], id=record["shard"].encode(), written_ns=record["written_ns"],
-            offsets={name: record["offsets"][name] for name in (*columns, "shard")},
+        offsets = {name: record["offsets"][name] for name in (*columns, "shard")}
+        shard = Shard(
+            shard_path, rows, record["bytes"], id=record["shard"].encode(), written_ns=record["written_ns"],
+            offsets=offsets,
         )  # fmt: skip
-        if not _are_sizes(
-            shard.size_bytes, shard.written_ns, *shard.offsets.values(), *(clip.frames for clip in clips)
-        ):
+        if not _are_sizes(shard.size_bytes, shard.written_ns, *offsets.values(), *(clip.frames for clip in clips)):
             raise ValueError("a size is not a positive whole number")
         for name, column in columns.items():
             size_bytes = rows * np.dtype(column.dtype).itemsize * math.prod(column.shape)
-            if shard.offsets[name] + size_bytes > shard.size_bytes:
+            if offsets[name] + size_bytes > shard.size_bytes:
                 raise ValueError(f"{name} is not inside the shard")
     except DAMAGES as error:
-        raise shard.damaged(f"has a damaged manifest ({error})") from error
+        raise _damaged(shard_path, f"has a damaged manifest ({error})") from error
     shard.require_whole()
     return shard, clips
+
+
+def _damaged(shard: Path, reason: str) -> CacheError:
+    return CacheError(f"{shard} {reason}: delete it and {shard.stem}.json, and embed the videos again")
 
 
 def checksum(arrays: Iterable[np.ndarray]) -> int:

@@ -6,13 +6,12 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import joblib
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_ENDED: Any = object()
 
 
 def map_ahead(
@@ -27,21 +26,20 @@ def map_ahead(
 
 
 def stream_ahead(
-    function: Callable[[Item], Iterable[Result]], items: Iterable[Item], *, workers: int | None = None
+    function: Callable[[Item], Iterable[Result]], items: Iterable[Item], *, workers: int | None = None, at_once: int = 1
 ) -> Iterator[Result]:
     """Results of a generator called with several items side by side: as they come, an item's own in order.
 
-    One result of each is prepared ahead; more items are begun than there are threads, so that no thread waits.
+    `at_once` results of each are prepared ahead; more items are begun than there are threads, so that no thread waits.
     """
     workers = workers or joblib.cpu_count()
     streams = (iter(function(item)) for item in items)
     with ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(next, stream, _ENDED): stream for stream in islice(streams, 2 * workers)}
+        running = {pool.submit(list, islice(one, at_once)): one for one in islice(streams, 2 * workers)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                stream, result = running.pop(future), future.result()
-                following = next(streams, None) if result is _ENDED else stream
+                stream, results = running.pop(future), future.result()
+                following = stream if len(results) == at_once else next(streams, None)
                 if following is not None:
-                    running[pool.submit(next, following, _ENDED)] = following
-                if result is not _ENDED:
-                    yield result
+                    running[pool.submit(list, islice(following, at_once))] = following
+                yield from results

@@ -37,8 +37,9 @@ def count_up(item):
         yield item, number
 
 
-def test_streams_run_side_by_side_each_in_its_order():
-    results = list(stream_ahead(count_up, range(30), workers=4))
+@pytest.mark.parametrize("at_once", [1, 2, 5, 7])
+def test_streams_run_side_by_side_each_in_its_order(at_once):
+    results = list(stream_ahead(count_up, range(30), workers=4, at_once=at_once))
     assert sorted(results) == [(item, number) for item in range(30) for number in range(5)]
     for item in range(30):
         assert [number for other, number in results if other == item] == list(range(5))

@@ -89,7 +89,7 @@ def embed_videos(
         VideoError: with `strict`, a video cannot be read or is damaged; otherwise its task says what was wrong.
     """
     decode_one = partial(decode, encoder=encoder, fps=fps, image_fps=image_fps, chunk_size=batch_size, strict=strict)
-    chunks = stream_ahead(decode_one, tasks, workers=cores_of_this_process())
+    chunks = stream_ahead(decode_one, tasks, workers=cores_of_this_process(), at_once=2)
     is_gpu = accelerator.device.type == "cuda"
     # On a CPU each batch has a thread to itself: threads that share a batch wait for each other in busy loops, and
     # decoding lacks what they waste.

@@ -111,14 +111,9 @@ def _timm_encoder(model: str, options: PublishedOptions) -> FrameEncoder:
 def keep_encoder(
     encoder: Encoder, components: int, folder: Path, *, windows: Iterator[Tensor], accelerator: Accelerator
 ) -> Encoder:
-    """Leave a published encoder in a folder, or take the same one that is there.
+    """Leave a published encoder without a head in a folder, or take the same one that is there.
 
-    Args:
-        encoder: without a head, on the accelerator's device.
-        components: principal components for a head; 0: its features as they are.
-        folder: where it is left.
-        windows: what components are fitted on, uint8 (n, window, 3, H, W) each.
-        accelerator: gives the device and the precision.
+    So many principal components of `windows`, uint8 (n, window, 3, H, W) each, become its head; none if 0.
 
     Raises:
         UserError: the folder holds another encoder.

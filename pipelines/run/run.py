@@ -170,7 +170,7 @@ class Run:
         """
         self._save()  # a folder that cannot be written is found out before the first hour
         self.restored = None
-        ahead = stream_ahead(lambda place: self._feed(batches(place)), [self.progress.place], workers=1)
+        ahead = stream_ahead(lambda place: self._feed(batches(place)), [self.progress.place], workers=1, at_once=2)
         self.bar = tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not self.is_main)
         self._count_anew()
         try:
