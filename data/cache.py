@@ -190,7 +190,7 @@ class EmbeddingCache:
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(flat) else ():
             index = int(shards[part[0]])
             values[part] = self._stored(index, name)[flat[part] - self._ends[index]]  # counted from the shard's end
-        return values.reshape(*rows.shape, *column.shape)
+        return values.reshape((*rows.shape, *column.shape))
 
     def _stored(self, index: int, name: str) -> np.ndarray:
         """A column of a shard, mapped, (rows, *shape)."""
