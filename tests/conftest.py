@@ -10,13 +10,35 @@ import av
 import h5py
 import numpy as np
 import pytest
+from pipelines.run.forecasts import calibrate
 
 from data.cache import ClipKey, Column, Provenance
 from data.cache_writer import CacheWriter, EmbeddedClip
+from jepa.baselines import Ridge
+from jepa.networks import MLPConfig
+from jepa.predictor import Predictor
+from pipelines.run.artefacts import save_artefact
+from pipelines.run.judging import measure_embeddings
+from pipelines.run.models import calibration_artefact
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (16, 40)
 """(height, width) at which numbered frames are read back: four columns for each of ten bits."""
+
+
+def assert_near(found, expected, tolerance=1e-4):
+    """Numbers in nested dictionaries and lists, relative or absolute."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_near(found[name], value, tolerance)
+    elif isinstance(expected, list | tuple):
+        for one, other in zip(found, expected, strict=True):
+            assert_near(one, other, tolerance)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
+    else:
+        assert found == expected
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +69,14 @@ def read_number():
     return read
 
 
+def add_sound(container, stream, seconds):
+    for index in range(int(seconds * 8000 / 1024)):
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 8000, 1024 * index, Fraction(1, 8000)
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
 @pytest.fixture(scope="session")
 def encode_video():
     """Encode pictures (height, width, 3), or numbers drawn as pictures.
@@ -56,7 +86,7 @@ def encode_video():
 
     def encode(
         path, times_s, pictures=None, codec="libx264", options=None, rate=25, ticks_per_second=1000,
-        pixel_format="yuv420p", container_options=None,
+        pixel_format="yuv420p", container_options=None, sound_s=0,
     ):  # fmt: skip
         if isinstance(times_s, int):
             times_s, ticks_per_second = np.arange(times_s) / rate, rate
@@ -66,6 +96,7 @@ def encode_video():
             stream.codec_context.thread_count = 1
             stream.codec_context.time_base = Fraction(1, ticks_per_second)
             stream.pix_fmt = pixel_format
+            sound = container.add_stream("aac", rate=8000, layout="mono") if sound_s else None
             opened = False
             for time_s, picture in zip(times_s, pictures, strict=True):
                 pixels = picture if isinstance(picture, np.ndarray) else draw_number(picture)
@@ -76,6 +107,8 @@ def encode_video():
                 frame.pts, frame.time_base = round(time_s * ticks_per_second), Fraction(1, ticks_per_second)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
+            if sound:
+                add_sound(container, sound, sound_s)
         if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
             # Run by root, it gives the thread that calls it real-time priority: all that is tested after it, and the
             # processes that this starts, would push aside whatever else runs on the machine.
@@ -87,14 +120,17 @@ def encode_video():
 
 @pytest.fixture(scope="session")
 def damage_video():
-    """Overwrite the coded pictures of a video from the given one on: decoding breaks off there."""
+    """Flip bits in one coded picture of a video, or in a slice of them, in the order of the file."""
 
-    def damage(path, first):
-        with av.open(str(path)) as container:
-            packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    def damage(path, which, skipped=0, mask=0xFF):
         content = bytearray(path.read_bytes())
-        for position, size in packets[first:]:
-            content[position : position + size] = b"\xff" * size
+        with av.open(str(path)) as container:
+            pictures = [packet for packet in container.demux(video=0) if packet.size]
+        for picture in pictures[which] if isinstance(which, slice) else [pictures[which]]:
+            begin = content.find(bytes(picture), picture.pos)
+            begin = picture.pos if begin < 0 else begin  # transport streams cut them up
+            for index in range(begin + skipped, begin + picture.size):
+                content[index] ^= mask
         path.write_bytes(content)
         return path
 
@@ -149,6 +185,23 @@ def write_cache(make_provenance):
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def save_model():
+    """Save a predictor that never trained, calibrated on a cache, as a run of the trainer leaves it."""
+
+    def save(folder, cache, horizon):
+        space = {"fps": cache.provenance.fps, "encoder_fingerprint": cache.provenance.encoder_fingerprint}
+        predictor = Predictor(MLPConfig(context=4, width=8), cache.shape, **space).eval()
+        measure_embeddings(predictor, cache)
+        ridge = Ridge(predictor.fps, 2, mean=predictor.mean, std=predictor.std)
+        calibration, _ = calibrate(predictor, ridge, cache, horizon=horizon)
+        folder.mkdir(parents=True)
+        save_artefact(folder / "predictor", "predictor", predictor.description(), predictor)
+        save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,7 @@
 """From videos and an encoder to a cache: published encoders by name and file, columns, precision, what is refused."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -124,25 +119,6 @@ def test_components_are_fitted_once_and_serve_other_videos(embed, material, tmp_
             embed(**published(material, **change))
 
 
-def test_killed_and_resumed_is_bit_equal(embed, material, tmp_path):
-    whole = embed("whole", **published(material))
-    shutil.copytree(tmp_path / "whole" / "encoder", tmp_path / "cache" / "encoder")
-    command = [sys.executable, ROOT / "pipelines" / "cache_embeddings.py", "--videos", material / "videos", "--fps", 10,
-               "--encoder", tmp_path / "cache" / "encoder", "--output-dir", tmp_path / "cache", "--clips-per-shard", 1,
-               "--batch-size", 16]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "cache").glob("shards/[!.]*.json")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < len(EmbeddingCache(tmp_path / "cache").clips) <= CLIPS
-    resumed = embed(encoder=str(tmp_path / "cache" / "encoder"))
-    assert [(clip.key, clip.crc32) for clip in resumed.clips] == [(clip.key, clip.crc32) for clip in whole.clips]
-    assert all(resumed.is_intact(clip) for clip in resumed.clips)
-
-
 def test_columns_are_on_the_clock_and_gaps_are_gaps(embed, material, tmp_path):
     videos = tmp_path / "videos"
     shutil.copytree(material / "videos", videos)
@@ -186,14 +162,10 @@ def test_a_cache_holds_one_precision(embed):
     ("encoder", "changes", "complaint"),
     [
         ("{ours}", {"tokens": "grid"}, r"--tokens is not for --encoder .*, which is a folder: drop it"),
-        ("{ours}", {"pca": 3}, r"--pca is not for"),
         ("{ours}/nowhere", {}, r"there is no encoder here"),
         ("timm:test_resnet", {"window": 4}, r"--window is not for --encoder timm:test_resnet, which is timm: drop it"),
         ("timm:test_resnet", {"grid": (3, 4)}, r"--grid needs --tokens grid"),
         ("timm:test_resnt", {}, r"encoder is test_resnt, which timm does not know"),
-        ("timm:small_conv", {}, r"encoder_weights are published for models of timm, not for small_conv"),
-        ("timm:test_vit", {"image_size": (0, 0)}, r"encoder_weights .*does not hold the weights of test_vit"),
-        ("timm:test_resnet", {"tokens": "grid", "levels": (7,)}, r"levels is 7: test_resnet has 0 to 4"),
         ("timm:test_resnet", {"encoder_weights": None}, r"encoder the hub does not give the weights of test_resnet"),
     ],
 )
@@ -272,7 +244,7 @@ def test_several_clocks_in_one_pass_give_what_each_gives_alone(embed, capsys):
 def test_damaged_videos_are_kept_as_far_as_they_go_and_accounted_for(embed, material, tmp_path, damage_video, capsys):
     videos = tmp_path / "videos"
     shutil.copytree(material / "videos", videos)
-    broken = damage_video(videos / "clip_00000.mp4", first=40)
+    broken = damage_video(videos / "clip_00000.mp4", slice(40, None))
     (videos / "clip_00001.mp4").write_bytes(b"no video")
     cache = embed(videos=(videos,))
     account, said = read_account(tmp_path / "cache"), capsys.readouterr().out

@@ -3,7 +3,6 @@
 Real processes and real file systems; what was complete before must survive, and the same command must finish the work.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -138,11 +137,14 @@ def test_two_processes_write_what_one_writes(tmp_path, material):
     assert_same(tmp_path / "cache", material / "undisturbed")
 
 
-@pytest.mark.slow
-def test_kills_cost_no_more_than_a_buffer(tmp_path):
-    """The short form of benchmarks/kill_caching.py, which kills 50 times."""
-    script = [sys.executable, "-m", "benchmarks.kill_caching"]
-    options = ["--kills", "2", "--videos", "30", "--frames", "60", "--output-dir", tmp_path]
-    result = subprocess.run([*script, *options], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
-    assert result.returncode == 0, result.stderr[-1000:]
-    assert json.loads((tmp_path / "results.json").read_text())["kills"] == 2
+def test_killed_and_resumed_is_bit_equal(tmp_path, material):
+    process = start(material, tmp_path / "cache", "--clips-per-shard", 1)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob("shards/[!.]*.json")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert 0 < len(EmbeddingCache(tmp_path / "cache").clips) < CLIPS
+    result = cache(material, tmp_path / "cache")
+    assert result.returncode == 0, result.stderr
+    assert_same(tmp_path / "cache", material / "undisturbed")

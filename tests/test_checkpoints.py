@@ -8,7 +8,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from pipelines.run import checkpoints
 from pipelines.run.checkpoints import Checkpoints, find_fault
 from pipelines.run.command import UserError
 
@@ -100,35 +99,6 @@ def test_a_broken_state_costs_one_line_and_the_way_from_an_older_one(saver, tmp_
     assert steps(tmp_path) == [10, 15]
 
 
-def test_broken_states_stay_until_a_new_one_is_whole(saver, tmp_path, monkeypatch):
-    for step in (10, 20):
-        saver.save(state(step))
-    spoil(tmp_path / "step_00000020.pt")
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.torch, "save", lambda content, file: disk_is_full(file))
-        with pytest.raises(OSError, match=r"No space left on device: '.*\.pt'"):
-            saver.save(state(15))
-    assert steps(tmp_path) == [10, 20]
-    assert saver.load_newest()[0] == 10
-    saver.save(state(15))
-    assert names(tmp_path) == ["step_00000010.pt", "step_00000015.pt"]  # half a state is no obstacle
-
-
-save = torch.save
-
-
-def disk_is_full(file):
-    """As `torch.save` of much does it on a full disk, which cannot be had without a mount."""
-
-    class Full:
-        def write(self, content):
-            if file.write(bytes(content)) + file.tell() > 2000:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return len(content)
-
-    save({"weights": torch.zeros(10_000)}, Full())
-
-
 @pytest.mark.parametrize("where", ["os.listdir", "ZipFile", "torch.load"])
 def test_what_cannot_be_read_now_is_not_taken_for_broken(saver, monkeypatch, where):
     def refuse(path, **_):
@@ -141,19 +111,6 @@ def test_what_cannot_be_read_now_is_not_taken_for_broken(saver, monkeypatch, whe
         saver.load_newest(is_needed=True)
     monkeypatch.undo()
     assert saver.load_newest()[0] == 20
-
-
-def test_a_state_that_is_needed_must_be_there(saver, tmp_path):
-    for folder in (tmp_path, tmp_path / "gone"):
-        saver.folder = folder
-        with pytest.raises(UserError, match=r"holds no whole training state to go on from \(there is none\): restore"):
-            saver.load_newest(is_needed=True)
-
-
-def test_another_number_of_processes_is_refused(saver, tmp_path):
-    torch.save({"shared": {}, "own": [{}, {}]}, tmp_path / "step_00000005.pt")
-    with pytest.raises(UserError, match=r"step_00000005.pt was saved by 2 processes, and 1 are running: resume with 2"):
-        saver.load_newest()
 
 
 class Evil:

@@ -5,7 +5,6 @@ Without a GPU, what runs in this process runs on a device that is pretended; pro
 """
 
 import copy
-import json
 import signal
 import subprocess
 import time
@@ -19,13 +18,11 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from benchmarks.common import ROOT, script, words
 from benchmarks.embed import new_tasks
-from data.cache import ClipKey, Column, EmbeddingCache
-from data.cache_writer import EmbeddedClip
+from data.cache import Column, EmbeddingCache
 from data.synthetic import BallWorld, write_ball_videos
 from data.views import Neighbours
 from data.windows import Windows
@@ -42,7 +39,9 @@ from pipelines.run.judging import calibrate, fit_ridge_on, judge, measure_embedd
 from pipelines.score_surprise import score_clips
 from pipelines.train_predictor import Losses
 from tests import test_ranks
+from tests.conftest import assert_near
 from tests.pretend_device import pretend_device
+from tests.test_run import differing, logged
 from tests.test_train_predictor import turning
 
 CUDA = torch.cuda.is_available()
@@ -64,19 +63,6 @@ def exact(monkeypatch):
 def on_device():
     """The GPU, or a device that is pretended."""
     return nullcontext(torch.device("cuda")) if CUDA else pretend_device()
-
-
-def assert_near(found, expected, tolerance=1e-4):
-    """Numbers in nested dictionaries and lists, relative or absolute."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert_near(found[name], value, tolerance)
-    elif isinstance(expected, list | tuple):
-        for one, other in zip(found, expected, strict=True):
-            assert_near(one, other, tolerance)
-    else:
-        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
 
 
 # Objectives and encoder
@@ -128,15 +114,15 @@ def test_an_encoder_learns_from_frames(grid, weight, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory, write_cache):
+def caches(tmp_path_factory, make_clip, write_cache):
     """Caches to train, validate and test on, with a column that can be read off."""
     folder = tmp_path_factory.mktemp("caches")
     for number, split in enumerate(("train", "val", "test")):
         clips = []
         for clip in range(8):
-            embeddings, ticks = turning(40, seed=100 * number + clip), np.arange(40)
-            columns = {"embeddings": embeddings, "speed": embeddings[:, 0].astype(np.float64)}
-            clips.append(EmbeddedClip(ClipKey(f"/{split}_{clip}.mp4", 1, 1, 0.0), columns, ticks / FPS, ticks))
+            embeddings = turning(40, seed=100 * number + clip)
+            speed = embeddings[:, 0].astype(np.float64)
+            clips.append(make_clip(f"/{split}_{clip}.mp4", 40, embeddings=embeddings, speed=speed))
         write_cache(
             folder / split, clips, columns={"embeddings": Column("float32", (5,)), "speed": Column("float64", ())}
         )
@@ -317,28 +303,6 @@ def runs(tmp_path_factory, videos):
     return {name: run.result() if not run.exception() else run.exception() for name, run in waiting.items()}
 
 
-def left(folder):
-    """Training state, weights and curve of a finished run; all but times."""
-    newest = max((folder / "training_state").glob("step_*.pt"))
-    state = torch.load(newest, weights_only=True, map_location="cpu")
-    rows = [json.loads(row) for row in (folder / "curve.jsonl").read_text().splitlines()]
-    times = {"samples_per_second", "data_wait_fraction"}
-    weights = {str(path): load_file(path) for path in sorted(folder.glob("*/model.safetensors"))}
-    curve = [{name: value for name, value in row.items() if name not in times} for row in rows]
-    return {"state": state["shared"], "weights": list(weights.values()), "curve": curve}
-
-
-def assert_same_bits(one, other):
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        one, other = list(one.values()), list(other.values())
-    if isinstance(one, list | tuple):
-        for mine, theirs in zip(one, other, strict=True):
-            assert_same_bits(mine, theirs)
-    else:
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 def finished(runs, name):
     if isinstance(runs[name], Exception):
         raise runs[name]
@@ -349,7 +313,7 @@ def finished(runs, name):
 @pytest.mark.parametrize("name", ["bf16", pytest.param("fp16", marks=pytest.mark.skipif(not CUDA, reason="CUDA only")),
                                   "compiled"])  # fmt: skip
 def test_an_encoder_trained_otherwise_learns_alike(runs, name):
-    other, plain = (left(finished(runs, which))["curve"] for which in (name, "fp32"))
+    other, plain = (logged(finished(runs, which)) for which in (name, "fp32"))
     assert other[0]["step"] == plain[0]["step"] == 30
     assert other[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.05)
     assert np.isfinite(other[-1]["loss"])
@@ -357,7 +321,7 @@ def test_an_encoder_trained_otherwise_learns_alike(runs, name):
 
 @pytest.mark.slow
 def test_an_encoder_that_was_killed_is_the_same_to_the_bit(runs):
-    assert_same_bits(left(finished(runs, "whole")), left(finished(runs, "killed")))
+    assert differing(finished(runs, "whole"), finished(runs, "killed")) == []
 
 
 @pytest.mark.slow
@@ -372,7 +336,7 @@ def test_a_predictor_that_was_killed_is_the_same_to_the_bit(runs, videos, tmp_pa
     whole, killed = (
         train("train_predictor", tmp_path / name, *both, kill=name == "killed") for name in ("whole", "killed")
     )
-    assert_same_bits(left(whole), left(killed))
+    assert differing(whole, killed) == []
     given = {"cache": tmp_path / "val", "predictor": whole}
     finish(start("evaluate_rollout", given, {"horizon": 4, "samples": 19, "output-dir": tmp_path / "evaluation"}))
     finish(start("score_surprise", given, {"output-dir": tmp_path / "surprise"}))

@@ -10,17 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data.cache import EmbeddingCache
-from jepa.baselines import Ridge
 from jepa.encoder import EncoderConfig, FrameEncoder
-from jepa.networks import MLPConfig
-from jepa.predictor import Predictor
-from pipelines.calibrate import calibrate
 from pipelines.cli import COMMANDS
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.models import calibration_artefact
 from pipelines.run.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,20 +77,11 @@ def test_options_that_pages_name_exist():
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, make_clip, write_cache):
+def workplace(tmp_path, monkeypatch, make_clip, write_cache, save_model):
     """A folder with a cache, a predictor with its calibration, and an encoder, where the pages expect them."""
     monkeypatch.chdir(tmp_path)
     cache = write_cache(tmp_path / "cache" / "test", [make_clip(f"/{index}.mp4", 40, seed=index) for index in range(6)])
-    shape = {"fps": 4.0, "encoder_fingerprint": "0123abcd"}
-    predictor = Predictor(MLPConfig(context=4, width=8), (5,), **shape)
-    ridge = Ridge(4.0, 4, mean=torch.zeros(5), std=torch.ones(5))
-    run = tmp_path / "runs" / "predictor"
-    run.mkdir(parents=True)
-    save_artefact(run / "predictor", "predictor", predictor.description(), predictor)
-    save_artefact(
-        run / "calibration",
-        *calibration_artefact(calibrate(predictor, ridge, EmbeddingCache(cache), horizon=6)[0], predictor),
-    )
+    save_model(tmp_path / "runs" / "predictor", EmbeddingCache(cache), horizon=6)
     encoder = FrameEncoder(EncoderConfig(image_size=(32, 32), embedding_dimension=5))
     (tmp_path / "runs" / "encoder").mkdir()
     save_artefact(tmp_path / "runs" / "encoder" / "encoder", "encoder", encoder.config, encoder)

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from examples import cifar10, infilling
-from examples.adaptation import adapt, earned_share
+from examples.adaptation import adapt
 from examples.direct_predictor import DirectConfig
 from examples.infilling import Infiller, InfillerConfig, ridge_beside_line
-from examples.sentence_jepa import FIRST_BUCKET, PADDING, SentenceEncoder, Vocabulary, WordCrop, embed
+from examples.sentence_jepa import SentenceEncoder, embed
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
@@ -75,14 +75,6 @@ def test_where_nothing_is_to_be_learned_little_is_lost():
     forecasts = future + torch.randn(future.shape, generator=generator)
     found = adapt(forecasts, past, future, torch.arange(600))
     assert (found - future).square().mean() < 1.02 * (forecasts - future).square().mean()
-
-
-@pytest.mark.parametrize(("useful", "at_first", "at_last"), [(1, 1, 1), (0.5, 1, 0.6), (-1, 1, 0)])
-def test_corrections_earn_their_share(useful, at_first, at_last):
-    correction = torch.randn(201, HORIZON, D, generator=torch.Generator().manual_seed(0))
-    share = earned_share(correction, useful * correction, torch.arange(201))
-    assert torch.allclose(share[1], torch.tensor(float(at_first)), atol=0.05)
-    assert torch.allclose(share[-1], torch.tensor(float(at_last)), atol=1e-6)
 
 
 # Infilling
@@ -213,25 +205,6 @@ def test_cifar10_runs_and_collapse_is_seen(images, tmp_path):
 
 
 # A sentence JEPA
-
-
-def test_crops_are_runs_of_words_all_places_occur_and_short_sentences_are_whole():
-    tokens = torch.zeros(400, 9, dtype=torch.int64)
-    tokens[:, :7] = torch.arange(11, 18)
-    crops = WordCrop(3)(tokens, torch.Generator().manual_seed(0))
-    assert (crops - crops[:, :1] == torch.arange(3)).all()
-    assert set(crops[:, 0].tolist()) == {11, 12, 13, 14, 15}
-    short = torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8]])
-    assert WordCrop(6)(short, torch.Generator()).tolist() == [[5, 6, 0, 0, 0, 0], [5, 6, 7, 8, 0, 0]]
-
-
-def test_words_that_training_never_saw_still_equal_themselves():
-    vocabulary = Vocabulary(["A man plays.", "a man sings"])
-    seen, unseen, silent = vocabulary.encode(["A MAN", "zebra, Zebra", "?!"])
-    assert seen.tolist() == [len(vocabulary) - 2, len(vocabulary) - 1]
-    assert unseen[0] == unseen[1]
-    assert FIRST_BUCKET <= unseen[0] < len(vocabulary) - 2
-    assert silent[0] != PADDING
 
 
 def test_padding_does_not_change_an_embedding():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,18 +176,7 @@ def test_a_command_that_cannot_resume_begins_anew(tmp_path):
     assert everything(tmp_path) == {"run.json"}
 
 
-def test_two_live_runs_in_one_folder_are_one_too_many(tmp_path):
-    first = take(tmp_path)
-    with pytest.raises(UserError, match="is in use: another process is at work on this run"):
-        take(tmp_path, resume=True)
-    first.release()
-    take(tmp_path, resume=True)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", "{", "[" * 100_000, '{"format": "other"}', "\xff"],
-)
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"format": "other"}', "\xff"])
 def test_a_damaged_mark_is_one_line(run, content):
     (run / "run.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"run\.json") as raised:
@@ -250,18 +238,13 @@ def weighted(module):
         (configured({"width": 2}), "config.json is not of this version"),
         (configured({"kind": "linear", "config": {"width": 3}}), r"of this linear is \(2.*, its configuration wants"),
         (configured({"kind": "linear", "config": {"wide": 3}}), "the linear here cannot be loaded"),
-        (configured({"kind": "linear", "config": {"width": "many"}}), "the linear here cannot be loaded"),
         (configured({"kind": "linear", "config": {"width": 10**7}}), "its configuration wants"),  # would be 400 TB
-        (configured({"kind": "linear", "config": {"width": 10**12}}), "linear"),
         (weighted(not_finite()), "weight of this linear is not finite"),
         (weighted(nn.Linear(2, 2, bias=False)), r"bias of this linear is missing, its configuration wants \(2,\)"),
-        (weighted(nn.Sequential(nn.Linear(2, 2))), "of this linear is"),
         (weighted(nn.Bilinear(2, 2, 2)), r"weight of this linear is \(2, 2, 2\)"),
         (lambda folder: os.truncate(folder / "model.safetensors", 50), "the linear here cannot be loaded"),
-        (lambda folder: (folder / "model.safetensors").write_text("no weights"), "the linear here cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no linear here .model.safetensors is missing"),
         (lambda folder: (folder / "config.json").unlink(), "no linear here .config.json is missing"),
-        (shutil.rmtree, "no linear here .config.json is missing"),
     ],
 )
 def test_an_artefact_is_what_it_says_and_its_weights_are_all_there_or_it_is_one_line(harm, complaint, artefact):

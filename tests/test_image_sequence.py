@@ -2,7 +2,6 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import draw_number
 from PIL import Image
 
 from benchmarks.reading import read_clips, read_frames
@@ -10,11 +9,10 @@ from data.clips import FrameClips
 from data.clock import read_on_clock
 from data.counting import count_frames
 from data.decoder import Damage, VideoError
-from data.frames_at import read_frames_at
 from data.manifest import check_videos, find_videos, index_videos
 from data.video import probe_video
-
-SIZE = (16, 40)
+from tests.conftest import draw_number
+from tests.test_decoder import SIZE, assert_random_is_sequential
 
 
 def write_images(folder, names, numbers=None):
@@ -51,18 +49,7 @@ def test_images_are_frames(sequence, numbered):
 
 
 def test_random_access_is_sequential(sequence):
-    whole = list(read_frames(sequence, SIZE, image_fps=10))
-    starts_s = [2.95, 0.3, 0.31, 3.9, 1.0, 5.0]
-    found = read_clips(sequence, SIZE, starts_s, length=16, image_fps=10)
-    for start_s, (frames, times_s) in zip(starts_s, found, strict=True):
-        expected = [(frame, time_s) for frame, time_s in whole if time_s >= start_s][:16]
-        assert times_s.tolist() == [time_s for _, time_s in expected]
-        assert all(np.array_equal(one, other) for one, (other, _) in zip(frames, expected, strict=True))
-    frames, times_s = read_frames_at(sequence, SIZE, times_s=[3.14, 0.26, 9.0], image_fps=10)
-    np.testing.assert_allclose(times_s, [3.1, 0.3, 3.9])
-    assert all(
-        np.array_equal(frame, whole[round(10 * time_s)][0]) for frame, time_s in zip(frames, times_s, strict=True)
-    )
+    assert_random_is_sequential(sequence)
 
 
 def test_images_lie_on_the_clock(sequence, read_number):
@@ -86,11 +73,6 @@ def test_only_what_is_wanted_is_opened(sequence, monkeypatch):
     assert len(opened) <= 8
 
 
-def test_numbers_are_ordered_by_value_and_begin_anywhere(tmp_path, numbered):
-    folder = write_images(tmp_path / "frames", ["frame_10.png", "frame_9.png", "frame_100.png", "frame_11.png"])
-    assert numbered(folder, image_fps=10) == [(1, 0), (0, 0.1), (3, 0.2), (2, 9.1)]
-
-
 def test_a_missing_number_is_a_gap(tmp_path, numbered):
     numbers = [*range(1, 11), *range(31, 41)]
     folder = write_images(tmp_path / "frames", [f"{number:06d}.jpg" for number in numbers], numbers)
@@ -104,18 +86,18 @@ def test_a_missing_number_is_a_gap(tmp_path, numbered):
     assert ticks == [number - 1 for number in numbers]
 
 
-def test_numbers_in_steps_are_consecutive(tmp_path, numbered):
-    numbers = [0, 5, 10, 15, 25, 30]
-    folder = write_images(tmp_path / "frames", [f"{number}.png" for number in numbers])
-    assert [time_s for _, time_s in numbered(folder, image_fps=10)] == [0, 0.1, 0.2, 0.3, 0.5, 0.6]
-
-
 @pytest.mark.parametrize(
-    "names", [["a.png", "b.png", "c.png"], ["1.png", "2.png", "zebra.png"], ["1.png", "01.png", "2.png"]]
+    ("names", "shown"),
+    [
+        (["frame_10.png", "frame_9.png", "frame_100.png", "frame_11.png"], [(1, 0), (0, 0.1), (3, 0.2), (2, 9.1)]),
+        (["0.png", "5.png", "10.png", "20.png"], [(0, 0), (1, 0.1), (2, 0.2), (3, 0.4)]),  # in steps of five
+        (["a.png", "b.png", "c.png"], [(0, 0), (1, 0.1), (2, 0.2)]),
+        (["1.png", "2.png", "zebra.png"], [(0, 0), (1, 0.1), (2, 0.2)]),
+        (["01.png", "1.png", "2.png"], [(0, 0), (1, 0.1), (2, 0.2)]),
+    ],
 )
-def test_names_without_numbers_are_in_the_order_of_the_alphabet(tmp_path, numbered, names):
-    folder = write_images(tmp_path / "frames", sorted(names))
-    assert numbered(folder, image_fps=10) == [(0, 0), (1, 0.1), (2, 0.2)]
+def test_numbers_in_names_are_times_and_other_names_are_in_order(tmp_path, numbered, names, shown):
+    assert numbered(write_images(tmp_path / "frames", names), image_fps=10) == shown
 
 
 def test_what_is_no_image_does_not_count(tmp_path, numbered):

@@ -6,65 +6,40 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from nbclient import NotebookClient
 
-from data.cache import ClipKey, EmbeddingCache
-from data.cache_writer import CacheWriter, EmbeddedClip
-from data.clock import read_on_clock
+from data.cache import EmbeddingCache
 from data.decoder import VideoError
-from data.manifest import file_state
-from data.synthetic import BallWorld, write_ball_clip, write_video
-from data.windows import Windows
-from jepa.baselines import Ridge
-from jepa.encoder import EncoderConfig, FrameEncoder
-from jepa.networks import MLPConfig
-from jepa.predictor import Predictor
+from data.synthetic import BallWorld, write_ball_clip, write_ball_videos, write_video
+from jepa.encoder import EncoderConfig, create_encoder
+from pipelines import cache_embeddings
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.judging import calibrate
-from pipelines.run.models import calibration_artefact
 from pipelines.run.pictures import read_pictures
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 WORLD = BallWorld()
-SIZE = (32, 32)
 
 
-def make_encoder():
-    torch.manual_seed(0)
-    return FrameEncoder(EncoderConfig(embedding_dimension=8, image_size=SIZE)).eval()
+@pytest.fixture
+def embed(tmp_path):
+    """Embed videos by the command; the encoder never trained."""
 
+    def run(videos, **changes):
+        encoder = create_encoder(EncoderConfig(embedding_dimension=8, image_size=(32, 32)))
+        save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
+        options = {"videos": tuple(videos), "encoder": str(tmp_path / "encoder"), "output_dir": tmp_path / "cache"}
+        AcceleratorState._reset_state(reset_partial_state=True)
+        cache_embeddings.main(cache_embeddings.Options(**options | changes, fps=float(WORLD.fps), dtype="float32"))
+        return EmbeddingCache(tmp_path / "cache"), encoder
 
-def embed(folder, videos, encoder, make_provenance, offset_s=0.0):
-    """What cache_embeddings leaves behind."""
-    space = {"encoder_fingerprint": encoder.fingerprint, "fps": float(WORLD.fps), "image_size": SIZE}
-    provenance = make_provenance((8,), **space)
-    with CacheWriter(folder, provenance) as writer:
-        for video in videos:
-            frames = list(read_on_clock(video, SIZE, fps=WORLD.fps, offsets_s=[offset_s]))
-            with torch.no_grad():
-                embeddings = encoder.embed(torch.from_numpy(np.stack([timed.frame for timed in frames]))[:, None])
-            times_s, ticks = (np.array([timed[field] for timed in frames]) for field in (1, 2))
-            key = ClipKey(*file_state(video), offset_s)
-            writer.add(EmbeddedClip(key, {"embeddings": embeddings.numpy()}, times_s, ticks))
-    return EmbeddingCache(folder)
+    return run
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_draws(tmp_path, monkeypatch, make_provenance):
-    encoder = make_encoder()
-    videos = [write_ball_clip(tmp_path, index, WORLD, seed=0) for index in range(6)]
-    cache = embed(tmp_path / "cache", videos, encoder, make_provenance)
-    embeddings = Windows(cache, 1).take(np.arange(cache.frames))[:, 0]
-    predictor = Predictor(
-        MLPConfig(context=4, width=16, depth=1), (8,), fps=float(WORLD.fps), encoder_fingerprint=encoder.fingerprint
-    ).eval()
-    predictor.mean.copy_(embeddings.mean(dim=0))
-    predictor.std.copy_(embeddings.std(dim=0))
-    ridge = Ridge(predictor.fps, 2, mean=predictor.mean, std=predictor.std)
-    calibration, _ = calibrate(predictor, ridge, cache, horizon=3)
-    (tmp_path / "predictor").mkdir()
-    save_artefact(tmp_path / "predictor" / "predictor", "predictor", predictor.description(), predictor)
-    save_artefact(tmp_path / "predictor" / "calibration", *calibration_artefact(calibration, predictor))
+def test_the_notebook_runs_and_draws(tmp_path, monkeypatch, embed, save_model):
+    cache, _ = embed(write_ball_videos(tmp_path, 6, WORLD, seed=0))
+    save_model(tmp_path / "predictor", cache, horizon=3)
     monkeypatch.setenv("JEPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("JEPA_PREDICTOR", str(tmp_path / "predictor"))
     monkeypatch.delenv("JEPA_VIDEO", raising=False)
@@ -80,18 +55,9 @@ def test_the_notebook_runs_and_draws(tmp_path, monkeypatch, make_provenance):
     assert "Warning" not in printed["stderr"]
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_are_stored_clean(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    for cell in notebook.cells:
-        assert cell.cell_type != "code" or (cell.outputs == [] and cell.execution_count is None)
-
-
-def test_pictures_are_the_very_frames_that_were_embedded(tmp_path, make_provenance):
-    encoder = make_encoder()
+def test_pictures_are_the_very_frames_that_were_embedded(tmp_path, embed):
     video = write_ball_clip(tmp_path, 0, BallWorld(fps=25, frames=50), seed=1)
-    cache = embed(tmp_path / "cache", [video], encoder, make_provenance, offset_s=0.05)
+    cache, encoder = embed([video], clocks=2)
     rows = np.arange(cache.frames)[::-3]
     pictures = read_pictures(video, cache.take(rows, "times_s"), cache.provenance, height=32).transpose(0, 3, 1, 2)
     with torch.no_grad():

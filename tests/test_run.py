@@ -76,9 +76,10 @@ def logged(path):
 def left(path):
     """What a run has left: weights, state, curve and metrics."""
     newest = max((path / "training_state").glob("step_*.pt"))
-    state = torch.load(newest, weights_only=True)
+    state = torch.load(newest, weights_only=True, map_location="cpu")
+    weights = {str(file.relative_to(path)): load_file(file) for file in path.glob("*/model.safetensors")}
     records = {"curve": logged(path), "metrics": json.loads((path / "metrics.json").read_text())}
-    return records | {"state": state, "weights": load_file(path / "sum" / "model.safetensors")}
+    return records | {"state": state, "weights": weights}
 
 
 def differing(one, other):

@@ -1,9 +1,6 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from data.cache import Column, EmbeddingCache
 from data.errors import DataError
 from data.sidecar import SidecarError, read_sidecar
 
@@ -45,10 +42,8 @@ def test_columns_come_in_the_order_asked_for(video):
     [
         (TABLE, "brake", "no column 'brake' among frame, time_s, speed, steering"),
         ("second,speed\n0,1\n", "speed", "no column 'frame' among second, speed"),
-        ("", "speed", "no column 'frame'"),
         ("time_s,speed\n", "speed", "no rows"),
         ("time_s,speed\n0.0,fast\n", "speed", "table of numbers.*fast"),
-        ("time_s,speed\n0.0\n", "speed", "table of numbers"),
         ("time_s,speed\nnan,1\n", "speed", "a value that is not a number"),
         ("time_s,höhe\n0.0,1\n".encode("latin-1"), "höhe", "in UTF-8"),
         (b"time_s,speed\n0.0," + b"7" * 200_000 + b"\n", "speed", "table of numbers"),
@@ -94,24 +89,6 @@ def test_frames_that_are_not_in_the_video(uneven, frame):
 def test_times_are_taken_before_frames(uneven):
     uneven.with_suffix(".csv").write_text("frame,time_s,speed\n900,0.0,1\n901,0.5,2\n")
     assert read_sidecar(uneven, np.array([0.5, 0.0]), columns=["speed"], tolerance_s=0.1)[:, 0].tolist() == [2, 1]
-
-
-def test_columns_lie_on_the_rows_of_a_cache(tmp_path, make_clip, write_cache):
-    """Two clocks on one video, a second video with a gap, and a table that ends early."""
-    for name, slope, rows in (("a", 1, 200), ("b", 2, 20)):
-        lines = "".join(f"{tick / 20},{slope * tick / 20}\n" for tick in range(rows))
-        (tmp_path / f"{name}.csv").write_text("time_s,position\n" + lines)
-    clips = []
-    for name, frames, offset_s, gaps in (("a", 8, 0.0, ()), ("a", 8, 0.1, ()), ("b", 6, 0.0, (3,))):
-        clip = make_clip(tmp_path / f"{name}.mp4", frames, offset_s=offset_s, gaps=gaps)
-        table = read_sidecar(tmp_path / f"{name}.mp4", clip.times_s, columns=["position"], tolerance_s=0.125)
-        clips.append(replace(clip, columns=clip.columns | {"position": table[:, 0]}))
-    cache = EmbeddingCache(write_cache(tmp_path / "cache", clips, columns={"position": Column("float64")}))
-    for clip, slope in zip(cache.clips, (1, 1, 2), strict=True):
-        times_s, found = cache.take(clip.rows, "times_s"), cache.take(clip.rows, "position")
-        covered = times_s <= (1.075 if slope == 2 else np.inf)
-        np.testing.assert_allclose(found[covered], slope * times_s[covered], atol=1e-9 if slope == 1 else 0.1)
-        assert np.isnan(found[~covered]).all()
 
 
 def test_a_table_that_says_nothing_at_all_is_on_another_clock(video):

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.cache import CacheError, ClipKey, EmbeddingCache
-from data.cache_writer import CacheWriter, EmbeddedClip
+from data.cache import CacheError, EmbeddingCache
 from data.windows import Windows
 from jepa.networks import MLPConfig, TransformerConfig
 from jepa.predictor import Predictor
 from pipelines import calibrate, train_predictor
 from pipelines.run.command import UserError
-from pipelines.run.judging import copying_error, fit_ridge_on, measure_embeddings
+from pipelines.run.judging import copying_error, measure_embeddings
 from pipelines.run.models import load_predictor
 
 NETWORKS = {
@@ -32,17 +31,17 @@ def turning(frames, shape=(5,), seed=0):
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory, make_provenance):
+def caches(tmp_path_factory, make_clip, write_cache):
     """Folders of caches to train on, to validate on, and of more clips: of vectors and of grids."""
     folders = {}
     for name, shape in (("vector", (5,)), ("grid", (2, 2, 5))):
         for part, (split, clips) in enumerate((("train", 12), ("val", 5), ("more", 9))):
-            folder = folders[name, split] = tmp_path_factory.mktemp(f"{name}_{split}")
-            with CacheWriter(folder, make_provenance(shape=shape)) as writer:
-                for clip in range(clips):
-                    key = ClipKey(f"/videos/{split}_{clip}.mp4", 1, 1, 0.0)
-                    embeddings = turning(40, shape, 100 * part + clip)
-                    writer.add(EmbeddedClip(key, {"embeddings": embeddings}, np.arange(40) / 4, np.arange(40)))
+            folder = tmp_path_factory.mktemp(f"{name}_{split}")
+            made = [
+                make_clip(f"/videos/{split}_{clip}.mp4", 40, embeddings=turning(40, shape, 100 * part + clip))
+                for clip in range(clips)
+            ]
+            folders[name, split] = write_cache(folder, made, shape=shape)
     return folders
 
 
@@ -146,20 +145,12 @@ def test_the_horizon_grows_to_its_full_length_by_half_of_the_training(caches, tm
     assert [train_predictor.growing_horizon(step, chosen) for step in (0, 24, 49, 50, 99)] == [1, 4, 7, 8, 8]
 
 
-def test_ridge_regression_foresees_the_turning(caches):
-    (train, predictor), held_out = measured(caches, "vector"), Windows(EmbeddingCache(caches["vector", "val"]), 10)
-    ridge = fit_ridge_on(train, held_out, predictor)
-    taken = held_out.take(np.arange(len(held_out)))
-    error = (ridge(taken[:, :4]) - taken[:, 4:5]).square().mean()
-    assert error < 0.1 * (taken[:, 3:4] - taken[:, 4:5]).square().mean()
-
-
 def test_what_cannot_be_learned_from_is_refused_in_a_line(caches, tmp_path, make_clip, write_cache, damage_cache):
     with pytest.raises(UserError, match="keep videos apart"):
         train_predictor.main(options(caches, tmp_path / "a", validation_cache=caches["vector", "train"]))
     clip = make_clip("/videos/x.mp4", 30)
-    frozen = {"embeddings": np.ones((30, 5), np.float32)}
-    still = write_cache(tmp_path / "still", [EmbeddedClip(clip.key, frozen, clip.times_s, clip.ticks)])
+    frozen = make_clip("/videos/x.mp4", 30, embeddings=np.ones((30, 5), np.float32))
+    still = write_cache(tmp_path / "still", [frozen])
     broken = damage_cache(write_cache(tmp_path / "broken", [clip]))
     for part in ("train_cache", "validation_cache"):
         with pytest.raises(UserError, match="no embedding ever changes"):

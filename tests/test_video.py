@@ -13,8 +13,9 @@ from benchmarks.reading import read_frames
 from data.clock import read_on_clock
 from data.decoder import VideoError
 from data.video import probe_video
+from tests.conftest import add_sound
+from tests.test_decoder import SIZE, uneven_times
 
-SIZE = (16, 40)
 RATES = [(30, 4), (25, 7), (24, 10), (10, 10), (30, 29)]
 LONG_GOP = {"g": "250", "bf": "3", "b_strategy": "0", "sc_threshold": "0"}
 
@@ -45,12 +46,6 @@ def assert_nearest(sampled, times_s, fps, offset_s=0.0):
         else:
             assert distance_s.min() > 0.5 / fps - 2e-3, tick
     assert chosen == {}
-
-
-def uneven_times(count, seed=0):
-    """Times on whole milliseconds, 8 to 14 fps, beginning at 0."""
-    steps_ms = np.random.default_rng(seed).integers(70, 125, size=count - 1)
-    return np.concatenate([[0], np.cumsum(steps_ms)]) / 1000
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
@@ -110,54 +105,6 @@ def test_no_frame_stands_for_two_ticks(tmp_path, encode_video, on_clock):
     assert on_clock(video, 10) == [(5 * index, index) for index in range(8)]
 
 
-def test_offset_shifts_the_clock(tmp_path, encode_video, on_clock):
-    video = encode_video(tmp_path / "even.mp4", np.arange(80) / 40, rate=40)
-    assert on_clock(video, 5, offset_s=0.1) == [(tick, 4 + 8 * tick) for tick in range(10)]
-    # A whole tick of offset renumbers the ticks and changes nothing else.
-    assert on_clock(video, 5, offset_s=0.2) == [(tick - 1, number) for tick, number in on_clock(video, 5)[1:]]
-
-
-@pytest.mark.parametrize(
-    ("name", "codec", "options"),
-    [
-        ("b_frames.mp4", "libx264", LONG_GOP),
-        ("short_gop.mp4", "libx264", {"g": "12", "bf": "2"}),
-        ("b_frames.mkv", "libx264", LONG_GOP),
-        ("short_gop.mkv", "libx264", {"g": "12", "bf": "2"}),
-        ("quicktime.mov", "libx264", {"g": "12", "bf": "2"}),
-        ("b_frames.avi", "libx264", {"g": "12", "bf": "2"}),
-        ("plain.avi", "mpeg4", {"g": "12"}),
-        ("open.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
-        ("transport.ts", "libx264", {"g": "12", "bf": "2"}),
-        ("camera.mts", "libx264", {"g": "12", "bf": "2"}),
-        ("programme.mpg", "mpeg2video", {"g": "12", "bf": "2"}),
-        ("old.wmv", "wmv2", {"g": "12"}),
-        ("old.flv", "libx264", {"g": "12", "bf": "2"}),
-        ("raw.h264", "libx264", {"g": "12", "bf": "2"}),
-    ],
-)
-def test_stretches_together_are_one_pass(tmp_path, encode_video, on_clock, name, codec, options):
-    video = encode_video(tmp_path / name, 100, codec=codec, options=options)
-    for fps in (4, 10, 25):
-        whole = on_clock(video, fps, offset_s=0.007)
-        assert_nearest(whole, np.arange(100) / 25, fps, 0.007)
-        for edges in ([0, 1, 2, 3, np.inf], [0, 0.37, 0.9, 2.32, 10]):
-            parts = [
-                on_clock(video, fps, offset_s=0.007, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise(edges)
-            ]
-            assert list(chain(*parts)) == whole
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_stretches_of_a_variable_rate_are_one_pass(tmp_path, encode_video, on_clock, suffix):
-    times_s = np.delete(uneven_times(90), np.arange(30, 45))
-    video = encode_video(tmp_path / f"uneven{suffix}", times_s, options={"g": "20", "bf": "3"})
-    whole = on_clock(video, 6, offset_s=0.05)
-    edges = [0, *np.sort(np.random.default_rng(0).uniform(0, 9, size=12)), np.inf]
-    parts = [on_clock(video, 6, offset_s=0.05, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise(edges)]
-    assert list(chain(*parts)) == whole
-
-
 def test_a_tick_on_an_edge_belongs_to_one_stretch(tmp_path, encode_video, on_clock):
     # 3 x 0.1 is more than 3 / 10 by a rounding error: tick 3 must not come twice.
     video = encode_video(tmp_path / "even.mp4", np.arange(60) / 20, rate=20)
@@ -165,16 +112,6 @@ def test_a_tick_on_an_edge_belongs_to_one_stretch(tmp_path, encode_video, on_clo
     edges = [0, 3 * 0.1, 0.7, 11 * 0.1, np.inf]
     parts = [on_clock(video, 10, start_s=start_s, end_s=end_s) for start_s, end_s in pairwise(edges)]
     assert list(chain(*parts)) == whole
-
-
-@pytest.mark.parametrize("name", ["plain.mp4", "late.mp4", "late.mkv", "late.ts", "late.webm", "b_frames.avi"])
-def test_times_start_at_the_first_displayed_frame(tmp_path, encode_video, read_number, name):
-    codec, options = ("libvpx-vp9", {}) if name.endswith("webm") else ("libx264", LONG_GOP)
-    times_s = (0.52 if name.startswith("late") else 0) + np.arange(30) / 25
-    video = encode_video(tmp_path / name, times_s, codec=codec, options=options, ticks_per_second=25)
-    frames = list(read_frames(video, SIZE))
-    assert read_number(frames[0][0]) == 0
-    np.testing.assert_allclose([time_s for _, time_s in frames], np.arange(30) / 25, atol=1.1e-3)
 
 
 def test_times_start_at_the_first_frame_that_decodes(tmp_path, encode_video, read_number):
@@ -186,14 +123,6 @@ def test_times_start_at_the_first_frame_that_decodes(tmp_path, encode_video, rea
     first = frames[0][0]
     assert first > 0
     assert frames == [(number, pytest.approx((number - first) / 25, abs=1e-4)) for number in range(first, 100)]
-
-
-def test_probe_reads_the_header(tmp_path, encode_video):
-    info = probe_video(encode_video(tmp_path / "a.mp4", 50))
-    assert (info.codec, info.height, info.width) == ("h264", 32, 80)
-    assert info.duration_s == pytest.approx(2, abs=0.05)
-    assert info.average_fps == pytest.approx(25, rel=0.02)
-    assert probe_video(encode_video(tmp_path / "raw.h264", 50)).duration_s == 0  # it has none
 
 
 def still(height, width, seed=0):
@@ -228,16 +157,6 @@ def test_resize_is_antialiased_bilinear(tmp_path, encode_video, size):
         assert (torch.from_numpy(frame).float() - reference).abs().mean() <= 0.5
 
 
-def test_colours_keep_their_channels(tmp_path, encode_video):
-    picture = np.zeros((32, 96, 3), dtype=np.uint8)
-    for channel in range(3):
-        picture[:, 32 * channel : 32 * channel + 32, channel] = 220
-    frame, _ = next(read_frames(encode_video(tmp_path / "rgb.mp4", [0], [picture]), (16, 48)))
-    for channel in range(3):
-        colour = frame[:, 2:-2, 16 * channel + 4 : 16 * channel + 12].mean(axis=(1, 2))
-        np.testing.assert_allclose(colour, 220 * np.eye(3)[channel], atol=8)
-
-
 # The matrix of an mp4 track, by how far a player turns the picture clockwise: x' = a x + c y, y' = b x + d y, y down.
 CLOCKWISE = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
 
@@ -262,31 +181,12 @@ def test_a_display_matrix_is_applied(tmp_path, encode_video, degrees):
         assert (torch.from_numpy(frame).float() - reference).abs().mean() < 4  # coding loss; a wrong turn is > 30
 
 
-@pytest.mark.parametrize(("degrees", "turns"), [(0, 0), (90, -1), (180, 2), (270, 1)])
-def test_phone_clips_stand_upright(shared, degrees, turns):
-    # Four shots of a keyboard: turned like this, its letters can be read (looked at when this test was written).
-    path = shared / "clips" / f"rotated_{degrees}.mov"
-    with av.open(str(path)) as container:
-        stored = [exact_rgb(frame) for frame in container.decode(video=0)]
-    upright = [torch.rot90(picture, turns, dims=(1, 2)) for picture in stored]
-    info = probe_video(path)
-    assert (info.height, info.width) == tuple(upright[0].shape[1:])
-    frames = [frame for frame, _ in read_frames(path, (64, 96))]
-    assert len(frames) == 3
-    for frame, picture in zip(frames, upright, strict=True):
-        assert (torch.from_numpy(frame).float() - antialiased(picture, (64, 96))).abs().mean() <= 0.6
-
-
 def test_unusable_files_say_why(tmp_path):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("this is no video\n" * 100)
     (tmp_path / "folder.mp4").mkdir()
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 8000, 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        add_sound(container, container.add_stream("aac", rate=8000, layout="mono"), 1)
     os.mkfifo(tmp_path / "pipe.mp4")  # must not hang
     for name, reason in {
         "missing.mp4": "no such file",
@@ -302,15 +202,10 @@ def test_unusable_files_say_why(tmp_path):
             assert "\n" not in str(caught.value)
 
 
-def test_a_title_that_is_not_utf8_does_no_harm(tmp_path, encode_video):
-    path = tmp_path / "title.mkv"
-    with av.open(str(path), "w") as container:
-        container.metadata["title"] = "Fahrt im Maerz"
-        stream = container.add_stream("libx264", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
-        for _ in range(3):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
-        container.mux(stream.encode())
-    path.write_bytes(path.read_bytes().replace(b"Fahrt im Maerz", b"Fahrt im M\xe4rz "))
+def test_a_tag_that_is_not_utf8_does_no_harm(tmp_path, encode_video):
+    path = encode_video(tmp_path / "tag.mkv", 3)
+    content = path.read_bytes()
+    assert b"Lavf" in content
+    path.write_bytes(content.replace(b"Lavf", b"L\xe4vf"))
     assert probe_video(path).codec == "h264"
     assert len(list(read_frames(path, SIZE))) == 3

@@ -36,18 +36,6 @@ def test_windows_are_all_runs_of_one_clip_without_a_gap(cache, clips):
     assert windows.clip_of(np.arange(len(windows))).tolist() == [0] * 6 + [1] * 5
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 6, 9])
-def test_ticks_of_a_window_are_consecutive_and_of_its_clip(cache, length):
-    windows = Windows(cache, length)
-    everything = np.arange(len(windows))
-    rows = windows.rows(everything)
-    assert rows.shape == (len(windows), length)
-    assert (np.diff(windows.column(everything, "ticks"), axis=1) == 1).all()
-    bounds = np.array([(clip.start, clip.start + clip.frames) for clip in cache.clips])[windows.clip_of(everything)]
-    assert (rows[:, 0] >= bounds[:, 0]).all()
-    assert (rows[:, -1] < bounds[:, 1]).all()
-
-
 def test_windows_of_tokens_carry_times_and_other_columns(tmp_path, make_clip, write_cache):
     clips = [
         make_clip(f"/{name}.mp4", 7, shape=(2, 3, 4), speed=np.arange(7) / at) for at, name in ((1, "a"), (2, "b"))
@@ -61,13 +49,6 @@ def test_windows_of_tokens_carry_times_and_other_columns(tmp_path, make_clip, wr
     np.testing.assert_array_equal(windows.take(indices)[0].numpy(), stored)
     np.testing.assert_array_equal(windows.column(indices, "speed"), [np.arange(2, 7) / 2, np.arange(1, 6)])
     np.testing.assert_array_equal(windows.column(indices, "times_s"), [np.arange(2, 7) / 4, np.arange(1, 6) / 4])
-
-
-def test_take_follows_the_order_asked_for(cache):
-    windows = Windows(cache, length=3)
-    order = np.array([7, 0, 7, 2])
-    np.testing.assert_array_equal(windows.take(order).numpy(), read_all(windows)[order])
-    assert windows.take(np.empty(0, np.int64)).shape == (0, 3, 5)
 
 
 @pytest.mark.parametrize("index", [-1, 11])
