@@ -10,7 +10,6 @@ import av
 import h5py
 import numpy as np
 import pytest
-from pipelines.run.forecasts import calibrate
 
 from data.cache import ClipKey, Column, Provenance
 from data.cache_writer import CacheWriter, EmbeddedClip
@@ -18,7 +17,7 @@ from jepa.baselines import Ridge
 from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.judging import measure_embeddings
+from pipelines.run.judging import calibrate, measure_embeddings
 from pipelines.run.models import calibration_artefact
 
 ROOT = Path(__file__).resolve().parents[1]
