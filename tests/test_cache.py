@@ -195,6 +195,19 @@ def test_a_shard_that_is_truncated_after_opening_is_named(tmp_path, write_cache,
             read(clip)
 
 
+def test_swapped_shards_are_noticed(tmp_path, write_cache, make_clip):
+    """They have the same size and look like each other, but belong to other videos."""
+    write_cache(tmp_path, [make_clip(f"/{name}.mp4", 6, seed=at) for at, name in enumerate("ab")], 1)
+    one, other = shards(tmp_path)
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    cache = EmbeddingCache(tmp_path)
+    for clip in cache.clips:
+        with pytest.raises(CacheError, match=rf"{clip.shard} does not belong to its manifest: delete it"):
+            cache.clip_embeddings(clip)
+
+
 JUNK = (b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe{\xe4", b"[" * 100_000)
 CHANGED_MANIFESTS = (
     {"clips": {}, "bytes": None}, {"clips": [3]}, {"clips": [["/a.mp4"]]}, {"bytes": float("inf")},

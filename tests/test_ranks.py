@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jepa.batch_norm import SynchronisedBatchNorm, synchronise_batch_norm
-from jepa.distributed import sum_over_ranks
+from jepa.distributed import sum_over_ranks, world_size
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, SIGReg, VICReg
 
@@ -112,6 +112,33 @@ class Normalise:
         }
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The sum alone, with losses that differ between ranks."""
+
+    ranks: int
+    rows: int
+
+    def run(self, rank=None):
+        torch.manual_seed(0)
+        batch = torch.randn(self.ranks * self.rows, 3, dtype=torch.float64)
+        inputs = all_of(batch, self.ranks, rank).clone().requires_grad_()
+        shares = inputs.chunk(self.ranks) if rank is None else [inputs]  # one process plays all ranks
+        sums = [share.square().sum(dim=0) for share in shares]
+        whole = sum(sums)
+        total, again = sum_over_ranks(whole), sum_over_ranks(whole)
+        loss = 0
+        for weight, share in enumerate(sums, 1 if rank is None else rank + 1):
+            # The gradient of `total` is that of `share` too, the gradient of `again` one expanded number.
+            loss = loss + weight * ((total + share) ** 3).sum() + again.sum()
+        loss.backward()
+        return {
+            "totals": torch.stack([total, again]).detach(),
+            "gradient": inputs.grad,
+            "ranks": world_size(),
+        }
+
+
 STEPS = [
     Step(objective, ranks, rows, tokens, batch_norm, dtype)
     for objective in OBJECTIVES
@@ -132,7 +159,8 @@ NORMALISATIONS = [
     Normalise((5, 3, 2), 2, 5, dtype=torch.float32),
     Normalise((5, 3, 2), 2, 5, dtype=torch.bfloat16, autocast=True),
 ]
-CASES = {ranks: [case for case in [*STEPS, *NORMALISATIONS] if case.ranks == ranks] for ranks in (2, 4)}
+ROWS = [Rows(2, 3), Rows(2, 1), Rows(4, 3)]
+CASES = {ranks: [case for case in [*STEPS, *NORMALISATIONS, *ROWS] if case.ranks == ranks] for ranks in (2, 4)}
 
 
 def work(rank, ranks, folder, cases=None, backend="gloo"):
@@ -194,6 +222,15 @@ def test_batch_normalisation_is_that_of_the_whole_batch(results, case):
         for name, buffer in ours["buffers"].items():
             statistics = 1e-10 if case.dtype == torch.float64 else 1e-6  # in float32 also under autocast
             torch.testing.assert_close(buffer, whole["buffers"][name], rtol=statistics, atol=statistics)
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_collectives_differentiate_the_sum_of_the_losses(results, case):
+    whole = case.run()
+    for rank, ours in enumerate(results[case]):
+        torch.testing.assert_close(ours["totals"], whole["totals"])
+        torch.testing.assert_close(ours["gradient"], whole["gradient"].chunk(case.ranks)[rank])
+        assert ours["ranks"] == case.ranks
 
 
 def test_one_process_is_left_alone():
