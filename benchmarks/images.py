@@ -89,10 +89,9 @@ def main(options: Options) -> None:
 
 def split_on_device(split: str, read: cifar10.Options, fraction: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, 3, 32, 32) and their classes (N,)."""
-    images = cifar10.read_images(read.images, split, read)
+    images = cifar10.read_images(read.images, split, read, every=round(1 / fraction))
     pixels = rearrange(torch.from_numpy(images.pixels), "n h w c -> n c h w")
-    every = round(1 / fraction)
-    return pixels[::every].to(device), torch.from_numpy(images.labels)[::every].to(device)
+    return pixels.to(device), torch.from_numpy(images.labels).to(device)
 
 
 def train_steps(network: cifar10.Network, images: Tensor, options: Options, device: torch.device) -> Iterator[float]:

@@ -120,14 +120,15 @@ class Images(NamedTuple):
     classes: list[str]
 
 
-def read_images(path: Path, split: str, options: Options) -> Images:
-    """Decode the images of a split. Raises `UserError` if there are none."""
+def read_images(path: Path, split: str, options: Options, *, every: int = 1) -> Images:
+    """Decode the images of a split, or one of so many. Raises `UserError` if there are none."""
     require(path.is_file() and zipfile.is_zipfile(path), f"{path}: there is no zip of images here")
     height, width = options.encoder.image_size
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if name.startswith(f"{split}/") and name.count("/") == 2)
         names = [name for name in names if not name.endswith("/")]
         require(bool(names), f"{path} holds no images {split}/CLASS/*")
+        names = names[::every]
         folders = [name.split("/")[1] for name in names]
         classes = sorted(set(folders))
         decoded = (Image.open(io.BytesIO(archive.read(name))).convert("RGB").resize((width, height)) for name in names)
