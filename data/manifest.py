@@ -213,7 +213,8 @@ def check_videos(
         else:
             videos.append(video)
     if refused and (strict or not videos):
-        more = f" (and {len(refused) - 1} more files cannot be used)" if len(refused) > 1 else ""
+        reasons = f": {manifest} says why" if manifest else ""
+        more = f" (and {len(refused) - 1} more{reasons})" if len(refused) > 1 else ""
         raise VideoError(next(iter(refused.values())) + more)
     return videos, Account(refused=refused)
 

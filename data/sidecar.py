@@ -60,6 +60,16 @@ def read_sidecar(
     return np.where(is_near[:, None], rows[nearest, 1:], np.nan)
 
 
+def has_columns(path: Path, columns: Sequence[str]) -> bool:
+    """Whether there is a CSV whose head has a clock and these columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            known = csv.DictReader(file).fieldnames or []
+    except (OSError, csv.Error, ValueError):
+        return False
+    return {*columns} <= {*known} and bool({"time_s", "frame"} & {*known})
+
+
 def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:
     """Which column says when, and the rows: that column first, then `columns`; float64 (rows, 1 + columns)."""
     try:

@@ -28,7 +28,7 @@ from data.cache_writer import CacheWriter, remaining_clips
 from data.clock import clock_offsets_s
 from data.errors import DataError
 from data.manifest import Account, check_videos, file_state
-from data.sidecar import read_sidecar
+from data.sidecar import has_columns, read_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt
 from jepa.encoder import Encoder
@@ -118,10 +118,16 @@ def usable_videos(options: Options, is_main: bool) -> tuple[list[VideoInfo], Acc
     require(not others, f"--output-dir {folder} holds {', '.join(others[:3])}, and is no cache: take another one")
     for name in options.columns:
         require(NUMBER.is_valid(name), f"--columns {name}: a cache has no place for a column of this name")
-    return check_videos(
+    videos, account = check_videos(
         options.videos, fps=options.fps, manifest=folder / "videos.jsonl", image_fps=options.image_fps,
         strict=options.strict, is_main=is_main,
     )  # fmt: skip
+    tables = any(has_columns(video.path.with_suffix(".csv"), options.columns) for video in videos)
+    names = " ".join(options.columns)
+    require(
+        tables or not options.columns, f"--columns {names}: no CSV beside the videos has time_s or frame, and these"
+    )
+    return videos, account
 
 
 def chosen_encoder(options: Options, accelerator: Accelerator, videos: list[VideoInfo]) -> Encoder:
@@ -192,8 +198,8 @@ def summarise(options: Options) -> None:
     kept = options.encoder if Path(options.encoder).is_dir() else folder / "encoder"
     print(
         f"wrote {folder}: {len(cache.clips)} clips, {cache.frames:,} embeddings of shape {cache.shape} at "
-        f"{options.fps:g} fps. Next, with other videos embedded by --encoder {kept} in cache/val:\n"
-        "  video-jepa train --train-cache cache/train --validation-cache cache/val --output-dir runs/predictor"
+        f"{options.fps:g} fps. Next, with VALIDATION, the cache of other videos by --encoder {kept}:\n"
+        f"  video-jepa train --train-cache {folder} --validation-cache VALIDATION --output-dir runs/predictor"
     )
 
 

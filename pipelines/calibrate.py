@@ -44,7 +44,7 @@ def main(options: Options) -> None:
             f"{folder} was trained on {options.cache}, whose errors are not usual ones: take other videos",
         )
         calibration, said = calibrate(predictor, before.ridge, cache, horizon=options.horizon)
-        save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
+        save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor, clips_in_short(cache)))
         print(f"{said}\nwrote {folder}/calibration")
 
 

@@ -22,7 +22,7 @@ from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.files import write_json
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import load_predictor, open_cache, require_no_video_in_both
+from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both
 from pipelines.run.report import draw_skill, table, write_table
 
 RESULTS = ("rollout.json", "rollout.csv", "rollout.png")
@@ -67,6 +67,8 @@ def main(options: Options) -> None:
     output = RunFolder(options, "evaluate_rollout", RESULTS)
     predictor, calibration = load_predictor(options.predictor, device)
     cache, readout = open_cache(options.cache, predictor), None
+    if options.horizon > (fitted := calibration.horizon):
+        print(f"warning: the calibration was fitted up to {fitted} ticks ahead; beyond, that of the last one is taken")
     windows = Windows(cache, predictor.config.context + options.horizon)
     if options.probe_cache:
         probe_cache = open_cache(options.probe_cache, predictor)
@@ -81,7 +83,7 @@ def main(options: Options) -> None:
         draw_skill(results, figure.subplots())
         figure.savefig(Path(unfinished, "rollout.png"), dpi=120)
         # Only now: where the disk is full, the old results stay.
-        output.begin({"provenance": cache.provenance, "calibration": calibration.description()})
+        output.begin(inputs_of(options.predictor, cache))
         for name in RESULTS:
             Path(unfinished, name).replace(folder / name)
     print(table(results))

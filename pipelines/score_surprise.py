@@ -34,7 +34,7 @@ from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import counted, require, require_one_process, run_command
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import in_batches, load_predictor, open_cache
+from pipelines.run.models import in_batches, inputs_of, load_predictor, open_cache
 from pipelines.run.pictures import Scores, draw_peaks, draw_surprise, plain
 from pipelines.run.stages import run_stage
 
@@ -77,7 +77,7 @@ def main(options: Options) -> None:
     )
     cache = open_cache(options.cache or embed(options, predictor.fps), predictor)
     windows = Windows(cache, predictor.config.context + options.horizon)
-    output.begin({"provenance": cache.provenance, "clips": len(cache.clips)})
+    output.begin(inputs_of(options.predictor, cache))
     for name in ("pictures", "peaks"):
         (folder / name).mkdir(exist_ok=True)
     frames, energy, videos, far = 0, 0.0, 0, 0

@@ -97,9 +97,11 @@ def main(options: Options) -> None:
         print(said)
         artefacts = {
             "predictor": ("predictor", predictor.description(), predictor),
-            "calibration": calibration_artefact(calibration, predictor),
+            "calibration": calibration_artefact(calibration, predictor, clips_in_short(validation)),
         }
-    evaluate = f"video-jepa evaluate --cache cache/test --predictor {options.output_dir} --output-dir runs/evaluation"
+    evaluate = (
+        f"video-jepa evaluate --cache CACHE_OF_TEST --predictor {options.output_dir} --output-dir runs/evaluation"
+    )
     run.finish({"encoder_fingerprint": encoder}, artefacts, next=evaluate)
 
 

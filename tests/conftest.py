@@ -18,7 +18,7 @@ from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.judging import calibrate, measure_embeddings
-from pipelines.run.models import calibration_artefact
+from pipelines.run.models import calibration_artefact, clips_in_short
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (16, 40)
@@ -198,7 +198,7 @@ def save_model():
         calibration, _ = calibrate(predictor, ridge, cache, horizon=horizon)
         folder.mkdir(parents=True)
         save_artefact(folder / "predictor", "predictor", predictor.description(), predictor)
-        save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
+        save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor, clips_in_short(cache)))
 
     return save
 

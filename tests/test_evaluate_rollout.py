@@ -49,7 +49,7 @@ def save_model(folder, **kind):
     predictor, calibration = make_model(**kind)
     folder.mkdir()
     save_artefact(folder / "predictor", "predictor", predictor.description(), predictor)
-    save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor))
+    save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor, "others"))
 
 
 @pytest.fixture

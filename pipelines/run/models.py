@@ -17,7 +17,7 @@ from jepa.networks import PredictorConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import UserError, require
-from pipelines.run.files import summary
+from pipelines.run.files import MARK, read_json, summary
 
 BATCH_NUMBERS = 32_000_000
 """Numbers that are held at a time where windows of a cache go by in batches."""
@@ -36,7 +36,8 @@ def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Pr
             config.get("predictor_fingerprint") == owner,
             f"{folder}/calibration is that of another predictor: end the training there with --resume, or train anew",
         )
-        return Calibration.build(**{name: value for name, value in config.items() if name != "predictor_fingerprint"})
+        known = {"predictor_fingerprint", "fitted_on"}
+        return Calibration.build(**{name: value for name, value in config.items() if name not in known})
 
     calibration = load_module(folder / "calibration", "calibration", build_calibration)
     return predictor.to(device), calibration.to(device)
@@ -50,10 +51,12 @@ def build_predictor(description: dict[str, Any]) -> Predictor:
     return Predictor(kinds[network.pop("kind")](**network), tuple(fields.pop("shape")), **fields)
 
 
-def calibration_artefact(calibration: Calibration, predictor: Predictor) -> tuple[str, dict[str, Any], Calibration]:
-    """Kind, configuration and module of a calibration's artefact: it says whose it is."""
+def calibration_artefact(
+    calibration: Calibration, predictor: Predictor, fitted_on: str
+) -> tuple[str, dict[str, Any], Calibration]:
+    """Kind, configuration and module of a calibration's artefact: whose it is, and on which clips it was fitted."""
     owner = {"predictor_fingerprint": fingerprint(predictor, predictor.description())}
-    return "calibration", calibration.description() | owner, calibration
+    return "calibration", calibration.description() | owner | {"fitted_on": fitted_on}, calibration
 
 
 def open_cache(folder: Path, predictor: Predictor) -> EmbeddingCache:
@@ -61,6 +64,19 @@ def open_cache(folder: Path, predictor: Predictor) -> EmbeddingCache:
     cache = EmbeddingCache(folder)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, "the predictor", shape=predictor.shape)
     return cache
+
+
+def inputs_of(folder: Path, cache: EmbeddingCache) -> dict[str, Any]:
+    """What a judgement rests on, for its record: the cache, the predictor and its calibration.
+
+    Warns where the predictor or its calibration has learned from this very cache.
+    """
+    calibration, clips = read_json(folder / "calibration" / "config.json")["config"], clips_in_short(cache)
+    trained_on = read_json(folder / MARK).get("inputs", {}).get("train") if (folder / MARK).exists() else None
+    for name, learned_from in {"predictor": trained_on, "calibration": calibration["fitted_on"]}.items():
+        if clips == learned_from:
+            print(f"warning: the {name} has learned from {cache.folder}: other videos are less well known to it")
+    return {"provenance": cache.provenance, "clips": clips, "calibration": calibration}
 
 
 def clips_in_short(cache: EmbeddingCache) -> str:

@@ -30,4 +30,4 @@ def run_stage(command: str, options: dict[str, Any]) -> None:
     except KeyboardInterrupt:  # after which subprocess.run would kill it
         process.wait()
         raise
-    require(status == 0, f"{command} stopped as it says above (exit code {status}): run this again to go on")
+    require(status == 0, f"{command} stopped as it says above (exit code {status}): mend that, and run this again")
