@@ -26,7 +26,7 @@ from jepa.config import Bounded, Positive, PositiveInt
 from jepa.encoder import EncoderConfig, create_encoder
 from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import VICReg
-from pipelines.run.command import run_command
+from pipelines.run.command import require, run_command
 from pipelines.run.files import write_json
 
 WARMUP, GOAL = 200, 0.1
@@ -65,6 +65,8 @@ def main(options: Options) -> None:
     config = EncoderConfig(backbone=options.backbone, image_size=(32, 32), pooling="average", embedding_dimension=0)
     read = cifar10.Options(images=shared("images/cifar10.zip"), encoder=config)
     train, test = (split_on_device(split, read, options.fraction, device) for split in ("train", "test"))
+    enough = f"{len(train[1])} images do not fill a batch of {options.batch_size}: take more, or a larger --fraction"
+    require(len(train[1]) >= options.batch_size, enough)
     torch.manual_seed(0)
     encoder = create_encoder(config)
     if options.backbone.startswith("resnet"):

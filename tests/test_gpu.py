@@ -19,7 +19,7 @@ def test_the_document_has_the_table_of_what_is_committed(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_all_of_it_is_rehearsed(tmp_path, shared, monkeypatch):
     monkeypatch.setenv("JEPA_SHARED", str(shared.absolute()))
-    pack.pack_material(tmp_path / "material", {"train": 600, "test": 200}, {"train": 5100, "test": 100})
+    pack.pack_material(tmp_path / "material", {"train": 4000, "test": 1000}, {"train": 5100, "test": 100})
     monkeypatch.setenv("JEPA_SHARED", str(tmp_path / "material"))
     options = Options(budget_minutes=30, output_dir=tmp_path / "out", work_dir=tmp_path / "work", rehearse=True)
     gpu.main(options)
