@@ -84,8 +84,9 @@ def score_in_turn(folder: Path, options: Options) -> dict[str, list[float]]:
     parts = [EmbeddingCache(folder / "cache" / split) for split in ("val", "test")]
     videos = [clip.key.source for part in parts for clip in part.clips]
     both = {"both": [Path(video) for video in videos]}
-    embed(options.output_dir / f"{folder.parent.name}_{folder.name}", both, folder / "encoder", Recipe(predictor.fps))
-    cache = EmbeddingCache(options.output_dir / f"{folder.parent.name}_{folder.name}" / "both")
+    caches = options.output_dir / f"{folder.parent.name}_{folder.name}"
+    embed(caches, both, folder / "encoder", Recipe(predictor.fps))
+    cache = EmbeddingCache(caches / "both")
     shares: dict[str, list[float]] = {}
     for left_out in np.array_split(np.arange(len(cache.clips)), options.parts):
         others, mine = copy.copy(cache), copy.copy(cache)
