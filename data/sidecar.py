@@ -9,7 +9,7 @@ times are in another unit, or of another video.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +60,16 @@ def read_sidecar(
     return np.where(is_near[:, None], rows[nearest, 1:], np.nan)
 
 
-def has_columns(path: Path, columns: Sequence[str]) -> bool:
-    """Whether there is a CSV whose head has a clock and these columns."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            known = csv.DictReader(file).fieldnames or []
-    except (OSError, csv.Error, ValueError):
-        return False
-    return {*columns} <= {*known} and bool({"time_s", "frame"} & {*known})
+def require_a_sidecar(videos: Iterable[Path], columns: Sequence[str]) -> None:
+    """Raise the first video's `SidecarError` where beside none of them lies a table with these columns."""
+    errors = []
+    for video in videos:
+        try:
+            _read_table(video.with_suffix(".csv"), columns)
+            return
+        except SidecarError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:

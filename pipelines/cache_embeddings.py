@@ -28,7 +28,7 @@ from data.cache_writer import CacheWriter, remaining_clips
 from data.clock import clock_offsets_s
 from data.errors import DataError
 from data.manifest import Account, check_videos, file_state
-from data.sidecar import has_columns, read_sidecar
+from data.sidecar import read_sidecar, require_a_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt
 from jepa.encoder import Encoder
@@ -122,11 +122,8 @@ def usable_videos(options: Options, is_main: bool) -> tuple[list[VideoInfo], Acc
         options.videos, fps=options.fps, manifest=folder / "videos.jsonl", image_fps=options.image_fps,
         strict=options.strict, is_main=is_main,
     )  # fmt: skip
-    tables = any(has_columns(video.path.with_suffix(".csv"), options.columns) for video in videos)
-    names = " ".join(options.columns)
-    require(
-        tables or not options.columns, f"--columns {names}: no CSV beside the videos has time_s or frame, and these"
-    )
+    if options.columns:  # a slip is said before all work
+        require_a_sidecar((video.path for video in videos), options.columns)
     return videos, account
 
 

@@ -13,10 +13,9 @@ from jepa.config import Bounded, PositiveInt
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.devices import start_accelerator
-from pipelines.run.files import MARK, read_json
 from pipelines.run.folder import hold
 from pipelines.run.judging import calibrate
-from pipelines.run.models import calibration_artefact, clips_in_short, load_predictor, open_cache
+from pipelines.run.models import calibration_artefact, clips_in_short, load_predictor, open_cache, trained_on
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,13 @@ def main(options: Options) -> None:
     predictor, before = load_predictor(folder, start_accelerator().device)
     with hold(folder):
         cache = open_cache(options.cache, predictor)
-        inputs = read_json(folder / MARK).get("inputs", {}) if (folder / MARK).exists() else {}
+        clips = clips_in_short(cache)
         require(
-            clips_in_short(cache) != inputs.get("train"),
+            clips != trained_on(folder),
             f"{folder} was trained on {options.cache}, whose errors are not usual ones: take other videos",
         )
         calibration, said = calibrate(predictor, before.ridge, cache, horizon=options.horizon)
-        save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor, clips_in_short(cache)))
+        save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor, clips))
         print(f"{said}\nwrote {folder}/calibration")
 
 

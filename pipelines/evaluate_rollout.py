@@ -9,6 +9,7 @@ also how good sampled futures are; with --probe-cache and --probe-columns also h
 caches, can be read off forecasts.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,8 +68,10 @@ def main(options: Options) -> None:
     output = RunFolder(options, "evaluate_rollout", RESULTS)
     predictor, calibration = load_predictor(options.predictor, device)
     cache, readout = open_cache(options.cache, predictor), None
+    inputs = inputs_of(options.predictor, cache)
     if options.horizon > (fitted := calibration.horizon):
-        print(f"warning: the calibration was fitted up to {fitted} ticks ahead; beyond, that of the last one is taken")
+        warning = f"the calibration was fitted up to {fitted} ticks ahead; beyond, that of the last one is taken"
+        print(f"warning: {warning}", file=sys.stderr)
     windows = Windows(cache, predictor.config.context + options.horizon)
     if options.probe_cache:
         probe_cache = open_cache(options.probe_cache, predictor)
@@ -83,7 +86,7 @@ def main(options: Options) -> None:
         draw_skill(results, figure.subplots())
         figure.savefig(Path(unfinished, "rollout.png"), dpi=120)
         # Only now: where the disk is full, the old results stay.
-        output.begin(inputs_of(options.predictor, cache))
+        output.begin(inputs)
         for name in RESULTS:
             Path(unfinished, name).replace(folder / name)
     print(table(results))

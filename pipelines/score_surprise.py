@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from data.cache import Provenance
 from data.errors import DataError
+from data.video import IMAGE_FPS
 from data.windows import Windows
 from jepa.calibration import FAR_LEVEL, Calibration
-from jepa.config import Bounded, PositiveInt
+from jepa.config import Bounded, Positive, PositiveInt
 from jepa.metrics import change_cosine
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
@@ -51,6 +52,8 @@ class Options(Bounded):
     """Videos to embed and score, instead of a cache."""
     encoder: str = "runs/encoder/encoder"
     """Encoder of the predictor's embeddings; for videos."""
+    image_fps: Positive = IMAGE_FPS
+    """Rate of folders of images among the videos, which have no times of their own."""
     predictor: Path = Path("runs/predictor")
     """Run folder of train_predictor: the predictor and its calibration."""
     output_dir: Path = Path("runs/surprise")
@@ -105,7 +108,9 @@ def embed(options: Options, fps: float) -> Path:
     cache = (options.output_dir / "cache").absolute()
     encoder = str(Path(options.encoder).absolute()) if Path(options.encoder).is_dir() else options.encoder
     videos = tuple(path.absolute() for path in options.videos)
-    run_stage("embed", {"videos": videos, "encoder": encoder, "fps": fps, "output-dir": cache})
+    run_stage(
+        "embed", {"videos": videos, "encoder": encoder, "fps": fps, "image-fps": options.image_fps, "output-dir": cache}
+    )
     return cache
 
 

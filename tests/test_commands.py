@@ -79,6 +79,17 @@ def test_the_journey_leaves_what_it_promises(world):
     assert len((world / "surprise" / "peaks.csv").read_text().splitlines()) > 4  # a head and the peaks of each video
 
 
+def test_a_judgement_on_what_the_model_knows_is_warned_of_and_recorded(world, tmp_path, capsys):
+    for split, who in (("train", "predictor"), ("val", "calibration")):
+        cache, judged = world / "cache" / split, tmp_path / split
+        call("evaluate_rollout", f"--cache {cache} --horizon 9 --predictor {world}/predictor --output-dir {judged}")
+        said = capsys.readouterr().err
+        assert f"warning: the {who} has learned from {cache}" in said
+        assert "warning: the calibration was fitted up to 5 ticks ahead" in said
+    inputs = json.loads((tmp_path / "val" / "run.json").read_text())["inputs"]
+    assert inputs["clips"] == inputs["calibration"]["fitted_on"]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "complaint"),
     [

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.sidecar import SidecarError, read_sidecar
+from data.sidecar import SidecarError, read_sidecar, require_a_sidecar
 
 TABLE = "frame,time_s,speed,steering\n0,0.0,10,-1\n1,0.1,11,-0.5\n2,0.25,12,0\n3,0.7,13,0.5\n"
 
@@ -35,6 +35,13 @@ def test_nearest_row_of_each_frame(video, table, times_s, tolerance_s, speeds):
 def test_columns_come_in_the_order_asked_for(video):
     values = read_sidecar(video, np.array([0.25, 0.0]), columns=["steering", "speed"], tolerance_s=0.01)
     assert values.tolist() == [[0, 12], [-1, 10]]
+
+
+def test_one_table_with_the_columns_is_enough_and_none_is_an_error(video):
+    without = video.with_name("without.mp4")
+    require_a_sidecar([without, video], ["speed"])
+    with pytest.raises(SidecarError, match="no column 'brake'"):
+        require_a_sidecar([video, without], ["brake"])
 
 
 @pytest.mark.parametrize(

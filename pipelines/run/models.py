@@ -1,5 +1,6 @@
 """The predictor and its calibration on disk, and what is asked of caches that they are used on."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -66,16 +67,17 @@ def open_cache(folder: Path, predictor: Predictor) -> EmbeddingCache:
     return cache
 
 
-def inputs_of(folder: Path, cache: EmbeddingCache) -> dict[str, Any]:
-    """What a judgement rests on, for its record: the cache, the predictor and its calibration.
+def trained_on(folder: Path) -> str | None:
+    """The clips that the predictor of a run was trained on, in short; None where the run's record is not there."""
+    return read_json(folder / MARK).get("inputs", {}).get("train") if (folder / MARK).exists() else None
 
-    Warns where the predictor or its calibration has learned from this very cache.
-    """
+
+def inputs_of(folder: Path, cache: EmbeddingCache) -> dict[str, Any]:
+    """What a judgement rests on, for its record; warns where the model has learned from this very cache."""
     calibration, clips = read_json(folder / "calibration" / "config.json")["config"], clips_in_short(cache)
-    trained_on = read_json(folder / MARK).get("inputs", {}).get("train") if (folder / MARK).exists() else None
-    for name, learned_from in {"predictor": trained_on, "calibration": calibration["fitted_on"]}.items():
+    for name, learned_from in {"predictor": trained_on(folder), "calibration": calibration.get("fitted_on")}.items():
         if clips == learned_from:
-            print(f"warning: the {name} has learned from {cache.folder}: other videos are less well known to it")
+            print(f"warning: the {name} has learned from {cache.folder}: it knows others less well", file=sys.stderr)
     return {"provenance": cache.provenance, "clips": clips, "calibration": calibration}
 
 
