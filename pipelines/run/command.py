@@ -1,5 +1,6 @@
 """How every command begins and ends: its options, and errors that a person reads in one line."""
 
+import ctypes
 import inspect
 import io
 import os
@@ -68,6 +69,7 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
 
     The docstring of the command's module is its help, the module's file name its section in a preset.
     """
+    _keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
@@ -83,6 +85,13 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
         _leave_at_once(status)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave_at_once(0)  # gloo's threads may abort the interpreter while it shuts down (pytorch/pytorch#179291)
+
+
+def _keep_freed_memory() -> None:
+    """Use freed memory again: glibc gives large tensors back at once, and their pages cost as much as what is in them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for option, value in ((-1, 2**31 - 1), (-3, 2**30), (-8, 1)) if mallopt else ():
+        mallopt(option, value)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; M_ARENA_MAX, for threads use each other's
 
 
 def explain(error: BaseException) -> tuple[int, str]:
