@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -26,6 +27,8 @@ LOST_CONTACT = re.compile(
     re.IGNORECASE,
 )
 """The words of gloo, NCCL and the store for another process that has gone, or has not come."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+"""Of malloc.h."""
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED|std::bad_alloc")
 """The words of a GPU, its libraries and the CPU's allocator."""
 
@@ -89,9 +92,11 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
 
 def _keep_freed_memory() -> None:
     """Use freed memory again: glibc gives large tensors back at once, and their pages cost as much as their numbers."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for option, value in ((-1, 2**31 - 1), (-3, 2**30), (-8, 1)) if mallopt else ():
-        mallopt(option, value)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; M_ARENA_MAX, for threads use each other's
+    with suppress(AttributeError):  # another allocator
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_ARENA_MAX, 1)  # or threads would not use what others have freed
 
 
 def explain(error: BaseException) -> tuple[int, str]:
