@@ -183,7 +183,7 @@ def write_cache(folder: Path, clips: Iterable[tuple[str, np.ndarray]], dimension
         for source, embeddings in clips:
             ticks = np.arange(len(embeddings))
             if source not in there:
-                writer.add(EmbeddedClip(ClipKey(source, 1, 1, 0.0), {"embeddings": embeddings}, ticks / FPS, ticks))
+                writer.add(EmbeddedClip(ClipKey(source, source, 0.0), {"embeddings": embeddings}, ticks / FPS, ticks))
     return folder
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.common import shared
 from data.cache import ClipKey, Column, Provenance
 from data.cache_writer import CacheWriter
-from data.manifest import file_state
+from data.manifest import content_of
 from data.parallel import stream_ahead
 from data.video import IMAGE_FPS, TRANSFORM
 from jepa.config import Bounded, Positive, PositiveInt
@@ -106,7 +106,7 @@ def main(options: Options) -> None:
 
 def new_tasks(paths: tuple[Path, ...]) -> list[Task]:
     """Every video on one clock."""
-    return [Task(path, [ClipKey(*file_state(path), 0.0)]) for path in paths]
+    return [Task(path, [ClipKey(str(path), content_of(path), 0.0)]) for path in paths]
 
 
 def decode_all(paths: tuple[Path, ...], encoder: FrameEncoder, options: Options) -> list[Tensor]:

@@ -6,6 +6,7 @@ A cache is a folder:
     shards/NAME.h5    a contiguous dataset for each column, all on the same rows: `embeddings` (N, *tokens, D),
                       `times_s` (N,), `ticks` (N,), and what a table beside the video says; and `shard`, its id
     shards/NAME.json  which clips are in NAME.h5, with the checksum of each; its size, its id, where its datasets begin
+    places.json       what lay where when videos were embedded last: content by path
 
 The small JSON manifest is written last, and *the manifest is the commit*: an HDF5 file without one does not exist. No
 file is ever changed after it has its name. A cache is opened from the manifests alone, and a shard is mapped to memory
@@ -25,7 +26,7 @@ import torch
 
 from data.errors import DataError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 DAMAGES = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """Errors that JSON of another shape than expected can raise."""
 
@@ -86,12 +87,12 @@ class Provenance:
 
 
 class ClipKey(NamedTuple):
-    """Name of a clip: a stretch of a file; a changed file is another clip."""
+    """Name of a clip: a video on a clock; a changed video is another clip, a moved one is not."""
 
     source: str
-    """Absolute path of the video; with the next two, `data.manifest.FileState`."""
-    size_bytes: int
-    modified_ns: int
+    """Absolute path of the video, when it was seen last."""
+    content: str
+    """What tells the video from all others (`data.manifest.content_of`)."""
     offset_s: float
     """Shift of the clock in seconds: one video on two clocks makes two clips."""
 
@@ -117,8 +118,8 @@ class EmbeddingCache:
     """Reader of a cache.
 
     Rows of all shards are numbered through. `clips` are ordered by source and offset, so their order does not depend
-    on how many ranks wrote them; of a file that was embedded before and after a change only the clip that was written
-    last is there. May be sent to other processes, which map the shards themselves.
+    on how many ranks wrote them; of a file that was embedded before and after a change only the clip of what it holds
+    now is there. May be sent to other processes, which map the shards themselves.
 
     Raises:
         CacheError: there is no cache, it has another format, is empty or is damaged; reading raises it too.
@@ -246,17 +247,36 @@ class Shard(NamedTuple):
 def read_shards(folder: Path, columns: dict[str, Column]) -> tuple[list[Shard], list[CachedClip]]:
     """All shards in the order in which they were written, and the clips in the order of their names.
 
-    A later clip of a video replaces an earlier one.
+    Clips go with their videos to where `read_places` says that these lie, and what lay there before gives way. Where
+    it says nothing, a later clip of a path replaces an earlier one.
     """
+    places = read_places(folder)
+    moved = {content: path for path, content in places.items()}
     paths = [path for path in sorted((folder / "shards").glob("[!.]*.json")) if path.is_file()]
     manifests = sorted((_read_manifest(path, columns) for path in paths), key=lambda manifest: manifest[0].written_ns)
     newest: dict[tuple[str, float], CachedClip] = {}
     row = 0
     for shard, clips in manifests:
         for clip in clips:
-            newest[clip.key.source, clip.key.offset_s] = clip._replace(start=row + clip.start)
+            _, content, offset_s = clip.key
+            source = moved.get(content, clip.key.source)
+            if places.get(source, content) == content:
+                key = clip.key._replace(source=source)
+                newest[source, offset_s] = clip._replace(key=key, start=row + clip.start)
         row += shard.rows
     return [shard for shard, _ in manifests], [newest[name] for name in sorted(newest)]
+
+
+def read_places(folder: Path) -> dict[str, str]:
+    """Contents of videos by the paths at which they lay when they were embedded last. Raises `CacheError`."""
+    path = folder / "places.json"
+    try:
+        places = json.loads(path.read_bytes()) if path.exists() else {}
+        if not isinstance(places, dict) or not all(isinstance(one, str) for one in places.values()):
+            raise ValueError("it is no list of contents by path")
+    except DAMAGES as error:
+        raise CacheError(f"{path} is damaged ({error}): delete it, and embed the videos again") from error
+    return places
 
 
 def _read_manifest(path: Path, columns: dict[str, Column]) -> tuple[Shard, list[CachedClip]]:
@@ -265,8 +285,8 @@ def _read_manifest(path: Path, columns: dict[str, Column]) -> tuple[Shard, list[
     try:
         record = json.loads(path.read_bytes())
         clips, rows = [], 0
-        for source, size_bytes, modified_ns, offset_s, frames, crc32 in record["clips"]:
-            key = ClipKey(str(source), size_bytes, modified_ns, float(offset_s))
+        for source, content, offset_s, frames, crc32 in record["clips"]:
+            key = ClipKey(str(source), str(content), float(offset_s))
             clips.append(CachedClip(key, rows, frames, crc32, shard_path))
             rows += frames
         offsets = {name: record["offsets"][name] for name in (*columns, "shard")}

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,17 @@ import h5py
 import numpy as np
 import torch
 
-from data.cache import CLOCK, FORMAT_VERSION, CacheError, ClipKey, Provenance, checksum, read_provenance, read_shards
+from data.cache import (
+    CLOCK,
+    FORMAT_VERSION,
+    CacheError,
+    ClipKey,
+    Provenance,
+    checksum,
+    read_places,
+    read_provenance,
+    read_shards,
+)
 
 LARGEST_SHARD = 1 << 28
 """Bytes of embeddings at which a shard is written, however few clips they are: tokens are large."""
@@ -46,13 +56,19 @@ class EmbeddedClip:
 class CacheWriter:
     """Writer of one rank's clips. Use as a context manager; leaving it without an error commits what is buffered.
 
-    At most `clips_per_shard` clips are lost when the process dies. The main rank makes the folder and holds its lock;
-    the others construct theirs after it. Raises `CacheError` if the folder holds other embeddings, or another format,
-    or is being written by another process.
+    At most `clips_per_shard` clips are lost when the process dies. The main rank makes the folder, holds its lock, and
+    writes down which contents lie at which paths now (`places`); the others construct theirs after it. Raises
+    `CacheError` if the folder holds other embeddings, or another format, or is being written by another process.
     """
 
     def __init__(
-        self, folder: Path, provenance: Provenance, *, clips_per_shard: int = 64, is_main: bool = True
+        self,
+        folder: Path,
+        provenance: Provenance,
+        *,
+        clips_per_shard: int = 64,
+        is_main: bool = True,
+        places: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.clips_per_shard = folder, clips_per_shard
         self._buffer: list[tuple[ClipKey, dict[str, np.ndarray]]] = []
@@ -73,6 +89,10 @@ class CacheWriter:
                         f"{folder} holds embeddings with {name} {theirs}, not {ours}: "
                         "choose another folder, or delete that one"
                     )
+            if is_main and places:
+                here = set(places.values())
+                elsewhere = {path: one for path, one in read_places(folder).items() if one not in here}
+                _write(folder / "places.json", json.dumps(elsewhere | dict(places)).encode())
             self.columns = stored.columns | CLOCK
             shards, _ = read_shards(folder, self.columns)
             self.written_ns = shards[-1].written_ns if shards else 0
@@ -137,8 +157,8 @@ class CacheWriter:
 def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
     """Clips of `wanted` missing in a cache, in order. Raises `CacheError` as opening does, but for an empty one."""
     _, clips = read_shards(folder, read_provenance(folder).columns | CLOCK)
-    done = {clip.key for clip in clips}
-    return [key for key in wanted if key not in done]
+    done = {(clip.key.content, clip.key.offset_s) for clip in clips}
+    return [key for key in wanted if (key.content, key.offset_s) not in done]
 
 
 def _lock(folder: Path) -> IO[bytes]:

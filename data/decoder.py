@@ -321,8 +321,7 @@ def _open(path: Path) -> tuple[InputContainer, VideoStream]:
     try:
         container = av.open(str(path), metadata_errors="replace")
     except av.FFmpegError as error:
-        mend = ": unpack it" if path.suffix.lower() == ".zip" else ""
-        raise VideoError(f"{path}: not a readable video ({error.strerror}){mend}") from error
+        raise VideoError(f"{path}: not a readable video ({error.strerror})") from error
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
         reason = "there is no video stream in it; a cover picture is none"

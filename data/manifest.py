@@ -1,37 +1,43 @@
 """Folders of videos as a checked list, what was refused and why; and the account of a run.
 
 A manifest is a file of JSON lines: the first names the format, each other one tells about a file: where it lies, its
-size and modification time, and either what is known of the video or why it was refused. Lines are appended as files are
-looked at, so that nothing is lost if the process dies; a file that has not changed is not looked at again.
+size and times of change, and either what is known of the video or why it was refused. Lines are appended as files are
+looked at, so that nothing is lost if the process dies; what is known is not looked at again, wherever it was moved.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
-from data.image_sequence import FEWEST_IMAGES, is_image
+from data.errors import printable
+from data.folders import ARCHIVE, find_videos, listed
+from data.image_sequence import is_image
 from data.parallel import map_ahead
 from data.video import IMAGE_FPS, VideoInfo, probe_video
 
-VIDEO_NAMES = "mp4 mov m4v 3gp mkv webm avi wmv flv ogv gif mjpeg mpg mpeg ts mts m2ts h264 hevc"
-VIDEO_SUFFIXES = frozenset(f".{name}" for name in VIDEO_NAMES.split())
 MANIFEST_SUFFIX = ".jsonl"
-FORMAT = {"format": "video-jepa manifest", "version": 1}
+FORMAT = {"format": "video-jepa manifest", "version": 2}
 EXAMPLES = 10
+STRETCH = 1 << 15
+"""Bytes at the beginning, in the middle and at the end of a file by which its content is told."""
 
 
 class FileState(NamedTuple):
-    """A file's absolute path, size and time: if any of this has changed, the file is another one."""
+    """Where a file lies, its size and the time of its last change: if any of this is another, its content may be."""
 
     path: str
     size_bytes: int
-    modified_ns: int
+    changed_ns: int
+    """Whichever is later: its time of modification, or that of the system, which nobody can set back."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,16 @@ class Record:
 
 @dataclass
 class Account:
-    """Videos read, refused and damaged in a run, by path: said at its end, and left in its folder."""
+    """What was found, and videos read, refused and damaged in a run: said at its end, and left in its folder."""
 
+    found: Counter[str] = field(default_factory=Counter)
+    """Numbers of files of each kind, as `find_videos` counts them."""
     read_s: dict[str, float] = field(default_factory=dict)
     """Seconds of video that were read."""
     refused: dict[str, str] = field(default_factory=dict)
     """Reasons why files were not read at all."""
+    doubles: dict[str, str] = field(default_factory=dict)
+    """Videos whose content is that of another one, which stands for both."""
     damaged: dict[str, Damage] = field(default_factory=dict)
     """Faults inside files that were read."""
 
@@ -72,55 +82,60 @@ class Account:
         corrupt = sum(damage.corrupt_frames for damage in self.damaged.values())
         text = (
             f"read {len(self.read_s):,} videos, {minutes:,.1f} minutes; refused {len(self.refused):,}; "
-            f"damaged {len(self.damaged):,}, {corrupt:,} corrupt frames left out"
+            f"doubles {len(self.doubles):,}; damaged {len(self.damaged):,}, {corrupt:,} corrupt frames left out"
         )
-        faults = [f"{path}: {damage}" for path, damage in self.damaged.items()]
-        for title, reasons in (("refused", list(self.refused.values())), ("damaged", faults)):
-            more = [f"and {len(reasons) - EXAMPLES:,} more"] if len(reasons) > EXAMPLES else []
-            text += "".join(f"\n  {title}: {reason}" for reason in reasons[:EXAMPLES] + more)
-        return text
+        more = self.faults | {"damaged": [f"{path}: {damage}" for path, damage in self.damaged.items()]}
+        return "\n".join([*self.listing, text, *(line for title in more for line in examples(title, more[title]))])
+
+    @property
+    def listing(self) -> list[str]:
+        """What was found, in one line; none where nobody has looked."""
+        return [f"found {self.found.total():,} files: {listed(self.found)}"] if self.found else []
+
+    @property
+    def faults(self) -> dict[str, list[str]]:
+        """What was not read, and why."""
+        doubles = [f"{path}: the same as {other}" for path, other in self.doubles.items()]
+        return {"refused": list(self.refused.values()), "doubles": doubles}
 
 
-def find_videos(paths: Sequence[Path]) -> list[Path]:
-    """All videos under `paths`: files as they are named, folders searched recursively; resolved, sorted, each once.
-
-    A folder that holds at least two images and no video file is an image sequence.
-    Raises `VideoError` if a path does not exist, or is a folder without videos.
-    """
-    found: set[Path] = set()
-    for path in paths:
-        if not path.exists():
-            raise VideoError(f"{path}: no such file or folder")
-        videos = [video.resolve() for video in (_videos_inside(path) if path.is_dir() else [path])]
-        if not videos:
-            suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
-            raise VideoError(f"{path}: no videos in this folder (looked for {suffixes}, and folders of images)")
-        found.update(videos)
-    return sorted(found)
-
-
-def _videos_inside(folder: Path) -> Iterator[Path]:
-    visited: set[str] = set()
-    closed: list[OSError] = []  # folders that may not be entered: looking into them will say why
-    for where, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
-        if os.path.realpath(where) in visited:  # links may lead in circles
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(where))
-        videos = [Path(where, name) for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
-        zips = [Path(where, name) for name in names if name.lower().endswith(".zip")]  # opening them will say: unpack
-        yield from filter(Path.is_file, videos + zips)
-        if not videos and sum(map(is_image, names)) >= FEWEST_IMAGES:
-            yield Path(where)
-    yield from (Path(error.filename) for error in closed)
+def examples(title: str, reasons: list[str]) -> list[str]:
+    """A line for each of the first, and one for all others."""
+    more = [f"and {len(reasons) - EXAMPLES:,} more"] if len(reasons) > EXAMPLES else []
+    return [f"  {title}: {printable(reason)}" for reason in reasons[:EXAMPLES] + more]
 
 
 def file_state(path: Path) -> FileState:
     """A video as it lies on disk now, or `OSError`; a change of any of its images changes a folder."""
-    status = path.stat()
-    images = [image.stat() for image in path.iterdir() if is_image(image.name)] if path.is_dir() else []
-    size_bytes = sum(image.st_size for image in images or [status])
-    return FileState(str(path.resolve()), size_bytes, max(file.st_mtime_ns for file in (status, *images)))
+    files = [path.stat()]
+    for image in path.iterdir() if path.is_dir() else ():
+        with suppress(OSError):  # a dead link
+            files += [image.stat()] if is_image(image.name) else []
+    changed_ns = max(max(file.st_mtime_ns, file.st_ctime_ns) for file in files)
+    return FileState(str(path), sum(file.st_size for file in files[1:] or files), changed_ns)
+
+
+def content_of(path: Path) -> str:
+    """What tells a video from all others wherever it lies, or `OSError`: a hash.
+
+    It is taken of a file's size and of `STRETCH` bytes at its beginning, in its middle and at its end; of a folder's
+    names and sizes of images, and of the first, the middle and the last image in the same way.
+    """
+    digest = hashlib.sha256()
+    if path.is_dir():
+        images = sorted(image for image in path.iterdir() if is_image(image.name) and image.is_file())
+        digest.update(repr([(image.name, image.stat().st_size) for image in images]).encode())
+        for image in dict.fromkeys(images[at] for at in (0, len(images) // 2, -1) if images):
+            with suppress(OSError):  # one image never costs the others
+                digest.update(content_of(image).encode())
+    else:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            for begin in (0, max(0, (size - STRETCH) // 2), max(0, size - STRETCH)):
+                file.seek(begin)
+                digest.update(file.read(STRETCH))
+    return digest.hexdigest()[:32]
 
 
 def read_manifest(path: Path) -> list[Record]:
@@ -141,31 +156,45 @@ def index_videos(
     look: Callable[[Path, float], VideoInfo] = probe_video,
     image_fps: float = IMAGE_FPS,
     progress: bool = True,
-) -> list[Record]:
-    """Look at all videos under `paths` that no manifest knows as they are, in order of path.
+) -> tuple[list[Record], Counter[str]]:
+    """Look at all videos under `paths` that no manifest knows, in order of path, and count files as `find_videos`.
 
     `paths` are files, folders, and manifests. `manifest` is made, or brought up to date; None: nothing is written.
     `look` is `probe_video`, or `count_frames` to decode all of each video; images are shown at `image_fps`. Raises
     `VideoError` if a path is missing or holds no video, or a manifest cannot be read.
     """
     others = [record for path in paths if path.suffix == MANIFEST_SUFFIX for record in read_manifest(path)]
-    files = find_videos([path for path in paths if path.suffix != MANIFEST_SUFFIX])
-    files = sorted({*files, *(Path(record.state.path) for record in others)})
+    videos, found = find_videos([path for path in paths if path.suffix != MANIFEST_SUFFIX])
+    listed_only = {Path(record.state.path) for record in others}.difference(videos)
+    files = sorted([*videos, *listed_only])
+    found["looked at"] += len(listed_only)
     earlier = read_manifest(manifest) if manifest and manifest.exists() else []
     known = {record.state: record for record in (*earlier, *others)}
+    moved = {record.video.content: record.video for record in known.values() if record.video}
+
+    def is_enough(video: VideoInfo) -> bool:
+        is_at_rate = video.codec != "images" or video.average_fps == image_fps
+        return is_at_rate and (video.frames is not None or look is probe_video)
 
     def record_of(path: Path) -> Record:
         state = FileState(str(path), 0, 0)
         try:
             state = file_state(path)
             record = known.get(state)
-            if record and (video := record.video):  # what was refused is tried again
-                is_at_rate = video.codec != "images" or video.average_fps == image_fps
-                if is_at_rate and (video.frames is not None or look is probe_video):
-                    return record
-            return Record(state, look(path, image_fps))
-        except (VideoError, OSError) as error:
+            if record and record.video and is_enough(record.video):  # what was refused is tried again
+                return record
+            _require_a_file(path)
+            content = content_of(path)
+            video = moved.get(content)
+            if video is None or not is_enough(video):
+                video = look(path, image_fps)
+            return Record(state, replace(video, path=path, content=content))
+        except VideoError as error:
             return Record(state, None, str(error))
+        except OSError as error:
+            is_dead = path.is_symlink() and not os.path.exists(path)
+            why = f"a dead link, to {path.readlink()}" if is_dead else (error.strerror or str(error)).lower()
+            return Record(state, None, f"{path}: {why}")
 
     if manifest is not None:
         manifest.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +208,7 @@ def index_videos(
             records.append(record)
     if manifest is not None:
         _write(manifest, records)
-    return records
+    return records, found
 
 
 def check_videos(
@@ -199,24 +228,41 @@ def check_videos(
     nothing of it can be used; with `strict`, if any file cannot be used.
     """
     if manifest and not is_main:
-        records = read_manifest(manifest)
+        records, found = read_manifest(manifest), Counter[str]()
     else:
-        records = index_videos(paths, manifest, image_fps=image_fps, progress=progress)
-    videos, refused = [], {}
-    for record in records:
-        path, video = record.state.path, record.video
-        if video is None:
-            refused[path] = record.refused
-        elif 0 < video.average_fps < 0.95 * fps:  # average rates are rounded in headers, hence the margin
-            rate = video.average_fps
-            refused[path] = f"{path}: its {rate:.4g} fps are fewer than the clock's {fps:g}: lower the clock's rate"
-        else:
-            videos.append(video)
+        records, found = index_videos(paths, manifest, image_fps=image_fps, progress=progress)
+    videos, account = sort_out(records, found, fps=fps)
+    refused = account.refused
     if refused and (strict or not videos):
         reasons = f": {manifest} says why" if manifest else ""
         more = f" (and {len(refused) - 1} more{reasons})" if len(refused) > 1 else ""
         raise VideoError(next(iter(refused.values())) + more)
-    return videos, Account(refused=refused)
+    return videos, account
+
+
+def sort_out(records: list[Record], found: Counter[str], *, fps: float = 0.0) -> tuple[list[VideoInfo], Account]:
+    """The videos that can be used on a clock, each content once, and an account that says what is with the others."""
+    videos: dict[str, VideoInfo] = {}
+    account = Account(found)
+    for record in records:
+        path, video = record.state.path, record.video
+        if video is None:
+            account.refused[path] = record.refused
+        elif 0 < (rate := video.average_fps) < 0.95 * fps:  # average rates are rounded in headers, hence the margin
+            slow = f"its {rate:.4g} fps are fewer than the clock's {fps:g}: lower the clock's rate"
+            account.refused[path] = f"{path}: {slow} ({video.duration_s:.1f} s left out)"
+        elif video.content in videos:
+            account.doubles[path] = str(videos[video.content].path)
+        else:
+            videos[video.content] = video
+    return list(videos.values()), account
+
+
+def _require_a_file(path: Path) -> None:
+    if ARCHIVE.fullmatch(path.name):
+        raise VideoError(f"{path}: an archive: unpack it")
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited for
+        raise VideoError(f"{path}: neither a file nor a folder")
 
 
 def _write(manifest: Path, records: Iterable[Record]) -> None:

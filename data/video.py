@@ -60,6 +60,8 @@ class VideoInfo:
     """(begin, length) of the gaps in presentation times, in seconds; only after counting."""
     damage: str = ""
     """Faults found by counting."""
+    content: str = ""
+    """What tells the video from all others, wherever it lies (`data.manifest.content_of`)."""
 
 
 def open_video(path: Path, damage: Damage | None, image_fps: float = IMAGE_FPS) -> Decoder:

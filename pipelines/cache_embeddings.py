@@ -20,14 +20,14 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from data.cache import ClipKey, Column, EmbeddingCache, Provenance
 from data.cache_writer import CacheWriter, remaining_clips
 from data.clock import clock_offsets_s
 from data.errors import DataError
-from data.manifest import Account, check_videos, file_state
+from data.manifest import Account, check_videos
 from data.sidecar import read_sidecar, require_a_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt
@@ -38,7 +38,7 @@ from pipelines.run.embed import Task, embed_videos
 from pipelines.run.encoders import PublishedOptions, find_encoder, keep_encoder, sample_windows
 from pipelines.run.files import read_json, to_json, versions, write_json
 
-OWN_NAMES = ("cache.json", "shards", "videos.jsonl", "account.json", "encoder")
+OWN_NAMES = ("cache.json", "places.json", "shards", "videos.jsonl", "account.json", "encoder")
 """Names of what a cache's folder holds."""
 NUMBER = Column("float64")
 """What a CSV says of a tick."""
@@ -89,10 +89,16 @@ def main(options: Options) -> None:
     )  # fmt: skip
     writer = main_first(
         accelerator,
-        lambda: CacheWriter(options.output_dir, provenance, clips_per_shard=options.clips_per_shard, is_main=is_main),
+        lambda: CacheWriter(
+            options.output_dir,
+            provenance,
+            clips_per_shard=options.clips_per_shard,
+            is_main=is_main,
+            places={str(video.path): video.content for video in videos},
+        ),
     )
     read = Account()
-    tasks = missing_clips(options, accelerator, videos, account=account)
+    tasks = missing_clips(options, accelerator, videos)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
     durations_s = {str(video.path): video.duration_s for video in videos}
     expected = round(options.fps * sum(durations_s[str(task.source)] * len(task.keys) for task in mine))
@@ -139,18 +145,10 @@ def chosen_encoder(options: Options, accelerator: Accelerator, videos: list[Vide
     return keep_encoder(encoder, options.pca, folder, windows=windows, accelerator=accelerator)
 
 
-def missing_clips(
-    options: Options, accelerator: Accelerator, videos: list[VideoInfo], *, account: Account
-) -> list[Task]:
+def missing_clips(options: Options, accelerator: Accelerator, videos: list[VideoInfo]) -> list[Task]:
     """What the cache does not hold yet, a task for each video, alike on all ranks. Collective."""
-    wanted: list[ClipKey] = []
-    for video in videos if accelerator.is_main_process else ():
-        try:
-            state = file_state(video.path)
-            wanted += [ClipKey(*state, offset_s) for offset_s in clock_offsets_s(options.fps, options.clocks)]
-        except OSError as error:
-            account.refused[str(video.path)] = f"{video.path}: {error.strerror}"
-    (wanted,) = broadcast_object_list([wanted])
+    offsets_s = clock_offsets_s(options.fps, options.clocks)
+    wanted = [ClipKey(str(video.path), video.content, offset_s) for video in videos for offset_s in offsets_s]
     remaining = remaining_clips(options.output_dir, wanted)
     accelerator.wait_for_everyone()  # nobody writes before all have seen what is there
     if accelerator.is_main_process:
@@ -186,7 +184,7 @@ def leave_account(account: Account, folder: Path) -> None:
     print(account)
     path, now = folder / "account.json", to_json(account)
     earlier = read_json(path) if path.exists() else {}
-    write_json(path, {name: now[name] if name == "refused" else earlier.get(name, {}) | now[name] for name in now})
+    write_json(path, now | {name: earlier.get(name, {}) | now[name] for name in ("read_s", "damaged")})
 
 
 def summarise(options: Options) -> None:

@@ -9,6 +9,7 @@ damage. Of a cache it says what the embeddings are and which videos have changed
 run or a model it says what that says of itself.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,14 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from data.cache import CachedClip, EmbeddingCache
+from data.cache import EmbeddingCache
 from data.counting import count_frames
-from data.manifest import MANIFEST_SUFFIX, Record, file_state, index_videos
+from data.errors import printable
+from data.manifest import MANIFEST_SUFFIX, Record, content_of, examples, index_videos, sort_out
 from data.video import IMAGE_FPS, probe_video
 from jepa.config import Bounded, Positive
 from pipelines.run.command import counted, require, run_command
 from pipelines.run.files import MARK, flat, read_json, to_json
-
-SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ def inspect_videos(paths: list[Path], options: Options) -> None:
         f"--manifest is {manifest}: its name must end in {MANIFEST_SUFFIX}",
     )
     look = count_frames if options.count else probe_video
-    records = index_videos(paths, manifest, look=look, image_fps=options.image_fps)
-    print_videos(records)
+    records, found = index_videos(paths, manifest, look=look, image_fps=options.image_fps)
+    print_videos(records, found)
     if manifest is not None:
         print(f"wrote {manifest}: all commands take it in place of the videos")
     require(any(record.video for record in records), f"not one of {counted(len(records), 'file')} can be used")
 
 
-def print_videos(records: list[Record]) -> None:
+def print_videos(records: list[Record], files: Counter[str]) -> None:
     """What there is, and of what is wrong the first few."""
-    videos = [record.video for record in records if record.video]
+    videos, account = sort_out(records, files)
     hours, frames = sum(video.duration_s for video in videos) / 3600, sum(video.frames or 0 for video in videos)
-    found = {"refused": [record.refused for record in records if not record.video]}
+    found = account.faults
     if frames:  # all has been decoded
         found["damaged"] = [f"{video.path}: {video.damage}" for video in videos if video.damage]
         found["with gaps"] = [
@@ -89,9 +89,10 @@ def print_videos(records: list[Record]) -> None:
             for begin, length in video.gaps_s[:1]
         ]
     faults = "; ".join(f"{title} {len(lines):,}" for title, lines in found.items())
+    print(*account.listing, sep="\n")
     print(f"{counted(len(videos), 'video')}, {hours:.2f} h{f', {frames:,} frames' if frames else ''}; {faults}")
     for title, lines in found.items():
-        print_some(title, lines)
+        say(title, lines)
 
 
 def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
@@ -107,11 +108,12 @@ def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
         f"{cache.frames / cache.provenance.fps / 3600:.2f} h, {counted(gaps, 'gap')} in time",
         to_json(cache.provenance),
     )
-    print_some("video is gone, or has changed since", [clip.key.source for clip in cache.clips if is_stale(clip)])
+    for what, stale in stale_videos(cache).items():
+        say(what, stale)
     if verify:
         bar = tqdm(cache.clips, unit="clip", desc="verifying", leave=False)
         damaged = [one for one in bar if not (cache.is_intact(one) and np.isfinite(cache.clip_embeddings(one)).all())]
-        print_some("damaged", [clip.key.source for clip in damaged])
+        say("damaged", [clip.key.source for clip in damaged])
         files = [f"{shard} {shard.with_suffix('.json')}" for shard in sorted({clip.shard for clip in damaged})]
         require(
             not damaged,
@@ -121,26 +123,28 @@ def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
         print(f"  verified: {clips} as written")
 
 
-def is_stale(clip: CachedClip) -> bool:
-    """Whether a clip's video is not the file any more that was embedded."""
-    try:
-        return file_state(Path(clip.key.source)) != clip.key[:-1]
-    except OSError:
-        return True
+def stale_videos(cache: EmbeddingCache) -> dict[str, list[str]]:
+    """Videos that do not lie any more where they were embedded, and such as have another content now."""
+    stale: dict[str, list[str]] = {"video is gone or was moved": [], "video has changed": []}
+    for source, content in sorted({clip.key[:2] for clip in cache.clips}):
+        try:
+            if content_of(Path(source)) != content:
+                stale["video has changed"].append(source)
+        except OSError:
+            stale["video is gone or was moved"].append(source)
+    return stale
 
 
 def print_facts(title: str, record: dict[str, object]) -> None:
     """A record, a line each."""
-    print(title)
-    for name, value in flat(record).items():
-        print(f"  {name}: {value}")
+    for line in [title, *(f"  {name}: {value}" for name, value in flat(record).items())]:
+        print(printable(line))
 
 
-def print_some(title: str, found: list[str]) -> None:
-    """A line for each of the first, and one for the others."""
-    more = [f"{len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
-    for one in found[:SHOWN] + more:
-        print(f"  {title}: {one}")
+def say(title: str, found: list[str]) -> None:
+    """Print some examples."""
+    for line in examples(title, found):
+        print(line)
 
 
 if __name__ == "__main__":

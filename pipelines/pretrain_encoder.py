@@ -86,7 +86,7 @@ def main(options: Options) -> None:
     )  # fmt: skip
     encoder = make_encoder(options)
     length = CONTEXT + options.prediction_steps if options.prediction_weight else 2
-    inputs: dict[str, object] = {"videos": summary([(str(video.path), video.duration_s) for video in videos])}
+    inputs: dict[str, object] = {"videos": summary(sorted(video.content for video in videos))}
     if options.initial_encoder is not None:
         inputs["initial_encoder"] = encoder.fingerprint
     run.begin(

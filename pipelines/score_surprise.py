@@ -24,7 +24,7 @@ from scipy.ndimage import maximum_filter1d
 from tqdm import tqdm
 
 from data.cache import Provenance
-from data.errors import DataError
+from data.errors import DataError, printable
 from data.video import IMAGE_FPS
 from data.windows import Windows
 from jepa.calibration import FAR_LEVEL, Calibration
@@ -90,8 +90,9 @@ def main(options: Options) -> None:
         highest.writerow(["video", "rank", *COLUMNS])
         for scores in score_clips(predictor, calibration, windows):
             peaks = find_peaks(scores)[: options.peaks]
-            moments.writerows([scores.video, *scores.as_text(place)] for place in range(len(scores.ticks)))
-            highest.writerows([scores.video, rank, *scores.as_text(peak)] for rank, peak in enumerate(peaks, start=1))
+            video = str(scores.video).encode(errors="backslashreplace").decode()  # names need not be UTF-8
+            moments.writerows([video, *scores.as_text(place)] for place in range(len(scores.ticks)))
+            highest.writerows([video, rank, *scores.as_text(peak)] for rank, peak in enumerate(peaks, start=1))
             show(scores, peaks, folder, cache.provenance)
             frames, energy = frames + len(scores.ticks), energy + float(scores.energies.sum())
             videos, far = videos + 1, far + (scores.level > FAR_LEVEL)
@@ -152,13 +153,13 @@ def show(scores: Scores, peaks: list[int], folder: Path, provenance: Provenance)
     draw_surprise(scores, peaks, folder / "pictures" / name)
     try:
         draw_peaks(scores, peaks, provenance, folder / "peaks" / name)
-    except DataError as error:
-        print(f"no pictures of its peaks: {error}")
+    except (DataError, OSError) as error:  # its scores are there, all the same
+        print(printable(f"no pictures of its peaks: {error}"))
     time_s, energy = scores.times_s[highest], scores.energies[highest]
     said = f"  {scores.video}: most surprising at {time_s:.2f} s (energy {energy:.1f})"
     if scores.level > FAR_LEVEL:
         said += "; its ordinary level is far above what the calibration calls ordinary: percentiles say little of it"
-    tqdm.write(said)
+    tqdm.write(printable(said))
 
 
 def find_peaks(scores: Scores) -> list[int]:

@@ -162,12 +162,12 @@ def make_provenance():
 def make_clip():
     """A clip of random embeddings; `gaps` are positions before which ticks are missing."""
 
-    def make(source, frames, gaps=(), seed=0, modified_ns=1, offset_s=0.0, shape=(5,), **columns):
+    def make(source, frames, gaps=(), seed=0, content=None, offset_s=0.0, shape=(5,), **columns):
         embeddings = np.random.default_rng([seed, frames]).normal(size=(frames, *shape)).astype(np.float32)
         steps = np.ones(frames, dtype=np.int64)
         steps[list(gaps)] = 3
         ticks = np.cumsum(steps) - 1
-        key = ClipKey(str(source), 100, modified_ns, offset_s)
+        key = ClipKey(str(source), content or f"content of {source}", offset_s)
         return EmbeddedClip(key, {"embeddings": embeddings, **columns}, ticks / 4 + offset_s, ticks)
 
     return make

@@ -14,7 +14,6 @@ import data.cache
 import data.cache_writer
 from data.cache import CacheError, ClipKey, Column, EmbeddingCache
 from data.cache_writer import CacheWriter, remaining_clips
-from data.manifest import file_state
 
 
 def shards(folder, suffix=".h5"):
@@ -352,24 +351,51 @@ def test_arrays_that_are_no_clip_are_refused(tmp_path, write_cache, make_clip, c
     assert_holds(tmp_path, clips[:1])
 
 
-def test_a_changed_file_is_wanted_again(tmp_path, write_cache, make_clip):
-    video = tmp_path / "a.mp4"
-    video.write_bytes(b"first")
-    before = ClipKey(*file_state(video), 0.0)
+def test_a_changed_file_is_wanted_again_and_a_moved_one_is_not(tmp_path, write_cache, make_clip):
+    before = ClipKey("/a.mp4", "content", 0.0)
     folder = write_cache(tmp_path / "cache", [replace(make_clip("", 4), key=before)])
-    assert remaining_clips(folder, [before, before._replace(offset_s=0.5)]) == [before._replace(offset_s=0.5)]
-    for content, later_ns, remaining in ((b"first", 1, 1), (b"first", 0, 0), (b"longer than before", 0, 1)):
-        video.write_bytes(content)
-        os.utime(video, ns=(0, before.modified_ns + later_ns))
-        assert len(remaining_clips(folder, [ClipKey(*file_state(video), 0.0)])) == remaining
+    wanted = [before, before._replace(offset_s=0.5), before._replace(source="/b.mp4"), before._replace(content="new")]
+    assert remaining_clips(folder, wanted) == [wanted[1], wanted[3]]
+
+
+PLACES = {  # where contents lie now, by path; and which clips, made of A at /a, B at /b and then C at /a, are read then
+    "moved": ({"/x": "A", "/b": "B"}, [("/a", "C"), ("/b", "B"), ("/x", "A")]),
+    "swapped": ({"/b": "A", "/a": "B"}, [("/a", "B"), ("/b", "A")]),
+    "restored": ({"/a": "A"}, [("/a", "A"), ("/b", "B")]),
+    "replaced by what is not embedded yet": ({"/b": "D"}, [("/a", "C")]),
+    "moved over another one": ({"/b": "C"}, [("/a", "A"), ("/b", "C")]),
+}
 
 
 @pytest.mark.parametrize("clips_per_shard", [1, 4])
-@pytest.mark.parametrize("restored", [False, True])
-def test_of_a_changed_file_the_clip_written_last_is_read(tmp_path, write_cache, make_clip, clips_per_shard, restored):
-    """Whatever the files' dates say: a file may have been replaced by an older one."""
-    before = [make_clip(f"/{name}.mp4", 4, seed=0, modified_ns=2 if restored else 1) for name in "abc"]
-    after = [make_clip(f"/{name}.mp4", 6, seed=1, modified_ns=1 if restored else 2) for name in "abc"]
+@pytest.mark.parametrize("name", PLACES)
+def test_clips_follow_their_videos(tmp_path, write_cache, make_provenance, make_clip, clips_per_shard, name):
+    places, expected = PLACES[name]
+    contents = [("/a", "A"), ("/b", "B"), ("/a", "C")]
+    clips = {content: make_clip(path, 4, content=content, seed=ord(content)) for path, content in contents}
+    write_cache(tmp_path, clips.values(), clips_per_shard)
+    for _ in range(2):  # what was said before is forgotten where a content lies elsewhere now
+        with CacheWriter(tmp_path, make_provenance(), places=places):
+            pass
+        cache = EmbeddingCache(tmp_path)
+        assert [clip.key[:2] for clip in cache.clips] == expected
+        for clip in cache.clips:
+            given = clips[clip.key.content].columns["embeddings"]
+            np.testing.assert_array_equal(cache.clip_embeddings(clip), given)
+        assert cache.clips == EmbeddingCache(tmp_path).clips
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"/a": 1}', b"\xff"])
+def test_damaged_places_are_refused(tmp_path, write_cache, clips, content):
+    (write_cache(tmp_path, clips) / "places.json").write_bytes(content)
+    with pytest.raises(CacheError, match=r"places\.json is damaged \(.*\): delete it, and embed the videos again$"):
+        EmbeddingCache(tmp_path)
+
+
+@pytest.mark.parametrize("clips_per_shard", [1, 4])
+def test_of_a_changed_file_the_clip_written_last_is_read(tmp_path, write_cache, make_clip, clips_per_shard):
+    before = [make_clip(f"/{name}.mp4", 4, seed=0, content=f"{name} before") for name in "abc"]
+    after = [make_clip(f"/{name}.mp4", 6, seed=1, content=f"{name} after") for name in "abc"]
     folder = write_cache(tmp_path, [*before, *after], clips_per_shard)
     assert_holds(folder, after)
     assert remaining_clips(folder, [clip.key for clip in after]) == []
@@ -378,7 +404,7 @@ def test_of_a_changed_file_the_clip_written_last_is_read(tmp_path, write_cache, 
 
 def test_a_clock_that_was_ahead_does_not_keep_a_stale_clip(tmp_path, write_cache, make_clip, monkeypatch):
     now = time.time_ns()
-    before, after = (make_clip("/a.mp4", 4, seed=seed, modified_ns=seed) for seed in (1, 2))
+    before, after = (make_clip("/a.mp4", 4, seed=seed, content=str(seed)) for seed in (1, 2))
     with monkeypatch.context() as patch:
         patch.setattr(data.cache_writer.time, "time_ns", lambda: now + 3_600_000_000_000)
         write_cache(tmp_path, [before])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
+from data.cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_videos
 from jepa.errors import ConfigurationError
 from pipelines.cli import COMMANDS
@@ -91,6 +92,47 @@ def test_a_judgement_on_what_the_model_knows_is_warned_of_and_recorded(world, tm
     assert inputs["clips"] == inputs["calibration"]["fitted_on"]
 
 
+@pytest.mark.parametrize("what", ["moved", "renamed", "deleted", "swapped for another", "added"])
+def test_a_run_goes_on_with_the_same_videos_wherever_they_lie_and_with_no_others(world, tmp_path, what, capsys):
+    videos = tmp_path / "elsewhere"
+    shutil.copytree(world / "train", videos)
+    shutil.copytree(world / "encoder", tmp_path / "encoder")
+    shutil.copytree(world / "cache" / "train", tmp_path / "train")
+    shutil.copytree(world / "predictor", tmp_path / "predictor")
+    (one, *_), other = sorted(videos.glob("clip*.mp4")), world / "test" / "clip_00000.mp4"
+    match what:
+        case "renamed":
+            one.rename(videos / "z.mp4")
+        case "deleted":
+            one.unlink()
+        case "swapped for another":
+            shutil.copy(other, one)
+        case "added":
+            shutil.copy(other, videos / "new.mp4")
+    embed = f"--videos {videos} --encoder {world}/encoder/encoder --fps 8 --output-dir {tmp_path}/train"
+    call("cache_embeddings", embed)
+    clips = EmbeddingCache(tmp_path / "train").clips
+    there = 7 if what == "swapped for another" else 8
+    assert f"{there if what != 'deleted' else 7} of" in capsys.readouterr().out
+    again = "--tracker none --log-every 2 --steps 4 --resume --output-dir"
+    pretrain = f"--videos {videos} {ENCODER} {again} {tmp_path}/encoder"
+    train = (
+        f"--train-cache {tmp_path}/train --validation-cache {world}/cache/val {PREDICTOR} {again} {tmp_path}/predictor"
+    )
+    if what in ("moved", "renamed"):
+        assert all(Path(clip.key.source).parent == videos for clip in clips)
+        assert len(clips) == 8
+        for name, arguments in (("pretrain_encoder", pretrain), ("train_predictor", train)):
+            call(name, arguments.replace("--steps 4", "--steps 5"))
+        return
+    for name, arguments, inputs in (("pretrain_encoder", pretrain, "videos"), ("train_predictor", train, "train")):
+        if what != "deleted" or inputs == "videos":
+            line = refusal(name, arguments.replace("--steps 4", "--steps 5"))
+            assert re.search(
+                rf"began with {inputs} = 8, .* now [789], .*: resume with the same data, or add --over", line
+            )
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "complaint"),
     [
@@ -104,7 +146,11 @@ def test_a_judgement_on_what_the_model_knows_is_warned_of_and_recorded(world, tm
         ("score_surprise", "{judge} --output-dir {world}/test", "clip_00001.csv, and no run"),
         ("train_predictor", "{caches} --output-dir {world}/predictor --steps 4 {predictor}", "a finished run: add"),
         ("pretrain_encoder", "--videos {world}/nowhere --output-dir {world}/new", "no such file or folder"),
-        ("cache_embeddings", "--videos {world}/train --encoder {world}/predictor/predictor", "this is no encoder"),
+        (
+            "cache_embeddings",
+            "--videos {world}/train --encoder {world}/predictor/predictor --output-dir {world}/new",
+            "this is no encoder",
+        ),
         ("cache_embeddings", "--videos {world}/train --encoder {world}/val --output-dir {world}/new", "{world}/val"),
         ("train_predictor", "--train-cache {world}/val --output-dir {world}/new", "{world}/val"),
         ("evaluate_rollout", "--predictor {world}/encoder --output-dir {world}/new", "there is no predictor here"),

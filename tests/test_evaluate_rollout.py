@@ -269,9 +269,10 @@ COLUMNS = {name: Column("float64") for name in ("x", "still", "pedal")}
 def probed(tmp_path, make_clip, write_cache):
     """Two caches whose columns say what the embeddings are."""
     for name, offset in (("probe", 0), ("test", 50)):
-        clips = [with_state(make_clip(f"/{offset + number}.mp4", 60, seed=offset + number)) for number in range(6)]
-        write_cache(tmp_path / name, [replace(clip, key=clip.key._replace(source=f"/{name}{clip.key.source}"))
-                                      for clip in clips], columns=COLUMNS)  # fmt: skip
+        clips = [
+            with_state(make_clip(f"/{name}/{offset + number}.mp4", 60, seed=offset + number)) for number in range(6)
+        ]
+        write_cache(tmp_path / name, clips, columns=COLUMNS)
     return tmp_path
 
 

@@ -9,7 +9,8 @@ from data.clips import FrameClips
 from data.clock import read_on_clock
 from data.counting import count_frames
 from data.decoder import Damage, VideoError
-from data.manifest import check_videos, find_videos, index_videos
+from data.folders import find_videos
+from data.manifest import check_videos, index_videos
 from data.video import probe_video
 from tests.conftest import draw_number
 from tests.test_decoder import SIZE, assert_random_is_sequential
@@ -172,7 +173,7 @@ def test_fewer_than_two_images_are_no_sequence(tmp_path, names):
 def test_images_beside_a_video_are_no_sequence(tmp_path, encode_video):
     write_images(tmp_path, ["1.png", "2.png"])
     video = encode_video(tmp_path / "a.mp4", np.arange(5) / 10)
-    assert find_videos([tmp_path]) == [video]
+    assert find_videos([tmp_path])[0] == [video]
 
 
 def test_nested_folders_are_sequences_of_their_own(tmp_path, numbered):
@@ -180,7 +181,7 @@ def test_nested_folders_are_sequences_of_their_own(tmp_path, numbered):
     for name in ("b", "a/deep"):
         write_images(root / name, ["1.png", "2.png", "3.png"])
     write_images(root / "poor", ["1.png"])
-    assert find_videos([root]) == [root / "a" / "deep", root / "b"]
+    assert find_videos([root])[0] == [root / "a" / "deep", root / "b"]
     assert numbered(root / "a" / "deep", image_fps=10) == [(0, 0), (1, 0.1), (2, 0.2)]
 
 
@@ -192,7 +193,7 @@ def test_a_zip_is_refused_and_listed_and_hides_nothing_beside_it(tmp_path):
     videos, account = check_videos([tmp_path], fps=4, progress=False)
     assert [video.path for video in videos] == [folder]
     assert list(account.refused) == [str(archive)]
-    with pytest.raises(VideoError, match=r"images\.ZIP: not a readable video \(.*\): unpack it"):
+    with pytest.raises(VideoError, match=r"images\.ZIP: an archive: unpack it"):
         check_videos([archive], fps=4, progress=False)
 
 
@@ -200,7 +201,7 @@ def test_a_changed_image_changes_the_sequence(tmp_path):
     folder = write_images(tmp_path / "frames", [f"{index:06d}.png" for index in range(40)])
 
     def index():
-        (record,) = index_videos([folder], tmp_path / "manifest.jsonl", look=count_frames, progress=False)
+        ((record,), _) = index_videos([folder], tmp_path / "manifest.jsonl", look=count_frames, progress=False)
         return record
 
     before = index()
@@ -221,6 +222,6 @@ def test_another_rate_is_another_index(tmp_path):
         return count_frames(path, image_fps)
 
     for image_fps in (10, 10, 30, 30, 29.97, 29.97):
-        (record,) = index_videos([folder], manifest, look=look, image_fps=image_fps, progress=False)
+        ((record,), _) = index_videos([folder], manifest, look=look, image_fps=image_fps, progress=False)
         assert record.video.average_fps == image_fps
     assert rates == [10, 30, 29.97]

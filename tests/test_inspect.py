@@ -81,8 +81,11 @@ def test_videos_are_counted_and_listed_in_a_manifest(folder, tmp_path, start):
     status, output, errors = finish(start(folder, manifest, ROOT / "pipelines" / "inspect_folder.py"))
     assert status == 0, errors
     lines = output.splitlines()
-    assert lines[0] == "12 videos, 0.00 h, 126 frames; refused 1; damaged 0; with gaps 0"
-    assert lines[1] == f"  refused: {folder}/text.mp4: not a readable video (Invalid data found when processing input)"
+    assert lines[:2] == [
+        "found 13 files: 13 looked at",
+        "12 videos, 0.00 h, 126 frames; refused 1; doubles 0; damaged 0; with gaps 0",
+    ]
+    assert lines[2] == f"  refused: {folder}/text.mp4: not a readable video (Invalid data found when processing input)"
     assert lines[-1].startswith(f"wrote {manifest}: ")
     records = read_manifest(manifest)
     assert [record.video.frames for record in records if record.video] == [5 + index for index in range(VIDEOS)]
@@ -91,7 +94,7 @@ def test_videos_are_counted_and_listed_in_a_manifest(folder, tmp_path, start):
 
 def test_without_counting_only_headers_are_read(folder, capsys):
     inspect_folder.main(Options((folder,)))
-    assert capsys.readouterr().out == "12 videos, 0.00 h; refused 0\n"
+    assert capsys.readouterr().out == "found 12 files: 12 looked at\n12 videos, 0.00 h; refused 0; doubles 0\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -113,7 +116,7 @@ def test_a_count_that_was_stopped_keeps_what_was_done_and_the_next_finishes_it(n
     assert sorted(counted) == sorted(
         {f"{index:02d}.mp4" for index in range(VIDEOS)} - {Path(record.state.path).name for record in done}
     )
-    assert output.startswith("12 videos")
+    assert output.splitlines()[1].startswith("12 videos")
     assert len(read_manifest(manifest)) == VIDEOS
 
 
@@ -122,7 +125,7 @@ def test_damaged_videos_and_gaps_are_told(folder, tmp_path, capsys, damage_video
     encode_video(folder / "gap.mp4", [*np.arange(20) / 10, *(5 + np.arange(20) / 10)])
     inspect_folder.main(Options((folder,), count=True))
     output = capsys.readouterr().out
-    assert re.search(r"^13 videos, 0.01 h, 16\d frames; refused 0; damaged 1; with gaps 1\n", output)
+    assert re.search(r"\n13 videos, 0.01 h, 16\d frames; refused 0; doubles 0; damaged 1; with gaps 1\n", output)
     assert f"  damaged: {folder}/05.mp4: decoding failed after 0." in output
     assert f"  with gaps: {folder}/gap.mp4: 1 gap, the first of 3.10 s at 1.90 s\n" in output
 
@@ -141,8 +144,8 @@ def test_a_cache_says_what_it_holds_and_what_became_of_its_videos(cache, capsys)
     assert output.startswith(f"{cache}: a cache, 2 clips of 2 videos, 12 embeddings, 0.00 h, 1 gap in time\n")
     assert "  encoder_fingerprint: 0123abcd\n" in output
     assert "  columns.embeddings.dtype: float32\n" in output
-    for name in ("changed", "gone"):
-        assert f"  video is gone, or has changed since: {cache.parent}/{name}.mp4\n" in output
+    assert f"  video has changed: {cache.parent}/changed.mp4\n" in output
+    assert f"  video is gone or was moved: {cache.parent}/gone.mp4\n" in output
     assert output.endswith("  verified: 2 clips as written\n")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -83,6 +84,20 @@ def test_energies_are_those_of_the_calibrated_forecast(world, tmp_path, horizon,
     expected = calibration.energy(believed, came, torch.arange(1, horizon + 1))[0, -1]
     (row,) = [row for row in rows if "event" in row["video"] and float(row["time_s"]) == (13 + horizon) / 4]
     assert float(row["energy"]) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_no_name_costs_the_others_their_scores(world, tmp_path, make_clip, write_cache, encode_video, capsys):
+    names = ["a$5_$10", "new\nline", "\x1b[31mred", os.fsdecode(b"M\xe4rz"), "x" * 250, "ü" * 125, "-f", "%s\\"]
+    made = []
+    for seed, name in enumerate(names):
+        video = encode_video(tmp_path / "v.mp4", np.arange(20) / 4).rename(tmp_path / f"{name}.mp4")
+        made.append(make_clip(video, 20, embeddings=turning(20, seed=seed)))
+    rows, peaks = score(world, tmp_path / "run", cache=write_cache(tmp_path / "names", made))
+    assert len({row["video"] for row in rows}) == len({row["video"] for row in peaks}) == len(names)
+    assert len(list((tmp_path / "run" / "peaks").iterdir())) == len(names)
+    said = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in said)
+    assert sum("most surprising at" in line for line in said) == len(names)
 
 
 def test_a_video_unlike_all_others_is_said_to_be_so(world, tmp_path, make_clip, write_cache, capsys):

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from data.errors import DataError
+from data.errors import DataError, printable
 from jepa.errors import ConfigurationError
 from pipelines.run.options import dashed, parse
 
@@ -128,7 +128,7 @@ def explain(error: BaseException) -> tuple[int, str]:
             return 1, ""
     # A line of its own, also after a progress bar.
     prefix = ("\n" if getattr(tqdm, "_instances", ()) else "") + (f"[rank {rank}] " if rank else "")
-    return 1, "" if rank and getattr(error, "on_all_ranks", False) else f"{prefix}error: {line}"
+    return 1, "" if rank and getattr(error, "on_all_ranks", False) else f"{prefix}error: {printable(line)}"
 
 
 def _option_of(field: str) -> str:

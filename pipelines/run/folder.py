@@ -15,8 +15,10 @@ from pipelines.run.files import MARK, differences, discard, read_json, to_json, 
 FORMAT = "video-jepa run 1"
 BEFORE = {MARK, "videos.jsonl", "cache"}
 """Names of what a start leaves before the run has begun."""
-MAY_CHANGE = re.compile(r"resume|overwrite|output_dir|tracker|checkpoint_every|log_every|(.*\.)?learning_rate")
-"""Options that a run may be resumed with another value of, beside more steps."""
+MAY_CHANGE = re.compile(
+    r"resume|overwrite|output_dir|tracker|checkpoint_every|log_every|(.*\.)?learning_rate|videos|(train|validation)_cache"
+)
+"""Options that a run may be resumed with another value of, beside more steps; what is learned from is compared."""
 
 
 class RunFolder:

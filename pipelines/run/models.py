@@ -83,13 +83,16 @@ def inputs_of(folder: Path, cache: EmbeddingCache) -> dict[str, Any]:
 
 def clips_in_short(cache: EmbeddingCache) -> str:
     """The clips of a cache as runs record them: alike where they are the same."""
-    return summary([clip.key for clip in cache.clips])
+    return summary(sorted(clip.key[1:] for clip in cache.clips))
 
 
 def require_no_video_in_both(one: EmbeddingCache, other: EmbeddingCache) -> None:
     """What is fitted and judged on the same videos flatters. Raises `UserError`."""
-    if shared := {clip.key.source for clip in one.clips} & {clip.key.source for clip in other.clips}:
-        raise UserError(f"{min(shared)} is in both {one.folder} and {other.folder}: keep videos apart")
+    theirs = {clip.key.content: clip.key.source for clip in other.clips}
+    for clip in one.clips:
+        if (source := theirs.get(clip.key.content)) is not None:
+            also = "" if source == clip.key.source else f", there as {source}"
+            raise UserError(f"{clip.key.source} is in both {one.folder} and {other.folder}{also}: keep videos apart")
 
 
 def require_finite(cache: EmbeddingCache, embeddings: Tensor) -> Tensor:
