@@ -169,24 +169,23 @@ def index_videos(
     files = sorted([*videos, *listed_only])
     found["looked at"] += len(listed_only)
     earlier = read_manifest(manifest) if manifest and manifest.exists() else []
-    known = {record.state: record for record in (*earlier, *others)}
-    moved = {record.video.content: record.video for record in known.values() if record.video}
-
-    def is_enough(video: VideoInfo) -> bool:
-        is_at_rate = video.codec != "images" or video.average_fps == image_fps
-        return is_at_rate and (video.frames is not None or look is probe_video)
+    # What was refused is tried again.
+    known = {record.state: record.video for record in (*earlier, *others) if record.video}
+    moved = {video.content: video for video in known.values()}
 
     def record_of(path: Path) -> Record:
         state = FileState(str(path), 0, 0)
         try:
             state = file_state(path)
-            record = known.get(state)
-            if record and record.video and is_enough(record.video):  # what was refused is tried again
-                return record
-            _require_a_file(path)
-            content = content_of(path)
-            video = moved.get(content)
-            if video is None or not is_enough(video):
+            if ARCHIVE.fullmatch(path.name):
+                raise VideoError(f"{path}: an archive: unpack it")
+            if not path.is_dir() and not path.is_file():  # a pipe would be waited for
+                raise VideoError(f"{path}: neither a file nor a folder")
+            video = known.get(state)
+            content = video.content if video else content_of(path)
+            video = video or moved.get(content)
+            is_at_rate = video is not None and (video.codec != "images" or video.average_fps == image_fps)
+            if video is None or not is_at_rate or (video.frames is None and look is not probe_video):
                 video = look(path, image_fps)
             return Record(state, replace(video, path=path, content=content))
         except VideoError as error:
@@ -203,7 +202,7 @@ def index_videos(
     with Path(manifest or os.devnull).open("a", buffering=1) as file:
         looks = map_ahead(record_of, files)
         for record in tqdm(looks, "looking", len(files), unit="video", leave=False, disable=not progress):
-            if known.get(record.state) != record:
+            if record.video is None or known.get(record.state) != record.video:
                 file.write(_line(record))
             records.append(record)
     if manifest is not None:
@@ -256,13 +255,6 @@ def sort_out(records: list[Record], found: Counter[str], *, fps: float = 0.0) ->
         else:
             videos[video.content] = video
     return list(videos.values()), account
-
-
-def _require_a_file(path: Path) -> None:
-    if ARCHIVE.fullmatch(path.name):
-        raise VideoError(f"{path}: an archive: unpack it")
-    if not path.is_dir() and not path.is_file():  # a pipe would be waited for
-        raise VideoError(f"{path}: neither a file nor a folder")
 
 
 def _write(manifest: Path, records: Iterable[Record]) -> None:

@@ -108,7 +108,7 @@ def main(options: Options) -> None:
             accelerator, encoder, mine, fps=options.fps, image_fps=options.image_fps, batch_size=options.batch_size,
             strict=options.strict, bar=bar,
         ):  # fmt: skip
-            keep(writer, task, options, account=read)
+            keep(writer, task, options, account=read, duration_s=durations_s[str(task.source)])
     account.merge(gather_object([read]))
     if is_main:
         leave_account(account, options.output_dir)
@@ -156,7 +156,7 @@ def missing_clips(options: Options, accelerator: Accelerator, videos: list[Video
     return [Task(Path(source), list(keys)) for source, keys in groupby(remaining, key=lambda key: key.source)]
 
 
-def keep(writer: CacheWriter, task: Task, options: Options, *, account: Account) -> None:
+def keep(writer: CacheWriter, task: Task, options: Options, *, account: Account, duration_s: float) -> None:
     """Write down what has become of a video."""
     clips = [] if task.refused else task.clips()
     try:
@@ -172,7 +172,7 @@ def keep(writer: CacheWriter, task: Task, options: Options, *, account: Account)
         task.refused = str(error)
     if task.refused or not clips:
         nothing = f"{task.source}: {str(task.damage) or 'there is no frame on the clock'}"
-        account.refused[str(task.source)] = task.refused or nothing
+        account.refused[str(task.source)] = f"{task.refused or nothing} ({duration_s:.1f} s left out)"
         return
     account.add(task.source, max(float(clip.times_s[-1]) for clip in clips), task.damage)
     for clip in clips:

@@ -204,7 +204,7 @@ def test_a_video_that_vanishes_or_is_locked_is_listed_and_the_others_are_embedde
     assert [Path(clip.key.source).name for clip in cache.clips] == ["clip_00001.mp4", "clip_00003.mp4"]
     refused = read_account(tmp_path / "cache")["refused"]
     assert set(refused) == {str(videos / "clip_00000.mp4"), str(videos / CLIP)}
-    assert all("o such file" in reason for reason in refused.values())
+    assert all("o such file" in reason and reason.endswith("(6.0 s left out)") for reason in refused.values())
 
 
 def test_what_is_there_already_is_no_place_for_a_cache(embed, tmp_path):

@@ -46,6 +46,13 @@ def test_suffixes_of_all_kinds_of_video_are_looked_at(tmp_path, name):
     assert find_videos([tmp_path])[0] == [tmp_path / name]
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.vob", "mpeg2video"), ("a.mxf", "mpeg2video"), ("a.nut", "ffv1")])
+def test_other_suffixes_are_read(tmp_path, encode_video, name, codec):
+    encode_video(tmp_path / name, 15, rate=25, codec=codec)
+    ((video,), account) = check_videos([tmp_path], fps=4, progress=False)
+    assert (video.path.name, account.refused) == (name, {})
+
+
 def test_what_is_no_video_is_counted_by_suffix(folder):
     for name in ("1.txt", "2.TXT", "3.json", "photo.HEIC", "README", "clip.mp4.part", "a.csv", "lonely.png"):
         put(folder / name)

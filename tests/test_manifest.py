@@ -73,7 +73,7 @@ def test_a_video_slower_than_the_clock_is_refused(folder, encode_video):
     assert len(videos) == 3
     assert list(account.refused) == [str(slow)]
     # The last frame of an mp4 may be shown for longer or shorter: its average rate is not exactly 2.
-    assert "fps are fewer than the clock's 5: lower the clock" in account.refused[str(slow)]
+    assert "fps are fewer than the clock's 5: lower the clock's rate (4.0 s left out)" in account.refused[str(slow)]
 
 
 # Manifests

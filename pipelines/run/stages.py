@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.errors import printable
 from pipelines.run.command import require
 
 
@@ -22,7 +23,7 @@ def run_stage(command: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         values = [] if value is True else value if isinstance(value, tuple) else [value]
         words += [f"--{name}", *map(str, values)]
-    print(f"\n$ video-jepa {' '.join(words)}", flush=True)
+    print("\n$", printable(f"video-jepa {' '.join(words)}"), flush=True)
     # In the folder of our packages, which Python then finds first; all paths are absolute.
     process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *words], cwd=Path(__file__).parents[2])
     try:
