@@ -1,41 +1,60 @@
-"""A folder of numbered images as a video: `frames/000001.jpg ...`.
+"""A folder of images as a video: `frames/000001.jpg ...`.
 
-Images have no times, so the rate is given. Where all names end in a number, a missing number is a gap in time; numbers
-that go up in steps (every fifth frame) count as consecutive.
+Their order, and their times where they have any, are told by their names (`data.image_order`). Where a number counts, a
+missing one is a gap in time, the rate is given, and the most usual step from image to image is one.
 """
 
+import errno
 import os
-import re
-from collections import Counter
+import stat
+import warnings
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from av.video.frame import VideoFrame
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.decoder import Damage, Decoder, VideoError
+from data.image_order import order_of
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+# Read as what they hold, whatever their name says; of other formats some would start programs, as PostScript does.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+IMAGE_NAMES = "avif bmp jfif jp2 jpe jpeg jpg pgm png pnm ppm tga tif tiff webp"
+IMAGE_SUFFIXES = frozenset(f".{name}" for name in IMAGE_NAMES.split())
 FEWEST_IMAGES = 2
+MOST_PIXELS = 1 << 26
+"""A picture that says it is larger is not decoded: a few bytes may promise gigabytes."""
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit is higher
+TIMES_IN_NAMES = "its images are shown at the times that are their names"
+OF_THE_IMAGE = (None, errno.EACCES, errno.ELOOP, errno.ENOENT)
+"""Errors that tell nothing of the others beside it: what it holds, that it may not be read, or is gone."""
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name says that it is an image."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 class ImageSequenceDecoder(Decoder):
-    """Images one after the other, `fps` of them in a second; every one can be skipped to. Raises `VideoError`."""
+    """Images one after the other, `fps` of them in a second unless their names are times; all can be skipped to.
+
+    Raises:
+        VideoError: there are fewer than two images, or their names do not tell their order.
+        OSError: the folder, or an image in it, cannot be read now.
+    """
 
     def __init__(self, path: Path, fps: float, damage: Damage | None) -> None:
         super().__init__(path, damage)
-        names = list(filter(is_image, os.listdir(path)))
-        if len(names) < FEWEST_IMAGES:
-            raise VideoError(f"{path}: not a readable video, but a folder with {len(names)} images in it")
-        self.names, self.times_s = _in_order(names, fps)
+        self.names, times, are_seconds = _images_in(path, path.stat().st_mtime_ns)
+        self.times_s = times if are_seconds else times / fps
+        self.average_fps = 1 / float(np.median(np.diff(times))) if are_seconds else fps
+        self.assumed = TIMES_IN_NAMES if are_seconds else f"{fps:g} images a second, for their names are no times"
         self.position = 0
-        self.codec, self.seekable, self.average_fps = "images", True, fps
-        self.header_duration_s = float(self.times_s[-1]) + 1 / fps
+        self.codec, self.seekable = "images", True
+        self.header_duration_s = float(self.times_s[-1]) + 1 / self.average_fps
         self.keyframes_s = tuple(self.times_s.tolist())
 
     def __exit__(self, *error: object) -> None:
@@ -46,10 +65,12 @@ class ImageSequenceDecoder(Decoder):
             name, time_s = self.names[self.position], float(self.times_s[self.position])
             self.position += 1
             try:
-                with Image.open(self.path / name) as image:
-                    pixels = _to_rgb(ImageOps.exif_transpose(image))
+                pixels = _pixels(self.path / name)
             except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
-                self.note(f"image {name} cannot be decoded ({error})")
+                if isinstance(error, MemoryError) or getattr(error, "errno", None) not in OF_THE_IMAGE:
+                    raise
+                reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+                self.note(f"image {name} cannot be decoded ({getattr(error, 'strerror', None) or reason})")
                 continue
             return VideoFrame.from_ndarray(pixels, format="rgb24"), time_s
         raise StopIteration
@@ -61,20 +82,39 @@ class ImageSequenceDecoder(Decoder):
         return is_ahead
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """Pixels (height, width, 3), uint8."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of kind {image.mode}, whose range is not known")
-    if image.mode.startswith("I;16"):  # Pillow would clip, not scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return np.asarray(image.convert("RGB"))
+@lru_cache(maxsize=8)  # a video is opened for each minute of it
+def _images_in(path: Path, modified_ns: int) -> tuple[list[str], np.ndarray, bool]:
+    """`order_of` the images in a folder that was last changed at a time."""
+    with os.scandir(path) as entries:
+        names = [entry.name for entry in entries if is_image(entry.name) and not entry.is_dir(follow_symlinks=False)]
+    if len(names) < FEWEST_IMAGES:
+        raise VideoError(f"{path}: not a readable video, but a folder with {len(names)} images in it")
+    try:
+        return order_of(names)
+    except ValueError as error:
+        raise VideoError(f"{path}: {error}") from error
 
 
-def _in_order(names: list[str], fps: float) -> tuple[list[str], np.ndarray]:
-    """Names in the order of their numbers, and their times, float64 (T,), in seconds from the first."""
-    numbers = {int(match[1]): name for name in names if (match := re.search(r"(\d+)$", Path(name).stem))}
-    if len(numbers) < len(names):  # some have none, or two the same
-        return sorted(names), np.arange(len(names)) / fps
-    order = np.array(sorted(numbers))
-    step = Counter(np.diff(order).tolist()).most_common(1)[0][0]
-    return [numbers[number] for number in sorted(numbers)], (order - order[0]) / step / fps
+def _pixels(path: Path) -> np.ndarray:
+    """The picture in a file, upright, uint8 (height, width, 3).
+
+    Raises:
+        OSError: with a number, of the machine; without one, as errors of other kinds, it is a fault of the picture.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > 16 * MOST_PIXELS:
+        raise ValueError(f"it is no file, or has more than {16 * MOST_PIXELS:,} bytes")  # a pipe would be waited for
+    content = path.read_bytes()  # all of it before it is decoded: so a fault of the disk is none of the picture
+    with Image.open(BytesIO(content), formats=FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}: make it smaller")
+        if (pictures := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # a phone's second is no other
+            raise ValueError(f"it holds {pictures:,} pictures: unpack them")
+        is_wide = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+        if image.mode in ("I", "F") and not is_wide:
+            raise ValueError(f"its pixels are of kind {image.mode}, whose range is not known")
+        ImageOps.exif_transpose(image, in_place=True)
+        if is_wide:  # Pillow would clip, not scale
+            return np.asarray(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB"))
+        image.info.pop("transparency", None)  # alpha is ignored; Pillow would warn of some
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -23,12 +23,17 @@ class SidecarError(DataError):
     """A CSV that cannot be used; the message names it and the reason."""
 
 
+def table_beside(video: Path) -> Path:
+    """Where a video's table lies: `clip.csv` for a file `clip.mp4`, `clip.01.csv` for a folder of images `clip.01`."""
+    return video.with_name(f"{video.name}.csv") if video.is_dir() else video.with_suffix(".csv")
+
+
 def read_sidecar(
     video: Path, times_s: np.ndarray, *, columns: Sequence[str], tolerance_s: float, image_fps: float = IMAGE_FPS
 ) -> np.ndarray:
     """Values of the rows nearest in time to frames at `times_s`, (T,) seconds since the first displayed frame.
 
-    The CSV lies beside the video, under the same name. A row must be within `tolerance_s`; half a tick leaves no frame
+    The CSV is the one of `table_beside`. A row must be within `tolerance_s`; half a tick leaves no frame
     between two rows out. `image_fps` is the rate of a folder of images.
 
     Returns:
@@ -39,7 +44,7 @@ def read_sidecar(
             is near enough to any frame.
         VideoError: frames are counted, and the video cannot be opened.
     """
-    path = video.with_suffix(".csv")
+    path = table_beside(video)
     clock, rows = _read_table(path, columns)
     if clock == "frame":
         shown_s = _frame_times_s(video, image_fps)
@@ -65,7 +70,7 @@ def require_a_sidecar(videos: Iterable[Path], columns: Sequence[str]) -> None:
     errors = []
     for video in videos:
         try:
-            _read_table(video.with_suffix(".csv"), columns)
+            _read_table(table_beside(video), columns)
             return
         except SidecarError as error:
             errors.append(error)
@@ -75,6 +80,8 @@ def require_a_sidecar(videos: Iterable[Path], columns: Sequence[str]) -> None:
 def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:
     """Which column says when, and the rows: that column first, then `columns`; float64 (rows, 1 + columns)."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")  # a pipe would be waited for
         # "-sig": spreadsheets put an invisible mark before the name of the first column.
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)

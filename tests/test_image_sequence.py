@@ -1,4 +1,12 @@
+import contextlib
+import errno
+import io
+import os
+import socket
+import struct
 import zipfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,7 +77,7 @@ def test_images_train(sequence, tmp_path):
 def test_only_what_is_wanted_is_opened(sequence, monkeypatch):
     opened = []
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda *arguments: opened.append(1) or original(*arguments))
+    monkeypatch.setattr(Image, "open", lambda *given, **named: opened.append(1) or original(*given, **named))
     read_clips(sequence, SIZE, [3.0, 1.0], length=3, image_fps=10)
     assert len(opened) <= 8
 
@@ -87,18 +95,27 @@ def test_a_missing_number_is_a_gap(tmp_path, numbered):
     assert ticks == [number - 1 for number in numbers]
 
 
-@pytest.mark.parametrize(
-    ("names", "shown"),
-    [
-        (["frame_10.png", "frame_9.png", "frame_100.png", "frame_11.png"], [(1, 0), (0, 0.1), (3, 0.2), (2, 9.1)]),
-        (["0.png", "5.png", "10.png", "20.png"], [(0, 0), (1, 0.1), (2, 0.2), (3, 0.4)]),  # in steps of five
-        (["a.png", "b.png", "c.png"], [(0, 0), (1, 0.1), (2, 0.2)]),
-        (["1.png", "2.png", "zebra.png"], [(0, 0), (1, 0.1), (2, 0.2)]),
-        (["01.png", "1.png", "2.png"], [(0, 0), (1, 0.1), (2, 0.2)]),
-    ],
-)
-def test_numbers_in_names_are_times_and_other_names_are_in_order(tmp_path, numbered, names, shown):
-    assert numbered(write_images(tmp_path / "frames", names), image_fps=10) == shown
+def test_times_in_names_are_those_of_the_images_and_need_no_rate(tmp_path, numbered):
+    start_ns, times_s = 1_403_636_579_763_555_584, [0, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45]
+    names = [f"{start_ns + round(time_s * 1e9)}.png" for time_s in times_s]
+    folder = write_images(tmp_path / "frames", names)
+    assert numbered(folder, image_fps=3) == list(enumerate(times_s))
+    info = count_frames(folder, 3)
+    assert (info.average_fps, info.duration_s) == (pytest.approx(20), pytest.approx(0.5))
+    ((begin_s, length_s),) = info.gaps_s
+    assert (begin_s, length_s) == pytest.approx((0, 0.15))
+    ticks = [timed.tick for timed in read_on_clock(folder, SIZE, fps=20, image_fps=info.average_fps)]
+    assert ticks == [0, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_several_series_are_refused_and_cost_nobody_else(tmp_path, sequence):
+    stereo = write_images(tmp_path / "stereo", [f"{index}_{side}.png" for index in (8, 9) for side in ("l", "r")])
+    videos, account = check_videos([tmp_path], fps=4, progress=False)
+    assert [video.path for video in videos] == [sequence]
+    assert account.refused == {
+        str(stereo): f"{stereo}: the names of its 4 images do not tell one order (8_l (2), 8_r (2)): "
+        "give each series a folder of its own, and each image a number or a time"
+    }
 
 
 def test_what_is_no_image_does_not_count(tmp_path, numbered):
@@ -121,23 +138,29 @@ def test_images_of_all_kinds(tmp_path):
     Image.fromarray(colours).save(folder / "7.bmp")
     Image.fromarray(colours).save(folder / "8.webp", lossless=True)
     Image.fromarray(colours).resize((50, 70)).save(folder / "9.tif")
-    Image.fromarray(level > 50).save(folder / "10.png")
+    (folder / "10.pgm").write_bytes(b"P5 36 24 65535\n" + (level.astype(">u2") * 257).tobytes())
+    Image.fromarray(colours).quantize(4).save(folder / "11.png", transparency=bytes([128] * 4))
+    Image.fromarray(np.dstack([level, level // 2]), "LA").save(folder / "12.png")
+    Image.fromarray(colours).save(folder / "13.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    Image.fromarray(colours).save(folder / "14.avif", quality=95)
+    Image.fromarray(level > 50).save(folder / "15.png")
     frames = np.stack([frame for frame, _ in read_frames(folder, (24, 36))])
-    assert np.abs(frames[:9].astype(int) - 100).max() <= 2
-    assert (frames[9] >= 254).all()
+    assert np.abs(frames[:14].astype(int) - 100).max() <= 2
+    assert (frames[14] >= 254).all()
 
 
-def test_images_stand_upright(tmp_path):
-    folder = tmp_path / "frames"
-    folder.mkdir()
-    upright = Image.fromarray(draw_number(5))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    upright.save(folder / "1.jpg", quality=95)
-    upright.rotate(90, expand=True).save(folder / "2.jpg", exif=exif, quality=95)
-    plain, turned = (frame for frame, _ in read_frames(folder, (32, 80)))
-    assert np.abs(plain.astype(int) - turned).mean() < 2
-    assert (count_frames(folder).height, count_frames(folder).width) == (32, 80)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "avif"])
+def test_images_stand_upright(tmp_path, suffix):
+    upright, exif = Image.fromarray(draw_number(5)), Image.Exif()
+    undoing = [None, 0, 3, 1, 5, 2, 6, 4]
+    (tmp_path / "frames").mkdir()
+    for orientation, undo in enumerate(undoing, start=1):
+        exif[0x0112] = orientation
+        picture = upright if undo is None else upright.transpose(Image.Transpose(undo))
+        picture.save(tmp_path / "frames" / f"{orientation}.{suffix}", exif=exif, quality=95)
+    frames = np.stack([frame for frame, _ in read_frames(tmp_path / "frames", (32, 80))]).astype(int)
+    assert np.abs(frames - frames[0]).mean(axis=(1, 2, 3)).max() < 3
+    assert (probe_video(tmp_path / "frames").height, len(frames)) == (32, 8)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n", "cut", "flipped"])
@@ -159,6 +182,102 @@ def test_a_damaged_image_is_left_out_and_noted(tmp_path, numbered, content):
     assert len(info.gaps_s) == 0 or info.gaps_s[0][0] == pytest.approx(0.3)
     with pytest.raises(VideoError, match=r"frames.*: image 004\.png cannot be decoded"):
         numbered(folder, image_fps=10)
+
+
+def png_of(width, height):
+    """A sound picture of 8 x 8 pixels that says it is larger."""
+    whole, header = several("PNG", 1), b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+
+
+def several(kind, count=3):
+    file = io.BytesIO()
+    pictures = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in (0, 100, 200)[:count]]
+    pictures[0].save(file, kind, save_all=True, append_images=pictures[1:])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png_of(8200, 8200), "8200 x 8200 pixels are more than 67,108,864: make it smaller"),
+        (png_of(12_000, 12_000), "Image size"),
+        (png_of(2**31 - 1, 2**31 - 1), "Image size"),
+        (several("GIF")[:6] + b"\xff\xff\xff\xff" + several("GIF")[10:], "Image size"),
+        (b"BM" + bytes(12) + struct.pack("<IiiHHII", 40, 30_000, 30_000, 1, 24, 0, 9) + bytes(99), "Image size"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "of no known format"),
+        (several("PNG"), "it holds 3 pictures: unpack them"),
+        (several("TIFF"), "it holds 3 pictures: unpack them"),
+        (several("WEBP"), "it holds 3 pictures: unpack them"),
+    ],
+)
+def test_hostile_pictures_are_left_out(tmp_path, numbered, content, reason):
+    folder = write_images(tmp_path / "frames", [f"{index}.png" for index in range(4)])
+    (folder / "2.png").write_bytes(content)
+    damage = Damage()
+    assert [number for number, _ in numbered(folder, damage=damage)] == [0, 1, 3]
+    assert str(damage).startswith(f"image 2.png cannot be decoded ({reason}")
+
+
+def make_link_to_itself(path):
+    path.symlink_to(path.name)
+
+
+def make_dead_link(path):
+    path.symlink_to("nowhere")
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):
+        server.bind(path.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (os.mkfifo, "it is no file"),
+        (make_link_to_itself, os.strerror(errno.ELOOP)),
+        (make_dead_link, os.strerror(errno.ENOENT)),
+        (make_socket, "it is no file"),
+    ],
+)
+def test_what_is_no_file_is_never_waited_for(tmp_path, numbered, make, reason):
+    folder = write_images(tmp_path / "frames", [f"{index}.png" for index in (0, 1, 2, 4)], [0, 1, 2, 4])
+    make(folder / "3.png")
+    (folder / "folder.png").mkdir()
+    damage = Damage()
+    assert numbered(folder, image_fps=10, damage=damage) == [(index, index / 10) for index in (0, 1, 2, 4)]
+    assert str(damage).startswith(f"image 3.png cannot be decoded ({reason}")
+
+
+@pytest.mark.parametrize(
+    ("name", "cost"), [("EACCES", 1), ("ENOENT", 1), ("EIO", None), ("ESTALE", None), ("EMFILE", None)]
+)
+def test_a_fault_of_the_machine_is_no_damage_of_a_picture(sequence, numbered, monkeypatch, name, cost):
+    number, read = getattr(errno, name), Path.read_bytes
+
+    def failing(path):
+        if path.name == "000004.png":
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    damage = Damage()
+    if cost is None:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            numbered(sequence, damage=damage)
+    else:
+        assert len(numbered(sequence, damage=damage)) == 40 - cost
+        assert str(damage) == f"image 000004.png cannot be decoded ({os.strerror(number)})"
+
+
+@pytest.mark.parametrize("prefix", [b"\xff\xfe", b"a\nb\x1b[2J", b"$", b"n" * 250])
+def test_names_of_any_bytes(tmp_path, numbered, prefix):
+    names = [os.fsdecode(prefix + b"%d" % index) for index in range(3)]
+    write_images(tmp_path / "frames", [f"{index}.png" for index in range(3)])
+    for index, name in enumerate(names):
+        (tmp_path / "frames" / f"{index}.png").rename(tmp_path / "frames" / f"{name[-250:]}.png")
+    assert [number for number, _ in numbered(tmp_path / "frames")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("names", [[], ["1.jpg"]])

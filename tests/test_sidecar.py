@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,22 @@ def test_unusable_tables_say_why(video, table, column, message):
         video.with_suffix(".csv").write_bytes(table.encode() if isinstance(table, str) else table)
     with pytest.raises(SidecarError, match=rf"clip\.csv: .*{message}"):
         read_sidecar(video, np.zeros(1), columns=[column], tolerance_s=0.1)
+
+
+@pytest.mark.parametrize("name", ["drive", "drive.01", "clip.mp4", "v1.2.final"])
+def test_the_table_of_a_folder_has_all_of_its_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / "drive.csv").touch()
+    (tmp_path / "clip.csv").touch()
+    (tmp_path / f"{name}.csv").write_text("time_s,speed\n0.0,7\n")
+    assert read_sidecar(tmp_path / name, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[7]]
+
+
+def test_a_pipe_is_no_table(video):
+    video.with_suffix(".csv").unlink()
+    os.mkfifo(video.with_suffix(".csv"))
+    with pytest.raises(SidecarError, match="it is no file"):
+        read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])

@@ -1,0 +1,170 @@
+"""What names tell: each kind by some siblings."""
+
+import random
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+
+from data.image_order import order_of
+
+START = datetime(2024, 5, 1, 23, 59, 58, 900_000, tzinfo=UTC)
+EVENTS_S = [0, 0.15, 0.2, 0.25, 0.3, 0.35, 1.4, 1.45, 5.8]
+"""When images were taken: at no steady rate, across midnight."""
+SLOW_S = [2 * second for second in range(45)]
+
+
+def moments(pattern, times_s=EVENTS_S):
+    return [(START + timedelta(seconds=second)).strftime(pattern) for second in times_s]
+
+
+def milliseconds(pattern):
+    return [name[:-3] for name in moments(pattern)]
+
+
+def epochs(write):
+    return [write(int(START.timestamp() * 1e6 + round(second * 1e6)) * 1000) for second in EVENTS_S]
+
+
+def order_after_shuffling(stems, suffix=".png"):
+    names = [stem + suffix for stem in stems]
+    return order_of(random.Random(0).sample(names, len(names)))
+
+
+def assert_reads(stems, times, are_seconds):
+    found = order_after_shuffling(stems)
+    assert (found[0], found[2]) == ([f"{stem}.png" for stem in stems], are_seconds)
+    np.testing.assert_allclose(found[1], times, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "img{}_left", "{}_cam_image_array_", "frame_{}.rgb", "{}_of_1205", "image ({})", "frame-{}", "v2.0_{:06}.jpg",
+        "frame-{:06}.color", "sh010_v02.{:04}", "20240501_123005_{:04}", "2024-05-01_{:04}", "clip_\\{:03}",
+        "2011_09_26_drive_0001_sync_{:010}", "b1c9c847-3bda4659-{:07}", "{}", "{:06}", "{:040}", "1600x900_{}", "№{}",
+    ],
+)  # fmt: skip
+def test_the_only_number_that_varies_counts_and_keeps_gaps(pattern):
+    numbers = [0, 1, 2, 3, 9, 10, 11, 40, 59, 60, 61, 98, 99, 100, 101, 1000, 1001]
+    assert_reads([pattern.format(number) for number in numbers], numbers, are_seconds=False)
+
+
+@pytest.mark.parametrize(
+    ("stems", "times"),
+    [
+        ([f"{number}" for number in range(-3, 4)], range(7)),
+        ([f"t_{number}" for number in range(-12, 3)], range(15)),
+        ([f"{number:03}" for number in range(0, 2000, 50)], range(40)),
+        (["0", "5", "10", "20"], [0, 1, 2, 4]),
+        (["0", "1", "10", "11", "20", "21"], [0, 1, 10, 11, 20, 21]),
+        ([f"{10**30 + number}" for number in (0, 1, 3)], [0, 1, 3]),
+        # Several numbers that run along with each other.
+        ([f"{number:04}_{round(number * 33.3)}" for number in range(90)], range(90)),
+        ([f"{number}-{number + 1}" for number in range(8, 12)], range(4)),
+        (["1.8", "1.9", "1.10", "1.11"], range(4)),  # no decimals
+    ],
+)
+def test_steps_signs_and_numbers_side_by_side(stems, times):
+    assert_reads(stems, times, are_seconds=False)
+
+
+@pytest.mark.parametrize(
+    ("stems", "times_s"),
+    [
+        # Unix time.
+        (epochs(lambda ns: f"{ns / 1e9:.6f}"), EVENTS_S),
+        (epochs(lambda ns: f"left_{ns}"), EVENTS_S),
+        (epochs(lambda ns: f"n015-2018-07-24-11-22-45+0800__CAM_FRONT__{ns // 1000}"), EVENTS_S),
+        (epochs(lambda ns: f"{ns // 10**6}_rgb"), EVENTS_S),
+        (epochs(lambda ns: f"{ns // 10**9}_{ns % 10**9:09}"), EVENTS_S),
+        ([f"{number:04}_{name}" for number, name in enumerate(epochs(lambda ns: f"{ns // 1000}"))], EVENTS_S),
+        ([f"{1_700_000_000 + second}" for second in SLOW_S], SLOW_S),
+        # Dates.
+        (milliseconds("%Y-%m-%d_%H-%M-%S.%f"), EVENTS_S),
+        (milliseconds("PXL_%Y%m%d_%H%M%S%f"), EVENTS_S),
+        (milliseconds("192.168.1.10_01_%Y%m%d%H%M%S%f_MOTION"), EVENTS_S),
+        (moments("%Y-%m-%dT%H:%M:%S.%fZ"), EVENTS_S),
+        (moments("cam1 %Y.%m.%d %H.%M.%S,%f"), EVENTS_S),
+        (moments("IMG_%Y%m%d_%H%M%S", SLOW_S), SLOW_S),
+        (moments("Screenshot %Y-%m-%d at %H.%M.%S", SLOW_S), SLOW_S),
+        (moments("image-%Y%m%d%H%M%S", SLOW_S), SLOW_S),
+        (moments("%Y%m%d%H%M", [60 * second for second in SLOW_S]), [60 * second for second in SLOW_S]),
+        (moments("%Y-%m-%d_%H-%M", [600 * second for second in SLOW_S]), [600 * second for second in SLOW_S]),
+        (moments("%Y-%m-%d", [86400 * second for second in SLOW_S]), [86400 * second for second in SLOW_S]),
+        (moments("%Y%m%d_%H%M%S_%f", np.arange(90) / 30), np.arange(90) / 30),
+        # Without a date, by units or by what is carried.
+        ([f"{second // 60:02}-{second % 60:02}" for second in SLOW_S], SLOW_S),
+        ([f"frame_{second // 60:02}_{second % 60:02}" for second in SLOW_S], SLOW_S),
+        ([f"{second // 60}m{second % 60}s" for second in SLOW_S], SLOW_S),
+        ([f"09-{second // 60:02}-{second % 60:02}" for second in SLOW_S], SLOW_S),
+        ([f"09-{second // 60:02}-{second % 60:02}" for second in (5, 7, 100, 1234, 3000)], [0, 2, 95, 1229, 2995]),
+        ([f"09.{second // 60:02}.{second % 60:02}" for second in SLOW_S[:20]], SLOW_S[:20]),
+        ([f"09{second // 60:02}{second % 60:02}" for second in SLOW_S], SLOW_S),
+        ([f"t={number * 40}ms" for number in range(40)], np.arange(40) / 25),
+        ([f"{number / 25:.3f}" for number in range(40)], np.arange(40) / 25),
+        ([f"{number / 25}" for number in range(40)], np.arange(40) / 25),
+        ([f"t_{number / 25:.2f}" for number in range(80)], np.arange(80) / 25),
+    ],
+)  # fmt: skip
+def test_times_are_read_as_times(stems, times_s):
+    assert_reads(stems, times_s, are_seconds=True)
+
+
+@pytest.mark.parametrize(
+    ("stems", "series"),
+    [
+        (
+            [f"{number:04}_{side}" for number in range(4) for side in ("left", "right")],
+            r"0000_left \(4\), 0000_right \(4\)",
+        ),
+        ([f"{kind}{number}" for number in range(3) for kind in ("rgb", "mask", "depth")], r"depth0 \(3\), mask0 \(3\)"),
+        ([f"cam{camera}_{number:03}" for number in range(9) for camera in (0, 1)], r"cam0_000 \(9\), cam1_000 \(9\)"),
+        ([f"{scene}.{number:03}" for scene in (1, 2, 3) for number in range(1, 9)], r"1\.001 \(8\), 2\.001 \(8\), 3"),
+        ([f"{scene:02}_{number:02}" for scene in (1, 2, 3) for number in range(1, 25)], r"01_01 \(24\), 02_01 \(24\)"),
+        ([f"cam{at % 2}_{1_700_000_000_000 + at}" for at in range(9)], r"cam0_17\d+ \(5\), cam1_17\d+ \(4\)"),
+        (
+            [f"clip_{which}\\{number:03}" for number in range(3) for which in "ab"],
+            r"clip_a\\000 \(3\), clip_b\\000 \(3\)",
+        ),
+        (
+            [f"20240501_12300{at // 5}-{at % 5:02}" for at in range(10)],
+            r"20240501_123000-00 \(5\), 20240501_123001-00 \(5\)",
+        ),
+        (["1", "2", "3", "cover"], r"1 \(3\), cover \(1\)"),
+        (["a", "b", "c", "d"], r"a \(1\), b \(1\), c \(1\), 1 more"),
+        (["01", "1", "2"], "01"),
+        (["t_0.04", "t_0.1", "t_0.12"], r"t_0\.04"),  # counted, or after a point?
+        ([f"shot at 0{hour}.59 {half}M" for hour in (1, 2) for half in "AP"], "AM"),
+    ],
+)
+def test_several_series_and_no_order_are_refused(stems, series):
+    with pytest.raises(ValueError, match=rf"its {len(stems)} images do not tell one order \(.*{series}.*: give each"):
+        order_after_shuffling(stems)
+
+
+def test_the_same_number_under_two_suffixes_are_two_images():
+    with pytest.raises(ValueError, match="do not tell one order"):
+        order_of(["1.jpg", "2.jpg", "1.png", "2.png"])
+    assert order_of(["2.JPG", "10.jpg", "1.jpeg"])[0] == ["1.jpeg", "2.JPG", "10.jpg"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_series_in_random_styles(seed):
+    draw = random.Random(seed)
+    steps = [draw.choice([1, 1, 1, 1, 1, 1, draw.randrange(2, 60)]) for _ in range(draw.randrange(5, 120))]
+    numbers = list(np.cumsum([draw.randrange(2000), *steps]))
+    times = np.array(numbers) - numbers[0]
+    before, after = (draw.choice(["", "img", "cam2_", "a-", "take 3 ", "x1y2_", "№"]) for _ in range(2))
+    write = draw.choice(
+        [
+            lambda number: f"{before}{number}{after and '_' + after}",
+            lambda number: f"{before}{number:08}{after and '.' + after}",
+            lambda number: f"{before}{1_600_000_000 * 10**6 + number * 40_000}",
+            lambda number: f"{before}{START + timedelta(milliseconds=40 * int(number)):%Y%m%d-%H%M%S.%f}",
+            lambda number: f"{1_600_000_000 + number / 25:.2f}",
+        ]
+    )
+    names, found, are_seconds = order_after_shuffling(list(map(write, numbers)))
+    assert names == [f"{write(number)}.png" for number in numbers]
+    np.testing.assert_allclose(found, times / 25 if are_seconds else times, atol=2e-6)
