@@ -27,18 +27,18 @@ FORMS = [  # and what is carried into when the finer number is over; evidence fo
     # Nothing but times.
     (rf"{_DAY}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}", "", 0),
     (rf"{_DAY}{_CLOCK}(?<=\d{{14}}){_DIGITS}{_END}", "", 0),
-    (rf"{_EPOCH}(?:\.?(?P<fraction>(?<=\.)\d+|\d{{9}}|\d{{6}}|\d{{3}}))?{_END}", "", 0),
+    (rf"{_EPOCH}(?:[.,]?(?P<fraction>(?<=\D)\d+|\d{{9}}|\d{{6}}|\d{{3}}))?{_END}", "", 0),
     (r"(?<![\d.])(?P<milli>\d+)ms(?![a-zA-Z])", "", 0),
-    (rf"(?<![\d.])(?:(?P<hour>\d+)h)?(?:(?P<minute>\d+)m)?(?P<second>\d+)(?:\.{_DIGITS})?s(?![a-zA-Z])", "", 0),
+    (rf"(?<![\d.])(?:(?P<hour>\d+)h)?(?:(?P<minute>\d+)m)?(?P<second>\d+)(?:\.{_DIGITS})?s(?:ec)?(?![a-z])", "", 0),
     (rf"{_DAY}(?:(?<=\d{{8}})|\D{{1,4}}(?=\d\d[-_.:h])){_HOUR}[-_.:h]?{_MINUTE}{_END}", "", 0),
     (rf"{_DAY}{_END}", "", 0),
     # Two or three numbers, unless the finer one begins at the same place again and again, as frames of scenes do.
     (rf"^{_HOUR}(?P<b>[-_.:]){_MINUTE}(?P=b){_SECOND}(?:[.,]{_DIGITS})?$", "minute", 0),
-    (rf"^(?P<second>\d+)\.{_DIGITS}$", "second", 0),
-    (rf"{_DAY}\D{{0,4}}{_CLOCK}[-_.,]{_DIGITS}{_END}", "second", 1),
+    (rf"^(?P<second>0|[1-9]\d{{0,5}}|\d+(?=\.\d{{3}}))\.{_DIGITS}$", "second", 0),
+    (rf"(?<!\d)(?:{_DAY}\D{{0,4}})?{_CLOCK}[-_.,]{_DIGITS}{_END}", "second", 1),
     (rf"{_DAY}\D{{0,4}}{_HOUR}{_MINUTE}{_END}", "hour", 2),
     (rf"{_EPOCH}[-_]{_PART}{_END}", "second", 1),
-    (rf"(?<![A-Za-z\d.])(?P<second>\d+)\.{_DIGITS}(?![\d.])", "second", 2),
+    (rf"(?<![\d.])(?P<second>\d{{1,6}})\.{_DIGITS}(?!\d|\.\d)", "second", 2),
     (rf"(?<!\d){_CLOCK}(?:\.{_DIGITS})?{_END}", "minute", 2),
     (rf"(?<!\d)(?P<minute>\d\d?)[-_.:m]?{_SECOND}{_END}", "minute", 2),
     (NUMBER.pattern, "", 0),
@@ -60,7 +60,7 @@ def order_of(names: Sequence[str]) -> tuple[list[str], np.ndarray, bool]:
             since_first = np.array([(time - times[0]) / unit for time in times])
             return [names[at] for at in order], since_first, not is_number
     raise ValueError(
-        f"the names of its {len(names):,} images do not tell one order ({_series(stems)}): "
+        f"the names of its {len(names):,} images do not tell one order ({_series(names)}): "
         "give each series a folder of its own, and each image a number or a time"
     )
 
@@ -96,7 +96,7 @@ def _value(match: re.Match[str]) -> int:
     value = sum(int(match[unit]) * UNITS_NS[unit] for unit in match.re.groupindex.keys() & UNITS_NS if match[unit])
     if "fraction" in match.re.groupindex:
         value += int(f"{match['fraction'] or '':0<9.9}")
-    if "year" in match.re.groupindex:
+    if "year" in match.re.groupindex and match["year"]:
         value += 24 * UNITS_NS["hour"] * date(*map(int, match.group("year", "month", "day"))).toordinal()
     return value
 
@@ -130,15 +130,15 @@ def _goes_on(times_ns: list[int], coarse_ns: int, evidence: int) -> bool:
     return is_steady or (evidence < 2 and max(begins) - min(begins) >= coarse_ns / 4)
 
 
-def _series(stems: list[str]) -> str:
+def _series(names: Sequence[str]) -> str:
     """The largest series among some names, each by its first image, and how many it has."""
-    kinds: Sequence[str] = [NUMBER.sub("#", stem) for stem in stems]
+    kinds: Sequence[str] = [NUMBER.sub("#", name) for name in names]
     if len(set(kinds)) == 1:  # then by the number of which there are fewest
-        columns = [column for column in zip(*map(NUMBER.findall, stems), strict=True) if len(set(column)) > 1]
-        kinds = min(columns, key=lambda column: len(set(column)), default=stems)
+        columns = [column for column in zip(*map(NUMBER.findall, names), strict=True) if len(set(column)) > 1]
+        kinds = min(columns, key=lambda column: len(set(column)), default=names)
     series = defaultdict(list)
-    for kind, stem in sorted(zip(kinds, stems, strict=True)):
-        series[kind].append(stem)
+    for kind, name in sorted(zip(kinds, names, strict=True)):
+        series[kind].append(name)
     largest = sorted(series.values(), key=len, reverse=True)
     more = [f"{len(largest) - 3:,} more"] if len(largest) > 3 else []
     return ", ".join([f"{images[0]} ({len(images):,})" for images in largest[:3]] + more)

@@ -113,7 +113,7 @@ def test_several_series_are_refused_and_cost_nobody_else(tmp_path, sequence):
     videos, account = check_videos([tmp_path], fps=4, progress=False)
     assert [video.path for video in videos] == [sequence]
     assert account.refused == {
-        str(stereo): f"{stereo}: the names of its 4 images do not tell one order (8_l (2), 8_r (2)): "
+        str(stereo): f"{stereo}: the names of its 4 images do not tell one order (8_l.png (2), 8_r.png (2)): "
         "give each series a folder of its own, and each image a number or a time"
     }
 
