@@ -66,8 +66,10 @@ class ImageSequenceDecoder(Decoder):
             self.position += 1
             try:
                 pixels = _pixels(self.path / name)
+            except MemoryError as error:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(self.path / name)) from error
             except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
-                if isinstance(error, MemoryError) or getattr(error, "errno", None) not in OF_THE_IMAGE:
+                if getattr(error, "errno", None) not in OF_THE_IMAGE:
                     raise
                 reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
                 self.note(f"image {name} cannot be decoded ({getattr(error, 'strerror', None) or reason})")

@@ -69,7 +69,7 @@ class Options(PublishedOptions):
     clips_per_shard: PositiveInt = 64
     """Clips in a file; a kill loses at most this many."""
     image_fps: Positive = IMAGE_FPS
-    """Rate of folders of images, which have no times of their own."""
+    """Rate of folders of images whose names are no times."""
     strict: bool = False
     """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
 

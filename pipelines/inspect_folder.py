@@ -40,7 +40,7 @@ class Options(Bounded):
     verify: bool = False
     """Check each clip of a cache against its checksum: a bit that has flipped is otherwise read without an error."""
     image_fps: Positive = IMAGE_FPS
-    """Rate of folders of images, which have no times of their own."""
+    """Rate of folders of images whose names are no times."""
 
 
 def main(options: Options) -> None:

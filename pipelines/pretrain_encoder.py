@@ -56,7 +56,7 @@ class Options(RunOptions):
     fps: Positive = 4.0
     """Frames per second that videos are sampled at, by time; neighbouring views are one such step apart."""
     image_fps: Positive = IMAGE_FPS
-    """Rate of folders of images, which have no times of their own."""
+    """Rate of folders of images whose names are no times."""
     batch_size: SeveralInt = 128
     """Clips in a batch on each process, of two frames or, with a prediction weight, more."""
     shuffle_memory: Positive = 2.0

@@ -53,7 +53,7 @@ class Options(Bounded):
     encoder: str = "runs/encoder/encoder"
     """Encoder of the predictor's embeddings; for videos."""
     image_fps: Positive = IMAGE_FPS
-    """Rate of folders of images among the videos, which have no times of their own."""
+    """Rate of folders of images among the videos whose names are no times."""
     predictor: Path = Path("runs/predictor")
     """Run folder of train_predictor: the predictor and its calibration."""
     output_dir: Path = Path("runs/surprise")

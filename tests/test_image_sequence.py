@@ -251,14 +251,15 @@ def test_what_is_no_file_is_never_waited_for(tmp_path, numbered, make, reason):
 
 
 @pytest.mark.parametrize(
-    ("name", "cost"), [("EACCES", 1), ("ENOENT", 1), ("EIO", None), ("ESTALE", None), ("EMFILE", None)]
+    ("name", "cost"),
+    [("EACCES", 1), ("ENOENT", 1), ("EIO", None), ("ESTALE", None), ("EMFILE", None), ("ENOMEM", None)],
 )
 def test_a_fault_of_the_machine_is_no_damage_of_a_picture(sequence, numbered, monkeypatch, name, cost):
     number, read = getattr(errno, name), Path.read_bytes
 
     def failing(path):
         if path.name == "000004.png":
-            raise OSError(number, os.strerror(number), str(path))
+            raise MemoryError if name == "ENOMEM" else OSError(number, os.strerror(number), str(path))
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", failing)
