@@ -22,23 +22,24 @@ _HOUR, _MINUTE, _SECOND = r"(?P<hour>[01]\d|2[0-3])", r"(?P<minute>[0-5]\d)", r"
 _CLOCK = rf"{_HOUR}(?P<b>[-_.: ]?){_MINUTE}(?P=b){_SECOND}"
 _EPOCH = r"(?<!\d)(?P<second>1[1-9]\d{8})"  # seconds since 1970, in the years 2004 to 2033
 _PART, _DIGITS = r"(?P<fraction>\d{9}|\d{6}|\d{3})", r"(?P<fraction>\d+)"
+_BEGIN = r"(?<![\d.])(?<!(?<![^\W_])-)"
 _END = r"(?!\d)(?!.*\d\s?[AaPp]\.?[Mm](?![A-Za-z]))"  # half days begin again: they are read as numbers
 FORMS = [  # and what is carried into when the finer number is over; evidence for a time: 1 such a carry, 2 others, too
     # Nothing but times.
     (rf"{_DAY}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}", "", 0),
     (rf"{_DAY}{_CLOCK}(?<=\d{{14}}){_DIGITS}{_END}", "", 0),
     (rf"{_EPOCH}(?:[.,]?(?P<fraction>(?<=\D)\d+|\d{{9}}|\d{{6}}|\d{{3}}))?{_END}", "", 0),
-    (r"(?<![\d.])(?P<milli>\d+)ms(?![a-zA-Z])", "", 0),
-    (rf"(?<![\d.])(?:(?P<hour>\d+)h)?(?:(?P<minute>\d+)m)?(?P<second>\d+)(?:\.{_DIGITS})?s(?:ec)?(?![a-z])", "", 0),
+    (rf"{_BEGIN}(?P<milli>\d+)ms(?![a-z])", "", 0),
+    (rf"{_BEGIN}(?:(?P<hour>\d+)h)?(?:(?P<minute>\d+)m)?(?P<second>\d+)(?:\.{_DIGITS})?s(?:ec)?(?![a-z])", "", 0),
     (rf"{_DAY}(?:(?<=\d{{8}})|\D{{1,4}}(?=\d\d[-_.:h])){_HOUR}[-_.:h]?{_MINUTE}{_END}", "", 0),
     (rf"{_DAY}{_END}", "", 0),
     # Two or three numbers, unless the finer one begins at the same place again and again, as frames of scenes do.
     (rf"^{_HOUR}(?P<b>[-_.:]){_MINUTE}(?P=b){_SECOND}(?:[.,]{_DIGITS})?$", "minute", 0),
-    (rf"^(?P<second>0|[1-9]\d{{0,5}}|\d+(?=\.\d{{3}}))\.{_DIGITS}$", "second", 0),
+    (rf"^(?P<second>0|[1-9]\d{{0,5}}|\d{{1,6}}(?=\.\d{{3}}))\.{_DIGITS}$", "second", 0),
     (rf"(?<!\d)(?:{_DAY}\D{{0,4}})?{_CLOCK}[-_.,]{_DIGITS}{_END}", "second", 1),
     (rf"{_DAY}\D{{0,4}}{_HOUR}{_MINUTE}{_END}", "hour", 2),
     (rf"{_EPOCH}[-_]{_PART}{_END}", "second", 1),
-    (rf"(?<![\d.])(?P<second>\d{{1,6}})\.{_DIGITS}(?!\d|\.\d)", "second", 2),
+    (rf"{_BEGIN}(?P<second>\d{{1,6}})\.{_DIGITS}(?!\d|\.\d)", "second", 2),
     (rf"(?<!\d){_CLOCK}(?:\.{_DIGITS})?{_END}", "minute", 2),
     (rf"(?<!\d)(?P<minute>\d\d?)[-_.:m]?{_SECOND}{_END}", "minute", 2),
     (NUMBER.pattern, "", 0),
