@@ -126,7 +126,7 @@ def bag(folder: Path) -> None:
             put(folder / where / name)
             picture(seed).save(folder / where / name)
     put(folder / "by time" / f"{times_ns[-1] + 10**9}.png", b"\x89PNG cut off")
-    (folder / "by time" / "dead.png").symlink_to("nowhere")
+    (folder / "by time" / f"{times_ns[-1] + 2 * 10**9}.png").symlink_to("nowhere")
     os.mkfifo(folder / "drive.01" / "frame_000099.jpg")
     put(folder / "drive.01.csv", b"frame,speed\n0,1\n1,2\n")
     for name in ("imu.csv", "bag.yaml", "calibration.json", "README"):

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,17 +22,7 @@ import h5py
 import numpy as np
 import torch
 
-from data.cache import (
-    CLOCK,
-    FORMAT_VERSION,
-    CacheError,
-    ClipKey,
-    Provenance,
-    checksum,
-    read_places,
-    read_provenance,
-    read_shards,
-)
+from data.cache import CLOCK, FORMAT_VERSION, CacheError, ClipKey, Provenance, checksum, read_provenance, read_shards
 
 LARGEST_SHARD = 1 << 28
 """Bytes of embeddings at which a shard is written, however few clips they are: tokens are large."""
@@ -68,7 +58,7 @@ class CacheWriter:
         *,
         clips_per_shard: int = 64,
         is_main: bool = True,
-        places: Mapping[str, str] | None = None,
+        places: dict[str, str] | None = None,
     ) -> None:
         self.folder, self.clips_per_shard = folder, clips_per_shard
         self._buffer: list[tuple[ClipKey, dict[str, np.ndarray]]] = []
@@ -89,13 +79,14 @@ class CacheWriter:
                         f"{folder} holds embeddings with {name} {theirs}, not {ours}: "
                         "choose another folder, or delete that one"
                     )
-            if is_main and places:
-                here = set(places.values())
-                elsewhere = {path: one for path, one in read_places(folder).items() if one not in here}
-                _write(folder / "places.json", json.dumps(elsewhere | dict(places)).encode())
             self.columns = stored.columns | CLOCK
             shards, _ = read_shards(folder, self.columns)
             self.written_ns = shards[-1].written_ns if shards else 0
+            if is_main and places:
+                path, here = folder / "places.json", set(places.values())
+                before = json.loads(path.read_bytes()) if path.exists() else {}  # which `read_shards` has checked
+                others = {path: content for path, content in before.items() if content not in here}
+                _write(path, json.dumps(others | places).encode())
             self._held = held.pop_all()
 
     def __enter__(self) -> Self:

@@ -241,8 +241,7 @@ def check_videos(
 
 def sort_out(records: list[Record], found: Counter[str], *, fps: float = 0.0) -> tuple[list[VideoInfo], Account]:
     """The videos that can be used on a clock, each content once, and an account that says what is with the others."""
-    videos: dict[str, VideoInfo] = {}
-    account = Account(found)
+    usable, account = list[VideoInfo](), Account(found)
     for record in records:
         path, video = record.state.path, record.video
         if video is None:
@@ -250,11 +249,13 @@ def sort_out(records: list[Record], found: Counter[str], *, fps: float = 0.0) ->
         elif 0 < (rate := video.average_fps) < 0.95 * fps:  # average rates are rounded in headers, hence the margin
             slow = f"its {rate:.4g} fps are fewer than the clock's {fps:g}: lower the clock's rate"
             account.refused[path] = f"{path}: {slow} ({video.duration_s:.1f} s left out)"
-        elif video.content in videos:
-            account.doubles[path] = str(videos[video.content].path)
         else:
-            videos[video.content] = video
-    return list(videos.values()), account
+            usable.append(video)
+    firsts: dict[str, VideoInfo] = {}
+    for video in sorted(usable, key=lambda video: len(str(video.path))):  # "a.mp4" rather than "a (1).mp4"
+        if (first := firsts.setdefault(video.content, video)) is not video:
+            account.doubles[str(video.path)] = str(first.path)
+    return sorted(firsts.values(), key=lambda video: video.path), account
 
 
 def _write(manifest: Path, records: Iterable[Record]) -> None:

@@ -1,0 +1,42 @@
+"""A phone's, a recorder's, a robot's, a hub's and a stranger's things in one folder: the account adds up."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks.odd_folder import add_up, make
+from jepa.encoder import EncoderConfig, create_encoder
+from pipelines.run.artefacts import save_artefact
+from tests.test_commands import call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make(tmp_path / "videos")
+    return tmp_path / "videos"
+
+
+def test_every_file_of_an_odd_folder_is_accounted_for(folder, tmp_path, capsys):
+    encoder = create_encoder(EncoderConfig(embedding_dimension=8, image_size=(32, 32)))
+    save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
+    call("inspect_folder", f"{folder} --count --manifest {tmp_path}/videos.jsonl")
+    call("cache_embeddings", f"--videos {folder} --encoder {tmp_path}/encoder --fps 4 --output-dir {tmp_path}/cache")
+    add_up(folder, tmp_path / "cache" / "account.json")
+    account = json.loads((tmp_path / "cache" / "account.json").read_text())
+    said = capsys.readouterr().out
+    assert all(line.isprintable() for line in said.splitlines())
+    assert {Path(path).name for path in account["doubles"]} == {"IMG_0004 (1).MP4"}
+    assert {Path(path).name for path in account["refused"]} - {"pause.mp4"} == {
+        "stereo", "bombs", "dead", "round.mp4", "not fetched.mp4", "1533151607162404000.png", "frame_000099.jpg",
+        "pipe.mkv", "socket.mp4", "empty.avi", "cam.dav", "code.ts", "list.mp4", "script.mp4", "x.MP4",
+        "unpack me.zip", "me.tar.gz", "and me.7z",
+    }  # fmt: skip
+    assert {Path(path).name for path in account["damaged"]} >= {"by time", "drive.01", "cut.mkv"}
+    # What is neither read nor refused is counted, and nothing hidden or ours has been read.
+    told = [path for kind in ("read_s", "refused", "doubles") for path in account[kind]]
+    assert not [path for path in told if "/." in path or "@eaDir" in path or "RECYCLE" in path or "/old " in path]
+    assert account["found"]["hidden"] == 8
+    assert account["found"]["ours"] == 3
+    assert os.fsdecode(b"M\xe4rz.mp4") in {Path(path).name for path in account["read_s"]}
