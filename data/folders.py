@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.decoder import VideoError
+from data.errors import printable
 from data.image_sequence import FEWEST_IMAGES, is_image
 
 VIDEO_NAMES = """
@@ -55,7 +56,7 @@ def find_videos(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
 def listed(counts: Counter[str]) -> str:
     """Counts in words, the largest first: "12 .txt, 3 hidden"."""
     more = [f"{len(counts) - SHOWN} other kinds"] if len(counts) > SHOWN else []
-    return ", ".join([f"{count:,} {name}" for name, count in counts.most_common(SHOWN)] + more)
+    return ", ".join([f"{count:,} {printable(name)}" for name, count in counts.most_common(SHOWN)] + more)
 
 
 def _search(root: Path, videos: list[Path], known: set[str]) -> Counter[str]:

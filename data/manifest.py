@@ -191,7 +191,7 @@ def index_videos(
         except VideoError as error:
             return Record(state, None, str(error))
         except OSError as error:
-            is_dead = path.is_symlink() and not os.path.exists(path)
+            is_dead = os.path.islink(path) and not os.path.exists(path)
             why = f"a dead link, to {path.readlink()}" if is_dead else (error.strerror or str(error)).lower()
             return Record(state, None, f"{path}: {why}")
 

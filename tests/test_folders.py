@@ -4,6 +4,9 @@ import os
 import random
 import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from data.folders import find_videos
 from data.manifest import check_videos, index_videos
 from pipelines import score_surprise
 from pipelines.run.folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -149,6 +154,32 @@ def test_what_may_not_be_read_is_refused_by_name(folder, what, monkeypatch):
         check_videos([folder], fps=4, strict=True, progress=False)
 
 
+LOOK = """
+import os, sys
+from pathlib import Path
+from data.manifest import check_videos
+if os.getuid() == 0:
+    os.setuid(65534)
+print(check_videos([Path(sys.argv[1])], fps=4, progress=False)[1])
+"""
+
+
+def test_what_is_closed_to_another_user_is_refused_by_name(video):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in ("closed/a.mp4", "listed/b.mp4", "listed/notes.txt", "c.mp4", "good.mp4"):
+            put(folder / path, video.read_bytes() + path.encode())
+        for path, mode in (("", 0o755), ("closed", 0), ("listed", 0o744), ("c.mp4", 0), ("good.mp4", 0o644)):
+            (folder / path).chmod(mode)
+        said = subprocess.check_output([sys.executable, "-c", LOOK, name], text=True, cwd=ROOT)
+        refused = [line.split(": ")[1:] for line in said.splitlines()[2:]]
+        closed = ("c.mp4", "closed", "listed/b.mp4", "listed/notes.txt")
+        assert refused == [[str(folder / path), "permission denied"] for path in closed]
+        assert said.startswith("found 5 files: 5 looked at\nread 0 videos")
+        (folder / "closed").chmod(0o755)
+        (folder / "listed").chmod(0o755)
+
+
 def test_links_into_a_store_are_called_by_their_names(tmp_path, video):
     (store := tmp_path / "blobs").mkdir()
     (snapshot := tmp_path / "snapshots" / "main").mkdir(parents=True)
@@ -212,7 +243,7 @@ def test_what_was_moved_is_not_counted_again(folder, tmp_path):
 # Random trees
 
 NAMES = ["a", "b\n", "\x1b[31m", "$5", "x" * 200, os.fsdecode(b"\xe4"), "-rf", " ", "ü", ".h", "@eaDir", "Trash"]
-KINDS = ["", ".mp4", ".MKV", ".txt", ".zip", ".png", ".jpg", ".tar.gz", ".\n", ".mp4 ", ".xyz"]
+KINDS = ["", ".mp4", ".MKV", ".txt", ".zip", ".png", ".jpg", ".tar.gz", ".\n", ".\x1b[0m", ".mp4 ", ".xyz"]
 
 
 def grow(folder, chance, tmp, depth=0):
@@ -251,7 +282,7 @@ def test_everything_in_a_random_tree_is_accounted_for(tmp_path, video, seed):
     looked_at = {str(video.path) for video in videos} | account.refused.keys() | account.doubles.keys()
     assert looked_at == set(map(str, find_videos([root])[0]))
     assert str(root / "sure.mp4") in looked_at - account.refused.keys()
-    assert all(line.isprintable() for line in str(account).splitlines())
+    assert all(line.isprintable() for line in str(account).split("\n"))
     # With links to folders, which may lead in circles: each video is found by some name.
     outside.mkdir()
     grow(outside, chance, tmp_path)
