@@ -2,9 +2,9 @@ r"""Flip bytes of videos and cut them off: nothing may hang, crash, or be lost w
 
   python -m benchmarks.fuzz_videos --mutations 200
 
-Copies of the clips in a folder are mutated at random, with a fixed seed, and read in every way that the commands read:
-all frames counted, on two clocks, in random clips. Each is read in a child process under a time limit, so that a hang
-or a crash costs one file. Faults, any of which makes the exit status 1:
+Copies of the clips in a folder, and of one of them in further containers, are mutated at random, with a fixed seed, and
+read in every way that the commands read: all frames counted, on two clocks, in random clips. Each is read in a child
+process under a time limit, so that a hang or a crash costs one file. Faults, any of which makes the exit status 1:
 
 - hang: the child did not end in time;
 - crash: the child died of a signal;
@@ -13,6 +13,7 @@ or a crash costs one file. Faults, any of which makes the exit status 1:
   damage nor a gap was reported.
 
 A changed picture among the right number of frames is no fault: most codecs have no checksum, and no decoder can see it.
+Nor is a stream that was cut off and says nowhere how long it is.
 """
 
 import multiprocessing
@@ -20,10 +21,13 @@ import tempfile
 import traceback
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self
 
+import av
 import numpy as np
 from tqdm import tqdm
 
@@ -40,6 +44,13 @@ CLIPS = 4
 CLIP_FRAMES = 16
 TRUNCATED = 0.25
 """Share of the mutations that cut the end off; the others flip bytes."""
+CONTAINERS = {
+    "a.mxf": "mpeg2video", "a.asf": "wmv2", "a.flv": "flv", "a.ogg": "libvpx", "a.ts": "libx264", "a.mpg": "mpeg2video",
+    "fragmented.mp4": "libx264", "a.h264": "libx264", "a.avi": "mpeg4", "a.mov": "mjpeg",
+}  # fmt: skip
+"""Codecs of the clips that are made, by name."""
+ENDLESS = (".ts", ".mpg", ".h264", ".ogg")
+"""Streams that do not say how long they are."""
 FAULTS = ("hang", "crash", "traceback", "silent skip")
 
 
@@ -76,17 +87,19 @@ def main(options: Options) -> None:
     require(options.videos.is_dir(), f"{options.videos}: no clips to mutate here; name their folder with --videos")
     clips = [path for path in sorted(options.videos.iterdir()) if path.stat().st_size <= options.largest_bytes]
     require(bool(clips), f"{options.videos}: no clip of at most {options.largest_bytes} bytes")
-    whole = {clip: count_frames(clip) for clip in clips}
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results = []
     with tempfile.TemporaryDirectory() as folder, Child(options.limit_s) as read:
+        clips += [encode(clips[0], Path(folder) / name, codec) for name, codec in CONTAINERS.items()]
+        whole = {clip: count_frames(clip) for clip in clips}
         for number in tqdm(range(options.mutations), unit="file", desc="fuzzing"):
             generator = np.random.default_rng([options.seed, number])
             clip = clips[generator.integers(len(clips))]
             content, what = mutate(clip.read_bytes(), generator)
             mutated = Path(folder) / f"{number:05d}_{clip.name}"
             mutated.write_bytes(content)
-            outcome = read(mutated, whole[clip].frames or 0)
+            is_cut = len(content) < clip.stat().st_size and clip.suffix in ENDLESS
+            outcome = read(mutated, 0 if is_cut else whole[clip].frames or 0)
             results.append({"file": mutated.name, "mutation": what, **vars(outcome)})
             if outcome.verdict in FAULTS:
                 mutated.replace(options.output_dir / mutated.name)
@@ -98,6 +111,20 @@ def main(options: Options) -> None:
     print("; ".join(f"{verdict}: {number}" for verdict, number in sorted(counts.items())))
     faults = sum(counts[fault] for fault in FAULTS)
     require(faults == 0, f"{faults} of {options.mutations} files were not read as they should be: {options.output_dir}")
+
+
+def encode(source: Path, path: Path, codec: str) -> Path:
+    """The first frames of a clip, in another container."""
+    options = {"movflags": "frag_keyframe+empty_moov"} if path.suffix == ".mp4" else {}
+    with av.open(str(source)) as whole, av.open(str(path), "w", options=options) as target:
+        stream = target.add_stream(codec, rate=25, options={"g": "12"})
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for index, frame in enumerate(islice(whole.decode(video=0), 60)):
+            picture = frame.reformat(160, 96, stream.pix_fmt)
+            picture.pts, picture.time_base = index, Fraction(1, 25)
+            target.mux(stream.encode(picture))
+        target.mux(stream.encode())
+    return path
 
 
 def mutate(content: bytes, generator: np.random.Generator) -> tuple[bytes, str]:

@@ -13,9 +13,9 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -26,12 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.clock import read_on_clock
-from data.decoder import Damage, VideoError
+from data.decoder import LONGEST_S, Damage, VideoError
 from data.manifest import Account
 from data.parallel import map_ahead, stream_ahead
 from data.video import FrameSize, VideoInfo
 
 SEGMENT_S = 60.0
+LONGEST_GROUP_S = 3600.0
+"""Where keyframes are days apart, what follows one by more than this is a gap."""
 
 
 class Clips(NamedTuple):
@@ -54,14 +56,15 @@ class Segment(NamedTuple):
     expected_frames: int
 
 
-class Part(NamedTuple):
+@dataclass
+class Part:
     """What a segment gave."""
 
     segment: Segment
-    clips: list[tuple[np.ndarray, ...]]
+    clips: list[tuple[np.ndarray, ...]] = field(default_factory=list)
     """Frames of each clip, uint8 (3, H, W); clips that overlap share them."""
-    seconds: float
-    damage: Damage
+    seconds: float = 0.0
+    damage: Damage = field(default_factory=Damage)
 
 
 @dataclass(eq=False)
@@ -69,7 +72,8 @@ class FrameClips:
     """Endless batches of clips of neighbouring frames; clips overlap, one begins at each frame.
 
     Raises:
-        VideoError: from iteration, if the videos hold fewer clips than one batch, or, with `strict`, are damaged.
+        VideoError: from iteration, if the videos hold fewer clips than one batch, or, with `strict`, one is damaged,
+            gone or changed.
     """
 
     videos: list[VideoInfo]
@@ -100,6 +104,7 @@ class FrameClips:
         self.account = Account()
         """What batches were taken from so far, each segment counted once."""
         self._counted: set[tuple[Path, float]] = set()
+        self._states = {video.path: _state(video.path) for video in self.videos}
 
     def batches(self, place: dict[str, int]) -> Iterator[Clips]:
         """Batches from the place on that came with an earlier one, or `{}` for the beginning."""
@@ -130,11 +135,11 @@ class FrameClips:
             unwanted.set()  # nobody waits for what is being decoded
 
     def _count(self, parts: list[Part]) -> None:
-        for segment, _, seconds, damage in parts:
-            name = segment.video.path, segment.start_s
+        for part in parts:
+            name = part.segment.video.path, part.segment.start_s
             if name not in self._counted:
                 self._counted.add(name)
-                self.account.add(segment.video.path, seconds, damage)
+                self.account.add(part.segment.video.path, part.seconds, part.damage)
 
     def _plan(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Segment]]]:
         """(epoch, block, how many blocks, what is to be in it), without end."""
@@ -173,13 +178,25 @@ class FrameClips:
             yield epoch, block, blocks, parts
 
     def _read(self, unwanted: Event, segment: Segment) -> Part:
-        video, damage, reached_s = segment.video, Damage(), segment.start_s
+        part = Part(segment)
+        try:
+            self._fill(part, unwanted)
+        except (VideoError, OSError) as error:  # one video never costs the others
+            if self.strict:
+                raise
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            part.damage.breaks.append(reason.removeprefix(f"{segment.video.path}: "))
+        return part
+
+    def _fill(self, part: Part, unwanted: Event) -> None:
+        segment, video = part.segment, part.segment.video
+        if _state(video.path) != self._states[video.path]:
+            raise VideoError(f"{video.path}: it is gone, or has changed since the run began")
         timed_frames = read_on_clock(
             video.path, self.size, fps=self.fps, start_s=segment.start_s,
             end_s=segment.end_s + (self.length - 1) / self.fps,  # so that no clip is lost between two segments
-            damage=None if self.strict else damage, image_fps=video.average_fps,
+            damage=None if self.strict else part.damage, image_fps=video.average_fps,
         )  # fmt: skip
-        clips: list[tuple[np.ndarray, ...]] = []
         neighbours: deque[np.ndarray] = deque(maxlen=self.length)
         last_tick = -1
         for frame, time_s, tick, _ in timed_frames:
@@ -188,10 +205,9 @@ class FrameClips:
             if tick != last_tick + 1:
                 neighbours.clear()
             neighbours.append(frame)
-            last_tick, reached_s = tick, time_s
+            last_tick, part.seconds = tick, max(0.0, min(time_s, segment.end_s) - segment.start_s)
             if len(neighbours) == self.length:
-                clips.append(tuple(neighbours))
-        return Part(segment, clips, max(0.0, min(reached_s, segment.end_s) - segment.start_s), damage)
+                part.clips.append(tuple(neighbours))
 
     def _segments(self, video: VideoInfo) -> Iterator[Segment]:
         """A video in parts of about a minute that begin at keyframes and are no longer than what memory allows."""
@@ -200,20 +216,32 @@ class FrameClips:
         # What cannot be sought in is decoded from its beginning for each part: as few of them as memory allows.
         wanted_s = min(SEGMENT_S if video.seekable else math.inf, longest_s)
         latest_s = 2 * min(SEGMENT_S, longest_s)  # rather a little long than decoded from the keyframe before
-        duration_s = video.duration_s or SEGMENT_S  # unknown: in one piece, taken for a minute when memory is planned
-        rate = min(self.fps, video.average_fps or self.fps)
+        keyframes_s, rate = video.keyframes_s, min(self.fps, video.average_fps or self.fps)
+        last_s = max(video.duration_s, *keyframes_s[-1:], 0.0)
+        gaps = [(begin_s, begin_s + length_s) for begin_s, length_s in video.gaps_s]
+        gaps = gaps or [(one + LONGEST_GROUP_S, two) for one, two in pairwise(keyframes_s) if two - one > LONGEST_S]
         start_s = 0.0
         while start_s < math.inf:
             middle_s = start_s + wanted_s
-            first = bisect_left(video.keyframes_s, start_s + wanted_s / 2)
-            last = bisect_right(video.keyframes_s, start_s + latest_s)
-            distances_s = [(abs(keyframe_s - middle_s), keyframe_s) for keyframe_s in video.keyframes_s[first:last]]
-            _, end_s = min(distances_s, default=(0.0, middle_s))
+            first = bisect_left(keyframes_s, start_s + wanted_s / 2)
+            last = bisect_right(keyframes_s, start_s + latest_s)
+            end_s = min(keyframes_s[first:last], key=lambda one: abs(one - middle_s), default=middle_s)
+            # A duration that is not known is taken for a minute when memory is planned.
+            frames = math.ceil((min(end_s, last_s or SEGMENT_S) - start_s) * rate) + self.length
+            at = bisect_left(gaps, (end_s,))
+            end_s = max(end_s, gaps[at - 1][1] if at else 0.0)  # a gap of days is not gone through by the minute
             # The last goes on to the end, wherever that is: headers understate durations.
-            end_s = end_s if end_s < video.duration_s else math.inf
-            frames = math.ceil((min(end_s, duration_s) - start_s) * rate) + self.length
+            end_s = end_s if end_s < last_s else math.inf
             yield Segment(video, start_s, end_s, frames)
             start_s = end_s
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What tells that a file has changed; None if it is gone."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    return None
 
 
 def read_sequences(videos: list[VideoInfo], size: FrameSize, *, fps: float, clips: int, length: int) -> Tensor:
@@ -227,7 +255,7 @@ def read_sequences(videos: list[VideoInfo], size: FrameSize, *, fps: float, clip
         # From the middle: the first seconds of a recording are often black, or still.
         start_s = max(0.0, (video.duration_s - length / fps) / 2)
         timed_frames = read_on_clock(video.path, size, fps=fps, start_s=start_s, image_fps=video.average_fps)
-        with suppress(VideoError):
+        with suppress(VideoError, OSError):
             frames = [timed.frame for timed in islice(timed_frames, length)]
             sequences += [np.stack(frames)] if len(frames) == length else []
         if len(sequences) == clips:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.decoder import Damage
-from data.video import CLOCK_TOLERANCE_S, IMAGE_FPS, FrameConverter, FrameSize, NearestFrames, open_video
+from data.video import IMAGE_FPS, FrameConverter, FrameSize, NearestFrames, open_video, tolerance_s
 
 
 class TimedFrame(NamedTuple):
@@ -49,7 +49,7 @@ def read_on_clock(
     raises `VideoError`, as does a file that cannot be opened. `image_fps` is the rate of a sequence of images.
     """
     convert = FrameConverter(size)
-    reach_s = 0.5 / fps + CLOCK_TOLERANCE_S
+    reach_s = 0.5 / fps + tolerance_s(1 / fps)
     first_ticks = [_first_tick(start_s - offset_s, fps) for offset_s in offsets_s]
     ticks = [(offsets_s[clock] + tick / fps, clock, tick) for clock, tick in enumerate(first_ticks)]
     heapq.heapify(ticks)

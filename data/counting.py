@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decoder import Damage
-from data.video import CLOCK_TOLERANCE_S, IMAGE_FPS, VideoInfo, open_video, probe_video
+from data.decoder import GAP_PERIODS, Damage, usual_interval
+from data.video import IMAGE_FPS, VideoInfo, open_video, probe_video, tolerance_s
 
-GAP_PERIODS, STEADY_GAP_PERIODS = 5, 1.5
-"""An interval of more than this many median ones is a gap; at a constant rate a single lost frame can be seen."""
+STEADY_GAP_PERIODS = 1.5
+"""At a constant rate a single lost frame can be seen, and is a gap."""
 STEADY_SHARE = 0.8
 """The rate is constant if this share of the intervals is as long as the median."""
 
@@ -24,12 +24,12 @@ def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
             if frame.key_frame or info.codec == "images":
                 keyframes_s.append(time_s)
     intervals_s = np.diff(times_s)
-    period_s, is_steady, average_fps = 1 / (info.average_fps or 25), False, info.average_fps
+    average_fps, is_steady = info.average_fps, False
+    period_s = 1 / (average_fps or 25)
     if len(intervals_s):
         period_s = float(np.median(intervals_s))
-        is_steady = bool(np.mean(np.abs(intervals_s - period_s) <= 2 * CLOCK_TOLERANCE_S) >= STEADY_SHARE)
-        # The rate of images is given, and their times depend on it: gaps do not lower it.
-        average_fps = average_fps if info.codec == "images" else len(intervals_s) / float(intervals_s.sum())
+        is_steady = bool(np.mean(np.abs(intervals_s - period_s) <= 2 * tolerance_s(period_s)) >= STEADY_SHARE)
+        average_fps = average_fps if info.codec == "images" else 1 / usual_interval(intervals_s)
     gaps = np.flatnonzero(intervals_s > (STEADY_GAP_PERIODS if is_steady else GAP_PERIODS) * period_s)
     return replace(
         info,

@@ -1,21 +1,27 @@
 """Frames of an open video with their exact presentation times, decoded forward, skipping ahead.
 
 Damage is left out, never replaced: after a picture that cannot be decoded, reading goes on at the next keyframe, and
-frames that FFmpeg had to guess (`is_corrupt`) are dropped.
+frames that FFmpeg had to guess (`is_corrupt`) are dropped. Where times jump back, another recording was joined to the
+one before: it goes on after a gap. A fault of the machine, such as a read error, is an `OSError`, and never damage.
 """
 
+import errno
 import math
 import re
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from io import FileIO
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
@@ -26,15 +32,31 @@ from data.errors import DataError
 
 SEEKABLE = ("mp4", "matroska")
 """Containers in which a seek was found exact; AVI and MPEG streams lose or misplace frames."""
+ENDS_EARLY = ("mp4", "flv", "asf")
+"""Containers of which FFmpeg reads the first recording alone, where several are joined to one file."""
+RAW_TIME_BASE = Fraction(1, 1_200_000)
+"""The unit in which FFmpeg counts the times of streams without a container, which have none."""
+MOST_PIXELS = 1 << 26
+"""A picture that says it is larger is not decoded: a few bytes may promise gigabytes."""
 WORTH_SKIPPING_S = 0.5  # what lies this near is decoded up to rather than looked up
 MARGINS_S = (1.0, 10.0)  # how much earlier is sought if a seek led too far
-LONGEST_S = 30 * 24 * 3600.0  # a header that promises more is not believed
+LONGEST_S = 24 * 3600.0  # a header that promises more is not believed
 EARLY_S = 0.5
-"""A video that ends this much before its header's time is cut off; half a frame, where rate and header are exact."""
+"""A video that ends this much before its header's time is cut off; a frame, where rate and header are exact."""
+BACK_S = 0.5
+"""Times that jump back by more than this are another recording's; by less, a picture is out of order."""
+SEAM_S = 10.0
+"""How long after the end of one recording the next one begins that is joined to it: no window reaches across."""
+GAP_PERIODS = 5
+"""An interval of more than this many median ones is a gap."""
 
 
 class VideoError(DataError):
     """An unusable video; the message names the file and the reason."""
+
+
+class _Astray(Exception):
+    """A skip has not led to the keyframe that was looked for."""
 
 
 @dataclass
@@ -60,14 +82,14 @@ class Damage:
 
 
 class Decoder(Iterator[tuple[VideoFrame, float]], AbstractContextManager["Decoder"]):
-    """Frames and their times in seconds, in presentation order."""
+    """Frames and their times in seconds, in presentation order. Reading raises `OSError` where the machine fails."""
 
     # As in `data.video.VideoInfo`, by the header:
     codec: str
     average_fps: float
-    seekable: bool
     header_duration_s: float
     keyframes_s: tuple[float, ...]
+    assumed: str = ""
 
     def __init__(self, path: Path, damage: Damage | None) -> None:
         self.path, self.damage = path, damage
@@ -85,26 +107,35 @@ class Decoder(Iterator[tuple[VideoFrame, float]], AbstractContextManager["Decode
 
 
 class VideoDecoder(Decoder):
-    """A video file, decoded by PyAV. Raises `VideoError` if there is none, or no video stream in it."""
+    """A video file, decoded by PyAV. Raises `VideoError` if there is none, or no video stream in it.
 
-    def __init__(self, path: Path, damage: Damage | None) -> None:
+    `image_fps` is the rate of a stream that has no container, and does not say its own.
+    """
+
+    def __init__(self, path: Path, image_fps: float, damage: Damage | None) -> None:
         super().__init__(path, damage)
+        self.image_fps = image_fps
         self.can_skip = True
         self.last_corrupt_s = -math.inf
         """Time of the last corrupt frame that was counted: what is decoded twice is counted once."""
         self._open()
 
     def _open(self) -> None:
-        self.container, self.stream = _open(self.path)
-        # Clips are decoded in parallel, one thread each: frame threads would only add latency and memory.
-        self.stream.thread_type = "SLICE"
-        self.stream.codec_context.thread_count = 1
+        framerate = str(Fraction(self.image_fps).limit_denominator())
+        self.file, self.container, self.stream = _open(self.path, framerate=framerate)
         self.codec = self.stream.codec_context.name
-        self.average_fps = float(self.stream.average_rate or 0)
-        self.period_s = 1 / (self.average_fps or 25)
-        self.seekable = any(name in self.container.format.name for name in SEEKABLE)
+        is_raw = self.stream.time_base == RAW_TIME_BASE or self.container.format.name.endswith("_pipe")
+        self.header_fps = float((self.stream.guessed_rate if is_raw else self.stream.average_rate) or 0)
+        if is_raw and not self.stream.codec_context.framerate:
+            self.assumed = f"{self.header_fps:g} frames a second, for it says no rate"
+        self.period_s = 1 / (self.header_fps or 25)
         self.header_duration_s, self.is_promise = _header_duration_s(self.container, self.stream)
-        self.first_pts = self.stream.start_time if self.seekable else None
+        self.first_pts = self.stream.start_time if _is(self.container, SEEKABLE) else None
+        self.is_avi = _is(self.container, ("avi",))
+        self.read_until = 0
+        """Where the last packet ended that was read, in bytes."""
+        self.begin_s = 0.0
+        """When the recording begins that is read now, of those that are joined to this file."""
         self.reached_s: float | None = None
         """Time of the last frame that was given, or to be skipped to."""
         self.skipped_to_s: float | None = None
@@ -113,18 +144,23 @@ class VideoDecoder(Decoder):
 
     def _begin_again(self) -> None:
         """Where skipping fails, only decoding from the beginning is sure to find all frames."""
-        self.container.close()
+        self.__exit__()
         self._open()
         self.can_skip = False
 
     def __exit__(self, *error: object) -> None:
         self.container.close()
+        self.file.close()
 
     def __next__(self) -> tuple[VideoFrame, float]:
-        following = next(self.frames, None)
-        if following is None and self.skipped_to_s is not None:
-            self._begin_again()  # nothing decodes there: the last frame is before
-        following = following or next(self.frames)
+        try:
+            following = next(self.frames)
+        except _Astray:
+            self._begin_again()
+            following = next(self.frames)
+        pixels = following[0].format.name
+        if not _is_known(pixels):
+            raise VideoError(f"{self.path}: its pixel format, {pixels}, cannot be converted: convert the video")
         self.skipped_to_s = None
         self.reached_s = max(self.reached_s or 0.0, following[1])
         return following
@@ -132,10 +168,10 @@ class VideoDecoder(Decoder):
     def skip_to(self, time_s: float) -> bool:
         if not self.can_skip or self.first_pts is None or time_s <= (self.reached_s or 0.0) + WORTH_SKIPPING_S:
             return False
-        if self.reached_s is not None:
-            reached, wanted = (bisect_right(self.keyframes_s, moment_s) for moment_s in (self.reached_s, time_s))
-            if reached == wanted:
-                return False
+        # Where nothing was read yet, the index of a stream that is still being written may know less than a seek finds.
+        reached_s = -1.0 if self.reached_s is None else self.reached_s
+        if bisect_right(self.keyframes_s, reached_s) == bisect_right(self.keyframes_s, time_s):
+            return False
         packet = self._seek(self.first_pts, time_s)
         if packet is None:
             self._begin_again()
@@ -151,8 +187,7 @@ class VideoDecoder(Decoder):
         # MP4 is sought by decoding times, which run ahead of presentation times by as much as pictures are reordered:
         # without the shift one arrives a whole group of pictures early, with it now and then a little late. At variable
         # rates decoding times run ahead unevenly: hence the tries with a margin.
-        index = self.stream.index_entries
-        shift = max(0, first_pts - index[0].timestamp) if len(index) else 0
+        shift = max(0, first_pts - self._index.begin)
         for aimed in (target + shift, target, *(target - self._ticks(margin_s) for margin_s in MARGINS_S)):
             try:
                 self.container.seek(aimed, stream=self.stream)
@@ -164,88 +199,128 @@ class VideoDecoder(Decoder):
         return None
 
     @cached_property
+    def _index(self) -> "_Index":
+        return _index(self.path, self.path.stat().st_mtime_ns)
+
+    @property
     def keyframes_s(self) -> tuple[float, ...]:  # type: ignore[override]
-        """Times of the keyframes in the container's index; in MP4, of their decoding, shifted to begin at 0."""
-        if not self.seekable:
-            return ()
-        container, stream = _open(self.path)
-        with container:
-            try:
-                container.seek(0)  # Matroska's index is read only now
-            except av.FFmpegError:
-                return ()  # a broken index: decoding goes forward
-            timestamps = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
-        return tuple(self._seconds(timestamp - timestamps[0]) for timestamp in timestamps)
+        """Times at which decoding can begin, by the container's index; in MP4, those at which it does."""
+        return self._index.keyframes_s
+
+    @property
+    def average_fps(self) -> float:  # type: ignore[override]
+        return self._index.fps or self.header_fps
 
     def _decode(self, *first: "Packet[VideoStream]") -> Iterator[tuple[VideoFrame, float]]:
-        """Decode forward from where the container stands, after a packet that was read already."""
-        previous_s: float | None = None
-        end_s = 0.0
-        keyframe_pts = first[0].pts if first else None
-        is_lost = False
-        pictures = _Pictures()
+        """Decode forward from where the container stands, after a keyframe's packet that was read already."""
+        self.run = _Run(first[0].pts if first else None)
+        last_dts, is_lost, back = math.inf, False, self._ticks(BACK_S)
         for packet in chain(first, self._packets()):
+            dts = math.inf if packet.dts is None else packet.dts
+            if math.inf > last_dts > dts + back:
+                nothing: Packet[VideoStream] = Packet()  # type: ignore[assignment]
+                nothing.stream = self.stream
+                yield from self._shown(nothing)  # what the decoder holds back
+                self._join()
+                is_lost = True  # until its first keyframe
             if is_lost and not packet.is_keyframe:
                 continue
             if is_lost:
                 self.stream.codec_context.flush_buffers()
-                is_lost, keyframe_pts, pictures = False, packet.pts, _Pictures()
-            if self.codec == "hevc":
-                pictures.coded(packet)
-            try:
-                frames = packet.decode()
-            except av.FFmpegError as error:
-                self.note(f"decoding failed {self._after(previous_s)} ({error.strerror})")
-                is_lost = True
-                continue
-            for frame in frames:
-                # AVI has no presentation times: what PyAV calls so runs backwards around B-frames.
-                pts = frame.dts if "avi" in self.container.format.name else frame.pts
-                if pts is None:
-                    time_s = 0.0 if previous_s is None else previous_s + self.period_s
-                elif keyframe_pts is not None and pts < keyframe_pts:
-                    continue  # shown before the keyframe: it needs frames that were lost
-                else:
-                    time_s = self._time_s(pts)
-                    self._note_corrupt(*map(self._time_s, pictures.lost_before(pts)))
-                if frame.is_corrupt:
-                    self._note_corrupt(time_s)
-                elif previous_s is not None and time_s < previous_s:
-                    self.note(f"times run backwards {self._after(previous_s)}")
-                else:
-                    previous_s, end_s = time_s, time_s + self._seconds(frame.duration)
-                    yield frame, time_s
+                self.run.keyframe_pts, self.run.pictures = packet.pts, _Pictures()
+            if self.begin_s and packet.is_discard and packet.pts is not None:  # cut by what was said of the first one
+                self._note_corrupt(self._time_s(packet.pts))
+            last_dts = dts
+            self.read_until = max(self.read_until, (packet.pos or 0) + packet.size)
+            is_lost = not (yield from self._shown(packet))
+        if self.skipped_to_s is not None:
+            raise _Astray
+        self._note_misplaced()
         if not is_lost:
-            self._note_corrupt(*map(self._time_s, pictures.lost_before(math.inf)))
-            self._require_promised(end_s)
+            self._note_corrupt(*map(self._time_s, self.run.pictures.lost_before(math.inf)))
+            self._require_whole()
+
+    def _shown(self, packet: "Packet[VideoStream]") -> Generator[tuple[VideoFrame, float], None, bool]:
+        """Decode a packet: yield the frames that come, and return whether decoding can go on."""
+        run = self.run
+        if self.codec == "hevc":
+            run.pictures.coded(packet)
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if self.skipped_to_s is not None:
+                raise _Astray from error
+            self._note_error("decoding", run.previous_s, error)
+            return False
+        for frame in frames:
+            # AVI has no presentation times: what PyAV calls so runs backwards around B-frames.
+            pts = frame.dts if self.is_avi else frame.pts
+            if pts is None:
+                time_s = self.begin_s if run.previous_s is None else run.previous_s + self.period_s
+            elif run.keyframe_pts is not None and pts < run.keyframe_pts:
+                continue  # shown before the keyframe: it needs frames that were lost
+            elif self.skipped_to_s is not None and (
+                frame.is_corrupt or pts > max(run.keyframe_pts or 0, self.first_pts or 0)
+            ):
+                raise _Astray
+            else:
+                time_s = self._time_s(pts)
+                self._note_corrupt(*map(self._time_s, run.pictures.lost_before(pts)))
+            if frame.is_corrupt:
+                self._note_corrupt(time_s)
+            elif run.previous_s is not None and time_s < run.previous_s:
+                run.misplaced += 1
+            else:
+                self._note_misplaced()
+                run.previous_s, run.end_s = time_s, time_s + self._seconds(frame.duration)
+                yield frame, time_s
+        return True
+
+    def _join(self) -> None:
+        """Go on with another recording, whose times begin anew."""
+        self._note_misplaced()
+        self.note(f"times jump back {self._after(self.run.previous_s)}: another recording, set {SEAM_S:g} s later")
+        self.begin_s, self.first_pts, self.can_skip = self.run.end_s + SEAM_S, None, False
+        self.run = _Run(previous_s=self.run.previous_s)
 
     def _packets(self) -> "Iterator[Packet[VideoStream]]":
         """Coded pictures in the order of the file; a file that breaks off ends there."""
         try:
-            while True:
-                try:
-                    yield from self.container.demux(self.stream)
-                    return
-                except IndexError:  # PyAV does not know streams that begin later; their packets are not wanted
-                    continue
+            for packet in self.container.demux(self.stream):  # the last one, which is empty, comes after the end
+                self.file.require_sound()
+                yield packet
         except av.FFmpegError as error:
-            self.note(f"reading failed {self._after(self.reached_s)} ({error.strerror})")
+            self.file.require_sound()
+            self._note_error("reading", self.reached_s, error)
 
-    def _require_promised(self, end_s: float) -> None:
-        """Note if the video ends earlier than its header says."""
-        promised_s = self.header_duration_s
+    def _require_whole(self) -> None:
+        """Note if the video ends earlier than its header says, or than its file."""
+        if self.begin_s:
+            return  # the header tells of the first recording alone
+        end_s, promised_s = self.run.end_s, self.header_duration_s
         if self.first_pts is not None and self.stream.start_time is not None:  # the frames before could not be decoded
             promised_s -= self._seconds(self.first_pts - self.stream.start_time)
-        is_constant = self.seekable and self.stream.average_rate == self.stream.base_rate
-        tolerance_s = 0.5 * self.period_s if is_constant else EARLY_S + 2 * self.period_s
+        is_constant = _is(self.container, SEEKABLE) and self.stream.average_rate == self.stream.base_rate
+        tolerance_s = self.period_s + 1e-3 if is_constant else EARLY_S + 2 * self.period_s
         if self.is_promise and end_s < promised_s - tolerance_s:
             self.note(f"ends at {end_s:.2f} s, its header promises {promised_s:.2f} s")
-        elif _is_cut_off(self.path):
-            self.note(f"ends at {end_s:.2f} s, the file is cut off there")
+        elif reason := _odd_end(self.path, self.read_until, _is(self.container, ENDS_EARLY)):
+            self.note(f"ends at {end_s:.2f} s, {reason}")
+
+    def _note_error(self, what: str, time_s: float | None, error: av.FFmpegError) -> None:
+        if error.errno == errno.ENOMEM:  # the machine's fault
+            raise OSError(errno.ENOMEM, error.strerror, str(self.path)) from error
+        self.note(f"{what} failed {self._after(time_s)} ({error.strerror})")
+
+    def _note_misplaced(self) -> None:
+        frames, self.run.misplaced = self.run.misplaced, 0
+        if frames:
+            where, seconds = self._after(self.run.previous_s), frames * self.period_s
+            self.note(f"times run backwards {where}: {frames} frames ({seconds:.2f} s) left out")
 
     def _note_corrupt(self, *times_s: float) -> None:
         for time_s in times_s:
-            if time_s >= (self.skipped_to_s or 0) and time_s > self.last_corrupt_s:
+            if time_s > self.last_corrupt_s:
                 if self.damage is None:
                     raise VideoError(f"{self.path}: the frame at {time_s:.2f} s is corrupt")
                 self.last_corrupt_s = time_s
@@ -255,7 +330,7 @@ class VideoDecoder(Decoder):
         """Seconds since the first displayed frame, which is the first that comes where the header does not say."""
         if self.first_pts is None:
             self.first_pts = pts
-        return self._seconds(pts - self.first_pts)
+        return self.begin_s + self._seconds(pts - self.first_pts)
 
     def _seconds(self, ticks: int) -> float:
         return float(ticks * (self.stream.time_base or 0))
@@ -263,8 +338,8 @@ class VideoDecoder(Decoder):
     def _ticks(self, seconds: float) -> int:
         return int(seconds / (self.stream.time_base or 1) + 1e-6)
 
-    def _after(self, time_s: float | None) -> str:
-        time_s = self.skipped_to_s if time_s is None else time_s
+    @staticmethod
+    def _after(time_s: float | None) -> str:
         return "before the first frame" if time_s is None else f"after {time_s:.2f} s"
 
 
@@ -288,6 +363,118 @@ class _Pictures(set[int]):
         return earlier
 
 
+@dataclass
+class _Run:
+    """Decoding from one place on, the beginning or a keyframe."""
+
+    keyframe_pts: int | None = None
+    """Time of the keyframe: what is shown before it needs frames that are not there."""
+    previous_s: float | None = None
+    """Time of the last frame that was good."""
+    end_s: float = 0.0
+    """Until when it is shown."""
+    misplaced: int = 0
+    """How many frames after it had earlier times."""
+    pictures: _Pictures = field(default_factory=_Pictures)
+
+
+class _File(FileIO):
+    """A file that keeps its first error: FFmpeg takes it for the end of the file, and says nothing."""
+
+    error: OSError | None = None
+
+    def read(self, size: int | None = -1) -> bytes:
+        try:
+            return super().read(size) or b""
+        except OSError as error:
+            self.error = OSError(error.errno, error.strerror, str(self.name))
+            return b""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (OSError, ValueError):  # before the beginning: damaged files ask for it
+            return -1
+
+    def require_sound(self) -> None:
+        """Raise the error of the machine that there was."""
+        if self.error is not None:
+            raise self.error
+
+
+class _Index(NamedTuple):
+    """What a container says of all of a stream."""
+
+    keyframes_s: tuple[float, ...] = ()
+    """Times at which decoding can begin; none where it cannot begin in the middle."""
+    begin: int = 0
+    """The first picture's time of decoding, in ticks."""
+    fps: float = 0.0
+    """One over the usual interval; 0 where it does not tell of each picture."""
+
+
+@lru_cache
+def _is_known(pixel_format: str) -> bool:
+    """Whether pictures of a format can be made RGB."""
+    try:
+        VideoFrame(16, 16, pixel_format).reformat(format="gbrp")
+    except av.FFmpegError:
+        return False
+    return True
+
+
+def usual_interval(intervals: np.ndarray) -> float:
+    """The mean interval between frames, without gaps: a pause makes no video slower."""
+    return float(intervals[intervals <= GAP_PERIODS * np.median(intervals)].mean())
+
+
+@lru_cache(maxsize=1024)  # a video is opened for each minute of it
+def _index(path: Path, modified_ns: int) -> _Index:
+    """The index of a video that was changed at a time, tried out: what is called a keyframe may not be one."""
+    file, container, stream = _open(path, probesize="32")
+    with file, container:
+        if not _is(container, SEEKABLE):
+            return _Index()
+        try:
+            container.seek(0)  # Matroska's index is read only now
+        except av.FFmpegError:
+            return _Index()  # a broken index: decoding goes forward
+        entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries]
+        table = np.array(entries, dtype=np.int64).reshape(-1, 3)
+        times, begin = table[:, 0], int(table[table[:, 2] == 0, 0].min(initial=table[:, 0].max(initial=0)))
+        steps = np.diff(times)
+        if (steps < 0).any():  # several recordings, joined: each begins anew
+            return _Index()
+        scale, unit = Fraction(stream.time_base or 0).as_integer_ratio()
+        is_of_all = _is(container, ("mp4",)) and steps.any()
+        fps = unit / (usual_interval(steps) * scale) if is_of_all else 0.0
+        keyframes = times[table[:, 1] == 1]
+        later = keyframes[keyframes > begin]
+        if len(later) and not any(_gives(container, stream, int(keyframe)) for keyframe in (later[0], later[-1])):
+            keyframes = keyframes[:0]  # intra refresh: only the beginning is sure to give all frames
+        file.require_sound()
+        return _Index(tuple((np.maximum(keyframes - begin, 0) * scale / unit).tolist()), begin, fps)
+
+
+def _gives(container: InputContainer, stream: VideoStream, keyframe: int) -> bool:
+    """Whether decoding that begins at a keyframe gives that picture first."""
+    try:
+        container.seek(keyframe, stream=stream)
+        packets = container.demux(stream)
+        first = next(packets)
+        for packet in chain([first], packets):
+            for frame in packet.decode():
+                if first.pts is not None and frame.pts is not None and frame.pts >= first.pts:
+                    return frame.pts == first.pts and not frame.is_corrupt
+    except (av.FFmpegError, StopIteration):
+        pass
+    return False
+
+
+def _is(container: InputContainer, formats: tuple[str, ...]) -> bool:
+    return any(name in container.format.name for name in formats)
+
+
 def _header_duration_s(container: InputContainer, stream: VideoStream) -> tuple[float, bool]:
     """How long the video should be by its header, and whether that is said of this very stream."""
     tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska's, of this stream
@@ -298,36 +485,50 @@ def _header_duration_s(container: InputContainer, stream: VideoStream) -> tuple[
         end_s = sum(float(part) * unit for part, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
     else:
         end_s, is_own = (container.duration or 0) / av.time_base, len(container.streams) == 1
-    if any(name in container.format.name for name in ("matroska", "asf")):
+    is_fragmented = _is(container, ("mp4",)) and len(stream.index_entries) != stream.frames
+    if is_fragmented or _is(container, ("matroska", "asf")):
         end_s -= float((stream.start_time or 0) * time_base)  # they count from zero, whenever the first frame is shown
     return (end_s, is_own) if 0 <= end_s <= LONGEST_S else (0.0, False)
 
 
-def _is_cut_off(path: Path) -> bool:
-    """Whether an AVI or a GIF is shorter than it says: FFmpeg takes their durations from what is there."""
+def _odd_end(path: Path, read_until: int, ends_early: bool) -> str:
+    """What a file's end tells, where FFmpeg says nothing: it takes the duration of AVI and GIF from what is there."""
     size = path.stat().st_size
     with path.open("rb") as file:
         begin = file.read(8)
-        file.seek(max(0, size - 64))
-        end = file.read().rstrip(b"\0")
-    if begin.startswith(b"RIFF"):
-        return int.from_bytes(begin[4:], "little") > size
-    return begin.startswith(b"GIF8") and not end.endswith(b";")
+        file.seek(max(0, min(read_until if ends_early else size, size - 64)))
+        rest = file.read(1 << 26)
+    is_short = begin.startswith(b"RIFF") and int.from_bytes(begin[4:], "little") > size
+    if is_short or (begin.startswith(b"GIF8") and not rest.rstrip(b"\0").endswith(b";")):
+        return "the file is cut off there"
+    _, again, others = rest.partition(begin)
+    left_out = f"another recording begins there: its {len(again + others):,} bytes are left out"
+    return left_out if again and ends_early else ""
 
 
-def _open(path: Path) -> tuple[InputContainer, VideoStream]:
+def _open(path: Path, **options: str) -> tuple[_File, InputContainer, VideoStream]:
     if not path.is_file():  # a pipe would be waited for
         raise VideoError(f"{path}: {'not a readable video' if path.exists() else 'no such file'}")
-    try:
-        container = av.open(str(path), metadata_errors="replace")
-    except av.FFmpegError as error:
-        raise VideoError(f"{path}: not a readable video ({error.strerror})") from error
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-        reason = "there is no video stream in it; a cover picture is none"
-    elif stream.codec_context is None or stream.time_base is None:
-        reason = "the codec of its video stream is unknown, or its times are"
-    else:
-        return container, stream
-    container.close()
-    raise VideoError(f"{path}: {reason}")
+    limit = {"max_pixels": str(MOST_PIXELS), "protocol_whitelist": "none"}  # playlists open no other files
+    with ExitStack() as stack:
+        file = stack.enter_context(_File(path))
+        try:
+            container = av.open(file, metadata_errors="replace", options=options | limit)
+        except av.FFmpegError as error:
+            file.require_sound()
+            raise VideoError(f"{path}: not a readable video ({error.strerror})") from error
+        stack.enter_context(container)
+        file.require_sound()
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+            raise VideoError(f"{path}: there is no video stream in it; a cover picture is none")
+        if stream.codec_context is None or stream.time_base is None:
+            raise VideoError(f"{path}: the codec of its video stream is unknown, or its times are")
+        if stream.width * stream.height > MOST_PIXELS:
+            size = f"{stream.width} x {stream.height} pixels"
+            raise VideoError(f"{path}: {size} are more than {MOST_PIXELS:,}: make it smaller")
+        stream.codec_context.options = limit
+        # Clips are decoded in parallel, one thread each: frame threads would only add latency and memory.
+        stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
+        stack.pop_all()
+        return file, container, stream  # type: ignore[return-value]

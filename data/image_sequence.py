@@ -53,7 +53,7 @@ class ImageSequenceDecoder(Decoder):
         self.average_fps = 1 / float(np.median(np.diff(times))) if are_seconds else fps
         self.assumed = TIMES_IN_NAMES if are_seconds else f"{fps:g} images a second, for their names are no times"
         self.position = 0
-        self.codec, self.seekable = "images", True
+        self.codec = "images"
         self.header_duration_s = float(self.times_s[-1]) + 1 / self.average_fps
         self.keyframes_s = tuple(self.times_s.tolist())
 

@@ -5,10 +5,11 @@ displayed frame. Videos are sampled by *time*, never by frame index: recordings 
 frame rate land on one clock.
 
 Conventions. The whole picture is stretched to the requested size (nothing is cropped away), with swscale's
-bilinear filter, which widens with the reduction and so does not alias. A display matrix (phone videos) is
-applied. Streams that do not tag their colour space are read as BT.601 of limited range, as every other decoder does;
-those that do are read as tagged; nothing is done about high dynamic range. Alpha is ignored. Of several video streams
-FFmpeg's best is read (the default one, then the largest); a cover picture is no video.
+bilinear filter, which widens with the reduction and so does not alias. A display matrix (phone videos) is applied,
+mirrored ones too, at the nearest quarter turn. Streams that do not tag their colour space are read as BT.601 of limited
+range, as every other decoder does; those that do are read as tagged; nothing is done about high dynamic range. Alpha is
+ignored. Of several video streams FFmpeg's best is read (the default one, then the largest); a cover picture is no
+video.
 
 Damage is left out (see `data.decoder`), and each function takes a `Damage` to write it down in. Without one, damage
 raises `VideoError` after the good frames before it: nothing is lost in silence.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
@@ -30,9 +32,7 @@ FrameSize = tuple[int, int]
 TRANSFORM = "stretched, swscale bilinear (antialiased), upright, bt601 where untagged"
 """What happens to each picture; recorded beside embeddings."""
 IMAGE_FPS = 25.0
-"""Rate of image sequences, unless another is given: images have no times."""
-CLOCK_TOLERANCE_S = 1e-3
-"""Containers round times to a millisecond."""
+"""Rate of what has no times of its own, such as images, unless another is given."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class VideoInfo:
     height: int
     """Height of the upright picture, in pixels."""
     width: int
-    rotation: int
-    """Degrees by which the stored picture is turned counterclockwise to stand upright."""
     duration_s: float
     """Duration in seconds; 0 where the header has none and nobody has counted."""
     average_fps: float
-    """Average frame rate; 0 where the header has none and nobody has counted."""
+    """Frame rate without pauses: one over the usual interval; 0 where the header has none and nobody has counted."""
     seekable: bool
     """Whether decoding can begin in the middle and give the same frames."""
     keyframes_s: tuple[float, ...]
     """Times at which decoding can begin, as far as they are known."""
+    assumed: str = ""
+    """What is not known of the video, and was taken for granted."""
     frames: int | None = None
     """Frames that decode; None: nobody has counted. Headers lie about it."""
     gaps_s: tuple[tuple[float, float], ...] = ()
@@ -66,7 +66,7 @@ class VideoInfo:
 
 def open_video(path: Path, damage: Damage | None, image_fps: float = IMAGE_FPS) -> Decoder:
     """A video file, or a folder of images, ready to be decoded. Raises `VideoError`."""
-    return ImageSequenceDecoder(path, image_fps, damage) if path.is_dir() else VideoDecoder(path, damage)
+    return (ImageSequenceDecoder if path.is_dir() else VideoDecoder)(path, image_fps, damage)
 
 
 def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
@@ -76,18 +76,23 @@ def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
         if frame is None:
             reason = str(decoder.damage) or f"the {decoder.codec} stream is empty"
             raise VideoError(f"{path}: no frame can be decoded ({reason})")
-        height, width = (frame.height, frame.width) if frame.rotation % 180 == 0 else (frame.width, frame.height)
+        height, width = (frame.width, frame.height) if _orientation(frame)[0] else (frame.height, frame.width)
         return VideoInfo(
             path=path,
             codec=decoder.codec,
             height=height,
             width=width,
-            rotation=frame.rotation % 360,
             duration_s=decoder.header_duration_s,
             average_fps=decoder.average_fps,
-            seekable=decoder.seekable,
+            seekable=bool(decoder.keyframes_s),
             keyframes_s=decoder.keyframes_s,
+            assumed=decoder.assumed,
         )
+
+
+def tolerance_s(interval_s: float) -> float:
+    """By how much times may be off, at an interval between frames: containers round them to a millisecond."""
+    return min(1e-3, interval_s / 4)
 
 
 class NearestFrames:
@@ -102,7 +107,7 @@ class NearestFrames:
 
     def at(self, time_s: float) -> tuple[VideoFrame | None, float, float]:
         """The nearest frame, when it is shown, and until when; None if the last frame is out of reach."""
-        while self.frame is None or time_s >= (self.time_s + self._until_s()) / 2 - CLOCK_TOLERANCE_S:
+        while self.frame is None or time_s >= self._middle_s():
             if self.is_over:
                 return None, self.time_s, self.time_s
             self.frame, self.time_s = self.following or (None, 0.0)
@@ -112,6 +117,11 @@ class NearestFrames:
             self.following = next(self.decoder, None)
             self.is_over = self.following is None
         return self.frame, self.time_s, self._until_s()
+
+    def _middle_s(self) -> float:
+        """From when on the following frame is nearer than this one, or as near."""
+        interval_s = self._until_s() - self.time_s
+        return self.time_s + interval_s / 2 - tolerance_s(interval_s)
 
     def _until_s(self) -> float:
         return self.time_s + 2 * self.reach_s if self.following is None else self.following[1]
@@ -135,8 +145,8 @@ class FrameConverter:
         return self.last[1]
 
     def _convert(self, frame: VideoFrame) -> np.ndarray:
-        quarter_turns = frame.rotation // 90 % 4
-        height, width = self.size if quarter_turns % 2 == 0 else self.size[::-1]
+        is_turned, down, right = _orientation(frame)
+        height, width = self.size[::-1] if is_turned else self.size
         interpolation = Interpolation.BILINEAR
         if (frame.height, frame.width) == (height, width):
             # Without resizing swscale takes a short cut that is 1.1 levels too bright.
@@ -148,4 +158,22 @@ class FrameConverter:
         for channel, plane in enumerate((planar.planes[2], planar.planes[0], planar.planes[1])):
             rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
             output[channel] = rows[:height, :width]
-        return np.ascontiguousarray(np.rot90(output, quarter_turns, axes=(1, 2)))
+        upright = output.swapaxes(1, 2) if is_turned else output
+        return np.ascontiguousarray(upright[:, ::down, ::right])
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
+    """How a frame is shown upright: whether rows become columns, and the steps, 1 or -1, of rows and columns then.
+
+    Of the eight ways the one that is nearest to the display matrix.
+    """
+    try:
+        matrix = np.frombuffer(frame.side_data[Type.DISPLAYMATRIX], dtype=np.int32)  # type: ignore[typeddict-item]
+    except KeyError:
+        return False, 1, 1
+    except ValueError:  # there is what PyAV does not know, as Exif; then it hides the matrix
+        return ((False, 1, 1), (True, -1, 1), (False, -1, -1), (True, 1, -1))[round(frame.rotation / 90) % 4]
+    x_by_x, y_by_x, x_by_y, y_by_y = (int(matrix[at]) for at in (0, 1, 3, 4))
+    is_turned = abs(x_by_x) + abs(y_by_y) < abs(y_by_x) + abs(x_by_y)
+    x, y = (x_by_y, y_by_x) if is_turned else (x_by_x, y_by_y)
+    return is_turned, -1 if y < 0 else 1, -1 if x < 0 else 1

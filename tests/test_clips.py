@@ -8,6 +8,7 @@ import torch
 
 import data.clips
 from data.clips import FrameClips, read_sequences
+from data.counting import count_frames
 from data.decoder import VideoError
 from data.video import probe_video
 
@@ -224,3 +225,57 @@ def test_sequences_skip_what_is_too_short_or_broken(tmp_path, videos, read_numbe
     sequences = read_sequences([gone, *videos], SIZE, fps=10, clips=5, length=20)
     assert sorted(read_number(sequence[0]) // 100 for sequence in sequences) == [0, 1, 3]
     assert read_sequences(videos, SIZE, fps=10, clips=2, length=99).shape == (0, 99, 3, *SIZE)
+
+
+def remove(path):
+    path.unlink()
+
+
+def overwrite(path):
+    path.write_bytes(b"something else" * 100)
+
+
+def swap(path):
+    path.write_bytes(path.with_name("other.mp4").read_bytes())
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+@pytest.mark.parametrize("happens", [remove, overwrite, swap, truncate])
+def test_a_video_that_goes_or_changes_while_training_is_noted_and_the_others_go_on(
+    tmp_path, encode_video, numbers_in, happens
+):
+    names = {"a.mp4": 100, "b.mp4": 200, "c.mp4": 300, "other.mp4": 400}
+    for name, first in names.items():
+        encode_video(tmp_path / name, 30, range(first, first + 30), rate=10)
+    paths = [tmp_path / name for name in ("a.mp4", "b.mp4", "c.mp4")]
+    videos = [probe_video(path) for path in paths]
+    loaders = [loader_of(videos), loader_of(videos, strict=True)]
+    happens(paths[1])
+    pairs, _ = epoch_of(loaders[0], numbers_in)
+    assert {before // 100 for before, _ in pairs} == {1, 3}
+    assert str(loaders[0].account.damaged.pop(str(paths[1]))) == "it is gone, or has changed since the run began"
+    assert loaders[0].account.damaged == {}
+    with pytest.raises(VideoError, match=r"b\.mp4: it is gone, or has changed since the run began"):
+        epoch_of(loaders[1], numbers_in)
+
+
+@pytest.mark.parametrize(("suffix", "days"), [(".mkv", 23), (".mp4", 2), (".ts", 0.9)])
+@pytest.mark.parametrize("look", [probe_video, count_frames])
+def test_a_jump_of_the_clock_costs_nothing(tmp_path, encode_video, numbers_in, suffix, look, days):
+    times_s = np.concatenate([np.arange(40), 10 * days * 24 * 3600 + np.arange(40)]) / 10
+    video = look(encode_video(tmp_path / f"a{suffix}", times_s, rate=10, options={"g": "10"}, ticks_per_second=10))
+    loader = loader_of([video])
+    assert len(loader.segments) < 100
+    clips, blocks = epoch_of(loader, numbers_in)
+    assert set(clips) == every_clip(lengths=(40,)) | {(at, at + 1) for at in range(40, 79)}
+    assert blocks == 1
+
+
+def test_hours_of_keyframes_are_planned_in_linear_time(videos):
+    times_s = tuple((np.arange(200_000) / 25).tolist())
+    video = replace(videos[0], keyframes_s=times_s, duration_s=8000.0, gaps_s=tuple((at, 0.5) for at in times_s[::50]))
+    segments = loader_of([video]).segments
+    assert 130 <= len(segments) <= 134

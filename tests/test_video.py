@@ -1,5 +1,4 @@
 import os
-import struct
 from itertools import chain, pairwise
 
 import av
@@ -155,30 +154,6 @@ def test_resize_is_antialiased_bilinear(tmp_path, encode_video, size):
     for (frame, _), raw in zip(read_frames(video, size), decoded, strict=True):
         reference = antialiased(exact_rgb(raw), size)
         assert (torch.from_numpy(frame).float() - reference).abs().mean() <= 0.5
-
-
-# The matrix of an mp4 track, by how far a player turns the picture clockwise: x' = a x + c y, y' = b x + d y, y down.
-CLOCKWISE = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
-
-
-@pytest.mark.parametrize("degrees", CLOCKWISE)
-def test_a_display_matrix_is_applied(tmp_path, encode_video, degrees):
-    upright = still(96, 144)
-    stored = np.rot90(upright, degrees // 90).copy()  # turned counterclockwise, so that the player puts it right
-    video = encode_video(tmp_path / "phone.mp4", np.arange(3) / 10, [stored] * 3, options={"crf": "12"})
-    content = bytearray(video.read_bytes())
-    at = content.index(b"tkhd") + 4 + 40
-    a, b, c, d = (65536 * value for value in CLOCKWISE[degrees])
-    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    video.write_bytes(content)
-    info = probe_video(video)
-    assert (info.height, info.width) == (96, 144)
-    frames = [frame for frame, _ in read_frames(video, (48, 72))]
-    reference = antialiased(torch.from_numpy(upright).permute(2, 0, 1).float(), (48, 72))
-    assert len(frames) == 3
-    for frame in frames:
-        assert frame.flags.c_contiguous
-        assert (torch.from_numpy(frame).float() - reference).abs().mean() < 4  # coding loss; a wrong turn is > 30
 
 
 def test_unusable_files_say_why(tmp_path):
