@@ -29,7 +29,7 @@ def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
     if len(intervals_s):
         period_s = float(np.median(intervals_s))
         is_steady = bool(np.mean(np.abs(intervals_s - period_s) <= 2 * tolerance_s(period_s)) >= STEADY_SHARE)
-        average_fps = average_fps if info.codec == "images" else 1 / usual_interval(intervals_s)
+        average_fps = average_fps if info.assumed else 1 / usual_interval(intervals_s)
     gaps = np.flatnonzero(intervals_s > (STEADY_GAP_PERIODS if is_steady else GAP_PERIODS) * period_s)
     return replace(
         info,

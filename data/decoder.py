@@ -34,6 +34,7 @@ SEEKABLE = ("mp4", "matroska")
 """Containers in which a seek was found exact; AVI and MPEG streams lose or misplace frames."""
 ENDS_EARLY = ("mp4", "flv", "asf")
 """Containers of which FFmpeg reads the first recording alone, where several are joined to one file."""
+NO_RATE = "frames a second, for it says no rate"
 RAW_TIME_BASE = Fraction(1, 1_200_000)
 """The unit in which FFmpeg counts the times of streams without a container, which have none."""
 MOST_PIXELS = 1 << 26
@@ -127,7 +128,7 @@ class VideoDecoder(Decoder):
         is_raw = self.stream.time_base == RAW_TIME_BASE or self.container.format.name.endswith("_pipe")
         self.header_fps = float((self.stream.guessed_rate if is_raw else self.stream.average_rate) or 0)
         if is_raw and not self.stream.codec_context.framerate:
-            self.assumed = f"{self.header_fps:g} frames a second, for it says no rate"
+            self.assumed = f"{self.header_fps:g} {NO_RATE}"
         self.period_s = 1 / (self.header_fps or 25)
         self.header_duration_s, self.is_promise = _header_duration_s(self.container, self.stream)
         self.first_pts = self.stream.start_time if _is(self.container, SEEKABLE) else None

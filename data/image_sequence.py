@@ -16,7 +16,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.decoder import Damage, Decoder, VideoError
+from data.decoder import MOST_PIXELS, Damage, Decoder, VideoError
 from data.image_order import order_of
 
 # Read as what they hold, whatever their name says; of other formats some would start programs, as PostScript does.
@@ -24,9 +24,6 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF"
 IMAGE_NAMES = "avif bmp jfif jp2 jpe jpeg jpg pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in IMAGE_NAMES.split())
 FEWEST_IMAGES = 2
-MOST_PIXELS = 1 << 26
-"""A picture that says it is larger is not decoded: a few bytes may promise gigabytes."""
-
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit is higher
 TIMES_IN_NAMES = "its images are shown at the times that are their names"
 OF_THE_IMAGE = (None, errno.EACCES, errno.ELOOP, errno.ENOENT)

@@ -61,6 +61,8 @@ class Account:
     """Reasons why files were not read at all."""
     doubles: dict[str, str] = field(default_factory=dict)
     """Videos whose content is that of another one, which stands for both."""
+    assumed: dict[str, str] = field(default_factory=dict)
+    """What was taken for granted of videos that do not say it."""
     damaged: dict[str, Damage] = field(default_factory=dict)
     """Faults inside files that were read."""
 
@@ -89,8 +91,9 @@ class Account:
 
     @property
     def listing(self) -> list[str]:
-        """What was found, in one line; none where nobody has looked."""
-        return [f"found {self.found.total():,} files: {listed(self.found)}"] if self.found else []
+        """What was found, in one line, none where nobody has looked; and what was assumed."""
+        found = [f"found {self.found.total():,} files: {listed(self.found)}"] if self.found else []
+        return found + examples("assumed", [f"{path}: {what}" for path, what in self.assumed.items()])
 
     @property
     def faults(self) -> dict[str, list[str]]:
@@ -255,6 +258,8 @@ def sort_out(records: list[Record], found: Counter[str], *, fps: float = 0.0) ->
     for video in sorted(usable, key=lambda video: len(str(video.path))):  # "a.mp4" rather than "a (1).mp4"
         if (first := firsts.setdefault(video.content, video)) is not video:
             account.doubles[str(video.path)] = str(first.path)
+        elif video.assumed:
+            account.assumed[str(video.path)] = video.assumed
     return sorted(firsts.values(), key=lambda video: video.path), account
 
 
