@@ -187,7 +187,7 @@ def index_videos(
             video = known.get(state)
             content = video.content if video else content_of(path)
             video = video or moved.get(content)
-            is_at_rate = video is not None and (video.codec != "images" or video.average_fps == image_fps)
+            is_at_rate = video is not None and (not video.assumed or video.average_fps == image_fps)
             if video is None or not is_at_rate or (video.frames is None and look is not probe_video):
                 video = look(path, image_fps)
             return Record(state, replace(video, path=path, content=content))

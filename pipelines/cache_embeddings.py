@@ -166,7 +166,7 @@ def keep(writer: CacheWriter, task: Task, options: Options, *, account: Account,
                 image_fps=options.image_fps,
             )  # fmt: skip
             clip.columns.update(zip(options.columns, values.T, strict=True))
-    except DataError as error:
+    except (DataError, OSError) as error:
         if options.strict:
             raise
         task.refused = str(error)

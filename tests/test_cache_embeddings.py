@@ -186,7 +186,7 @@ def test_defaults_of_a_published_model_are_its_own(material):
     assert encoder.shape == (5, 5, encoder.backbone.feature_info[-1]["num_chs"])
 
 
-def test_a_video_that_vanishes_or_is_locked_is_listed_and_the_others_are_embedded(
+def test_a_video_that_vanishes_or_changes_is_listed_and_the_others_are_embedded(
     embed, material, tmp_path, monkeypatch
 ):
     videos = tmp_path / "videos"
@@ -197,12 +197,15 @@ def test_a_video_that_vanishes_or_is_locked_is_listed_and_the_others_are_embedde
         (videos / "clip_00000.mp4").unlink()  # before it is looked at again
         tasks = look(*args, **kwargs)
         (videos / CLIP).unlink()  # before it is read
+        shutil.copy(videos / "clip_00001.mp4", videos / "clip_00003.mp4")
         return tasks
 
     monkeypatch.setattr(cache_embeddings, "missing_clips", look_and_lose)
     cache = embed(videos=(videos,))
-    assert [Path(clip.key.source).name for clip in cache.clips] == ["clip_00001.mp4", "clip_00003.mp4"]
+    assert [Path(clip.key.source).name for clip in cache.clips] == ["clip_00001.mp4"]
     refused = read_account(tmp_path / "cache")["refused"]
+    changed = refused.pop(str(videos / "clip_00003.mp4"))
+    assert changed == f"{videos / 'clip_00003.mp4'}: it has changed since it was looked at"
     assert set(refused) == {str(videos / "clip_00000.mp4"), str(videos / CLIP)}
     assert all("o such file" in reason and reason.endswith("(6.0 s left out)") for reason in refused.values())
 
