@@ -186,9 +186,7 @@ def test_defaults_of_a_published_model_are_its_own(material):
     assert encoder.shape == (5, 5, encoder.backbone.feature_info[-1]["num_chs"])
 
 
-def test_a_video_that_vanishes_or_changes_is_listed_and_the_others_are_embedded(
-    embed, material, tmp_path, monkeypatch
-):
+def test_a_video_that_vanishes_or_changes_is_listed_and_the_others_are_embedded(embed, material, tmp_path, monkeypatch):
     videos = tmp_path / "videos"
     shutil.copytree(material / "videos", videos)
     look = cache_embeddings.missing_clips
