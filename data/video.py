@@ -138,6 +138,8 @@ class FrameConverter:
         self.size = size
         self.reformatter = VideoReformatter()
         self.last: tuple[VideoFrame, np.ndarray] | None = None
+        self.rotation: int | None = None
+        self.orientation = (False, 1, 1)
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         if self.last is None or self.last[0] is not frame:
@@ -145,7 +147,9 @@ class FrameConverter:
         return self.last[1]
 
     def _convert(self, frame: VideoFrame) -> np.ndarray:
-        is_turned, down, right = _orientation(frame)
+        if frame.rotation != self.rotation:  # asked of each frame, the matrix would keep it in memory: a cycle in PyAV
+            self.rotation, self.orientation = frame.rotation, _orientation(frame)
+        is_turned, down, right = self.orientation
         height, width = self.size[::-1] if is_turned else self.size
         interpolation = Interpolation.BILINEAR
         if (frame.height, frame.width) == (height, width):

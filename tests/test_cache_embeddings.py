@@ -203,7 +203,7 @@ def test_a_video_that_vanishes_or_changes_is_listed_and_the_others_are_embedded(
     assert [Path(clip.key.source).name for clip in cache.clips] == ["clip_00001.mp4"]
     refused = read_account(tmp_path / "cache")["refused"]
     changed = refused.pop(str(videos / "clip_00003.mp4"))
-    assert changed == f"{videos / 'clip_00003.mp4'}: it has changed since it was looked at"
+    assert "clip_00003.mp4: it has changed since it was looked at" in changed
     assert set(refused) == {str(videos / "clip_00000.mp4"), str(videos / CLIP)}
     assert all("o such file" in reason and reason.endswith("(6.0 s left out)") for reason in refused.values())
 
