@@ -93,14 +93,15 @@ def score_in_turn(folder: Path, options: Options) -> dict[str, list[float]]:
         others.clips = [clip for number, clip in enumerate(cache.clips) if number not in left_out]
         mine.clips = [cache.clips[number] for number in left_out]
         anew, _ = calibrate(predictor, calibration.ridge, others, horizon=calibration.horizon)
-        for scores in score_clips(predictor, anew, Windows(mine, predictor.config.context + options.horizon)):
+        windows = Windows(mine, predictor.config.context + options.horizon)
+        for scores in score_clips(predictor, anew, windows, (options.horizon,)):
             shares[str(scores.video)] = [float((scores.percentiles > level).mean()) for level in LEVELS]
     return shares
 
 
 def score(folder: Path, output: Path, options: Options) -> dict[str, list[float]]:
     """Shares of the frames of each test clip of a run above each of `LEVELS`."""
-    given = {"cache": folder / "cache" / "test", "predictor": folder / "predictor", "horizon": options.horizon}
+    given = {"cache": folder / "cache" / "test", "predictor": folder / "predictor", "horizons": options.horizon}
     run_once("score_surprise", output, given, {"peaks": 1})
     found = read_scores(output / "surprise.csv", "percentile")
     return {clip: [float((values > level).mean()) for level in LEVELS] for clip, values in found.items()}

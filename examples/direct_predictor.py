@@ -73,7 +73,7 @@ class DirectConfig(NetworkConfig):
     horizon: PositiveInt = 20
     """Steps that are forecast from the same past; training has to roll out so many."""
 
-    def build(self, features: int) -> nn.Module:
+    def build(self, features: int, grid: bool) -> nn.Module:
         return DirectMLP(features, self)
 
 

@@ -2,14 +2,17 @@
 
 *Blend*: rollout, ridge regression, copying the last embedding and the mean, with weights that are not negative and sum
 to 1 (Bates and Granger 1969; by least squares, Granger and Ramanathan 1984). *Energy*: the believed forecast's squared
-Mahalanobis distance, per dimension, among the errors that are usual so far ahead. *Percentile*: the share of ordinary
-moments with less energy, where log energy is a new clip's level (Student's t over those seen) plus what moments differ
-from their own clip's.
+Mahalanobis distance, per dimension, among the errors that are usual so far ahead; of a grid at each place, and of the
+moment that of its most surprising neighbourhood. *Percentile*: the share of ordinary moments with less energy, where
+log energy is a new clip's level (Student's t over those seen) plus what moments differ from their own clip's.
 """
 
-from typing import Any
+from collections.abc import Sequence as Several
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as functional
 from einops import rearrange, reduce
 from scipy import stats
 from torch import Tensor, nn
@@ -18,8 +21,46 @@ from jepa.baselines import Ridge
 from jepa.sequence import Sequence
 
 QUANTILES = 1001
+LEVELS = 200
+"""Quantiles that the level of a new clip is drawn at."""
+NEIGHBOURHOOD = 1 / 3
+"""Side of the neighbourhoods of a grid, as a share of its shorter side."""
 FAR_LEVEL = 99.0
 """Percentile among ordinary clips above which a video's ordinary level is far from the calibration's."""
+
+
+class Ordinary(NamedTuple):
+    """What is ordinary: the energies of moments in new clips that are like those of a calibration."""
+
+    quantiles: Tensor
+    """(QUANTILES,)"""
+    mean: float
+    """Of the logarithms of clips' levels, then their spread and its degrees of freedom."""
+    spread: float
+    freedom: float
+
+    @classmethod
+    def of(cls, energies: np.ndarray, groups: np.ndarray) -> "Ordinary":
+        """Learned from energies (N,), each in units that its own clip had no part in; groups int (N,) say the clips."""
+        logs = np.log(np.maximum(energies, 1e-12))
+        _, membership, counts = np.unique(groups, return_inverse=True, return_counts=True)
+        level = np.bincount(membership, logs) / counts  # (clips,)
+        within, clips = logs - level[membership], len(level)
+        spread = float(level.std(ddof=1)) * (1 + 1 / clips) ** 0.5  # of a new clip around the mean of those seen
+        new = stats.t.ppf((np.arange(LEVELS) + 0.5) / LEVELS, clips - 1) * spread + level.mean()
+        some = np.sort(within)[np.linspace(0, len(within) - 1, min(len(within), 2000)).astype(int)]
+        quantiles = np.quantile(np.exp(new[:, None] + some), np.linspace(0, 1, QUANTILES))
+        return cls(torch.from_numpy(quantiles).float(), float(level.mean()), spread, clips - 1.0)
+
+    def percentile(self, energies: Tensor) -> Tensor:
+        """The share of ordinary moments with less energy, in percent; any shape."""
+        below = torch.searchsorted(self.quantiles.to(energies.device), energies.float().contiguous())
+        return below.clamp(max=QUANTILES - 1) * (100 / (QUANTILES - 1))
+
+    def level(self, energies: Tensor) -> float:
+        """The percentile of a video's ordinary level among those of ordinary clips; energies (N,)."""
+        level = float(energies.clamp_min(1e-12).log().mean())
+        return 100 * float(stats.t.cdf((level - self.mean) / max(self.spread, 1e-12), max(self.freedom, 1.0)))
 
 
 class Calibration(nn.Module):
@@ -28,29 +69,33 @@ class Calibration(nn.Module):
     blend: Tensor
     error_mean: Tensor
     whitening: Tensor
-    quantiles: Tensor
-    levels: Tensor
+    unit: Tensor
+    energies: Tensor
+    clips: Tensor
     sample_spread: Tensor
 
-    def __init__(self, ridge: Ridge, horizon: int) -> None:
+    def __init__(self, ridge: Ridge, horizon: int, windows: int = 2) -> None:
         super().__init__()
         self.ridge, self.horizon, dimension = ridge, horizon, len(ridge.mean)
         self.register_buffer("blend", torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(horizon, 1))
         self.register_buffer("error_mean", torch.zeros(horizon, dimension))
         self.register_buffer("whitening", torch.eye(dimension).repeat(horizon, 1, 1))
-        self.register_buffer("quantiles", torch.zeros(horizon, QUANTILES))
-        self.register_buffer("levels", torch.zeros(horizon, 3))
+        self.register_buffer("unit", torch.ones(horizon))
+        # Of the windows that it was fitted on, by units of the other clips; and the clip of each.
+        self.register_buffer("energies", torch.ones(windows, horizon))
+        self.register_buffer("clips", torch.arange(windows))
         self.register_buffer("sample_spread", torch.ones(horizon))
 
     def description(self) -> dict[str, Any]:
         """What it is built from, as JSON values."""
         ridge = self.ridge
-        return {"horizon": self.horizon, "context": ridge.context, "dimension": len(ridge.mean), "fps": ridge.fps}
+        sizes = {"horizon": self.horizon, "windows": len(self.clips), "context": ridge.context}
+        return sizes | {"dimension": len(ridge.mean), "fps": ridge.fps, "on_grid": ridge.on_grid}
 
     @classmethod
-    def build(cls, *, horizon: int, context: int, dimension: int, fps: float) -> "Calibration":
+    def build(cls, *, horizon: int, windows: int, dimension: int, **of_ridge: Any) -> "Calibration":
         """An empty one, from its description."""
-        return cls(Ridge(fps, context, mean=torch.zeros(dimension), std=torch.ones(dimension)), horizon)
+        return cls(Ridge(mean=torch.zeros(dimension), std=torch.ones(dimension), **of_ridge), horizon, windows)
 
     def believe(self, rolled: Tensor, ridged: Tensor, past: Sequence, ticks: Tensor) -> Tensor:
         """The believed forecast, from rollouts of predictor and `ridge` from the past, (B, H, *tokens, D), raw.
@@ -68,28 +113,41 @@ class Calibration(nn.Module):
         centre = drawn.mean(dim=0)
         return centre + spread * (drawn - centre)
 
-    def energy(self, believed: Tensor, came: Tensor, ticks: Tensor) -> Tensor:
-        """How badly embeddings that came fit what was believed, (B, H, *tokens, D) twice, raw, `ticks` (H,) ahead.
+    def energy_map(self, believed: Tensor, came: Tensor, ticks: Tensor) -> Tensor:
+        """How badly embeddings that came fit what was believed, at each place; about 1 on ordinary video.
 
-        (B, H), the mean over tokens; about 1 on ordinary video.
+        (B, H, *tokens, D) twice, raw, `ticks` (H,) ahead -> (B, H, *tokens), of a grid the mean of each place and its
+        neighbours.
         """
         errors = rearrange((came - believed) / self.ridge.std, "b h ... d -> b h (...) d")
         centred = errors - self._at(self.error_mean, ticks)[:, None]
         whitened = torch.einsum("b h p d, h d k -> b h p k", centred, self._at(self.whitening, ticks))
-        return reduce(whitened.square(), "b h p k -> b h", "mean")
+        return mean_of_neighbours(reduce(whitened.square(), "b h p k -> b h p", "mean").view(came.shape[:-1]))
 
-    def percentile(self, energies: Tensor, ticks: int) -> Tensor:
-        """The share of ordinary moments with less energy so many ticks ahead, in percent; any shape."""
-        quantiles = self.quantiles[min(ticks, self.horizon) - 1]
-        below = torch.searchsorted(quantiles, energies.to(quantiles).contiguous())
-        return below.clamp(max=QUANTILES - 1) * (100 / (QUANTILES - 1))
+    def energy(self, believed: Tensor, came: Tensor, ticks: Tensor) -> Tensor:
+        """The energy of moments in units of what is usual, of a grid that of its most surprising place.
 
-    def level(self, energies: Tensor, ticks: int) -> float:
-        """The percentile of a video's ordinary level among those of ordinary clips; energies (N,)."""
-        mean, spread, freedom = self.levels[min(ticks, self.horizon) - 1].tolist()
-        level = float(energies.clamp_min(1e-12).log().mean())
-        return 100 * float(stats.t.cdf((level - mean) / max(spread, 1e-12), max(freedom, 1.0)))
+        (B, H, *tokens, D) twice, raw, `ticks` (H,) ahead -> (B, H).
+        """
+        return self.highest(self.energy_map(believed, came, ticks), ticks)
+
+    def highest(self, energy_map: Tensor, ticks: Tensor) -> Tensor:
+        """The energy of moments (B, H) of its map (B, H, *tokens)."""
+        return energy_map.flatten(2).amax(dim=2) / self._at(self.unit, ticks) if energy_map.ndim > 2 else energy_map
+
+    def ordinary(self, horizons: Several[int]) -> Ordinary:
+        """What is ordinary of the mean energy at some horizons."""
+        chosen = [min(ticks, self.horizon) - 1 for ticks in horizons]
+        return Ordinary.of(self.energies[:, chosen].mean(dim=1).cpu().double().numpy(), self.clips.cpu().numpy())
 
     def _at(self, values: Tensor, ticks: Tensor) -> Tensor:
         """The numbers (horizon, ...) of the nearest horizons, (H, ...)."""
         return values[(ticks.round().long() - 1).clamp(0, self.horizon - 1)]
+
+
+def mean_of_neighbours(energies: Tensor) -> Tensor:
+    """The mean of each place and its neighbours, (B, H, *tokens) to the same shape; vectors have no places."""
+    if energies.ndim == 2:
+        return energies
+    side = 1 + 2 * round((min(energies.shape[2:]) * NEIGHBOURHOOD - 1) / 2)  # odd
+    return functional.avg_pool2d(energies, side, 1, side // 2, count_include_pad=False)

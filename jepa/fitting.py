@@ -10,11 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 from einops import rearrange, reduce
-from scipy import stats
 from torch import Tensor
 
 from jepa.baselines import Ridge
-from jepa.calibration import QUANTILES, Calibration
+from jepa.calibration import Calibration, mean_of_neighbours
 from jepa.samples import central_interval, live_features
 
 MOST_INPUTS = 4096
@@ -23,8 +22,6 @@ FOLDS = 10
 """Parts that the clips are held out in, at most."""
 COVARIANCE_SHRINKAGE = 0.05
 """Share of the diagonal in the covariance of errors: features keep their own scale on short validation sets."""
-LEVELS = 200
-"""Quantiles that the level of a new clip is drawn at."""
 SPREADS = [0.5 + 0.05 * step for step in range(31)]
 """Factors by which samples may be widened."""
 SHARES = (0.5, 0.9)
@@ -44,15 +41,15 @@ def fit_ridge(windows: Iterable[Tensor], like: Ridge, penalties: Sequence[float]
     """
     gram, moment, samples = torch.zeros(()), torch.zeros(()), 0
     for part in windows:
-        flat = rearrange((part - like.mean) / like.std, "n k ... d -> (n ...) k d").double()
-        inputs = functional.pad(flat[:, :-1].flatten(1), (0, 1), value=1.0)
-        gram, moment, samples = gram + inputs.T @ inputs, moment + inputs.T @ flat[:, -1], samples + len(flat)
+        targets = ((part[:, -1] - like.mean) / like.std).flatten(0, -2).double()
+        inputs = functional.pad(like.inputs(part[:, :-1]).double(), (0, 1), value=1.0)
+        gram, moment, samples = gram + inputs.T @ inputs, moment + inputs.T @ targets, samples + len(inputs)
     fitted = []
     for penalty in penalties:
         diagonal = torch.full((len(gram),), penalty * samples, dtype=torch.float64)
         diagonal[-1] = 1e-9  # the bias is not penalised
         solution = torch.linalg.solve(gram + torch.diag(diagonal), moment)
-        ridge = Ridge(like.fps, like.context, mean=like.mean, std=like.std)
+        ridge = Ridge(like.fps, like.context, mean=like.mean, std=like.std, on_grid=like.on_grid)
         ridge.weight.copy_(solution[:-1])
         ridge.bias.copy_(solution[-1])
         fitted.append(ridge)
@@ -85,11 +82,15 @@ def fit_calibration(ridge: Ridge, forecasts: Forecasts, drawn: Tensor | None = N
 
     With a latent in the predictor also on sampled futures (n, N, H, *tokens, D), standardised.
     """
-    calibration, parts = Calibration(ridge, forecasts.came.shape[1]), hold_out(forecasts.groups)
-    for step in range(calibration.horizon):
+    windows, horizon, *tokens, _ = forecasts.came.shape
+    calibration, parts = Calibration(ridge, horizon, windows), hold_out(forecasts.groups)
+    for step in range(horizon):
         calibration.blend[step], left = cross_fit_blend(forecasts.errors(step), parts)
-        (calibration.error_mean[step], calibration.whitening[step]), energies = cross_fit_energy(left, parts)
-        calibration.quantiles[step], calibration.levels[step] = predictive_quantiles(energies, forecasts.groups)
+        (calibration.error_mean[step], calibration.whitening[step]), places = cross_fit_energy(left, parts)
+        energies = mean_of_neighbours(places.view(windows, 1, *tokens)).flatten(1).amax(dim=1)
+        calibration.unit[step] = energies.mean()
+        calibration.energies[:, step] = energies / energies.mean()
+    calibration.clips.copy_(torch.from_numpy(forecasts.groups))
     if drawn is not None:
         calibration.sample_spread.copy_(fit_spread(drawn, forecasts.came))
     return calibration
@@ -133,23 +134,24 @@ def best_blend(gram: Tensor) -> Tensor:
     return torch.stack(choices).gather(0, best[None, ..., None].expand(1, *gram.shape[:-1]))[0]
 
 
-def cross_fit_energy(errors: Tensor, parts: list[Tensor]) -> tuple[tuple[Tensor, Tensor], np.ndarray]:
-    """Usual errors, of what the believed forecast leaves, and the energy of each window in units of the other parts.
+def cross_fit_energy(errors: Tensor, parts: list[Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Usual errors, of what the believed forecast leaves, and the energy of each place in units of the other parts.
 
-    Float64 (N, places, D) -> mean (D,) and whitening (D, D), for which energies are 1 in the mean; and energies (N,).
+    Float64 (N, places, D) -> mean (D,) and whitening (D, D), for which energies are 1 in the mean; and energies (N,
+    places).
     """
-    energies = torch.empty(len(errors), dtype=torch.float64)
+    energies = torch.empty(errors.shape[:2], dtype=torch.float64)
     usual_mean, usual_precision = torch.zeros(()), torch.zeros(())
     for chosen in parts:
         mean, precision = _precision(errors[~chosen].flatten(0, 1))
         centred = errors[chosen] - mean
-        energies[chosen] = reduce(centred @ precision * centred, "n p d -> n", "sum") / centred[0].numel()
+        energies[chosen] = reduce(centred @ precision * centred, "n p d -> n p", "mean")
         usual_mean, usual_precision = usual_mean + mean / len(parts), usual_precision + precision / len(parts)
     # The mean of the parts' units, not the units of all: a new clip then meets units fitted on as little as were those
     # that each held-out clip met, and few clips make it no less surprising than they were.
     scale = energies.mean().clamp_min(1e-12)
     values, vectors = torch.linalg.eigh(usual_precision / scale)
-    return (usual_mean, vectors * values.clamp_min(0).sqrt() @ vectors.T), (energies / scale).numpy()
+    return (usual_mean, vectors * values.clamp_min(0).sqrt() @ vectors.T), energies / scale
 
 
 def _precision(errors: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,22 +162,6 @@ def _precision(errors: Tensor) -> tuple[Tensor, Tensor]:
     shrunk = (1 - COVARIANCE_SHRINKAGE) * covariance + COVARIANCE_SHRINKAGE * torch.diag(variance)
     values, vectors = torch.linalg.eigh(shrunk)
     return mean, vectors / values.clamp_min(1e-12) @ vectors.T
-
-
-def predictive_quantiles(energies: np.ndarray, groups: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Quantiles of the energy of a moment in a new clip; and mean, spread and degrees of freedom of clips' levels.
-
-    Energies (N,) are each in units that its own clip had no part in; groups int (N,) say the clips, at least two.
-    """
-    logs = np.log(np.maximum(energies, 1e-12))
-    _, membership, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    level = np.bincount(membership, logs) / counts  # (clips,)
-    within, clips = logs - level[membership], len(level)
-    spread = float(level.std(ddof=1)) * (1 + 1 / clips) ** 0.5  # of a new clip around the mean of those seen
-    new = stats.t.ppf((np.arange(LEVELS) + 0.5) / LEVELS, clips - 1) * spread + level.mean()
-    some = np.sort(within)[np.linspace(0, len(within) - 1, min(len(within), 2000)).astype(int)]
-    quantiles = np.quantile(np.exp(new[:, None] + some), np.linspace(0, 1, QUANTILES))
-    return torch.from_numpy(quantiles), torch.tensor([level.mean(), spread, clips - 1.0])
 
 
 def fit_spread(drawn: Tensor, came: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The networks inside predictors, a configuration beside each; `PredictorConfig` names them all, and yours."""
 
 from collections import OrderedDict
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -29,12 +31,13 @@ class NetworkConfig(Bounded):
     latent_dimension: NotNegativeInt = 0
     """Numbers drawn at random for each step of a sampled future; 0: one future."""
 
-    def build(self, features: int) -> nn.Module:
+    def build(self, features: int, grid: bool) -> nn.Module:
         """A causal map from steps of so many features to hidden states, with a state to go on from.
 
-        It takes features (B, T, F), the number of last steps to answer for, and the state after the steps before (None
-        at the beginning), and gives hidden states (B, last, width) and the state for the next step. Step by step it
-        finds the same hidden states as in the whole sequence.
+        It takes features (B, T, F), the number of last steps to answer for, the state after the steps before (None at
+        the beginning), and the rows and columns of the grid whose places follow each other in B, or (); it gives hidden
+        states (B, last, width) and the state for the next step. Step by step it finds the same hidden states as in the
+        whole sequence. Without `grid` there never is one.
         """
         raise NotImplementedError
 
@@ -47,7 +50,7 @@ class Windowed(nn.Sequential):
         self.context = context
 
     def forward(  # type: ignore[override]
-        self, features: Tensor, last: int, state: Tensor | None = None
+        self, features: Tensor, last: int, state: Tensor | None = None, grid: Several[int] = ()
     ) -> tuple[Tensor, Tensor]:
         features = features if state is None else torch.cat([state, features], dim=1)
         hidden = super().forward(last_windows(features, self.context, last))
@@ -68,11 +71,11 @@ class Residual(nn.Sequential):
 
 @dataclass(frozen=True)
 class MLPConfig(NetworkConfig):
-    """A residual MLP on the last embeddings."""
+    """A residual MLP on the last embeddings, of a grid on those of each place."""
 
     kind: ClassVar[str] = "mlp"
 
-    def build(self, features: int) -> nn.Module:
+    def build(self, features: int, grid: bool) -> nn.Module:
         layers = OrderedDict[str, nn.Module](embed=nn.Linear(features * self.context, self.width))
         layers["blocks"] = nn.Sequential(*(Residual(self, self.width) for _ in range(self.depth)))
         layers["norm"] = nn.LayerNorm(self.width)
@@ -82,20 +85,27 @@ class MLPConfig(NetworkConfig):
 class CausalTransformer(nn.Module):
     """A pre-norm transformer (Xiong et al. 2020, arXiv:2002.04745) with a causal window of `context` steps.
 
-    Its state is the number of steps so far, and each layer's keys and values of the last `context` - 1 of them.
+    On a grid attention goes over the time of each place, and before it every place sees those around it at that time: a
+    layer more is a step farther, and the cost is linear in places. Its state is the number of steps so far, and each
+    layer's keys and values of the last `context` - 1 of them.
     """
 
-    def __init__(self, features: int, config: "TransformerConfig") -> None:
+    def __init__(self, features: int, config: "TransformerConfig", grid: bool) -> None:
         super().__init__()
         self.embed = nn.Linear(features, config.width)
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
+        self.around = nn.ModuleList(Neighbourhood(config.width) for _ in range(config.depth if grid else 0))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, features: Tensor, last: int, state: Any = None) -> tuple[Tensor, tuple[int, list[Tensor]]]:
+    def forward(
+        self, features: Tensor, last: int, state: Any = None, grid: Several[int] = ()
+    ) -> tuple[Tensor, tuple[int, list[Tensor]]]:
         seen, memories = state or (0, [None] * len(self.blocks))
         hidden, kept = self.embed(features), []
         positions = torch.arange(seen, seen + features.shape[1], device=features.device)
-        for block, memory in zip(self.blocks, memories, strict=True):
+        for block, around, memory in zip_longest(self.blocks, self.around, memories):
+            if around is not None:
+                hidden = around(hidden, grid)
             hidden, memory = block(hidden, positions, memory)
             kept.append(memory)
         return self.norm(hidden[:, -last:]), (seen + features.shape[1], kept)
@@ -126,6 +136,23 @@ class CausalBlock(nn.Module):
         return self.mlp(hidden), seen[:, :, :, max(0, seen.shape[3] - context + 1) :]
 
 
+class Neighbourhood(nn.Module):
+    """Every place sees those around it at the same time: a depthwise convolution of 3x3 cells, added."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.convolve = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, grid: Several[int]) -> Tensor:
+        """(B x rows x columns, T, width) to the same shape."""
+        rows, columns = grid
+        images = rearrange(self.norm(hidden), "(b r c) t w -> (b t) w r c", r=rows, c=columns)
+        around = rearrange(self.convolve(images), "(b t) w r c -> (b r c) t w", t=hidden.shape[1])
+        return hidden + self.mix(functional.gelu(around))  # type: ignore[no-any-return]
+
+
 def causal_mask(queries: int, keys: int, *, context: int, device: torch.device) -> Tensor:
     """Keys that each query may see, bool (queries, keys): itself and the `context` - 1 before it."""
     back = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
@@ -148,7 +175,7 @@ def apply_rotary(channels: Tensor, positions: Tensor, context: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TransformerConfig(NetworkConfig):
-    """A causal transformer with rotary positions."""
+    """A causal transformer with rotary positions, on a grid over time and neighbouring places."""
 
     kind: ClassVar[str] = "transformer"
     heads: PositiveInt = 8
@@ -159,8 +186,8 @@ class TransformerConfig(NetworkConfig):
         if self.width % (2 * self.heads):
             raise ConfigurationError("heads", f"is {self.heads}: twice that must divide the width, {self.width}")
 
-    def build(self, features: int) -> nn.Module:
-        return CausalTransformer(features, self)
+    def build(self, features: int, grid: bool) -> nn.Module:
+        return CausalTransformer(features, self, grid)
 
 
 PredictorConfig = MLPConfig | TransformerConfig

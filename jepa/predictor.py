@@ -30,7 +30,7 @@ class Predictor(nn.Module):
 
     From the standardised embeddings, their velocities in units of sigma (a typical change in one tick) and the actions,
     a network f with a zero-initialised head gives e_t + sigma * f, so training starts from copying the last embedding.
-    All tokens of a grid share one network and see their own past. Embeddings are raw on the way in and on the way out.
+    All tokens of a grid share one network. Embeddings are raw on the way in and on the way out.
 
     Embeddings of the encoder with this fingerprint have `shape`, (*tokens, D), on a clock of `fps` ticks a second; an
     action has `action_dimension` numbers.
@@ -55,7 +55,7 @@ class Predictor(nn.Module):
         self.config, self.shape, self.fps, self.encoder_fingerprint = config, tuple(shape), fps, encoder_fingerprint
         self.action_dimension, self.latent_dimension = action_dimension, config.latent_dimension
         dimension = self.shape[-1]
-        self.network = config.build(2 * dimension + action_dimension)
+        self.network = config.build(2 * dimension + action_dimension, grid=len(self.shape) == 3)
         self.latent_block = LatentBlock(config.width, config.latent_dimension) if config.latent_dimension else None
         self.head = nn.Linear(config.width, dimension)
         nn.init.zeros_(self.head.weight)
@@ -93,7 +93,7 @@ class Predictor(nn.Module):
                 raise ValueError(f"the predictor takes {self.action_dimension} actions a step, and none are given")
             actions = (newest.actions - self.action_mean) / self.action_std
             features.append(actions.repeat_interleave(places, dim=0))
-        hidden, kept = self.network(torch.cat(features, dim=2), last, memory)
+        hidden, kept = self.network(torch.cat(features, dim=2), last, memory, tokens)
         if self.latent_block is not None:
             latent = hidden.new_zeros(batch, last, self.latent_dimension) if latent is None else latent
             hidden = self.latent_block(hidden, latent.repeat_interleave(places, dim=0))

@@ -6,9 +6,9 @@ r"""When does a video do what the world model did not expect?
 The second embeds the videos first, into OUTPUT/cache. Leaves `surprise.csv` (a row for each frame with enough past),
 `peaks.csv` (the most surprising moments of each video, with a `rank`), `pictures/NAME.png` (both curves) and
 `peaks/NAME.png` (each peak among the frames around it). Energy is the error of the believed forecast in units of what
-is usual (mean 1); the percentile says how much of ordinary video has less. The change cosine says whether things went
-as expected, from 1 by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a film that runs
-backwards.
+is usual (mean 1), of a grid of tokens that of its most surprising place, which `row` and `column` name and the pictures
+show; the percentile says how much of ordinary video has less. The change cosine says whether things went as expected,
+from 1 by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a film that runs backwards.
 """
 
 import csv
@@ -40,6 +40,7 @@ from pipelines.run.pictures import Scores, draw_peaks, draw_surprise, plain
 from pipelines.run.stages import run_stage
 
 COLUMNS = ("time_s", "energy", "percentile", "change_cosine")
+PLACE = ("row", "column")
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Options(Bounded):
     """Run folder of train_predictor: the predictor and its calibration."""
     output_dir: Path = Path("runs/surprise")
     """Where the results are left."""
-    horizon: PositiveInt = 1
-    """Ticks before a moment that it is forecast from. 1 notices best what is sudden."""
+    horizons: tuple[PositiveInt, ...] = (1,)
+    """Ticks ahead of a past whose energies are averaged. 1 notices best what is sudden, 1 2 3 4 what goes astray."""
     peaks: PositiveInt = 5
     """Most surprising moments of each video that are shown."""
     overwrite: bool = False
@@ -73,22 +74,24 @@ def main(options: Options) -> None:
     output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "pictures", "peaks"))
     require(bool(options.videos) != bool(options.cache), "give --cache, or --videos to embed first")
     predictor, calibration = load_predictor(options.predictor, device)
+    farthest = max(options.horizons, default=0)
     require(
-        options.horizon <= calibration.horizon,
-        f"--horizon is {options.horizon}, and the calibration knows what is usual up to {calibration.horizon} ticks "
-        "ahead: lower it, or run video-jepa calibrate with a larger one",
+        0 < farthest <= calibration.horizon,
+        f"--horizons are {options.horizons}, and the calibration knows what is usual from 1 to {calibration.horizon} "
+        "ticks ahead: give such, or run video-jepa calibrate with a larger horizon",
     )
     cache = open_cache(options.cache or embed(options, predictor.fps), predictor)
-    windows = Windows(cache, predictor.config.context + options.horizon)
+    windows = Windows(cache, predictor.config.context + farthest)
     output.begin(inputs_of(options.predictor, cache))
     for name in ("pictures", "peaks"):
         (folder / name).mkdir(exist_ok=True)
     frames, energy, videos, far = 0, 0.0, 0, 0
     with (folder / "surprise.csv").open("w", newline="") as every, (folder / "peaks.csv").open("w", newline="") as best:
         moments, highest = csv.writer(every), csv.writer(best)
-        moments.writerow(["video", *COLUMNS])
-        highest.writerow(["video", "rank", *COLUMNS])
-        for scores in score_clips(predictor, calibration, windows):
+        columns = COLUMNS + PLACE * (len(predictor.shape) > 1)
+        moments.writerow(["video", *columns])
+        highest.writerow(["video", "rank", *columns])
+        for scores in score_clips(predictor, calibration, windows, options.horizons):
             peaks = find_peaks(scores)[: options.peaks]
             video = str(scores.video).encode(errors="backslashreplace").decode()  # names need not be UTF-8
             moments.writerows([video, *scores.as_text(place)] for place in range(len(scores.ticks)))
@@ -116,33 +119,40 @@ def embed(options: Options, fps: float) -> Path:
 
 
 @torch.no_grad()
-def score_clips(predictor: Predictor, calibration: Calibration, windows: Windows) -> Iterator[Scores]:
+def score_clips(
+    predictor: Predictor, calibration: Calibration, windows: Windows, horizons: tuple[int, ...]
+) -> Iterator[Scores]:
     """The scores of each clip, one after the other, in memory that does not depend on their number.
 
-    The last embedding of each window is forecast from as many as the predictor looks back on.
+    From each past so much future is forecast as its window has; its moment lies in the middle of the horizons.
     """
     context, cache, device = predictor.config.context, windows.cache, predictor.mean.device
-    horizon = windows.length - context
-    ticks = torch.tensor([horizon], dtype=torch.float64)
+    ordinary, middle = calibration.ordinary(horizons), round(sum(horizons) / len(horizons))
+    ahead, future = torch.tensor(horizons).to(device), Future.ticks(windows.length - context, predictor.fps)
     numbers = np.arange(len(windows))
     by_clip = np.split(numbers, np.flatnonzero(np.diff(windows.clip_of(numbers))) + 1)
     for chosen in tqdm(by_clip, desc="scoring", unit="clip", leave=False):
-        found = []
+        parts = []
         for _, embeddings in in_batches(windows, chosen, device):
-            past, came = Sequence.on_clock(embeddings[:, :context], predictor.fps), embeddings[:, -1:]
-            believed = rollout(predictor, past, Future(ticks / predictor.fps), calibration=calibration)
-            standardised = (predictor.standardise(part) for part in (believed, came, past.embeddings[:, -1]))
-            found.append(torch.cat([calibration.energy(believed, came, ticks), change_cosine(*standardised)], dim=1))
-        energies, cosines = torch.cat(found).double().cpu().unbind(dim=1)
-        rows = windows.rows(chosen)[:, -1]
+            past, came = Sequence.on_clock(embeddings[:, :context], predictor.fps), embeddings[:, context:]
+            believed = rollout(predictor, past, future, calibration=calibration)
+            maps = calibration.energy_map(believed[:, ahead - 1], came[:, ahead - 1], ahead)
+            standardised = (predictor.standardise(part) for part in (believed, came, past.embeddings[:, -1:]))
+            expected, seen, last = standardised
+            cosines = change_cosine(expected[:, middle - 1, None], seen[:, middle - 1, None], last[:, 0])
+            energies = calibration.highest(maps, ahead).mean(dim=1)
+            parts.append([part.cpu() for part in (energies, cosines[:, 0], maps.mean(dim=1))])
+        energies, cosines, maps = (torch.cat(part) for part in zip(*parts, strict=True))
+        rows = windows.rows(chosen)[:, context + middle - 1]
         yield Scores(
             video=Path(cache.clips[windows.clip_of(chosen[:1])[0]].key.source),
             ticks=cache.take(rows, "ticks"),
             times_s=cache.take(rows, "times_s"),
-            energies=energies.numpy(),
-            percentiles=calibration.percentile(energies, horizon).cpu().numpy(),
-            cosines=cosines.numpy(),
-            level=calibration.level(energies, horizon),
+            energies=energies.double().numpy(),
+            percentiles=ordinary.percentile(energies).numpy(),
+            cosines=cosines.double().numpy(),
+            maps=maps.numpy(),
+            level=ordinary.level(energies.double()),
             reach=windows.length - 1,
         )
 

@@ -7,6 +7,7 @@ fits it anew), each `model.safetensors` and `config.json`, `metrics.json`, `curv
 the same command with --resume goes on.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -32,6 +33,8 @@ from pipelines.run.run import Run, step_generator
 
 GROWTH = 0.5
 """Share of the training during which the horizon of rollouts grows."""
+CROP = 8
+"""Rows and columns of a grid that a window is cropped to for training, at most."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Options(RunOptions):
     steps: PositiveInt = 800
     """Optimiser steps."""
     batch_size: PositiveInt = 128
-    """Windows in a batch, on each process."""
+    """Windows in a batch, on each process; of grids cropped ones, each place counted."""
     rollout_steps: PositiveInt = 8
     """Steps of the rollouts that are trained on, through the predictor's own predictions."""
     input_noise: NotNegative = 0.1
@@ -109,7 +112,7 @@ class Batch(NamedTuple):
     """What a step learns from."""
 
     windows: Tensor
-    """float32 (B, context + rollout steps, *tokens, D), as cached."""
+    """float32 (B, context + rollout steps, *tokens, D), as cached, of grids a part."""
     noise: Tensor
     """float32 (B, context, *tokens, D), standard normal."""
     videos: tuple[Path, ...]
@@ -122,8 +125,12 @@ def draw_batches(windows: Windows, options: Options, *, rank: int, place: dict[s
     """Endless windows drawn uniformly; each batch is a function of seed, step and rank."""
     for step in count(place.get("step", 0)):
         generator = step_generator(options.seed, step, rank, torch.device("cpu"))
-        chosen = windows.sample(options.batch_size, generator)
+        crop = [min(CROP, side) for side in windows.cache.shape[:-1]]
+        chosen = windows.sample(max(1, options.batch_size // math.prod(crop)), generator)
         taken = windows.take(chosen)
+        for axis, side in enumerate(crop, start=2):
+            first = torch.randint(taken.shape[axis] - side + 1, (), generator=generator)
+            taken = taken.narrow(axis, int(first), side)
         noise = torch.randn((len(taken), options.predictor.context, *taken.shape[2:]), generator=generator)
         yield Batch(taken, noise, windows.videos(chosen), {"step": step + 1})
 

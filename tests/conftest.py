@@ -194,7 +194,7 @@ def save_model():
         space = {"fps": cache.provenance.fps, "encoder_fingerprint": cache.provenance.encoder_fingerprint}
         predictor = Predictor(MLPConfig(context=4, width=8), cache.shape, **space).eval()
         measure_embeddings(predictor, cache)
-        ridge = Ridge(predictor.fps, 2, mean=predictor.mean, std=predictor.std)
+        ridge = Ridge(predictor.fps, 2, mean=predictor.mean, std=predictor.std, on_grid=False)
         calibration, _ = calibrate(predictor, ridge, cache, horizon=horizon)
         folder.mkdir(parents=True)
         save_artefact(folder / "predictor", "predictor", predictor.description(), predictor)

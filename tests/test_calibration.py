@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import minimize
 
 from jepa.baselines import Ridge
-from jepa.calibration import QUANTILES, Calibration
+from jepa.calibration import Calibration, Ordinary, mean_of_neighbours
 from jepa.fitting import (
     Forecasts,
     best_blend,
@@ -15,7 +15,6 @@ from jepa.fitting import (
     fit_calibration,
     fit_spread,
     hold_out,
-    predictive_quantiles,
 )
 from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
@@ -41,7 +40,9 @@ def clips(number, moments=40, seed=0, unlike=0.3):
 
 
 def ridge():
-    return Ridge(FPS, 2, mean=torch.tensor([1.0, -2.0, 0.0, 3.0]), std=torch.tensor([2.0, 1.0, 0.5, 1.0]))
+    return Ridge(
+        FPS, 2, mean=torch.tensor([1.0, -2.0, 0.0, 3.0]), std=torch.tensor([2.0, 1.0, 0.5, 1.0]), on_grid=False
+    )
 
 
 def test_a_blend_is_the_least_squares_one_on_the_simplex():
@@ -106,14 +107,18 @@ def test_energies_of_a_clip_owe_nothing_to_the_clip():
     errors = torch.randn(120, 1, 3, dtype=torch.float64)
     parts = hold_out(np.repeat(np.arange(4), 30))
     _, energies = cross_fit_energy(errors, parts)
+    assert energies.shape == (120, 1)
     errors[:30] *= 10
     _, louder = cross_fit_energy(errors, parts)
     ratio = louder[:30].mean() / louder[30:].mean() / (energies[:30].mean() / energies[30:].mean())
     assert ratio > 100 / 1.01  # had it served as its own unit, less
 
 
-@pytest.mark.parametrize(("number", "above_90", "above_99"), [(3, (0.02, 0.18), 0.03), (30, (0.06, 0.14), 0.025)])
-def test_percentiles_mean_what_they_say_on_new_clips(number, above_90, above_99):
+@pytest.mark.parametrize(
+    ("number", "horizons", "above_90", "above_99"),
+    [(3, [1], (0.02, 0.18), 0.03), (30, [1], (0.06, 0.14), 0.025), (30, [0, 1, 2], (0.06, 0.14), 0.025)],
+)
+def test_percentiles_mean_what_they_say_on_new_clips(number, horizons, above_90, above_99):
     found = []
     for seed in range(12):
         calibration = fit_calibration(ridge(), clips(number, seed=seed, unlike=0.5))
@@ -122,7 +127,8 @@ def test_percentiles_mean_what_they_say_on_new_clips(number, above_90, above_99)
         raw_last = (test.last * model.std + model.mean).expand(-1, 2, -1)
         ridged = test.ridged * model.std + model.mean
         believed = calibration.believe(believed, ridged, Sequence.on_clock(raw_last, FPS), torch.arange(1, 4))
-        found.append(calibration.percentile(calibration.energy(believed, came, torch.arange(1, 4))[:, 1], 2))
+        energies = calibration.energy(believed, came, torch.arange(1, 4))[:, horizons].mean(dim=1)
+        found.append(calibration.ordinary([step + 1 for step in horizons]).percentile(energies))
     percentiles = torch.stack(found)
     assert above_90[0] < float((percentiles > 90).float().mean()) < above_90[1]
     assert float((percentiles > 99).float().mean()) < above_99
@@ -134,7 +140,7 @@ def test_of_few_clips_percentiles_are_cautious():
     energies, groups = np.exp(np.repeat(level, 50) + generator.normal(size=3000)), np.repeat(np.arange(60), 50)
 
     def width(chosen):
-        quantiles, _ = predictive_quantiles(energies[chosen], groups[chosen])
+        quantiles = Ordinary.of(energies[chosen], groups[chosen]).quantiles
         return float((quantiles[990] / quantiles[500]).log())
 
     assert width(slice(None)) == pytest.approx(np.sqrt(2) * 2.326, rel=0.15)  # of a sum of two standard normal numbers
@@ -143,10 +149,10 @@ def test_of_few_clips_percentiles_are_cautious():
 
 
 def test_a_video_that_is_unlike_the_clips_is_noticed():
-    calibration = fit_calibration(ridge(), clips(30))
-    ordinary = torch.exp(calibration.levels[0, 0].float()) * torch.ones(50)
-    assert calibration.level(ordinary, 1) == pytest.approx(50, abs=1)
-    assert calibration.level(20 * ordinary, 1) > 99
+    ordinary = fit_calibration(ridge(), clips(30)).ordinary([1])
+    energies = np.exp(ordinary.mean) * torch.ones(50)
+    assert ordinary.level(energies) == pytest.approx(50, abs=1)
+    assert ordinary.level(20 * energies) > 99
 
 
 def test_clips_are_held_out_whole_and_in_few_parts():
@@ -191,8 +197,37 @@ def test_a_calibration_can_be_built_again_and_knows_its_percentiles():
     again = Calibration.build(**calibration.description())
     again.load_state_dict(calibration.state_dict())
     energies = torch.tensor([0.0, 0.5, 1.0, 1e9])
-    assert torch.equal(again.percentile(energies, 1), calibration.percentile(energies, 1))
-    assert torch.equal(again.percentile(energies.double(), 1), again.percentile(energies, 1))
-    assert calibration.percentile(energies, 1).tolist() == sorted(calibration.percentile(energies, 1).tolist())
-    assert calibration.percentile(energies, 1)[[0, 3]].tolist() == [0, 100]
-    assert calibration.quantiles.shape == (3, QUANTILES)
+    percentiles = calibration.ordinary([1, 3]).percentile(energies)
+    assert torch.equal(again.ordinary([1, 3]).percentile(energies.double()), percentiles)
+    assert percentiles.tolist() == sorted(percentiles.tolist())
+    assert percentiles[[0, 3]].tolist() == [0, 100]
+
+
+def test_of_a_grid_the_most_surprising_neighbourhood_counts():
+    """In units of what that usually is: ordinary moments have an energy of 1, whatever the number of places."""
+    generator = torch.Generator().manual_seed(0)
+    came = torch.randn(120, 2, 6, 8, 4, generator=generator)
+    guess, last = torch.randn(came.shape, generator=generator), torch.randn(120, 1, 6, 8, 4, generator=generator)
+    rolled = came + 0.3 * torch.randn(came.shape, generator=generator)
+    model, ticks = ridge(), torch.tensor([1, 2])
+    forecasts = Forecasts(rolled, guess, last, came, np.repeat(np.arange(6), 20))
+    calibration = fit_calibration(model, forecasts)
+    believed = calibration.blend[:, 0].view(2, 1, 1, 1) * rolled * model.std + model.mean
+    came = came * model.std + model.mean
+    assert calibration.energy(believed, came, ticks).mean(dim=0).tolist() == pytest.approx([1, 1], abs=0.15)
+    wrong = came.clone()
+    wrong[7, 1, 4, 2] += 9 * model.std  # a place is enough
+    energies = calibration.energy(believed, wrong, ticks)
+    assert energies[7, 1] == energies.max() > 5
+    assert int(calibration.energy_map(believed, wrong, ticks)[7, 1].argmax()) == 4 * 8 + 2
+
+
+@pytest.mark.parametrize(("grid", "side"), [((1, 1), 1), ((4, 6), 1), ((9, 12), 3), ((15, 22), 5)])
+def test_a_neighbourhood_is_a_third_of_the_picture(grid, side):
+    energies = torch.zeros(1, 1, *grid)
+    middle = grid[0] // 2, grid[1] // 2
+    energies[0, 0, *middle] = side**2
+    found = mean_of_neighbours(energies)[0, 0]
+    assert (found > 0).sum() == side**2
+    assert found[middle] == pytest.approx(1)
+    assert torch.equal(mean_of_neighbours(torch.ones(1, 1, *grid)), torch.ones(1, 1, *grid))  # at the borders, too

@@ -153,7 +153,7 @@ def test_forecasts_evaluation_and_surprise_are_those_of_the_cpu(caches, network)
         readout = fit_readout(caches["train"], ("speed",), predictor)
         found = Evaluation(predictor, calibration, windows, readout=readout).run(resamples=20)
         Evaluation(predictor, calibration, windows, samples=19).run(resamples=2)  # draws of its own
-        scores = list(score_clips(predictor, calibration, windows))
+        scores = list(score_clips(predictor, calibration, windows, (HORIZON,)))
         surprise = [
             [*map(float, (*score.energies, *score.percentiles, *score.cosines)), score.level] for score in scores
         ]

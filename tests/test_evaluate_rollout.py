@@ -38,7 +38,7 @@ def make_model(shape=(5,), latent_dimension=0):
     torch.nn.init.normal_(predictor.head.weight, std=0.3)
     predictor.mean.normal_()
     predictor.std.uniform_(0.5, 2)
-    ridge = Ridge(4.0, 2, mean=predictor.mean, std=predictor.std)
+    ridge = Ridge(4.0, 2, mean=predictor.mean, std=predictor.std, on_grid=False)
     torch.nn.init.normal_(ridge.weight, std=0.2)
     calibration = Calibration(ridge, HORIZON)
     calibration.blend[:] = torch.tensor([0.4, 0.3, 0.2, 0.1])

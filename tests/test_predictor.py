@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as functional
 
 from jepa.baselines import Ridge
 from jepa.errors import ConfigurationError
@@ -84,7 +85,22 @@ def test_a_rollout_that_remembers_is_one_that_reads_everything_again(name):
     torch.testing.assert_close(rolled, again[:, 6:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_grid_is_each_of_its_tokens_alone():
+def test_a_transformer_sees_the_neighbours_of_a_place_and_not_beyond():
+    """Each layer goes a cell farther, and rollouts carry on what came from there."""
+    predictor, past = make("transformer", (5, 8)), sequence(tokens=(5, 8))
+    other = past.embeddings.clone()
+    other[:, -1, 2, 0] += 1
+    one, two = (
+        rollout(predictor, Sequence.on_clock(given, FPS), Future.ticks(1, FPS)) for given in (past.embeddings, other)
+    )
+    reached = (one != two).any(dim=4).any(dim=0)[0]  # (5, 8)
+    assert reached[2, 2]
+    assert not reached[:, 3:].any()
+    crop = predictor(Sequence(past.embeddings[:, :, :4, :5], past.times))
+    torch.testing.assert_close(crop[:, :, :2, :3], one[:, :, :2, :3], rtol=1e-4, atol=1e-5)
+
+
+def test_to_an_mlp_a_grid_is_each_of_its_tokens_alone():
     predictor, past = make(tokens=(2, 3)), sequence(6, tokens=(2, 3))
     rolled = rollout(predictor, past, Future.ticks(3, FPS))
     one = rollout(predictor, Sequence(past.embeddings[:, :, 1, 2], past.times), Future.ticks(3, FPS))
@@ -153,10 +169,27 @@ def test_ridge_recovers_a_linear_law(tokens):
     windows = 3 + torch.randn(500, 3, *tokens, 5, generator=generator)
     windows[:, 2] = windows[:, 0] @ law[0] + windows[:, 1] @ law[1] + 1.0
     mean, std = windows.flatten(0, -2).mean(dim=0), windows.flatten(0, -2).std(dim=0)
-    loose, tight = fit_ridge(windows.split(128), Ridge(FPS, 2, mean=mean, std=std), (1e-9, 1e3))
+    loose, tight = fit_ridge(windows.split(128), Ridge(FPS, 2, mean=mean, std=std, on_grid=False), (1e-9, 1e3))
     torch.testing.assert_close(loose(windows[:, :2]), windows[:, 2:], rtol=1e-3, atol=1e-3)
     usual = windows[:, 2:].flatten(0, -2).mean(dim=0)
     assert (tight(windows[:, :2]) - usual).abs().mean() < 0.01 * (windows[:, 2:] - usual).abs().mean()
+
+
+def test_ridge_on_a_grid_recovers_what_comes_from_the_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    law = 0.3 * torch.randn(2, 5, 5, generator=generator)
+    windows = torch.randn(100, 3, 4, 5, 5, generator=generator)
+    padded = functional.pad(windows[:, 1], (0, 0, 1, 1, 1, 1))
+    counts = functional.pad(torch.ones(1, 4, 5, 1), (0, 0, 1, 1, 1, 1))
+    around = [(padded[:, r : r + 4, c : c + 5], counts[:, r : r + 4, c : c + 5]) for r in range(3) for c in range(3)]
+    means = sum(cells for cells, _ in around) / sum(there for _, there in around)
+    windows[:, 2] = windows[:, 0] @ law[0] + means @ law[1] + 1.0
+    mean, std = windows.flatten(0, -2).mean(dim=0), windows.flatten(0, -2).std(dim=0)
+    (ridge,) = fit_ridge(windows.split(32), Ridge(FPS, 2, mean=mean, std=std, on_grid=True), (1e-9,))
+    torch.testing.assert_close(ridge(windows[:, :2]), windows[:, 2:], rtol=1e-3, atol=1e-3)
+    past = Sequence.on_clock(windows[:, :2], FPS)
+    again = torch.cat([windows[:, 1:2], windows[:, 2:]], dim=1)
+    torch.testing.assert_close(rollout(ridge, past, Future.ticks(2, FPS))[:, 1:], ridge(again), rtol=1e-3, atol=1e-3)
 
 
 def test_windows_are_in_order_and_begin_with_the_first_repeated():

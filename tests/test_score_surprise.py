@@ -69,10 +69,11 @@ def test_an_event_is_the_highest_peak_and_its_echo_is_none(world, tmp_path, caps
     assert "1 video without 5 frames in a row: not scored" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("horizon", [1, 3])
-def test_energies_are_those_of_the_calibrated_forecast(world, tmp_path, horizon, monkeypatch):
+@pytest.mark.parametrize("horizons", [(1,), (3,), (1, 2, 3)])
+def test_energies_are_those_of_the_calibrated_forecast(world, tmp_path, horizons, monkeypatch):
     monkeypatch.setattr(models, "BATCH_NUMBERS", 2000)
-    rows, _ = score(world, tmp_path / "run", horizon=horizon)
+    rows, _ = score(world, tmp_path / "run", horizons=horizons)
+    horizon, middle = max(horizons), sum(horizons) // len(horizons)
     predictor, calibration = load_predictor(world / "predictor")
     cache = EmbeddingCache(world / "test")
     (clip,) = [clip for clip in cache.clips if "event" in clip.key.source]
@@ -81,8 +82,9 @@ def test_energies_are_those_of_the_calibrated_forecast(world, tmp_path, horizon,
     with torch.no_grad():
         believed = rollout(predictor, past, Future.ticks(horizon, 4.0), calibration=calibration)
     came = embeddings[None, 14 : 14 + horizon]
-    expected = calibration.energy(believed, came, torch.arange(1, horizon + 1))[0, -1]
-    (row,) = [row for row in rows if "event" in row["video"] and float(row["time_s"]) == (13 + horizon) / 4]
+    energies = calibration.energy(believed, came, torch.arange(1, horizon + 1))[0]
+    expected = energies[[step - 1 for step in horizons]].mean()
+    (row,) = [row for row in rows if "event" in row["video"] and float(row["time_s"]) == (13 + middle) / 4]
     assert float(row["energy"]) == pytest.approx(float(expected), abs=1e-3)
 
 
@@ -113,8 +115,8 @@ def test_a_video_unlike_all_others_is_said_to_be_so(world, tmp_path, make_clip, 
 def test_what_cannot_be_scored_is_refused(world, tmp_path, make_clip, write_cache, damage_cache):
     with pytest.raises(UserError, match="give --cache, or --videos"):
         score(world, tmp_path / "run", videos=("x.mp4",))
-    with pytest.raises(UserError, match="the calibration knows what is usual up to 4"):
-        score(world, tmp_path / "run", horizon=9)
+    with pytest.raises(UserError, match="the calibration knows what is usual from 1 to 4"):
+        score(world, tmp_path / "run", horizons=(9,))
     broken = damage_cache(write_cache(tmp_path / "broken", [make_clip("/videos/x.mp4", 30)]))
     with pytest.raises(UserError, match="not finite"):
         score(world, tmp_path / "run", cache=broken)
@@ -123,7 +125,7 @@ def test_what_cannot_be_scored_is_refused(world, tmp_path, make_clip, write_cach
 def test_peaks_are_the_highest_within_reach():
     energies = np.array([0, 5, 4, 3, 1, 1, 6, 1, 1, 2.0])
     ticks = np.arange(10)
-    scores = Scores("v", ticks, ticks / 4, energies, energies, energies, level=50.0, reach=2)
+    scores = Scores("v", ticks, ticks / 4, energies, energies, energies, energies, level=50.0, reach=2)
     assert score_surprise.find_peaks(scores) == [6, 1, 9]
 
 

@@ -68,7 +68,7 @@ def fit_ridge_on(train: EmbeddingCache, held_out: Windows, predictor: Predictor)
     windows = Windows(train, context + 1)
     chosen = windows.evenly(max(1000, RIDGE_SAMPLES // places))
     batches = in_batches(windows, chosen, predictor.mean.device, doing="ridge regression")
-    empty = Ridge(predictor.fps, context, mean=predictor.mean, std=predictor.std)
+    empty = Ridge(predictor.fps, context, mean=predictor.mean, std=predictor.std, on_grid=len(predictor.shape) == 3)
     fitted = fit_ridge((embeddings for _, embeddings in batches), empty, RIDGE_PENALTIES)
     seen = held_out.take(held_out.evenly(max(32, VALIDATION_WINDOWS // places)))[:, : predictor.config.context + 1]
     errors = [(predictor.standardise(ridge(seen[:, :-1]) - seen[:, -1:])).square().mean() for ridge in fitted]

@@ -29,15 +29,18 @@ class Scores:
     energies: np.ndarray
     percentiles: np.ndarray
     cosines: np.ndarray
+    maps: np.ndarray
+    """Energies of places (N, *tokens), each with its neighbours, where there are any."""
     level: float
     """Percentile of its ordinary level among ordinary videos."""
     reach: int
     """Ticks within which a peak is the highest."""
 
     def as_text(self, place: int) -> list[str]:
-        """Time in seconds, energy, percentile and change cosine as tables have them."""
+        """Time in seconds, energy, percentile, change cosine and, of a grid, the highest cell, as tables have them."""
         values = (self.times_s, 3), (self.energies, 4), (self.percentiles, 1), (self.cosines, 3)
-        return [f"{value[place]:.{digits}f}" for value, digits in values]
+        cell = np.unravel_index(self.maps[place].argmax(), self.maps.shape[1:]) if self.maps.ndim > 1 else ()
+        return [f"{value[place]:.{digits}f}" for value, digits in values] + [str(number) for number in cell]
 
 
 def draw_surprise(scores: Scores, peaks: Sequence[int], path: Path) -> None:
@@ -85,7 +88,12 @@ def draw_peaks(scores: Scores, peaks: Sequence[int], provenance: Provenance, pat
 
 def draw_frame(frame: np.ndarray, scores: Scores, place: int, axes: Axes, *, is_peak: bool) -> None:
     """A frame uint8 (H, W, 3) and what is known of it; a peak is framed."""
+    height, width, _ = frame.shape
     axes.imshow(frame)
+    if scores.maps.ndim > 1:  # warm where it is as surprising as the video ever is, clear where it is half of that
+        share = scores.maps[place] / scores.maps.max()
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        axes.imshow(share, "autumn_r", alpha=(2 * share - 1).clip(0, 0.6), extent=extent, vmin=0.5, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])
     energy, percentile = scores.energies[place], scores.percentiles[place]
