@@ -1,0 +1,249 @@
+r"""Where something happened that never happened before: surprise on real surveillance video, beside simple scores.
+
+  python -m benchmarks.ped2 --seeds 0 1 2
+  python -m benchmarks.ped2 --train DIR --test DIR --labels CSV --seeds 0 --output-dir DIR
+
+By default UCSD Ped2 (Mahadevan et al. 2010, people on a walkway; not normal are a cyclist, a skater, a cart). Patches
+of a published backbone, frozen, from `$JEPA_SHARED/weights`; every fourth training clip calibrates. For each seed of
+the predictor the scores of `video-jepa surprise`, and beside them, by the same rule over places and horizons: the
+energy of copying, the Mahalanobis distance of patches without time, their distance to the nearest of 40,000 training
+patches; the mean difference of frames, and the frame's number. The CSV has `video`, `first_abnormal`, `last_abnormal`,
+frames counted from 0. Areas under the ROC curve over frames, raw: of all test clips pooled, and the mean over the clips
+that have both classes; intervals by resampling clips. Prints a table and leaves `results.json`.
+"""
+
+import csv
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.covariance import LedoitWolf
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from benchmarks.common import markdown, over_seeds, read_json, run, run_once, shared, train_on, write_results
+from data.cache import CachedClip, EmbeddingCache
+from data.clock import read_on_clock
+from data.counting import count_frames
+from jepa.calibration import mean_of_neighbours
+from jepa.config import Bounded, Positive
+from pipelines.run.command import require, run_command
+
+HORIZONS = (1, 2, 3, 4)
+PATCHES = 40_000
+"""Training patches for distances, at most."""
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Options(Bounded):
+    """Surprise on surveillance video, several seeds of the predictor."""
+
+    train: Path | None = None
+    """Folder of ordinary videos; by default Ped2's."""
+    test: Path | None = None
+    """Folder of the videos to score; by default Ped2's."""
+    labels: Path | None = None
+    """Which of their frames are abnormal; by default Ped2's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the predictor."""
+    fps: Positive = 2.5
+    """Ticks a second; four clocks together see four times as many frames."""
+    encoder_options: str = (
+        "--encoder timm:tf_efficientnet_lite0 --tokens grid --grid 15 22 --image-size 240 352 --levels 3 "
+        "--batch-size 16"
+    )
+    """Options of `cache_embeddings`."""
+    predictor_options: str = (
+        "--predictor.kind transformer --predictor.context 4 --predictor.width 256 --predictor.depth 2 "
+        "--predictor.heads 4 --batch-size 512 --rollout-steps 4 --validation-horizon 4 --steps 400"
+    )
+    """Options of `train_predictor`."""
+    output_dir: Path = Path("runs/benchmarks/ped2")
+    """Where all caches, runs and the results are left."""
+
+
+def main(options: Options) -> None:
+    """The story: cache patches, train and score each seed, score by simple means, compare with the labels."""
+    folder = options.output_dir
+    ordinary = videos_in(options.train or shared("ped2") / "train")
+    tests = videos_in(options.test or shared("ped2") / "test")
+    abnormal = read_labels(options.labels or shared("ped2") / "labels.csv", tests)
+    cached(folder, {"train": [one for number, one in enumerate(ordinary) if number % 4], "val": ordinary[::4],
+                    "test": tests}, options)  # fmt: skip
+    found: dict[str, list[dict[str, Any]]] = {"model": []}
+    for seed in options.seeds:
+        predictor = folder / f"predictor_{seed}"
+        train_on(folder / "cache", predictor, options.predictor_options.split(), {"seed": seed})
+        given = {"cache": folder / "cache" / "test", "predictor": predictor, "horizons": HORIZONS}
+        run_once("score_surprise", folder / f"surprise_{seed}", given)
+        found["model"].append(judge(read_surprise(folder / f"surprise_{seed}" / "surprise.csv"), abnormal))
+    for name, scores in simple_scores(folder / "cache", tests).items():
+        found[name] = [judge(scores, abnormal)]
+    write_results(folder, {name: summarise(results) for name, results in found.items()})
+    print(
+        markdown(
+            [
+                ["score", "pooled", "by clips", "interval of pooled"],
+                *map(row_of, read_json(folder / "results.json").items()),
+            ]
+        )
+    )
+
+
+def videos_in(folder: Path) -> list[Path]:
+    """The videos of a folder, by name."""
+    videos = sorted(path for path in folder.iterdir() if path.suffix == ".mp4")
+    require(len(videos) > 1, f"{folder} holds {len(videos)} .mp4 files: bring some")
+    return videos
+
+
+def read_labels(path: Path, videos: list[Path]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Times of each video's frames, float64 (T,), and whether they are abnormal, bool (T,)."""
+    times_s = {}
+    for video in videos:
+        info = count_frames(video)
+        times_s[video.name] = np.arange(info.frames or 0) / info.average_fps
+    found = {name: (times, np.zeros(len(times), bool)) for name, times in times_s.items()}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["video"] in found:
+                found[row["video"]][1][int(row["first_abnormal"]) : int(row["last_abnormal"]) + 1] = True
+    return found
+
+
+def cached(folder: Path, videos: dict[str, list[Path]], options: Options) -> None:
+    """Caches of the splits; the encoder is kept in that of the training videos."""
+    common = {"fps": options.fps, "clocks": 4}
+    for split, paths in videos.items():
+        cache = folder / "cache" / split
+        words = options.encoder_options.split() if split == "train" else ["--batch-size", "16"]
+        if split == "train" and "efficientnet_lite0" in options.encoder_options:
+            words += ["--encoder-weights", str(shared("weights") / "tf_efficientnet_lite0.safetensors")]
+        elif split != "train":
+            words += ["--encoder", str((folder / "cache" / "train" / "encoder").absolute())]
+        run("cache_embeddings", {"videos": paths, "output-dir": cache} | common, words)
+
+
+# Scores: by the name of a video its times and a score at each, both (N,), in the order of time
+
+Scores = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def read_surprise(path: Path) -> Scores:
+    """The energies of `surprise.csv`."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(Path(row["video"]).name, []).append((float(row["time_s"]), float(row["energy"])))
+    return {name: in_order(np.array(rows).T) for name, rows in found.items()}
+
+
+def in_order(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times and scores (2, N) in the order of time: clocks come one after the other."""
+    times_s, scores = rows[:, rows[0].argsort(kind="stable")]
+    return times_s, scores
+
+
+def simple_scores(caches: Path, videos: list[Path]) -> dict[str, Scores]:
+    """Scores of rivals."""
+    train, val, test = (EmbeddingCache(caches / split) for split in ("train", "val", "test"))
+    patches = np.concatenate([train.clip_embeddings(clip).reshape(-1, train.shape[-1]) for clip in train.clips])
+    patches = patches[:: -(-len(patches) // PATCHES)]
+    mean, std = patches.mean(axis=0), patches.std(axis=0) + 1e-6
+    distance = functools.partial(nearest, torch.from_numpy((patches - mean) / std))
+    usual = LedoitWolf().fit(patches)
+    copies = {ticks: LedoitWolf().fit(np.concatenate([changes(val, clip, ticks)[::7] for clip in val.clips]))
+              for ticks in HORIZONS}  # fmt: skip
+
+    def copying(clip: CachedClip) -> list[np.ndarray]:
+        return [copies[ticks].mahalanobis(changes(test, clip, ticks)) for ticks in HORIZONS]
+
+    def still(measure: Callable[[np.ndarray], np.ndarray]) -> Scores:
+        return by_video(test, 0, lambda clip: [measure(rows_of(test.clip_embeddings(clip)))])
+
+    return {
+        "copy_last": by_video(test, round(sum(HORIZONS) / len(HORIZONS)), copying),
+        "mahalanobis": still(usual.mahalanobis),
+        "nearest": still(lambda rows: distance(torch.from_numpy((rows - mean) / std)).numpy()),
+        "frame_difference": {video.name: differences(video) for video in videos},
+        "frame_number": {video.name: (np.array([0.0, 1e4]), np.array([0.0, 1e4])) for video in videos},
+    }
+
+
+def by_video(cache: EmbeddingCache, middle: int, measure: Callable[[CachedClip], list[np.ndarray]]) -> Scores:
+    """Scores of moments, `middle` ticks after each start: the mean over horizons of the highest neighbourhood.
+
+    `measure` gives energies of places for each horizon, (starts x places,).
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for clip in cache.clips:
+        maps = [torch.from_numpy(one).view(1, -1, *cache.shape[:-1]).float() for one in measure(clip)]
+        highest = [mean_of_neighbours(one).flatten(2).amax(dim=2)[0] for one in maps]
+        starts = min(map(len, highest))
+        score = torch.stack([one[:starts] for one in highest]).mean(dim=0).numpy()
+        times_s = cache.take(clip.rows, "times_s")[middle : middle + starts]
+        found.setdefault(Path(clip.key.source).name, []).append(np.stack([times_s, score[: len(times_s)]]))
+    return {name: in_order(np.concatenate(parts, axis=1)) for name, parts in found.items()}
+
+
+def rows_of(embeddings: np.ndarray) -> np.ndarray:
+    """Patches one by one, (T, *tokens, D) -> (T x places, D)."""
+    return embeddings.reshape(-1, embeddings.shape[-1])
+
+
+def changes(cache: EmbeddingCache, clip: CachedClip, ticks: int) -> np.ndarray:
+    """What copying misses so many ticks ahead, (starts x places, D)."""
+    embeddings = cache.clip_embeddings(clip)
+    return rows_of(embeddings[ticks:] - embeddings[:-ticks])
+
+
+def nearest(known: Tensor, rows: Tensor) -> Tensor:
+    """Squared distance of each row (N, D) to the nearest that is known, (N,), exact, in blocks."""
+    norms = known.square().sum(dim=1)
+    return torch.cat([(norms - 2 * part @ known.T).amin(dim=1) + part.square().sum(dim=1) for part in rows.split(2000)])
+
+
+def differences(video: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The mean difference of each frame to the one before it."""
+    frames = list(read_on_clock(video, (120, 176), fps=10))
+    pictures = np.stack([frame.frame for frame in frames]).astype(np.float32)
+    return np.array([frame.time_s for frame in frames[1:]]), np.abs(np.diff(pictures, axis=0)).mean(axis=(1, 2, 3))
+
+
+# Judgement
+
+
+def judge(scores: Scores, abnormal: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """Areas under the curve; each frame has the score that is interpolated at its time."""
+    frames = [(truth, np.interp(times_s, *scores[name])) for name, (times_s, truth) in abnormal.items()]
+    areas = [roc_auc_score(truth, score) for truth, score in frames if 0 < truth.mean() < 1]
+    generator, resampled = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        chosen = generator.integers(len(frames), size=len(frames))
+        truths = np.concatenate([frames[one][0] for one in chosen])
+        if 0 < truths.mean() < 1:
+            resampled.append(roc_auc_score(truths, np.concatenate([frames[one][1] for one in chosen])))
+    pooled = roc_auc_score(*map(np.concatenate, zip(*frames, strict=True)))
+    return {"pooled": pooled, "by_clips": np.mean(areas), "interval": np.quantile(resampled, [0.025, 0.975]).tolist()}
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds, and what each has."""
+    mean = {name: np.mean([result[name] for result in results], axis=0).tolist() for name in results[0]}
+    return mean | {"seeds": results}
+
+
+def row_of(item: tuple[str, dict[str, Any]]) -> list[object]:
+    """A line of the table."""
+    name, found = item
+    values = [over_seeds([seed[measure] for seed in found["seeds"]]) for measure in ("pooled", "by_clips")]
+    return [name, *values, " to ".join(f"{end:.3f}" for end in found["interval"])]
+
+
+if __name__ == "__main__":
+    run_command(main, Options)
