@@ -9,38 +9,40 @@ The second embeds the videos first, into OUTPUT/cache. Leaves `surprise.csv` (a 
 is usual (mean 1), of a grid of tokens that of its most surprising place, which `row` and `column` name and the pictures
 show; the percentile says how much of ordinary video has less. The change cosine says whether things went as expected,
 from 1 by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a film that runs backwards.
+
+  video-jepa surprise --cache cache/last_night --normal cache/other_nights --alarms-per-hour 1 --horizons 1 2 3 4
+
+With ordinary videos that nothing was fitted on, `events.csv` says what is rarer than that in them: from when to when,
+the peak and, of a grid, the cells; and how many false alarms are to be expected.
 """
 
 import csv
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import numpy as np
-import torch
 from accelerate import Accelerator
-from scipy.ndimage import maximum_filter1d
 from tqdm import tqdm
 
-from data.cache import Provenance
+from data.cache import EmbeddingCache, Provenance
 from data.errors import DataError, printable
 from data.video import IMAGE_FPS
 from data.windows import Windows
+from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
 from jepa.calibration import FAR_LEVEL, Calibration
 from jepa.config import Bounded, Positive, PositiveInt
-from jepa.metrics import change_cosine
 from jepa.predictor import Predictor
-from jepa.rollout import rollout
-from jepa.sequence import Future, Sequence
-from pipelines.run.command import counted, require, require_one_process, run_command
+from pipelines.run.command import UserError, counted, require, require_one_process, run_command
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import in_batches, inputs_of, load_predictor, open_cache
-from pipelines.run.pictures import Scores, draw_peaks, draw_surprise, plain
+from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both
+from pipelines.run.pictures import draw_peaks, draw_surprise, plain
+from pipelines.run.scoring import Scores, score_videos
 from pipelines.run.stages import run_stage
 
 COLUMNS = ("time_s", "energy", "percentile", "change_cosine")
-PLACE = ("row", "column")
+SPAN = ("begin_s", "end_s", "peak_s", "energy")
+PLACE, BOX = ("row", "column"), ("first_row", "first_column", "last_row", "last_column")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Options(Bounded):
     """Ticks ahead of a past whose energies are averaged. 1 notices best what is sudden, 1 2 3 4 what goes astray."""
     peaks: PositiveInt = 5
     """Most surprising moments of each video that are shown."""
+    normal: Path | None = None
+    """Embeddings of ordinary videos that nothing was fitted on, to choose the threshold of alarms by."""
+    alarms_per_hour: Positive = 1.0
+    """False alarms that are borne in an hour of ordinary video."""
     overwrite: bool = False
     """Replace the results in the output folder."""
 
@@ -71,7 +77,7 @@ def main(options: Options) -> None:
     """Score each video, say and show what is surprising."""
     require_one_process()
     folder, device = options.output_dir, Accelerator().device
-    output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "pictures", "peaks"))
+    output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "events.csv", "pictures", "peaks"))
     require(bool(options.videos) != bool(options.cache), "give --cache, or --videos to embed first")
     predictor, calibration = load_predictor(options.predictor, device)
     farthest = max(options.horizons, default=0)
@@ -82,29 +88,75 @@ def main(options: Options) -> None:
     )
     cache = open_cache(options.cache or embed(options, predictor.fps), predictor)
     windows = Windows(cache, predictor.config.context + farthest)
+    alarm = choose_alarm(options, predictor, calibration, cache) if options.normal else None
     output.begin(inputs_of(options.predictor, cache))
     for name in ("pictures", "peaks"):
         (folder / name).mkdir(exist_ok=True)
-    frames, energy, videos, far = 0, 0.0, 0, 0
-    with (folder / "surprise.csv").open("w", newline="") as every, (folder / "peaks.csv").open("w", newline="") as best:
-        moments, highest = csv.writer(every), csv.writer(best)
-        columns = COLUMNS + PLACE * (len(predictor.shape) > 1)
-        moments.writerow(["video", *columns])
-        highest.writerow(["video", "rank", *columns])
-        for scores in score_clips(predictor, calibration, windows, options.horizons):
-            peaks = find_peaks(scores)[: options.peaks]
-            video = str(scores.video).encode(errors="backslashreplace").decode()  # names need not be UTF-8
-            moments.writerows([video, *scores.as_text(place)] for place in range(len(scores.ticks)))
-            highest.writerows([video, rank, *scores.as_text(peak)] for rank, peak in enumerate(peaks, start=1))
+    with Tables(folder, alarm, on_grid=len(predictor.shape) > 1) as tables:
+        for scores in score_videos(predictor, calibration, windows, options.horizons):
+            peaks = scores.peaks(options.peaks)
+            tables.write(scores, peaks)
             show(scores, peaks, folder, cache.provenance)
-            frames, energy = frames + len(scores.ticks), energy + float(scores.energies.sum())
-            videos, far = videos + 1, far + (scores.level > FAR_LEVEL)
-    silent = len(cache.clips) - videos
-    counts = {"videos": videos, "too_short_videos": silent, "far_from_calibration": far}
-    output.finish({**counts, "mean_energy": energy / frames})
+    silent = len({clip.key.source for clip in cache.clips}) - len(tables.levels)
+    far = sum(level > FAR_LEVEL for level in tables.levels)
+    output.finish({
+        "videos": len(tables.levels), "too_short_videos": silent, "far_from_calibration": far,
+        "mean_energy": tables.energy / tables.moments, "events": tables.events if alarm else None,
+        "threshold": alarm.threshold if alarm else None,
+    })  # fmt: skip
     if silent:
         print(f"{counted(silent, 'video')} without {windows.length} frames in a row: not scored")
-    print(f"wrote {folder}/surprise.csv and peaks.csv, and pictures of each video in pictures and peaks")
+    if alarm:
+        low, high = alarm.expected(tables.hours)
+        print(
+            f"{counted(tables.events, 'event')} of an energy above {alarm.threshold:.2f} in {tables.hours:.2f} h; were "
+            f"they as ordinary as the {alarm.hours:.2f} h of {options.normal}, there would be {low} to {high}"
+        )
+    print(f"wrote {folder}/{', '.join(tables.names)}, and pictures of each video in pictures and peaks")
+
+
+def choose_alarm(options: Options, predictor: Predictor, calibration: Calibration, watched: EmbeddingCache) -> Alarm:
+    """The alarm that ordinary videos set off as rarely as is asked. Raises `UserError` where they are too few."""
+    normal = open_cache(options.normal or Path(), predictor)
+    require_no_video_in_both(normal, watched)
+    windows = Windows(normal, predictor.config.context + max(options.horizons))
+    timelines = [scores.timeline for scores in score_videos(predictor, calibration, windows, options.horizons)]
+    try:
+        return choose_threshold(timelines, options.alarms_per_hour)
+    except ValueError as error:
+        raise UserError(f"--normal {options.normal}: {error}") from error
+
+
+class Tables(AbstractContextManager["Tables"]):
+    """The tables of a scoring, written video by video, and sums over all."""
+
+    def __init__(self, folder: Path, alarm: Alarm | None, *, on_grid: bool) -> None:
+        moment = (*COLUMNS, *PLACE * on_grid)
+        heads = {"surprise.csv": ("video", *moment), "peaks.csv": ("video", "rank", *moment)}
+        heads |= {"events.csv": ("video", *SPAN, *BOX * on_grid)} if alarm else {}
+        self.alarm, self.names = alarm, list(heads)
+        self.levels, self.moments, self.energy, self.events, self.hours = list[float](), 0, 0.0, 0, 0.0
+        self.files = [(folder / name).open("w", newline="") for name in heads]
+        self.writers = [csv.writer(file) for file in self.files]
+        for writer, head in zip(self.writers, heads.values(), strict=True):
+            writer.writerow(head)
+
+    def __exit__(self, *error: object) -> None:
+        for file in self.files:
+            file.close()
+
+    def write(self, scores: Scores, peaks: list[int]) -> None:
+        """Add a video."""
+        surprise, highest, *alarms = self.writers
+        video = str(scores.video).encode(errors="backslashreplace").decode()  # names need not be UTF-8
+        surprise.writerows([video, *scores.as_text(place)] for place in range(len(scores.times_s)))
+        highest.writerows([video, rank, *scores.as_text(peak)] for rank, peak in enumerate(peaks, start=1))
+        events = find_events(scores.timeline, self.alarm.threshold) if self.alarm else []
+        for writer in alarms:
+            writer.writerows([video, *scores.event_as_text(event)] for event in events)
+        self.levels.append(scores.level)
+        self.moments, self.energy = self.moments + len(scores.times_s), self.energy + float(scores.energies.sum())
+        self.events, self.hours = self.events + len(events), self.hours + hours_of([scores.timeline])
 
 
 def embed(options: Options, fps: float) -> Path:
@@ -116,45 +168,6 @@ def embed(options: Options, fps: float) -> Path:
         "embed", {"videos": videos, "encoder": encoder, "fps": fps, "image-fps": options.image_fps, "output-dir": cache}
     )
     return cache
-
-
-@torch.no_grad()
-def score_clips(
-    predictor: Predictor, calibration: Calibration, windows: Windows, horizons: tuple[int, ...]
-) -> Iterator[Scores]:
-    """The scores of each clip, one after the other, in memory that does not depend on their number.
-
-    From each past so much future is forecast as its window has; its moment lies in the middle of the horizons.
-    """
-    context, cache, device = predictor.config.context, windows.cache, predictor.mean.device
-    ordinary, middle = calibration.ordinary(horizons), round(sum(horizons) / len(horizons))
-    ahead, future = torch.tensor(horizons).to(device), Future.ticks(windows.length - context, predictor.fps)
-    numbers = np.arange(len(windows))
-    by_clip = np.split(numbers, np.flatnonzero(np.diff(windows.clip_of(numbers))) + 1)
-    for chosen in tqdm(by_clip, desc="scoring", unit="clip", leave=False):
-        parts = []
-        for _, embeddings in in_batches(windows, chosen, device):
-            past, came = Sequence.on_clock(embeddings[:, :context], predictor.fps), embeddings[:, context:]
-            believed = rollout(predictor, past, future, calibration=calibration)
-            maps = calibration.energy_map(believed[:, ahead - 1], came[:, ahead - 1], ahead)
-            standardised = (predictor.standardise(part) for part in (believed, came, past.embeddings[:, -1:]))
-            expected, seen, last = standardised
-            cosines = change_cosine(expected[:, middle - 1, None], seen[:, middle - 1, None], last[:, 0])
-            energies = calibration.highest(maps, ahead).mean(dim=1)
-            parts.append([part.cpu() for part in (energies, cosines[:, 0], maps.mean(dim=1))])
-        energies, cosines, maps = (torch.cat(part) for part in zip(*parts, strict=True))
-        rows = windows.rows(chosen)[:, context + middle - 1]
-        yield Scores(
-            video=Path(cache.clips[windows.clip_of(chosen[:1])[0]].key.source),
-            ticks=cache.take(rows, "ticks"),
-            times_s=cache.take(rows, "times_s"),
-            energies=energies.double().numpy(),
-            percentiles=ordinary.percentile(energies).numpy(),
-            cosines=cosines.double().numpy(),
-            maps=maps.numpy(),
-            level=ordinary.level(energies.double()),
-            reach=windows.length - 1,
-        )
 
 
 def show(scores: Scores, peaks: list[int], folder: Path, provenance: Provenance) -> None:
@@ -170,18 +183,6 @@ def show(scores: Scores, peaks: list[int], folder: Path, provenance: Provenance)
     if scores.level > FAR_LEVEL:
         said += "; its ordinary level is far above what the calibration calls ordinary: percentiles say little of it"
     tqdm.write(printable(said))
-
-
-def find_peaks(scores: Scores) -> list[int]:
-    """Frames of more energy than all within `reach` ticks, the most surprising first.
-
-    So long after an event a frame may be forecast from a past that it is part of, and echo it.
-    """
-    first, energies = scores.ticks[0], np.full(int(scores.ticks[-1] - scores.ticks[0]) + 1, -np.inf)
-    energies[scores.ticks - first] = scores.energies
-    highest = maximum_filter1d(energies, 2 * scores.reach + 1, mode="constant", cval=-np.inf)[scores.ticks - first]
-    places = np.flatnonzero(scores.energies >= highest)
-    return places[np.argsort(-scores.energies[places], kind="stable")].tolist()
 
 
 def picture_name(video: Path, folder: Path) -> str:

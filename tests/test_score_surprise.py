@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from data.cache import EmbeddingCache
-from jepa.networks import MLPConfig
+from data.cache import Column, EmbeddingCache
+from jepa.networks import MLPConfig, TransformerConfig
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines import score_surprise, train_predictor
 from pipelines.run import models
 from pipelines.run.command import UserError
 from pipelines.run.models import load_predictor
-from pipelines.run.pictures import Scores
+from pipelines.run.scoring import Scores
 from tests.test_train_predictor import turning
 
 
@@ -102,6 +102,52 @@ def test_no_name_costs_the_others_their_scores(world, tmp_path, make_clip, write
     assert sum("most surprising at" in line for line in said) == len(names)
 
 
+def test_alarms_are_as_rare_as_is_asked_and_say_from_when_to_when(world, tmp_path, make_clip, write_cache, capsys):
+    made = [make_clip(f"/videos/n_{seed}.mp4", 60, embeddings=turning(60, seed=900 + seed)) for seed in range(10)]
+    normal = write_cache(tmp_path / "normal", made)
+    score(world, tmp_path / "run", normal=normal, alarms_per_hour=60)
+    with (tmp_path / "run" / "events.csv").open() as file:
+        events = list(csv.DictReader(file))
+    assert {"event" in row["video"] for row in events} == {True}
+    assert float(events[0]["begin_s"]) == float(events[0]["peak_s"]) == 25 / 4
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["events"] == len(events)
+    assert f"of an energy above {metrics['threshold']:.2f} in 0.01 h; were" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"normal: 2.3 minutes of ordinary video say nothing of 2 alarms an hour"):
+        score(world, tmp_path / "other", normal=normal, alarms_per_hour=2)
+    with pytest.raises(UserError, match="is in both"):
+        score(world, tmp_path / "other", normal=world / "test", alarms_per_hour=60)
+
+
+def test_of_a_grid_the_place_is_told_and_clocks_are_one_timeline(tmp_path, make_clip, write_cache):
+    """One cell changes its ways; two clocks take turns."""
+    columns = {"embeddings": Column("float32", (4, 6, 5))}
+
+    def clip(name, seed, offset_s=0.0):
+        steps = turning(30, seed=seed)[:, None, None].repeat(4, 1).repeat(6, 2)
+        return make_clip(f"/videos/{name}.mp4", 30, offset_s=offset_s, embeddings=steps)
+
+    for split, number in (("train", 6), ("val", 4)):
+        write_cache(tmp_path / split, [clip(f"{split}_{one}", one + number) for one in range(number)], columns=columns)
+    strange = [clip("strange", 77, offset_s) for offset_s in (0.0, 0.125)]
+    for one in strange:
+        one.columns["embeddings"][20:22, 1, 4] += 2
+    write_cache(tmp_path / "test", strange, columns=columns)
+    train_predictor.main(
+        train_predictor.Options(
+            train_cache=tmp_path / "train", validation_cache=tmp_path / "val", output_dir=tmp_path / "predictor",
+            steps=20, batch_size=48, rollout_steps=2, validation_horizon=3, tracker=("none",),
+            predictor=TransformerConfig(context=4, width=16, depth=1, heads=2),
+        )
+    )  # fmt: skip
+    rows, peaks = score(tmp_path, tmp_path / "run", horizons=(1, 2, 3), peaks=1)
+    times = [float(row["time_s"]) for row in rows]
+    assert times == sorted(times)
+    assert np.diff(times) == pytest.approx(0.125)
+    assert (peaks[0]["row"], peaks[0]["column"]) == ("1", "4")
+    assert float(peaks[0]["time_s"]) == pytest.approx(5, abs=0.8)
+
+
 def test_a_video_unlike_all_others_is_said_to_be_so(world, tmp_path, make_clip, write_cache, capsys):
     noise = make_clip("/videos/gone.mp4", 60)
     noise.columns["embeddings"] *= 3
@@ -124,9 +170,9 @@ def test_what_cannot_be_scored_is_refused(world, tmp_path, make_clip, write_cach
 
 def test_peaks_are_the_highest_within_reach():
     energies = np.array([0, 5, 4, 3, 1, 1, 6, 1, 1, 2.0])
-    ticks = np.arange(10)
-    scores = Scores("v", ticks, ticks / 4, energies, energies, energies, energies, level=50.0, reach=2)
-    assert score_surprise.find_peaks(scores) == [6, 1, 9]
+    scores = Scores("v", np.arange(10) / 4, energies, energies, energies, energies, level=50.0, reach_s=0.5)
+    assert scores.peaks(5) == [6, 1, 9]
+    assert scores.peaks(2) == [6, 1]
 
 
 def test_any_name_makes_a_picture(tmp_path):

@@ -1,7 +1,6 @@
 """Pictures of what is surprising in a video: its curves, and its peaks among the frames around them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +11,12 @@ from data.cache import Provenance
 from data.decoder import Damage, VideoError
 from data.frames_at import read_frames_at
 from data.video import probe_video
+from pipelines.run.scoring import Scores
 
 SHOWN_FRAMES = 5
 """Frames shown of a peak, itself in the middle."""
 CURVE_POINTS, SPANS = 4000, 60
 """Points of a curve, and spans whose mean change cosine is shown, at most."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What was found in one video; arrays (N,), a value for each frame with enough past."""
-
-    video: Path
-    ticks: np.ndarray
-    times_s: np.ndarray
-    energies: np.ndarray
-    percentiles: np.ndarray
-    cosines: np.ndarray
-    maps: np.ndarray
-    """Energies of places (N, *tokens), each with its neighbours, where there are any."""
-    level: float
-    """Percentile of its ordinary level among ordinary videos."""
-    reach: int
-    """Ticks within which a peak is the highest."""
-
-    def as_text(self, place: int) -> list[str]:
-        """Time in seconds, energy, percentile, change cosine and, of a grid, the highest cell, as tables have them."""
-        values = (self.times_s, 3), (self.energies, 4), (self.percentiles, 1), (self.cosines, 3)
-        cell = np.unravel_index(self.maps[place].argmax(), self.maps.shape[1:]) if self.maps.ndim > 1 else ()
-        return [f"{value[place]:.{digits}f}" for value, digits in values] + [str(number) for number in cell]
 
 
 def draw_surprise(scores: Scores, peaks: Sequence[int], path: Path) -> None:
@@ -49,7 +25,7 @@ def draw_surprise(scores: Scores, peaks: Sequence[int], path: Path) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     draw_energy(scores, peaks, upper)
     upper.set_title(plain(str(scores.video)), fontsize=9, parse_math=False)
-    parts = np.array_split(np.arange(len(scores.ticks)), min(SPANS, len(scores.ticks)))
+    parts = np.array_split(np.arange(len(scores.times_s)), min(SPANS, len(scores.times_s)))
     lower.axhline(0, color="0.6", linewidth=1, linestyle="--")
     lower.plot([scores.times_s[part].mean() for part in parts], [scores.cosines[part].mean() for part in parts], ".-")
     lower.set_ylim(-1, 1)
@@ -60,7 +36,7 @@ def draw_surprise(scores: Scores, peaks: Sequence[int], path: Path) -> None:
 
 def draw_energy(scores: Scores, peaks: Sequence[int], axes: Axes) -> None:
     """Energy over time; of a long video the highest of neighbours."""
-    starts = np.arange(0, len(scores.ticks), -(-len(scores.ticks) // CURVE_POINTS))
+    starts = np.arange(0, len(scores.times_s), -(-len(scores.times_s) // CURVE_POINTS))
     axes.plot(scores.times_s[starts], np.maximum.reduceat(scores.energies, starts), linewidth=1)
     axes.axhline(1, color="0.6", linewidth=1, linestyle="--", label="mean of ordinary video")
     axes.plot(scores.times_s[list(peaks)], scores.energies[list(peaks)], "o", color="C3", markersize=4)
@@ -75,8 +51,8 @@ def draw_peaks(scores: Scores, peaks: Sequence[int], provenance: Provenance, pat
     Raises:
         VideoError: the video is gone, or cannot be decoded any more.
     """
-    starts = (np.array(peaks) - SHOWN_FRAMES // 2).clip(0, max(0, len(scores.ticks) - SHOWN_FRAMES))
-    around = np.add.outer(starts, np.arange(SHOWN_FRAMES)).clip(max=len(scores.ticks) - 1).ravel()
+    starts = (np.array(peaks) - SHOWN_FRAMES // 2).clip(0, max(0, len(scores.times_s) - SHOWN_FRAMES))
+    around = np.add.outer(starts, np.arange(SHOWN_FRAMES)).clip(max=len(scores.times_s) - 1).ravel()
     frames = read_pictures(scores.video, scores.times_s[around], provenance)
     figure = Figure(figsize=(9, 0.4 + 1.9 * len(peaks)), layout="constrained")
     figure.suptitle(plain(str(scores.video)), fontsize=9, parse_math=False)
