@@ -109,8 +109,9 @@ def main(options: Options) -> None:
     if alarm:
         low, high = alarm.expected(tables.hours)
         print(
-            f"{counted(tables.events, 'event')} of an energy above {alarm.threshold:.2f} in {tables.hours:.2f} h; were "
-            f"they as ordinary as the {alarm.hours:.2f} h of {options.normal}, there would be {low} to {high}"
+            f"{counted(tables.events, 'event')} of an energy above {alarm.threshold:.2f} in {60 * tables.hours:.1f} "
+            f"minutes; were they as ordinary as the {60 * alarm.hours:.1f} of {options.normal}, there would be {low} "
+            f"to {high}"
         )
     print(f"wrote {folder}/{', '.join(tables.names)}, and pictures of each video in pictures and peaks")
 

@@ -112,7 +112,7 @@ def test_alarms_are_as_rare_as_is_asked_and_say_from_when_to_when(world, tmp_pat
     assert float(events[0]["begin_s"]) == float(events[0]["peak_s"]) == 25 / 4
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["events"] == len(events)
-    assert f"of an energy above {metrics['threshold']:.2f} in 0.01 h; were" in capsys.readouterr().out
+    assert f"of an energy above {metrics['threshold']:.2f} in 0.3 minutes; were" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"normal: 2.3 minutes of ordinary video say nothing of 2 alarms an hour"):
         score(world, tmp_path / "other", normal=normal, alarms_per_hour=2)
     with pytest.raises(UserError, match="is in both"):
