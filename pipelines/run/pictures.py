@@ -66,10 +66,11 @@ def draw_frame(frame: np.ndarray, scores: Scores, place: int, axes: Axes, *, is_
     """A frame uint8 (H, W, 3) and what is known of it; a peak is framed."""
     height, width, _ = frame.shape
     axes.imshow(frame)
-    if scores.maps.ndim > 1:  # warm where it is as surprising as the video ever is, clear where it is half of that
+    if scores.maps.ndim > 1:  # around what is half, and three quarters, as surprising as the video ever is
+        rows, columns = scores.maps.shape[1:]
+        x, y = ((np.arange(cells) + 0.5) * side / cells for cells, side in ((columns, width), (rows, height)))
         share = scores.maps[place] / scores.maps.max()
-        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-        axes.imshow(share, "autumn_r", alpha=(2 * share - 1).clip(0, 0.6), extent=extent, vmin=0.5, vmax=1)
+        axes.contour(x, y, share, levels=[0.5, 0.75], colors=["gold", "red"], linewidths=1.2)
     axes.set_xticks([])
     axes.set_yticks([])
     energy, percentile = scores.energies[place], scores.percentiles[place]
