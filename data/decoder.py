@@ -32,6 +32,8 @@ from data.errors import DataError
 
 SEEKABLE = ("mp4", "matroska")
 """Containers in which a seek was found exact; AVI and MPEG streams lose or misplace frames."""
+EXACT = (*SEEKABLE, "mxf", "ogg")
+"""Containers whose durations are exact, where the rate is constant."""
 ENDS_EARLY = ("mp4", "flv", "asf")
 """Containers of which FFmpeg reads the first recording alone, where several are joined to one file."""
 NO_RATE = "frames a second, for it says no rate"
@@ -301,7 +303,7 @@ class VideoDecoder(Decoder):
         end_s, promised_s = self.run.end_s, self.header_duration_s
         if self.first_pts is not None and self.stream.start_time is not None:  # the frames before could not be decoded
             promised_s -= self._seconds(self.first_pts - self.stream.start_time)
-        is_constant = _is(self.container, SEEKABLE) and self.stream.average_rate == self.stream.base_rate
+        is_constant = _is(self.container, EXACT) and self.stream.average_rate in (None, self.stream.base_rate)
         tolerance_s = self.period_s + 1e-3 if is_constant else EARLY_S + 2 * self.period_s
         if self.is_promise and end_s < promised_s - tolerance_s:
             self.note(f"ends at {end_s:.2f} s, its header promises {promised_s:.2f} s")
