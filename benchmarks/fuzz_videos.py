@@ -8,7 +8,7 @@ process under a time limit, so that a hang or a crash costs one file. Faults, an
 
 - hang: the child did not end in time;
 - crash: the child died of a signal;
-- traceback: anything but a `VideoError`;
+- traceback: anything but a `VideoError` or the system's own `OSError`;
 - silent skip: fewer frames than in the unharmed clip, or clips of other times than reading in order gives, and neither
   damage nor a gap was reported.
 
@@ -148,7 +148,7 @@ def read_in_every_way(path: Path, frames_before: int) -> Outcome:
             pass
         starts_s = np.random.default_rng(0).uniform(0, info.duration_s, CLIPS)
         clips = read_clips(path, SIZE, starts_s, length=CLIP_FRAMES, damage=clip_damage)
-    except VideoError as error:
+    except (VideoError, OSError) as error:  # a damaged header may ask for more memory than there is
         return Outcome("refused", str(error))
     except Exception:
         return Outcome("traceback", traceback.format_exc())
