@@ -17,15 +17,17 @@ Nor is a stream that was cut off and says nowhere how long it is.
 """
 
 import multiprocessing
+import shutil
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import av
 import numpy as np
@@ -51,30 +53,36 @@ CONTAINERS = {
 """Codecs of the clips that are made, by name."""
 ENDLESS = (".ts", ".mpg", ".h264", ".ogg")
 """Streams that do not say how long they are."""
-FAULTS = ("hang", "crash", "traceback", "silent skip")
+FAULTS = ("hang", "crash", "traceback", "silent skip", "too much")
 
 
 @dataclass(frozen=True)
-class Options(Bounded):
-    """Read mutated videos, and count what goes wrong."""
+class FuzzOptions(Bounded):
+    """What all fuzzing is asked."""
 
     mutations: PositiveInt = 200
     """How many files to make and read."""
-    videos: Path = Path("../shared/clips")
-    """The folder of clips that are mutated."""
-    largest_bytes: PositiveInt = 10**9
-    """Larger clips are left out."""
     limit_s: Positive = 60.0
     """A file that takes longer hangs."""
     seed: int = 0
     """Of the mutations."""
-    output_dir: Path = Path("runs/benchmarks/fuzz_videos")
+    output_dir: Path = Path("runs/benchmarks/fuzz")
     """Where results.json is left, and the files with faults."""
 
 
 @dataclass(frozen=True)
+class Options(FuzzOptions):
+    """Read mutated videos, and count what goes wrong."""
+
+    videos: Path = Path("../shared/clips")
+    """The folder of clips that are mutated."""
+    largest_bytes: PositiveInt = 10**9
+    """Larger clips are left out."""
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What reading one file came to."""
+    """What reading something came to."""
 
     verdict: str
     """One of `FAULTS`, or "refused", "reported" or "nothing seen"."""
@@ -87,25 +95,42 @@ def main(options: Options) -> None:
     require(options.videos.is_dir(), f"{options.videos}: no clips to mutate here; name their folder with --videos")
     clips = [path for path in sorted(options.videos.iterdir()) if path.stat().st_size <= options.largest_bytes]
     require(bool(clips), f"{options.videos}: no clip of at most {options.largest_bytes} bytes")
+
+    def harm(folder: Path, generator: np.random.Generator) -> tuple[str, Path, int]:
+        clip = clips[generator.integers(len(clips))]
+        content, what = mutate(clip.read_bytes(), generator)
+        (folder / clip.name).write_bytes(content)
+        is_cut = len(content) < clip.stat().st_size and clip.suffix in ENDLESS
+        return what, folder / clip.name, 0 if is_cut else whole[clip]
+
+    with tempfile.TemporaryDirectory() as made:
+        clips += [encode(clips[0], Path(made) / name, codec) for name, codec in CONTAINERS.items()]
+        whole = {clip: count_frames(clip).frames or 0 for clip in clips}
+        fuzz(options, harm, read_in_every_way)
+
+
+def fuzz(
+    options: FuzzOptions,
+    harm: Callable[[Path, np.random.Generator], tuple[Any, ...]],
+    read: Callable[..., Outcome],
+) -> None:
+    """Harm something in an empty folder, read it in a child, judge what came of it; again and again.
+
+    `harm` says what it did, and gives the arguments for `read`. Raises `UserError` if there were faults.
+    """
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results = []
-    with tempfile.TemporaryDirectory() as folder, Child(options.limit_s) as read:
-        clips += [encode(clips[0], Path(folder) / name, codec) for name, codec in CONTAINERS.items()]
-        whole = {clip: count_frames(clip) for clip in clips}
+    with tempfile.TemporaryDirectory() as folder, Child(read, options.limit_s) as child:
         for number in tqdm(range(options.mutations), unit="file", desc="fuzzing"):
-            generator = np.random.default_rng([options.seed, number])
-            clip = clips[generator.integers(len(clips))]
-            content, what = mutate(clip.read_bytes(), generator)
-            mutated = Path(folder) / f"{number:05d}_{clip.name}"
-            mutated.write_bytes(content)
-            is_cut = len(content) < clip.stat().st_size and clip.suffix in ENDLESS
-            outcome = read(mutated, 0 if is_cut else whole[clip].frames or 0)
-            results.append({"file": mutated.name, "mutation": what, **vars(outcome)})
+            harmed = Path(folder) / f"{number:05d}"
+            harmed.mkdir()
+            what, *arguments = harm(harmed, np.random.default_rng([options.seed, number]))
+            outcome = child(*arguments)
+            results.append({"file": number, "mutation": what, **vars(outcome)})
             if outcome.verdict in FAULTS:
-                mutated.replace(options.output_dir / mutated.name)
-                tqdm.write(f"{outcome.verdict}: {mutated.name} ({what}): {outcome.detail}")
-            else:
-                mutated.unlink()
+                shutil.copytree(harmed, options.output_dir / harmed.name, dirs_exist_ok=True)
+                tqdm.write(f"{outcome.verdict}: {number} ({what}): {outcome.detail}")
+            shutil.rmtree(harmed)
     counts = Counter(result["verdict"] for result in results)
     write_json(options.output_dir / "results.json", {"counts": counts, "files": results})
     print("; ".join(f"{verdict}: {number}" for verdict, number in sorted(counts.items())))
@@ -165,11 +190,11 @@ def read_in_every_way(path: Path, frames_before: int) -> Outcome:
     return Outcome("nothing seen", "", frames)
 
 
-def serve(connection: Connection) -> None:
+def serve(connection: Connection, read: Callable[..., Outcome]) -> None:
     """A child: read what is asked for until the other end is closed."""
     while True:
         try:
-            connection.send(read_in_every_way(*connection.recv()))
+            connection.send(read(*connection.recv()))
         except EOFError:
             return
 
@@ -177,13 +202,13 @@ def serve(connection: Connection) -> None:
 class Child:
     """A process that reads files, and is replaced when it hangs or dies."""
 
-    def __init__(self, limit_s: float) -> None:
-        self.limit_s = limit_s
+    def __init__(self, read: Callable[..., Outcome], limit_s: float) -> None:
+        self.read, self.limit_s = read, limit_s
 
     def __enter__(self) -> Self:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, self.read), daemon=True)
         self.process.start()
         theirs.close()
         return self
@@ -193,9 +218,9 @@ class Child:
         self.process.join()
         self.connection.close()
 
-    def __call__(self, path: Path, frames_before: int) -> Outcome:
+    def __call__(self, *arguments: Any) -> Outcome:
         try:
-            self.connection.send((path, frames_before))
+            self.connection.send(arguments)
             if self.connection.poll(self.limit_s):
                 return self.connection.recv()
             outcome = Outcome("hang", f"not done after {self.limit_s:g} s")

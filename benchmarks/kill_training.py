@@ -215,7 +215,7 @@ def checkpoints(output: Path) -> list[Path]:
 def unfinished(output: Path) -> set[tuple[Path, int]]:
     """Checkpoints that were not finished, with the time of their last change."""
     found = set()
-    for path in (output / "training_state").glob(".tmp.pt"):
+    for path in (output / "training_state").glob(".tmp.*"):
         with suppress(FileNotFoundError):
             found.add((path, path.stat().st_ctime_ns))
     return found

@@ -13,21 +13,22 @@ file is ever changed after it has its name. A cache is opened from the manifests
 when it is first read from: nothing ever holds a whole cache. Nor is it trusted: what does not fit is a `CacheError`.
 """
 
-import json
 import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from data.errors import DataError
+from data.files import read_json
 
 FORMAT_VERSION = 5
-DAMAGES = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+DAMAGES = (OSError, ValueError, LookupError, TypeError, AttributeError)
 """Errors that JSON of another shape than expected can raise."""
 
 
@@ -80,10 +81,18 @@ class Provenance:
     """Versions of the decoder and the libraries; recorded, not compared."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.fps < math.inf and _are_sizes(*self.image_size, self.window)):
-            raise ValueError(f"fps {self.fps}, image_size {self.image_size} or window {self.window} cannot be")
-        if "embeddings" not in self.columns or not all(one.is_valid(name) for name, one in self.columns.items()):
-            raise ValueError(f"columns {self.columns} cannot be")
+        for name, hint in get_type_hints(Provenance).items():
+            try:
+                check_type(getattr(self, name), hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+            except TypeCheckError as error:
+                raise ValueError(f"{name} cannot be: {error}") from error
+        rates = 1e-6 < self.fps < 1e6 and 1e-6 < self.image_fps < 1e6
+        if not (rates and _are_sizes(*self.image_size, self.window)):
+            raise ValueError(f"fps {self.fps}, {self.image_fps}, image_size {self.image_size} or window cannot be")
+        embeddings = self.columns.get("embeddings", Column("none"))
+        is_shaped = 1 <= len(embeddings.shape) <= 8
+        if not is_shaped or not all(one.is_valid(name) for name, one in self.columns.items()):
+            raise ValueError(f"columns {', '.join(self.columns)} or their types cannot be")
 
 
 class ClipKey(NamedTuple):
@@ -161,8 +170,11 @@ class EmbeddingCache:
         return self.take(clip.rows)
 
     def unbroken_runs(self, clip: CachedClip) -> list[np.ndarray]:
-        """Rows of each run of a clip without a gap in time, int64 (T,) each."""
-        return np.split(clip.rows, np.flatnonzero(np.diff(self.take(clip.rows, "ticks")) != 1) + 1)
+        """Rows of each run of a clip without a gap in time, int64 (T,) each. Raises `CacheError` if time goes back."""
+        steps = np.diff(self.take(clip.rows, "ticks"))
+        if (steps < 1).any() or not np.isfinite(self.take(clip.rows, "times_s")).all():
+            raise _damaged(clip.shard, f"holds times of {clip.key.source} that cannot be")
+        return np.split(clip.rows, np.flatnonzero(steps != 1) + 1)
 
     def is_intact(self, clip: CachedClip) -> bool:
         """Whether a clip still matches its checksum. A flipped bit is read without an error."""
@@ -208,7 +220,7 @@ def read_provenance(folder: Path) -> Provenance:
     if not path.is_file():
         raise CacheError(f"{folder} is not an embedding cache (there is no {path.name} in it): embed videos into it")
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path)
         version = record.pop("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"its format is {version}, and this video-jepa is for {FORMAT_VERSION}")
@@ -271,8 +283,8 @@ def read_places(folder: Path) -> dict[str, str]:
     """Contents of videos by the paths at which they lay when they were embedded last. Raises `CacheError`."""
     path = folder / "places.json"
     try:
-        places = json.loads(path.read_bytes()) if path.exists() else {}
-        if not isinstance(places, dict) or not all(isinstance(one, str) for one in places.values()):
+        places = read_json(path) if path.exists() else {}
+        if not all(isinstance(one, str) for one in places.values()):
             raise ValueError("it is no list of contents by path")
     except DAMAGES as error:
         raise CacheError(f"{path} is damaged ({error}): delete it, and embed the videos again") from error
@@ -283,11 +295,12 @@ def _read_manifest(path: Path, columns: dict[str, Column]) -> tuple[Shard, list[
     """A shard, and its clips at their rows in it."""
     shard_path = path.with_suffix(".h5")
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path)
         clips, rows = [], 0
-        for source, content, offset_s, frames, crc32 in record["clips"]:
-            key = ClipKey(str(source), str(content), float(offset_s))
-            clips.append(CachedClip(key, rows, frames, crc32, shard_path))
+        for *key, frames, crc32 in record["clips"]:
+            if [type(value) for value in (*key, crc32)] != [str, str, float, int]:
+                raise ValueError(f"{key} is no clip")
+            clips.append(CachedClip(ClipKey(*key), rows, frames, crc32, shard_path))
             rows += frames
         offsets = {name: record["offsets"][name] for name in (*columns, "shard")}
         shard = Shard(

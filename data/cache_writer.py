@@ -5,24 +5,23 @@ clips of a shard without one are embedded again. Many ranks write side by side w
 run may have another number of ranks.
 """
 
-import fcntl
 import io
 import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import h5py
 import numpy as np
 import torch
 
 from data.cache import CLOCK, FORMAT_VERSION, CacheError, ClipKey, Provenance, checksum, read_provenance, read_shards
+from data.files import hold, require_no_links, sweep, whole_file
 
 LARGEST_SHARD = 1 << 28
 """Bytes of embeddings at which a shard is written, however few clips they are: tokens are large."""
@@ -48,7 +47,7 @@ class CacheWriter:
 
     At most `clips_per_shard` clips are lost when the process dies. The main rank makes the folder, holds its lock, and
     writes down which contents lie at which paths now (`places`); the others construct theirs after it. Raises
-    `CacheError` if the folder holds other embeddings, or another format, or is being written by another process.
+    `CacheError` if the folder holds other embeddings, or another format; `DataError` if another process holds it.
     """
 
     def __init__(
@@ -62,15 +61,18 @@ class CacheWriter:
     ) -> None:
         self.folder, self.clips_per_shard = folder, clips_per_shard
         self._buffer: list[tuple[ClipKey, dict[str, np.ndarray]]] = []
+        self._sums: torch.Tensor | None = None
+        self._rows = 0
         with ExitStack() as held:
             if is_main:
+                require_no_links(folder, ("shards",))
                 (folder / "shards").mkdir(parents=True, exist_ok=True)
-                held.enter_context(_lock(folder))
+                held.enter_context(hold(folder))
                 if not (folder / "cache.json").exists():
                     described = {"format_version": FORMAT_VERSION, **asdict(provenance)}
                     _write(folder / "cache.json", json.dumps(described).encode())
-                for abandoned in (*folder.glob(".tmp.*"), *folder.glob("shards/.tmp.*")):
-                    abandoned.unlink()
+                sweep(folder)
+                sweep(folder / "shards")
             stored = read_provenance(folder)
             for name, ours in vars(provenance).items():
                 theirs = getattr(stored, name)
@@ -139,10 +141,31 @@ class CacheWriter:
         with np.errstate(over="ignore"):  # what a type cannot hold is infinite, and refused
             stored = {name: np.require(given[name], column.dtype, ["C", "W"]) for name, column in self.columns.items()}
         # Extremes tell of NaN and infinity alike, in a small part of the time that `np.isfinite` takes for float16.
-        if not all(map(math.isfinite, torch.aminmax(torch.from_numpy(stored["embeddings"])))):
-            dtype = self.columns["embeddings"].dtype
-            raise CacheError(f"the embeddings of {clip.key.source} are not finite in {dtype}: check the encoder")
+        exact, kept = (torch.from_numpy(one["embeddings"]) for one in (clip.columns, stored))
+        if not all(map(math.isfinite, torch.aminmax(kept))):
+            source, dtype = clip.key.source, self.columns["embeddings"].dtype
+            fits = not all(map(math.isfinite, torch.aminmax(exact)))
+            mend = "check the encoder" if fits else "they are too large for it, take dtype float32"
+            raise CacheError(f"the embeddings of {source} are not finite in {dtype}: {mend}")
+        if kept.dtype != exact.dtype:
+            self._measure_rounding(exact.flatten(0, -2), kept.flatten(0, -2))
         return stored
+
+    def _measure_rounding(self, exact: torch.Tensor, kept: torch.Tensor) -> None:
+        """Sum up what tells the rounding of storage, (rows, D) twice."""
+        if self._sums is None:
+            self._origin, self._sums = exact[0].double(), torch.zeros(3, exact.shape[1], dtype=torch.float64)
+        centred = exact.double() - self._origin  # sums of squares around 0 would cancel where the mean is large
+        parts = centred.sum(dim=0), centred.square().sum(dim=0), (kept.double() - exact).square().sum(dim=0)
+        self._sums, self._rows = self._sums + torch.stack(parts), self._rows + len(exact)
+
+    @property
+    def rounding(self) -> np.ndarray:
+        """Rounding of what was stored as a share of its variance, by feature, (D,); 0 where nothing varies."""
+        if self._sums is None:
+            return np.zeros(1)
+        mean, square, noise = self._sums / self._rows
+        return (noise / (square - mean.square())).nan_to_num(0, 0, 0).numpy()
 
 
 def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
@@ -152,29 +175,6 @@ def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
     return [key for key in wanted if (key.content, key.offset_s) not in done]
 
 
-def _lock(folder: Path) -> IO[bytes]:
-    """Hold the folder until the file is closed or the process dies, however it dies."""
-    lock = (folder / ".lock").open("ab")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise CacheError(f"{folder} is being written by another process: wait for it, or stop it") from error
-    return lock
-
-
 def _write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that gets its own name only once it is safely on disk."""
-    unfinished = path.with_name(f".tmp.{uuid.uuid4().hex}")
-    try:
-        with unfinished.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    with whole_file(path) as file:
+        file.write(content)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data.decoder import Damage, VideoError
 from data.errors import printable
+from data.files import whole_file
 from data.folders import ARCHIVE, find_videos, listed
 from data.image_sequence import is_image
 from data.parallel import map_ahead
@@ -27,6 +28,8 @@ from data.video import IMAGE_FPS, VideoInfo, probe_video
 MANIFEST_SUFFIX = ".jsonl"
 FORMAT = {"format": "video-jepa manifest", "version": 2}
 EXAMPLES = 10
+LARGEST_NUMBER = 1e9
+"""No video has a size, a rate, or a time in seconds beyond."""
 STRETCH = 1 << 15
 """Bytes at the beginning, in the middle and at the end of a file by which its content is told."""
 
@@ -144,11 +147,13 @@ def content_of(path: Path) -> str:
 def read_manifest(path: Path) -> list[Record]:
     """The records of a manifest, but for a line that was cut off. Raises `VideoError`."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
         header, *lines, _ = path.read_text().split("\n")
         if json.loads(header) != FORMAT:
             raise ValueError(f"it does not begin with {json.dumps(FORMAT)}")
         return [_from_json(json.loads(line)) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VideoError(f"{path}: not a manifest of videos, or damaged ({error}): make it anew") from error
 
 
@@ -264,9 +269,8 @@ def sort_out(records: list[Record], found: Counter[str], *, fps: float = 0.0) ->
 
 
 def _write(manifest: Path, records: Iterable[Record]) -> None:
-    unfinished = manifest.with_name(f".tmp.{manifest.name}")
-    unfinished.write_text(json.dumps(FORMAT) + "\n" + "".join(map(_line, records)))
-    unfinished.replace(manifest)
+    with whole_file(manifest) as file:
+        file.write((json.dumps(FORMAT) + "\n" + "".join(map(_line, records))).encode())
 
 
 def _line(record: Record) -> str:
@@ -280,4 +284,11 @@ def _from_json(fields: dict[str, Any]) -> Record:
         return Record(state, None, fields["refused"])
     fields["keyframes_s"] = tuple(fields["keyframes_s"])
     fields["gaps_s"] = tuple((begin, length) for begin, length in fields["gaps_s"])
-    return Record(state, VideoInfo(path=Path(state.path), **fields))
+    video = VideoInfo(path=Path(state.path), **fields)
+    numbers = [video.height, video.width, video.duration_s, video.average_fps, video.frames or 0]
+    numbers += [*video.keyframes_s, *(number for gap in video.gaps_s for number in gap)]
+    are_numbers = all(type(number) in (int, float) and abs(number) < LARGEST_NUMBER for number in numbers)
+    texts = (state.path, video.codec, video.damage, video.content)
+    if not are_numbers or min(numbers[:5]) < 0 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"what it says of {state.path} cannot be")
+    return Record(state, video)

@@ -18,6 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from jepa.baselines import Ridge
+from jepa.config import Positive, PositiveInt, require_fits
 from jepa.sequence import Sequence
 
 QUANTILES = 1001
@@ -94,7 +95,11 @@ class Calibration(nn.Module):
 
     @classmethod
     def build(cls, *, horizon: int, windows: int, dimension: int, **of_ridge: Any) -> "Calibration":
-        """An empty one, from its description."""
+        """An empty one, from its description. Raises `ConfigurationError` where that cannot be."""
+        sizes = {"horizon": horizon, "windows": windows, "dimension": dimension, "context": of_ridge.get("context")}
+        for name, size in sizes.items():
+            require_fits(name, size, PositiveInt)
+        require_fits("fps", of_ridge.get("fps"), Positive)
         return cls(Ridge(mean=torch.zeros(dimension), std=torch.ones(dimension), **of_ridge), horizon, windows)
 
     def believe(self, rolled: Tensor, ridged: Tensor, past: Sequence, ticks: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jepa.backbones import SMALL_CONV, build_backbone
-from jepa.config import Bounded, NotNegativeInt, PositiveInt, shown
+from jepa.config import Bounded, NotNegativeInt, PositiveInt, Side, shown
 from jepa.errors import ConfigurationError
 from jepa.fingerprint import fingerprint
 
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """Hash of weights and configuration; it tells the spaces of two encoders apart."""
         kind = {"kind": self.config.kind} if hasattr(self.config, "kind") else {}
-        return fingerprint(self, kind | asdict(self.config))
+        return fingerprint(self.state_dict(), kind | asdict(self.config))
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embeddings (B, *tokens, D), float32, of frames (B, window, 3, H, W), uint8 or float in [0, 1]."""
@@ -97,7 +97,7 @@ class EncoderConfig(Bounded):
     """`small_conv`, or any timm model by name: resnet18, vit_tiny_patch16_224, vgg16, ..."""
     weights: Literal["scratch", "published", "frozen"] = "scratch"
     """Backbone weights to start from: random, published (of timm), or published and not trained."""
-    image_size: tuple[PositiveInt, PositiveInt] = (64, 64)
+    image_size: tuple[Side, Side] = (64, 64)
     """HEIGHT WIDTH in pixels that frames are resized to."""
     grid: tuple[NotNegativeInt, NotNegativeInt] = (0, 0)
     """ROWS COLUMNS of tokens, an embedding each. 0 0: one embedding for the whole frame."""
@@ -161,14 +161,16 @@ class FrameEncoder(Encoder):
             features = self._features(images)  # (B, *tokens, F)
             if (found := features.shape[-1]) != self.features:
                 raise AssertionError(f"{found} features come, its strides promise {self.features}")
-        except (AssertionError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search(r"\b(size|shape)", str(error)):
-                raise  # such as that memory ran out
-            stride, reason = self.backbone.feature_info[-1]["reduction"], str(error).splitlines()[0]
+        except Exception as error:  # of any network of timm
+            if re.search("memory|CUDA", str(error)):
+                raise
+            reason = (str(error) or repr(error)).splitlines()[0]
+            own = tuple(self.backbone.pretrained_cfg.get("input_size", ())[1:])
+            mend = f"take {shown(own)}, which it was made for" if own != self.image_size else "take another backbone"
             raise ConfigurationError(
                 "image_size",
-                f"is {shown(self.image_size)}, which backbone {self.config.backbone} does not take ({reason}): choose "
-                f"multiples of {stride}, or another pooling",
+                f"is {shown(self.image_size)}, which backbone {self.config.backbone} does not take ({reason}): {mend}, "
+                "or another pooling",
             ) from error
         # One head for all tokens: its batch normalisation takes the statistics of all of them together.
         return self.head(features.flatten(0, -2)).view(*features.shape[:-1], -1)

@@ -5,13 +5,12 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
 
 
-def fingerprint(module: nn.Module, config: dict[str, Any]) -> str:
-    """A hash of all weights and buffers, and of the configuration, given as JSON values."""
+def fingerprint(state: dict[str, Any], config: dict[str, Any]) -> str:
+    """A hash of all weights and buffers of a module, and of its configuration, given as JSON values."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

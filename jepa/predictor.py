@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from jepa.config import NotNegativeInt, Positive, PositiveInt, require_fits
 from jepa.networks import NetworkConfig
 from jepa.sequence import Sequence
 
@@ -52,7 +53,11 @@ class Predictor(nn.Module):
         action_dimension: int = 0,
     ) -> None:
         super().__init__()
-        self.config, self.shape, self.fps, self.encoder_fingerprint = config, tuple(shape), fps, encoder_fingerprint
+        hints = {"shape": tuple[PositiveInt, ...], "fps": Positive, "action_dimension": NotNegativeInt}
+        for name, value in {"shape": shape, "fps": fps, "action_dimension": action_dimension}.items():
+            require_fits(name, value, hints[name])
+        require_fits("encoder_fingerprint", encoder_fingerprint, str)
+        self.config, self.shape, self.fps, self.encoder_fingerprint = config, shape, fps, encoder_fingerprint
         self.action_dimension, self.latent_dimension = action_dimension, config.latent_dimension
         dimension = self.shape[-1]
         self.network = config.build(2 * dimension + action_dimension, grid=len(self.shape) == 3)

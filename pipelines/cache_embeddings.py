@@ -13,11 +13,13 @@ Run the same command again after a kill, or after adding videos: only what is mi
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -40,6 +42,8 @@ from pipelines.run.files import read_json, to_json, versions, write_json
 
 OWN_NAMES = ("cache.json", "places.json", "shards", "videos.jsonl", "account.json", "encoder")
 """Names of what a cache's folder holds."""
+MOST_ROUNDING = 0.01
+"""Rounding of stored embeddings, as a share of a feature's variance, that nothing is said of."""
 NUMBER = Column("float64")
 """What a CSV says of a tick."""
 
@@ -111,6 +115,7 @@ def main(options: Options) -> None:
             keep(writer, task, options, account=read, duration_s=durations_s[str(task.source)])
     account.merge(gather_object([read]))
     if is_main:
+        warn_of_rounding(writer.rounding)
         leave_account(account, options.output_dir)
         summarise(options)
     accelerator.end_training()
@@ -177,6 +182,14 @@ def keep(writer: CacheWriter, task: Task, options: Options, *, account: Account,
     account.add(task.source, max(float(clip.times_s[-1]) for clip in clips), task.damage)
     for clip in clips:
         writer.add(clip)
+
+
+def warn_of_rounding(rounding: np.ndarray) -> None:
+    """Say so where storage rounds away what varies: of features that hardly vary around a large mean."""
+    if many := int((rounding > MOST_ROUNDING).sum()):
+        worst = f"by {rounding.max():.0%} of its variance at worst"
+        said = f"in {many} of {len(rounding)} features float16 rounds away what varies, {worst}"
+        print(f"warning: {said}: take --dtype float32, and another --output-dir", file=sys.stderr)
 
 
 def leave_account(account: Account, folder: Path) -> None:

@@ -9,11 +9,11 @@ The more clips, the more its percentiles say. `train_predictor` has done this on
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.files import hold, require_no_links
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.devices import start_accelerator
-from pipelines.run.folder import hold
 from pipelines.run.judging import calibrate
 from pipelines.run.models import calibration_artefact, clips_in_short, load_predictor, open_cache, trained_on
 
@@ -35,6 +35,7 @@ def main(options: Options) -> None:
     require_one_process()
     folder = options.predictor
     predictor, before = load_predictor(folder, start_accelerator().device)
+    require_no_links(folder, ("calibration",))
     with hold(folder):
         cache = open_cache(options.cache, predictor)
         clips = clips_in_short(cache)

@@ -9,6 +9,7 @@ also how good sampled futures are; with --probe-cache and --probe-columns also h
 caches, can be read off forecasts.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from matplotlib.figure import Figure
 from data.windows import Windows
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, require_one_process, run_command
+from pipelines.run.devices import require_memory
 from pipelines.run.evaluation import Evaluation, fit_readout
-from pipelines.run.files import write_json
+from pipelines.run.files import SIGNED, write_json
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both
 from pipelines.run.report import draw_skill, table, write_table
@@ -77,6 +79,8 @@ def main(options: Options) -> None:
         probe_cache = open_cache(options.probe_cache, predictor)
         require_no_video_in_both(cache, probe_cache)
         readout = fit_readout(probe_cache, options.probe_columns, predictor)
+    numbers = options.samples * options.horizon * math.prod(cache.shape)
+    require_memory(4 * numbers, f"--samples {options.samples}")
     judge = Evaluation(predictor, calibration, windows, samples=options.samples, readout=readout, seed=options.seed)
     results = judge.run(most=options.windows)
     with TemporaryDirectory(prefix=".tmp.", dir=folder) as unfinished:
@@ -84,7 +88,7 @@ def main(options: Options) -> None:
         write_table(results, Path(unfinished, "rollout.csv"))
         figure = Figure(figsize=(11, 5), layout="constrained")
         draw_skill(results, figure.subplots())
-        figure.savefig(Path(unfinished, "rollout.png"), dpi=120)
+        figure.savefig(Path(unfinished, "rollout.png"), dpi=120, metadata=SIGNED)
         # Only now: where the disk is full, the old results stay.
         output.begin(inputs)
         for name in RESULTS:

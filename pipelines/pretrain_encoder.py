@@ -10,6 +10,7 @@ Leaves `encoder/` (`model.safetensors` and `config.json`), `metrics.json`, `acco
 be), `curve.jsonl` and tracker logs. Ctrl-C saves; the same command with --resume goes on.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, Terms, VICReg
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import counted, require, run_command
-from pipelines.run.devices import cores_of_this_process, main_first
+from pipelines.run.devices import ACTIVATIONS, cores_of_this_process, main_first, require_memory
 from pipelines.run.files import summary
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run
@@ -89,6 +90,8 @@ def main(options: Options) -> None:
     inputs: dict[str, object] = {"videos": summary(sorted(video.content for video in videos))}
     if options.initial_encoder is not None:
         inputs["initial_encoder"] = encoder.fingerprint
+    pixels = options.batch_size * length * math.prod(encoder.image_size)
+    require_memory(ACTIVATIONS * 3 * pixels, f"--batch-size {options.batch_size}")
     run.begin(
         inputs,
         f"{encoder.config.backbone}, {options.batch_size} clips of {length} frames in a batch on each",

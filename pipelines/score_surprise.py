@@ -17,10 +17,12 @@ the peak and, of a grid, the cells; and how many false alarms are to be expected
 """
 
 import csv
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Annotated
 
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -31,8 +33,9 @@ from data.video import IMAGE_FPS
 from data.windows import Windows
 from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
 from jepa.calibration import FAR_LEVEL, Calibration
-from jepa.config import Bounded, Positive, PositiveInt
+from jepa.config import Bounded, Bounds, Positive, PositiveInt
 from jepa.predictor import Predictor
+from pipelines.run.artefacts import artefact_fingerprint
 from pipelines.run.command import UserError, counted, require, require_one_process, run_command
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both
@@ -63,7 +66,7 @@ class Options(Bounded):
     """Where the results are left."""
     horizons: tuple[PositiveInt, ...] = (1,)
     """Ticks ahead of a past whose energies are averaged. 1 notices best what is sudden, 1 2 3 4 what goes astray."""
-    peaks: PositiveInt = 5
+    peaks: Annotated[int, Bounds("from 1 to 100", lambda value: 1 <= value <= 100)] = 5
     """Most surprising moments of each video that are shown."""
     normal: Path | None = None
     """Embeddings of ordinary videos that nothing was fitted on, to choose the threshold of alarms by."""
@@ -86,7 +89,7 @@ def main(options: Options) -> None:
         f"--horizons are {options.horizons}, and the calibration knows what is usual from 1 to {calibration.horizon} "
         "ticks ahead: give such, or run video-jepa calibrate with a larger horizon",
     )
-    cache = open_cache(options.cache or embed(options, predictor.fps), predictor)
+    cache = open_cache(options.cache or embed(options, predictor), predictor)
     windows = Windows(cache, predictor.config.context + farthest)
     alarm = choose_alarm(options, predictor, calibration, cache) if options.normal else None
     output.begin(inputs_of(options.predictor, cache))
@@ -160,10 +163,15 @@ class Tables(AbstractContextManager["Tables"]):
         self.events, self.hours = self.events + len(events), self.hours + hours_of([scores.timeline])
 
 
-def embed(options: Options, fps: float) -> Path:
+def embed(options: Options, predictor: Predictor) -> Path:
     """The cache of the videos in the output folder, in which what is there already is not embedded again."""
-    cache = (options.output_dir / "cache").absolute()
-    encoder = str(Path(options.encoder).absolute()) if Path(options.encoder).is_dir() else options.encoder
+    cache, encoder, fps = (options.output_dir / "cache").absolute(), options.encoder, predictor.fps
+    if (folder := Path(encoder)).is_dir():  # a published one is known when it has been fetched
+        found, wanted = artefact_fingerprint(folder), predictor.encoder_fingerprint
+        require(
+            found == wanted, f"--encoder {encoder} is encoder {found}, and the predictor's is {wanted}: take that one"
+        )
+        encoder = str(folder.absolute())
     videos = tuple(path.absolute() for path in options.videos)
     run_stage(
         "embed", {"videos": videos, "encoder": encoder, "fps": fps, "image-fps": options.image_fps, "output-dir": cache}
@@ -190,7 +198,7 @@ def picture_name(video: Path, folder: Path) -> str:
     """A new name for a video's picture, short enough for any file system."""
     stem = plain(video.stem)[:60]
     names = (f"{stem}_{number}.png" if number > 1 else f"{stem}.png" for number in count(1))
-    return next(name for name in names if not (folder / name).exists())
+    return next(name for name in names if not os.path.lexists(folder / name))
 
 
 if __name__ == "__main__":

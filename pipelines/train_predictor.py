@@ -26,6 +26,7 @@ from jepa.rollout import rollout
 from jepa.samples import energy_score
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
+from pipelines.run.devices import require_memory
 from pipelines.run.judging import CHOSEN_BY, calibrate, copying_error, fit_ridge_on, judge, measure_embeddings
 from pipelines.run.models import calibration_artefact, clips_in_short, open_cache, require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
@@ -73,6 +74,8 @@ def main(options: Options) -> None:
     context = options.predictor.context
     windows = Windows(train, context + options.rollout_steps)
     held_out = Windows(validation, context + options.validation_horizon)
+    network, rollouts = options.predictor, math.prod(train.shape[:-1]) * options.rollout_steps * options.batch_size
+    require_memory(8 * rollouts * network.width * network.depth, f"--batch-size {options.batch_size}")
     ridge = fit_ridge_on(train, held_out, predictor)
     run.begin(
         {"provenance": provenance, "train": clips_in_short(train), "validation": clips_in_short(validation)},

@@ -125,7 +125,7 @@ def test_a_second_process_is_refused_and_the_first_ends_well(tmp_path, material)
         line = only_line(cache(material, tmp_path / "cache"))
     finally:
         os.kill(first.pid, 18)  # SIGCONT
-    assert "is being written by another process" in line
+    assert "is in use by another process" in line
     out, err = first.communicate(timeout=120)
     assert first.returncode == 0, out + err
     assert_same(tmp_path / "cache", material / "undisturbed")

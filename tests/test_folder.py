@@ -104,23 +104,35 @@ def test_another_commands_run_is_left_alone(run, tmp_path):
     assert (unfinished / "model" / "config.json").exists()
 
 
-def test_a_run_is_replaced_only_if_told(run):
+def test_a_run_is_replaced_only_if_told(run, capsys):
     with pytest.raises(UserError, match="a finished run: add --overwrite"):
         take(run)
     with pytest.raises(UserError, match="give one of them"):
         take(run, overwrite=True, resume=True)
-    (run / "notes.txt").write_text("mine")
+    mine = {"notes.txt", "logs/mine.csv", "logs/mine.png", "training_state/backup.pt"}
+    (run / "training_state").mkdir()
+    for name in mine:
+        (run / name).write_text("mine")
     (run / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"model holds notes\.txt, and is no model: move it"):
+        take(run, overwrite=True)
+    (run / "model" / "notes.txt").unlink()
     folder = take(run, overwrite=True)
     assert (run / "model" / "model.safetensors").exists()  # not before all inputs have been checked
     folder.begin({})
-    assert everything(run) == {"run.json", "notes.txt", "model/notes.txt"}
+    old = {"metrics.json", "model/config.json", "model/model.safetensors", "logs/events.out.tfevents.1.host"}
+    assert everything(run) == {"run.json", *mine, *(f".replaced/{name}" for name in old)}
     assert not json.loads((run / "run.json").read_text())["finished"]
+    folder.finish({})
+    assert everything(run) == {"run.json", "metrics.json", *mine}
+    said = capsys.readouterr().out
+    assert f"its 4 files stay in {run}/.replaced until then" in said
+    assert f"removed 4 files of the run that this one has replaced in {run}" in said
 
 
 def test_a_kill_while_the_old_run_is_removed_leaves_no_finished_half(run, monkeypatch):
     folder = take(run, overwrite=True, steps=9)
-    monkeypatch.setattr("pipelines.run.folder.discard", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("pipelines.run.folder.written", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         folder.begin({})
     mark = json.loads((run / "run.json").read_text())
@@ -168,12 +180,15 @@ def test_resuming_what_never_began_begins_it(tmp_path):
 
 
 def test_a_command_that_cannot_resume_begins_anew(tmp_path):
-    folder = RunFolder(Once(tmp_path), "evaluate", ("table.csv",))
+    folder = RunFolder(Once(tmp_path), "evaluate", ("rollout.csv",))
     folder.begin({"data": "x"})
-    (tmp_path / "table.csv").write_text("half")
+    (tmp_path / "rollout.csv").write_text("half")
     folder.release()
-    RunFolder(Once(tmp_path), "evaluate", ("table.csv",)).begin({"data": "y"})
-    assert everything(tmp_path) == {"run.json"}
+    again = RunFolder(Once(tmp_path), "evaluate", ("rollout.csv",))
+    again.begin({"data": "y"})
+    assert everything(tmp_path) == {"run.json", ".replaced/rollout.csv"}
+    again.finish({})
+    assert everything(tmp_path) == {"run.json", "metrics.json"}
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"format": "other"}', "\xff"])
@@ -212,13 +227,13 @@ def test_a_newer_artefact_takes_the_place_of_the_older_and_of_half_ones(artefact
     assert load_module(artefact, "linear", build).in_features == 3
     assert everything(artefact) == {"config.json", "model.safetensors"}
     (artefact / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds notes.txt, and is no linear"):
+    with pytest.raises(UserError, match=r"holds notes.txt, and is no model"):
         save_artefact(artefact, "linear", {"width": 3}, nn.Linear(3, 3))
     assert (artefact / "notes.txt").read_text() == "mine"
 
 
 def configured(content):
-    return lambda folder: write_json(folder / "config.json", content)
+    return lambda folder: write_json(folder / "config.json", {"fingerprint": "", **content})
 
 
 def not_finite():
@@ -285,7 +300,7 @@ def test_a_start_that_failed_protects_nobodys_work(tmp_path):
 def test_an_artefact_replaces_an_artefact_alone(tmp_path):
     run = leave(tmp_path / "runs" / "model")
     before = everything(run)
-    with pytest.raises(UserError, match="is no linear: move it, or take another folder"):
+    with pytest.raises(UserError, match="is no model: move it, or take another folder"):
         save_artefact(run, "linear", {}, nn.Linear(2, 2))
     assert everything(run) == before
     save_artefact(run / "model", "linear", {"width": 3}, nn.Linear(3, 3))

@@ -48,9 +48,9 @@ def test_a_kind_brings_exactly_its_options(read, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--steps", "0"), "error: --steps is 0: it must be at least 1"),
-        (("--noise", "nan"), "error: --noise is nan: it must be above 0"),
-        (("--network.width", "0"), "error: --network.width is 0: it must be at least 1"),
+        (("--steps", "0"), "error: --steps is 0: it must be at least 1, and below 2^32"),
+        (("--noise", "nan"), "error: --noise is nan: it must be above 0, and finite"),
+        (("--network.width", "0"), "error: --network.width is 0: it must be at least 1, and below 2^32"),
     ],
 )
 def test_what_lies_outside_its_bounds_is_said_with_its_option(arguments, line, read):
@@ -82,7 +82,7 @@ def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
         ("steps: 3", "holds no sections of options"),
         ("a: [", "cannot be read: while parsing"),
         ("a: !!python/object/apply:os.system [ls]", "cannot be read: could not determine a constructor"),
-        ("toy_trainer: {network: {width: 0}}", "is 0: it must be at least 1"),
+        ("toy_trainer: {network: {width: 0}}", "is 0: it must be at least 1, and below 2^32"),
     ],
 )
 def test_a_preset_that_cannot_be_used_is_one_line(preset, complaint, read):

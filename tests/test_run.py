@@ -187,7 +187,7 @@ finish = run.Run.finish
 
 
 def with_account(self, metrics, artefacts, **others):
-    finish(self, metrics, artefacts, account=Account({"a.mp4": 2.0}), **others)
+    finish(self, metrics, artefacts, account=Account(read_s={"a.mp4": 2.0}), **others)
 
 
 def test_more_steps_go_on_from_the_last_one(tmp_path, undisturbed, capsys):
@@ -406,7 +406,7 @@ class TestProcesses:
         first = Process(options, tmp_path / "a.log", {"TOY_DISTURBED": "SIGSTOP 3 0"})
         while not states(tmp_path / "run"):
             time.sleep(0.05)
-        assert "is in use: another process is at work on this run" in Process(options, tmp_path / "b.log").ends(1)
+        assert "is in use by another process" in Process(options, tmp_path / "b.log").ends(1)
         os.kill(first.process.pid, signal.SIGCONT)
         first.ends()
         assert "is finished: nothing to do" in Process(options, tmp_path / "c.log").ends(0)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def test_a_video_unlike_all_others_is_said_to_be_so(world, tmp_path, make_clip, 
 
 def test_what_cannot_be_scored_is_refused(world, tmp_path, make_clip, write_cache, damage_cache):
     with pytest.raises(UserError, match="give --cache, or --videos"):
-        score(world, tmp_path / "run", videos=("x.mp4",))
+        score(world, tmp_path / "run", videos=(Path("x.mp4"),))
     with pytest.raises(UserError, match="the calibration knows what is usual from 1 to 4"):
         score(world, tmp_path / "run", horizons=(9,))
     broken = damage_cache(write_cache(tmp_path / "broken", [make_clip("/videos/x.mp4", 30)]))

@@ -2,19 +2,24 @@
 
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from jepa.errors import ConfigurationError
+from data.files import to_disk, unfinished
+from jepa.fingerprint import fingerprint
 from pipelines.run.command import UserError, require
-from pipelines.run.files import read_json, to_disk, write_json
+from pipelines.run.files import read_json, to_json, write_json
 
 NAMES = ("config.json", "model.safetensors")
+LARGEST_HEADER, MOST_PARTS = 1 << 22, 20_000
+"""Bytes of a weights file's header and layers of a module at most; the largest models of timm have a tenth."""
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -23,49 +28,89 @@ def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> No
 
     An older artefact gives way when the new one is whole. Raises `UserError` if something else is in its place.
     """
-    others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES) if folder.is_dir() else []
-    require(not others, f"{folder} holds {', '.join(others[:3])}, and is no {kind}: move it, or take another folder")
-    beside = folder.with_name(f".tmp.{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)  # of an earlier life
+    require_artefact_alone(folder)
+    beside = unfinished(folder.parent)
     beside.mkdir()
-    write_json(beside / "config.json", {"kind": kind, "config": config})
     weights = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    owned = {"kind": kind, "config": to_json(config)}
+    write_json(beside / "config.json", owned | {"fingerprint": fingerprint(weights, owned["config"])})
     try:
         save_file(weights, beside / "model.safetensors")
     except SafetensorError as error:
         raise OSError(f"{beside}: {error}") from error
     to_disk(beside / "model.safetensors")
-    aside = folder.with_name(f".old.{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
-        folder.rename(aside)
-    beside.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside := unfinished(folder.parent))
+        beside.rename(folder)
+        shutil.rmtree(aside)
+    else:
+        beside.rename(folder)
     to_disk(folder.parent)
 
 
+def require_artefact_alone(folder: Path) -> None:
+    """Raises `UserError` if a folder holds more than an artefact, which would be lost when that is replaced."""
+    others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES) if folder.is_dir() else []
+    require(not others, f"{folder} holds {', '.join(others[:3])}, and is no model: move it, or take another folder")
+
+
 def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Module]) -> Module:
-    """The module of an artefact in evaluation mode: every weight is there, none is left over, all shapes agree.
+    """The module of an artefact in evaluation mode: every weight is there, none is left over, shapes and types agree.
 
     `build` makes it from its configuration; on the meta device first, where nothing is allocated, so that a hostile
-    configuration is found out by the shapes of the weights. What does not fit is a `UserError`.
+    configuration is found out by the header of the weights. What does not fit is a `UserError`.
     """
     for name in NAMES:
         require((folder / name).is_file(), f"{folder}: there is no {kind} here ({name} is missing)")
     content = read_json(folder / "config.json")
-    require("kind" in content and "config" in content, f"{folder}/config.json is not of this version: make it again")
+    is_known = {"kind", "config", "fingerprint"} <= content.keys()
+    require(is_known, f"{folder}/config.json is not of this version: make it again")
     require(content["kind"] == kind, f"{folder}: this is no {kind}; its config.json says {content['kind']}")
     try:
-        state = load_file(folder / "model.safetensors")
-        with torch.device("meta"):
-            wanted = {name: tuple(value.shape) for name, value in build(content["config"]).state_dict().items()}
-        for name in wanted.keys() | state.keys():
-            want, have = wanted.get(name, "none"), tuple(state[name].shape) if name in state else "missing"
-            require(want == have, f"{folder}: {name} of this {kind} is {have}, its configuration wants {want}")
-            require(bool(state[name].isfinite().all()), f"{folder}: {name} of this {kind} is not finite: make it again")
-        module = build(content["config"])
+        have, wanted = _shapes(folder / "model.safetensors"), _wanted(build, content["config"])
+        for name in sorted(wanted.keys() | have.keys()):
+            want, found = tuple(wanted[name].shape) if name in wanted else "none", have.get(name, "missing")
+            require(want == found, f"{folder}: {name} of this {kind} is {found}, its configuration wants {want}")
+        module, state = build(content["config"]), load_file(folder / "model.safetensors")
+        for name, value in state.items():
+            is_sound = value.dtype == wanted[name].dtype and bool(value.isfinite().all())
+            require(is_sound, f"{folder}: {name} of this {kind} is not finite, or {value.dtype}: make it again")
+        if fingerprint(state, content["config"]) != content["fingerprint"]:
+            raise ValueError("it has changed since it was written")
         module.load_state_dict(state)
         return module.eval()
-    except (OSError, SafetensorError, ConfigurationError, TypeError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's configuration leads to, in libraries too
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"{folder}: the {kind} here cannot be loaded ({reason}): copy or make it again") from error
+
+
+def artefact_fingerprint(folder: Path) -> str:
+    """The fingerprint that an artefact says it has, which loading it compares. Raises `UserError`."""
+    return str(read_json(folder / "config.json").get("fingerprint"))
+
+
+def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a file, as its header says; safetensors compares that with the file's size."""
+    with weights.open("rb") as file:
+        if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:
+            raise ValueError(f"its header is larger than {LARGEST_HEADER:,} bytes")
+    with safe_open(weights, "pt") as content:
+        return {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+
+
+def _wanted(build: Callable[[dict[str, Any]], nn.Module], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a configuration's module on the meta device: of whatever size, they take no memory."""
+    parts = count(1)
+
+    def limit(*_: Any) -> None:
+        if next(parts) > MOST_PARTS:
+            raise ValueError(f"its configuration wants more than {MOST_PARTS:,} layers")
+
+    hook = register_module_module_registration_hook(limit)
+    try:
+        with torch.device("meta"):
+            return build(config).state_dict()
+    finally:
+        hook.remove()

@@ -1,8 +1,12 @@
 """Complete training states on disk: renamed when they are whole, checked before they are used, read without pickle."""
 
 import errno
+import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -11,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from data.files import MOST_VALUES, sweep, whole_file
 from pipelines.run.command import UserError, said_by_all
 from pipelines.run.devices import on_main
-from pipelines.run.files import to_disk
 
 KEPT = 2
 """Newest training states that stay."""
@@ -45,7 +49,12 @@ class Checkpoints:
                 f"{newest} was saved by {len(own)} processes, and {self.accelerator.num_processes} are running: "
                 f"resume with {len(own)}, or add --overwrite to start again"
             ))  # fmt: skip
-        return int(newest.stem.removeprefix("step_")), shared, own[self.accelerator.process_index]
+        with restoring(newest):
+            mine = own[self.accelerator.process_index]
+            # The same list many times over, one inside the other, would never come to an end.
+            if len(list(islice(json.JSONEncoder().iterencode(mine), MOST_VALUES))) == MOST_VALUES:
+                raise ValueError("it holds too much")
+            return int(newest.stem.removeprefix("step_")), shared, mine
 
     def save(self, state: State) -> None:
         """Write a state: it is whole or it is not there, also after a kill or on a full disk. Collective."""
@@ -55,17 +64,14 @@ class Checkpoints:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / ".tmp.pt"
+        sweep(self.folder)
         try:
-            with unfinished.open("wb") as file:
+            with whole_file(self.folder / name) as file:
                 torch.save(content, file)
         except RuntimeError as error:  # where writing failed, torch raises one about its position in the file
             if isinstance(cause := error.__context__, OSError):
-                raise OSError(cause.errno, cause.strerror, str(unfinished)) from error
+                raise OSError(cause.errno, cause.strerror, str(self.folder / name)) from error
             raise
-        to_disk(unfinished)
-        unfinished.replace(self.folder / name)
-        to_disk(self.folder)
         # The newest before this one is whole: either it was gone on from, or this process has written it.
         names = {path.name for path in self.folder.glob("step_*.pt")}
         for other in names - {*sorted(one for one in names if one <= name)[-KEPT:]}:
@@ -91,14 +97,28 @@ class Checkpoints:
         return None
 
 
+@contextmanager
+def restoring(state: Path) -> Iterator[None]:
+    """What a state holds is put back inside. Raises `UserError` where it does not fit."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{state} is not of this run ({reason}): add --overwrite to start again") from error
+
+
 def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if it is whole. What cannot be read now, raises `OSError`."""
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # looks at tensors' places
         with ZipFile(checkpoint) as file:  # torch writes zip files, with a checksum of each part
-            # An entry that a turned bit has made a folder would be read as whatever memory holds.
-            changed = file.testzip() or any(part.external_attr for part in file.infolist())
-        return "it has changed since it was written" if changed or state.keys() != {"shared", "own"} else ""
+            parts = file.infolist()
+            # An entry that a turned bit has made a folder would be read as whatever memory holds; a packed one would
+            # take more memory than the file has bytes.
+            fits = sum(part.file_size for part in parts) <= checkpoint.stat().st_size
+            if not fits or any(part.external_attr or part.compress_type for part in parts) or file.testzip():
+                return "it has changed since it was written"
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # looks at tensors' places
+        return "" if state.keys() == {"shared", "own"} else "it is something else"
     except Exception as error:  # whatever damage leads to; torch's advice to let a file run code is not passed on
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is of a place that damage made up
             raise

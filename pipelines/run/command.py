@@ -29,7 +29,9 @@ LOST_CONTACT = re.compile(
 """The words of gloo, NCCL and the store for another process that has gone, or has not come."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Of malloc.h."""
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED|std::bad_alloc")
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|ALLOC_FAILED|std::bad_alloc|size calculation overflowed"
+)
 """The words of a GPU, its libraries and the CPU's allocator."""
 
 

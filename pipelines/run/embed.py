@@ -6,6 +6,7 @@ shape, the last one filled up, because the last bits of an embedding depend on t
 gives the same embeddings whatever else is embedded, and wherever a run was interrupted.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from data.decoder import Damage, VideoError
 from data.manifest import content_of
 from data.parallel import stream_ahead
 from jepa.encoder import Encoder
-from pipelines.run.devices import cores_of_this_process
+from pipelines.run.devices import ACTIVATIONS, cores_of_this_process, require_memory
 
 
 @dataclass(eq=False)
@@ -96,6 +97,7 @@ def embed_videos(
     # decoding lacks what they waste.
     workers = 2 if is_gpu else torch.get_num_threads()
     shape = (batch_size, encoder.window, 3, *encoder.image_size)
+    require_memory(ACTIVATIONS * math.prod(shape), f"--batch-size {batch_size}")
     # One to be filled, the others on their way.
     buffers = deque(torch.zeros(shape, dtype=torch.uint8, pin_memory=is_gpu) for _ in range(workers + 2))
     in_flight: deque[tuple[Future[Tensor] | None, list[Task], list[Task]]] = deque()

@@ -123,7 +123,7 @@ def keep_encoder(
         kept = load_encoder(folder).to(accelerator.device)
         is_same = to_json(kept.config) == to_json(replace(encoder.config, embedding_dimension=components))
         require(
-            is_same and fingerprint(kept.backbone, {}) == fingerprint(encoder.backbone, {}),
+            is_same and fingerprint(kept.backbone.state_dict(), {}) == fingerprint(encoder.backbone.state_dict(), {}),
             f"{folder} holds another encoder than the one asked for: take another --output-dir, or --encoder {folder}",
         )
         return kept

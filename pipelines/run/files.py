@@ -5,10 +5,9 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pipelines.run.command import UserError, require
+from data import files
+from data.files import whole_file
+from pipelines.run.command import UserError
 
 MARK = "run.json"
 """The file that says whose a folder is."""
-WRITTEN = re.compile(r".*\.(jsonl?|csv|safetensors|pt|png|gif)|hparams\.yml|events\.out\.tfevents\..*")
-"""Names of the files that commands write."""
+WRITTEN = re.compile(
+    r"(metrics|account|config|rollout)\.json|(curve|videos)\.jsonl|(rollout|surprise|peaks)\.csv|model\.safetensors"
+    r"|step_\d{8,}\.pt|hparams\.yml|events\.out\.tfevents\..*"
+)
+"""Names of the files that commands write, beside pictures."""
+SIGNED = {"Software": "video-jepa"}
+"""What pictures say of themselves, by which ours are known."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -31,20 +37,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is either the old one or the new one, whole and on the disk."""
-    unfinished = path.with_name(f".tmp.{path.name}")
-    unfinished.write_text(text)
-    to_disk(unfinished)
-    unfinished.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `UserError` if the file holds none."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return files.read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or make it again") from error
-    require(isinstance(value, dict), f"{path} holds no JSON object: restore it, or make it again")
-    return value
 
 
 def to_json(value: Any) -> Any:
@@ -88,22 +90,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def discard(path: Path) -> None:
-    """Remove a file or folder as far as a command wrote it: whatever else somebody put there stays."""
+def written(path: Path) -> Iterator[Path]:
+    """Files at a path or in that folder that a command wrote, but for those of runs and caches inside."""
     if path.is_dir() and not path.is_symlink():
-        if not any((path / name).exists() for name in (MARK, "cache.json")):  # a run or a cache of its own
+        if not any((path / name).exists() for name in (MARK, "cache.json")):
             for inner in path.iterdir():
-                discard(inner)
-            with suppress(OSError):
-                path.rmdir()
-    elif WRITTEN.fullmatch(path.name):
-        path.unlink(missing_ok=True)
+                yield from written(inner)
+    elif path.is_file() and (WRITTEN.fullmatch(path.name) or (path.suffix == ".png" and _is_signed(path))):
+        yield path
 
 
-def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_signed(picture: Path) -> bool:
+    with picture.open("rb") as file:
+        return b"Software\0video-jepa" in file.read(256)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder and those in it as far as they hold nothing."""
+    for path in sorted([folder, *folder.rglob("*/")], reverse=True):
+        with suppress(OSError):
+            path.rmdir()

@@ -1,16 +1,17 @@
 """The folder of a run: it says whose it is, and nobody else's work is harmed."""
 
-import fcntl
 import platform
 import re
 import subprocess
 import weakref
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pipelines.run.command import Finished, UserError, require
-from pipelines.run.files import MARK, differences, discard, read_json, to_json, versions, write_json
+from data.files import hold, require_no_links, sweep
+from pipelines.run.artefacts import require_artefact_alone
+from pipelines.run.command import Finished, UserError, counted, require
+from pipelines.run.files import MARK, differences, read_json, remove_empty, to_json, versions, write_json, written
 
 FORMAT = "video-jepa run 1"
 BEFORE = {MARK, "videos.jsonl", "cache"}
@@ -36,12 +37,10 @@ class RunFolder:
     def __init__(self, options: Any, command: str, artefacts: tuple[str, ...]) -> None:
         self.options, self.command, self.path = options, command, Path(options.output_dir)
         self.names = ("metrics.json", "account.json", "curve.jsonl", "training_state", "logs", *artefacts)
-        self.resume, mark = getattr(options, "resume", False), self.path / MARK
+        self.resume = getattr(options, "resume", False)
         require(not (options.overwrite and self.resume), "--overwrite starts again, --resume goes on: give one of them")
         require(self.path.is_dir() or not self.path.exists(), f"--output-dir {self.path} is no folder")
-        self.record: dict[str, Any] = read_json(mark) if mark.exists() else {"format": FORMAT}
-        known = self.record.get("format") == FORMAT
-        require(known, f"{mark} is damaged, or of another version: take another --output-dir")
+        self.record, self.replaced = read_mark(self.path), self.path / ".replaced"
         self.has_begun = "inputs" in self.record  # a start that failed protects nothing
         names = {path.name for path in self.path.glob("[!.]*") if path.suffix not in (".log", ".out")}
         others = [] if self.has_begun else sorted(names - BEFORE)
@@ -50,9 +49,13 @@ class RunFolder:
             f"--output-dir {self.path} holds {', '.join(others[:3])}, and no run of {command}: take another one",
         )
         self.path.mkdir(parents=True, exist_ok=True)
+        require_no_links(self.path, (*self.names, self.replaced.name))
+        for model in self.path.glob("*/model.safetensors"):
+            require_artefact_alone(model.parent)
         self.release = weakref.finalize(self, hold(self.path).close)
         if self.has_begun:
             self._require_consent()
+        sweep(self.path)
 
     def _require_consent(self) -> None:
         """The options say what is to become of the run that was begun here."""
@@ -91,8 +94,7 @@ class RunFolder:
         elif self.has_begun:
             # A kill must not leave half of the old run under the mark of the new one.
             write_json(self.path / MARK, {**self.record, "finished": False})
-            for name in self.names:
-                discard(self.path / name)
+            self._set_aside()
         (self.path / "metrics.json").unlink(missing_ok=True)
         self.record |= {"command": self.command, "finished": False, "options": self.options, "inputs": inputs}
         write_json(self.path / MARK, self.record | environment())
@@ -101,20 +103,35 @@ class RunFolder:
         """Write the metrics, flat keys and plain values, and mark the run as finished."""
         write_json(self.path / "metrics.json", metrics)
         write_json(self.path / MARK, self.record | environment() | {"finished": True})
+        if old := list(written(self.replaced)):
+            for file in old:
+                file.unlink()
+            print(f"removed {counted(len(old), 'file')} of the run that this one has replaced in {self.path}")
+        remove_empty(self.replaced)
         self.release()
 
+    def _set_aside(self) -> None:
+        """Move what the run here wrote out of the way; it is removed once the one that replaces it has finished."""
+        old = [file for name in self.names for file in written(self.path / name)]
+        for file in old:
+            place = self.replaced / file.relative_to(self.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        for name in self.names:
+            remove_empty(self.path / name)
+        if old:
+            print(
+                f"replacing the run in {self.path}: its {counted(len(old), 'file')} stay in {self.replaced} until then"
+            )
 
-def hold(folder: Path) -> IO[str]:
-    """Hold a folder until what is returned is closed. Raises `UserError` if another process holds it."""
-    lock = (folder / ".lock").open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(f"{folder} is in use: another process is at work on this run") from None
-    except OSError:
-        pass  # a file system without locks
-    return lock
+
+def read_mark(folder: Path) -> dict[str, Any]:
+    """The record of the run in a folder, without `inputs` where none has begun. Raises `UserError` if it is damaged."""
+    record = read_json(folder / MARK) if (folder / MARK).exists() else {"format": FORMAT}
+    types = {"command": str, "finished": bool, "options": dict, "inputs": dict} if "inputs" in record else {}
+    known = record.get("format") == FORMAT and all(isinstance(record.get(name), kind) for name, kind in types.items())
+    require(known, f"{folder / MARK} is damaged, or of another version: take another folder")
+    return record
 
 
 def environment() -> dict[str, Any]:

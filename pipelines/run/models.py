@@ -18,7 +18,8 @@ from jepa.networks import PredictorConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import UserError, require
-from pipelines.run.files import MARK, read_json, summary
+from pipelines.run.files import read_json, summary
+from pipelines.run.folder import read_mark
 
 BATCH_NUMBERS = 32_000_000
 """Numbers that are held at a time where windows of a cache go by in batches."""
@@ -30,7 +31,7 @@ def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Pr
     Raises `UserError` where they are not there, are damaged, or do not belong together.
     """
     predictor = load_module(folder / "predictor", "predictor", build_predictor)
-    owner = fingerprint(predictor, predictor.description())
+    owner = fingerprint(predictor.state_dict(), predictor.description())
 
     def build_calibration(config: dict[str, Any]) -> Calibration:
         require(
@@ -56,7 +57,7 @@ def calibration_artefact(
     calibration: Calibration, predictor: Predictor, fitted_on: str
 ) -> tuple[str, dict[str, Any], Calibration]:
     """Kind, configuration and module of a calibration's artefact: whose it is, and on which clips it was fitted."""
-    owner = {"predictor_fingerprint": fingerprint(predictor, predictor.description())}
+    owner = {"predictor_fingerprint": fingerprint(predictor.state_dict(), predictor.description())}
     return "calibration", calibration.description() | owner | {"fitted_on": fitted_on}, calibration
 
 
@@ -69,7 +70,7 @@ def open_cache(folder: Path, predictor: Predictor) -> EmbeddingCache:
 
 def trained_on(folder: Path) -> str | None:
     """The clips that the predictor of a run was trained on, in short; None where the run's record is not there."""
-    return read_json(folder / MARK).get("inputs", {}).get("train") if (folder / MARK).exists() else None
+    return read_mark(folder).get("inputs", {}).get("train")
 
 
 def inputs_of(folder: Path, cache: EmbeddingCache) -> dict[str, Any]:

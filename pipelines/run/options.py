@@ -17,6 +17,9 @@ Options = TypeVar("Options")
 
 COMMANDS = [path.stem for path in sorted(Path(__file__).parents[1].glob("[!_]*.py")) if path.stem != "cli"]
 """Names that a preset may have sections for, beside that of the command that reads it."""
+MOST_PRESET_BYTES = 1 << 15
+NOT_IN_PRESETS = ("output_dir", "manifest", "overwrite", "resume", "preset")
+"""What to write, and over what, is for the command line alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +89,27 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _read_preset(path: Path, command: str) -> Iterator[str]:
-    """The section of a command, as arguments."""
+def _read_preset(path: Path, command: str) -> list[str]:
+    """The section of a command, as arguments. A preset may be a stranger's: it decides neither where nor over what."""
     try:
-        sections = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_PRESET_BYTES):
+            raise ValueError(f"it is no file of at most {MOST_PRESET_BYTES:,} bytes")
+        text = path.read_text()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases, which may grow without bounds: write the values out")
+        sections = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigurationError("preset", f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise ConfigurationError("preset", f"{path} holds no sections of options, named like the commands")
     for name in sections.keys() - {*COMMANDS, command}:
         raise ConfigurationError("preset", f"{path} has a section '{name}', and commands are {', '.join(COMMANDS)}")
-    return _as_arguments(sections.get(command, {}))
+    arguments = list(_as_arguments(sections.get(command, {})))
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name in NOT_IN_PRESETS:
+            raise ConfigurationError("preset", f"{path} asks for {argument}: give that on the command line")
+    return arguments
 
 
 def _as_arguments(values: dict[str, Any], prefix: str = "--") -> Iterator[str]:

@@ -11,6 +11,7 @@ from data.cache import Provenance
 from data.decoder import Damage, VideoError
 from data.frames_at import read_frames_at
 from data.video import probe_video
+from pipelines.run.files import SIGNED
 from pipelines.run.scoring import Scores
 
 SHOWN_FRAMES = 5
@@ -31,7 +32,7 @@ def draw_surprise(scores: Scores, peaks: Sequence[int], path: Path) -> None:
     lower.set_ylim(-1, 1)
     lower.set_ylabel("change cosine")
     lower.set_xlabel("time in seconds")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=SIGNED)
 
 
 def draw_energy(scores: Scores, peaks: Sequence[int], axes: Axes) -> None:
@@ -59,7 +60,7 @@ def draw_peaks(scores: Scores, peaks: Sequence[int], provenance: Provenance, pat
     grid = figure.subplots(len(peaks), SHOWN_FRAMES, squeeze=False)
     for axes, frame, place in zip(grid.flat, frames, around.tolist(), strict=True):
         draw_frame(frame, scores, place, axes, is_peak=place in peaks)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=SIGNED)
 
 
 def draw_frame(frame: np.ndarray, scores: Scores, place: int, axes: Axes, *, is_peak: bool) -> None:

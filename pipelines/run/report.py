@@ -41,7 +41,7 @@ def table(results: Results) -> str:
         rows = {name: records for name, records in _by_name(results) if measure in records[0]}
         lines += [title] * bool(rows)
         for name, records in rows.items():
-            cells = [f"{records[step - 1][measure]:.3f}" for step in shown]
+            cells = [f"{records[step - 1][measure]:.3f}".replace("nan", "-") for step in shown]
             if measure == "relative_to_copy_last":
                 useful = results["useful_horizon"][name]
                 cells.append(f"{'> ' * useful['exceeds_longest']}{useful['time_s']:.3g} s")

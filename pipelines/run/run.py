@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.parallel import stream_ahead
 from pipelines.run import devices
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.checkpoints import Checkpoints
+from pipelines.run.checkpoints import Checkpoints, restoring
 from pipelines.run.command import Interrupted, UserError
 from pipelines.run.files import to_json, write_json, write_text
 from pipelines.run.folder import RunFolder
@@ -80,7 +80,11 @@ class Best:
         return {"step": self.step, "metrics": self.metrics, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.step, self.metrics, self.weights = state["step"], state["metrics"], state["weights"]
+        own = {name: value.shape for name, value in self.module.state_dict().items()}
+        are_numbers = all(isinstance(value, int | float | None) for value in self.metrics.values())
+        if not are_numbers or {name: value.shape for name, value in self.weights.items()} not in (own, {}):
+            raise ValueError("its best weights are others")
 
 
 class Run:
@@ -122,7 +126,8 @@ class Run:
             has_learned = curve.exists() and curve.stat().st_size > 0
             if (state := self.checkpoints.load_newest(is_needed=has_learned)) is not None:
                 self.step, self.restored, own = state
-                self.saved_step, self.progress = self.step, Progress(**own)
+                with restoring(self.path):
+                    self.saved_step, self.progress = self.step, Progress(**own)
 
         def start() -> None:
             self.folder.begin(inputs)  # type: ignore[union-attr]
@@ -160,7 +165,8 @@ class Run:
         self.parts |= parts
         if self.restored is not None:
             for name, part in parts.items():
-                part.load_state_dict(self.restored[name])
+                with restoring(self.path):
+                    part.load_state_dict(self.restored[name])
 
     def steps(self, batches: Callable[[dict[str, int]], Iterable[AnyBatch]]) -> Iterator[tuple[int, AnyBatch]]:
         """The number of each step from 0 and its batch; `update` is called once for each. Collective.
