@@ -288,7 +288,7 @@ def _from_json(fields: dict[str, Any]) -> Record:
     numbers = [video.height, video.width, video.duration_s, video.average_fps, video.frames or 0]
     numbers += [*video.keyframes_s, *(number for gap in video.gaps_s for number in gap)]
     are_numbers = all(type(number) in (int, float) and abs(number) < LARGEST_NUMBER for number in numbers)
-    texts = (state.path, video.codec, video.damage, video.content)
+    texts = (state.path, video.codec, video.assumed, video.damage, video.content)
     if not are_numbers or min(numbers[:5]) < 0 or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"what it says of {state.path} cannot be")
     return Record(state, video)
