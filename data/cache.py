@@ -16,6 +16,7 @@ when it is first read from: nothing ever holds a whole cache. Nor is it trusted:
 import math
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -243,7 +244,9 @@ class Shard(NamedTuple):
 
     def require_whole(self) -> None:
         """Raise `CacheError` if the file has another size: a truncated one, mapped, ends the process (bus error)."""
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = 0
+        with suppress(FileNotFoundError):
+            size = self.path.stat().st_size
         if size != self.size_bytes:
             raise _damaged(self.path, f"has {size} bytes instead of {self.size_bytes}")
 

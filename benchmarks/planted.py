@@ -1,0 +1,147 @@
+r"""Is what was planted seen, and where it was planted? Events in ordinary videos, to choose settings by.
+
+  python -m benchmarks.planted --run runs/benchmarks/ped2 --neighbourhoods 0.1 0.2 0.33 0.5
+
+Into each validation clip of a finished run of `benchmarks/ped2.py` something is pasted for three seconds: a patch
+`elsewhere`, from another video, at the pace of a walker; a walker who is `fast`, two and a half times the pace; one who
+goes `backwards`, as he was filmed from end to beginning. The clip that nothing was pasted into is encoded alike. For
+each size of neighbourhoods the predictor is calibrated anew on the other clips' caches, and scored: the area under the
+ROC curve between moments with and without, and how often, where the energy is above the 95th percentile of ordinary
+moments, the highest cell lies on what was pasted. No label of a test is looked at.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+import jepa.calibration
+from benchmarks.common import markdown, read_json, run, shared, write_results
+from data.cache import EmbeddingCache
+from data.clock import read_on_clock
+from data.synthetic import write_video
+from data.video import probe_video
+from data.windows import Windows
+from jepa.config import Bounded
+from pipelines.run.command import run_command
+from pipelines.run.files import write_json
+from pipelines.run.judging import calibrate
+from pipelines.run.models import load_predictor
+from pipelines.run.scoring import Scores, score_videos
+
+KINDS = ("nothing", "elsewhere", "fast", "backwards")
+HEIGHT, WIDTH = 36, 20
+"""Of what is pasted, in pixels; a walker of Ped2."""
+PACE, SECONDS = 12.0, 3.0
+"""Pixels a second, and how long it is there."""
+
+
+@dataclass(frozen=True)
+class Options(Bounded):
+    """Events that were planted in ordinary videos."""
+
+    run: Path = Path("runs/benchmarks/ped2")
+    """Finished run of `benchmarks/ped2.py`."""
+    neighbourhoods: tuple[float, ...] = (0.1, 0.2, 0.33, 0.5)
+    """Sizes to compare, as shares of the picture's shorter side."""
+    horizons: tuple[int, ...] = (1, 2, 3, 4)
+    """Ticks whose energies are averaged."""
+    output_dir: Path = Path("runs/benchmarks/planted")
+    """Where videos, caches and results are left."""
+
+
+def main(options: Options) -> None:
+    """The story: plant, embed, score with each size of neighbourhoods, compare."""
+    cache = EmbeddingCache(options.run / "cache" / "val")
+    clips = [Path(source) for source in dict.fromkeys(clip.key.source for clip in cache.clips)]
+    for kind in KINDS:
+        for number, clip in enumerate(clips):
+            plant(clip, kind, options.output_dir / "videos" / kind, seed=number)
+        run("cache_embeddings", {
+            "videos": options.output_dir / "videos" / kind, "encoder": options.run / "cache" / "train" / "encoder",
+            "fps": cache.provenance.fps, "clocks": 4, "batch-size": 16,
+            "output-dir": options.output_dir / "cache" / kind,
+        })  # fmt: skip
+    predictor, before = load_predictor(options.run / "predictor_0")
+    found: dict[str, dict[str, list[float]]] = {}
+    for size in options.neighbourhoods:
+        vars(jepa.calibration)["NEIGHBOURHOOD"] = size
+        calibration, _ = calibrate(predictor, before.ridge, cache, horizon=before.horizon)
+        scores = {}
+        for kind in KINDS:
+            watched = EmbeddingCache(options.output_dir / "cache" / kind)
+            windows = Windows(watched, predictor.config.context + max(options.horizons))
+            scores[kind] = list(score_videos(predictor, calibration, windows, options.horizons))
+        found[f"{size:g}"] = {kind: judge(scores["nothing"], scores[kind]) for kind in KINDS[1:]}
+    write_results(options.output_dir, found)
+    rows = [[size, *(cell for values in kinds.values() for cell in values)] for size, kinds in found.items()]
+    heads = [f"{kind}: {what}" for kind in KINDS[1:] for what in ("AUROC", "on it")]
+    print(markdown([["neighbourhood", *heads], *rows]))
+
+
+def plant(clip: Path, kind: str, folder: Path, *, seed: int) -> None:
+    """Write the clip with something pasted in, and beside it where."""
+    path, generator = folder / clip.name, np.random.default_rng(seed)
+    if path.with_suffix(".json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    info = probe_video(clip)
+    timed = list(read_on_clock(clip, (info.height, info.width), fps=info.average_fps))
+    frames = np.stack([one.frame for one in timed]).transpose(0, 2, 3, 1).copy()
+    fps = info.average_fps
+    walker = find_walker(frames)
+    first = int(generator.integers(fps, len(frames) - (SECONDS + 1) * fps))
+    patch = foreign_patch(generator) if kind == "elsewhere" else walker
+    pace = PACE * (2.5 if kind == "fast" else 1.0)
+    top = int(generator.integers(info.height // 2, info.height - HEIGHT - 20))
+    places = [(float("nan"), float("nan"))] * len(frames)
+    for step in range(int(SECONDS * fps) if kind != "nothing" else 0):
+        left = int(info.width * 0.2 + pace * step / fps)
+        pasted = patch[-1 - step % len(patch)] if kind == "backwards" else patch[step % len(patch)]
+        frames[first + step, top : top + HEIGHT, left : left + WIDTH] = pasted
+        places[first + step] = (top + HEIGHT / 2) / info.height, (left + WIDTH / 2) / info.width
+    write_video(path, frames, fps)
+    write_json(path.with_suffix(".json"), {
+        "times_s": [one.time_s for one in timed], "places": places, "size": [HEIGHT / info.height, WIDTH / info.width],
+    })  # fmt: skip
+
+
+def find_walker(frames: np.ndarray) -> np.ndarray:
+    """The liveliest place of a clip over a second, uint8 (T, HEIGHT, WIDTH, 3)."""
+    change = np.abs(np.diff(frames[:11].astype(np.float32), axis=0)).mean(axis=(0, 3))
+    sums = np.pad(change, ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
+    boxes = sums[HEIGHT:, WIDTH:] - sums[:-HEIGHT, WIDTH:] - sums[HEIGHT:, :-WIDTH] + sums[:-HEIGHT, :-WIDTH]
+    top, left = np.unravel_index(boxes.argmax(), boxes.shape)
+    return frames[:11, top : top + HEIGHT, left : left + WIDTH].copy()
+
+
+def foreign_patch(generator: np.random.Generator) -> np.ndarray:
+    """Something of another video, uint8 (1, HEIGHT, WIDTH, 3), as grey as the others are."""
+    frame = next(iter(read_on_clock(shared("driving") / "b_01.mp4", (160, 320), fps=1))).frame
+    left = int(generator.integers(0, 300 - WIDTH))
+    grey = frame[:, 60 : 60 + HEIGHT, left : left + WIDTH].mean(axis=0, keepdims=True)
+    return np.repeat(grey, 3, axis=0).transpose(1, 2, 0)[None].astype(np.uint8)
+
+
+def judge(ordinary: list[Scores], planted: list[Scores]) -> list[float]:
+    """Area under the curve of moments with something against the same of the clip without; how often it is on it."""
+    truths, energies, right, loud = [], [], 0, 0
+    level = np.quantile(np.concatenate([scores.energies for scores in ordinary]), 0.95)
+    for without, scores in zip(ordinary, planted, strict=True):
+        where = read_json(scores.video.with_suffix(".json"))
+        places = np.array(where["places"], dtype=float)
+        at = np.abs(np.subtract.outer(scores.times_s, where["times_s"])).argmin(axis=1)
+        is_there = np.isfinite(places[at, 0])
+        truths += [np.ones(is_there.sum()), np.zeros(len(without.energies))]
+        energies += [scores.energies[is_there], without.energies]
+        grid = scores.maps.shape[1:]
+        for moment in np.flatnonzero(is_there & (scores.energies > level)):
+            highest = np.unravel_index(scores.maps[moment].argmax(), grid)
+            off = np.abs(np.add(highest, 0.5) - places[at[moment]] * grid)
+            right, loud = right + bool((off <= np.multiply(where["size"], grid) / 2 + 1).all()), loud + 1
+    return [float(roc_auc_score(np.concatenate(truths), np.concatenate(energies))), right / max(loud, 1)]
+
+
+if __name__ == "__main__":
+    run_command(main, Options)
