@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from data.cache import ClipKey
 from data.clock import read_on_clock
+from data.manifest import content_of
 from jepa.components import principal_components
 from jepa.errors import ConfigurationError
 from jepa.video_encoder import load_clip_encoder
@@ -73,7 +74,7 @@ def test_embeddings_are_transformers_own_and_the_same_after_saving(published, to
 
 
 def embed(encoder, path, *, offsets_s=(0.0,), batch_size=4):
-    keys = [ClipKey(str(path), "content", offset_s) for offset_s in offsets_s]
+    keys = [ClipKey(str(path), content_of(path), offset_s) for offset_s in offsets_s]
     with tqdm(disable=True) as bar:
         (task,) = embed_videos(
             Accelerator(cpu=True), encoder, [Task(path, keys)], fps=FPS, image_fps=25.0, batch_size=batch_size,
