@@ -54,7 +54,9 @@ class DirectMLP(nn.Module):
             nn.Linear(config.width, config.horizon * config.width),
         )  # fmt: skip
 
-    def forward(self, features: Tensor, last: int, state: DirectState | None = None) -> tuple[Tensor, DirectState]:
+    def forward(
+        self, features: Tensor, last: int, state: DirectState | None = None, grid: tuple[int, ...] = ()
+    ) -> tuple[Tensor, DirectState]:
         recent = features if state is None else torch.cat([state.recent, features], dim=1)
         kept = recent[:, max(0, recent.shape[1] - self.context + 1) :]
         if state is not None and state.taken < self.horizon:
