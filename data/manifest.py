@@ -21,7 +21,7 @@ from data.decoder import Damage, VideoError
 from data.errors import printable
 from data.files import whole_file
 from data.folders import ARCHIVE, find_videos, listed
-from data.image_sequence import is_image
+from data.image_sequence import TIMES_IN_NAMES, is_image
 from data.parallel import map_ahead
 from data.video import IMAGE_FPS, VideoInfo, probe_video
 
@@ -192,7 +192,7 @@ def index_videos(
             video = known.get(state)
             content = video.content if video else content_of(path)
             video = video or moved.get(content)
-            is_at_rate = video is not None and (not video.assumed or video.average_fps == image_fps)
+            is_at_rate = video and (video.assumed in ("", TIMES_IN_NAMES) or video.average_fps == image_fps)
             if video is None or not is_at_rate or (video.frames is None and look is not probe_video):
                 video = look(path, image_fps)
             return Record(state, replace(video, path=path, content=content))

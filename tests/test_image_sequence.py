@@ -345,3 +345,19 @@ def test_another_rate_is_another_index(tmp_path):
         ((record,), _) = index_videos([folder], manifest, look=look, image_fps=image_fps, progress=False)
         assert record.video.average_fps == image_fps
     assert rates == [10, 30, 29.97]
+
+
+@pytest.mark.parametrize(
+    ("names", "looks"),
+    [([f"{0.4 * second:.3f}.png" for second in range(5)], 0), ([f"{number}.png" for number in range(5)], 1)],
+)
+def test_another_rate_is_another_look_only_where_names_are_no_times(names, looks, tmp_path):
+    folder, seen = write_images(tmp_path / "frames", names), []
+
+    def look(path, image_fps):
+        seen.append(path)
+        return probe_video(path, image_fps)
+
+    index_videos([folder], tmp_path / "m.jsonl", look=count_frames, image_fps=25.0, progress=False)
+    index_videos([folder], tmp_path / "m.jsonl", look=look, image_fps=5.0, progress=False)
+    assert len(seen) == looks
