@@ -129,6 +129,12 @@ MEASUREMENTS = {
          for kind in ("mlp", "transformer")
          for key, name in (("imagined frames a second", "float32"), ("the same in bf16", "bf16"))},
     ),
+    "grid": Measurement(
+        45, "-m benchmarks.rollout --output-dir FOLDER --width 256 --dimension 384 --grid 16 16 --clips 64 --horizon 8",
+        "--width 32 --dimension 8 --grid 3 4 --clips 2 --horizon 4 --rounds 1",
+        {f"transformer.{key}": (f"rollout, transformer, 16x16 cells, 256 wide, {name}: imagined frames a second", "")
+         for key, name in (("imagined frames a second", "float32"), ("the same in bf16", "bf16"))},
+    ),
 }  # fmt: skip
 """In the order of their value. Later work adds its own."""
 

@@ -50,6 +50,8 @@ class Options(Bounded):
     """Width of the predictors."""
     dimension: PositiveInt = 64
     """Numbers of an embedding."""
+    grid: tuple[PositiveInt, ...] = ()
+    """Rows and columns of its places, where it has any."""
     rounds: PositiveInt = 3
     """Turns of each measurement and its rival; medians are reported."""
 
@@ -70,9 +72,10 @@ def measure(config: NetworkConfig, options: Options) -> dict[str, str | float]:
     """All figures of one kind."""
     torch.manual_seed(0)
     kind = config.kind
-    predictor = Predictor(config, (options.dimension,), fps=FPS, encoder_fingerprint="benchmark")
+    shape = (*options.grid, options.dimension)
+    predictor = Predictor(config, shape, fps=FPS, encoder_fingerprint="benchmark")
     predictor = predictor.to(DEVICE).eval()
-    past = Sequence.on_clock(torch.randn(options.clips, config.context, options.dimension, device=DEVICE), FPS)
+    past = Sequence.on_clock(torch.randn(options.clips, config.context, *shape, device=DEVICE), FPS)
     future = Future.ticks(options.horizon, FPS)
     seconds(lambda: rollout(predictor, past, Future.ticks(2, FPS)))  # warm up
     remembering, reading, halved = [], [], []
