@@ -65,7 +65,7 @@ def _search(root: Path, videos: list[Path], known: set[str]) -> Counter[str]:
     todo = deque([(str(root), "")])  # paths, and why nothing below is taken
     while todo:
         path, reason = todo.popleft()
-        if not reason and (real := os.path.realpath(path)) in known:  # links may lead in circles
+        if not reason and (real := os.path.realpath(path)) in known and os.path.exists(path):  # links lead in circles
             found["double"] += 1
             continue
         if not reason:

@@ -15,28 +15,32 @@ from statistics import median, median_low
 
 import numpy as np
 
-UNITS_NS = {"hour": 3600 * 10**9, "minute": 60 * 10**9, "second": 10**9, "milli": 10**6, "number": 1}
+UNITS_NS = {"hour": 3600 * 10**9, "minute": 60 * 10**9, "second": 10**9, "milli": 10**6, "micro": 1000, "number": 1}
 NUMBER = re.compile(r"(?P<number>(?<![^\W_]|[ )])-\d+|\d+)")  # a minus behind a letter, a digit or a space is none
 _DAY = r"(?<!\d)(?P<year>(?:19|20)\d\d)(?P<a>[-_.]?)(?P<month>0[1-9]|1[0-2])(?P=a)(?P<day>0[1-9]|[12]\d|3[01])"
+_DD, _MM, _YYYY = r"(?P<day>0[1-9]|[12]\d|3[01])", r"(?P<month>0[1-9]|1[0-2])", r"(?P<year>20\d\d)"
 _HOUR, _MINUTE, _SECOND = r"(?P<hour>[01]\d|2[0-3])", r"(?P<minute>[0-5]\d)", r"(?P<second>[0-5]\d)"
 _CLOCK = rf"{_HOUR}(?P<b>[-_.: ]?){_MINUTE}(?P=b){_SECOND}"
 _EPOCH = r"(?<!\d)(?P<second>1[1-9]\d{8})"  # seconds since 1970, in the years 2004 to 2033
 _PART, _DIGITS = r"(?P<fraction>\d{9}|\d{6}|\d{3})", r"(?P<fraction>\d+)"
 _BEGIN = r"(?<![\d.])(?<!(?<![^\W_])-)"
 _END = r"(?!\d)(?!.*\d\s?[AaPp]\.?[Mm](?![A-Za-z]))"  # half days begin again: they are read as numbers
+_DATED = r"(?<!\d)%s(?P<a>[-_.]?)%s(?P=a)" + rf"{_YYYY}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}"
+DAY_MONTH, MONTH_DAY = _DATED % (_DD, _MM), _DATED % (_MM, _DD)
 FORMS = [  # and what is carried into when the finer number is over; evidence for a time: 1 such a carry, 2 others, too
-    # Nothing but times.
     (rf"{_DAY}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}", "", 0),
+    *((dates, "", 0) for dates in (DAY_MONTH, MONTH_DAY)),
     (rf"{_DAY}{_CLOCK}(?<=\d{{14}}){_DIGITS}{_END}", "", 0),
     (rf"{_EPOCH}(?:[.,]?(?P<fraction>(?<=\D)\d+|\d{{9}}|\d{{6}}|\d{{3}}))?{_END}", "", 0),
-    (rf"{_BEGIN}(?P<milli>\d+)ms(?![a-z])", "", 0),
+    (rf"{_BEGIN}(?:(?P<milli>\d+)ms|(?P<micro>\d+)[uµμ]s|(?P<minute>\d+)min)(?![a-z])", "", 0),
     (rf"{_BEGIN}(?:(?P<hour>\d+)h)?(?:(?P<minute>\d+)m)?(?P<second>\d+)(?:\.{_DIGITS})?s(?:ec)?(?![a-z])", "", 0),
     (rf"{_DAY}(?:(?<=\d{{8}})|\D{{1,4}}(?=\d\d[-_.:h])){_HOUR}[-_.:h]?{_MINUTE}{_END}", "", 0),
     (rf"{_DAY}{_END}", "", 0),
     # Two or three numbers, unless the finer one begins at the same place again and again, as frames of scenes do.
     (rf"^{_HOUR}(?P<b>[-_.:]){_MINUTE}(?P=b){_SECOND}(?:[.,]{_DIGITS})?$", "minute", 0),
     (rf"^(?P<second>0|[1-9]\d{{0,5}}|\d{{1,6}}(?=\.\d{{3}}))\.{_DIGITS}$", "second", 0),
-    (rf"(?<!\d)(?:{_DAY}\D{{0,4}})?{_CLOCK}[-_.,]{_DIGITS}{_END}", "second", 1),
+    (rf"(?<!\d){_DAY}\D{{0,4}}{_CLOCK}[-_.,]{_DIGITS}{_END}", "second", 1),
+    (rf"(?<!\d){_CLOCK}[-_.,]{_DIGITS}{_END}", "second", 2),
     (rf"{_DAY}\D{{0,4}}{_HOUR}{_MINUTE}{_END}", "hour", 2),
     (rf"{_EPOCH}[-_]{_PART}{_END}", "second", 1),
     (rf"{_BEGIN}(?P<second>\d{{1,6}})\.{_DIGITS}(?!\d|\.\d)", "second", 2),
@@ -49,17 +53,18 @@ FORMS = [  # and what is carried into when the finer number is over; evidence fo
 def order_of(names: Sequence[str]) -> tuple[list[str], np.ndarray, bool]:
     """Images in the order that their names tell, when, and whether that is in seconds.
 
-    Times, float64 (T,), begin at 0; where names are no times, their unit is the usual step from image to image. Raises
-    `ValueError`, which lists the series, where names do not tell one order.
+    Times, float64 (T,), begin at 0; of names that are no times in usual steps. `ValueError` where no order is told.
     """
     stems = [splitext(name)[0] for name in names]
     for pattern, coarse, evidence in FORMS:
         if ordered := _ordered(stems, re.compile(pattern), coarse, evidence):
             times, order = zip(*ordered, strict=True)
             is_number = pattern == NUMBER.pattern
+            months = _ordered(stems, re.compile(MONTH_DAY), "", 0) if pattern == DAY_MONTH else []
+            if months and [time - months[0][0] for time, _ in months] != [time - times[0] for time in times]:
+                raise ValueError("the names of its images may have the day or the month first: put the year first")
             unit = median_low([other - one for one, other in pairwise(times)]) if is_number else UNITS_NS["second"]
-            since_first = np.array([(time - times[0]) / unit for time in times])
-            return [names[at] for at in order], since_first, not is_number
+            return [names[at] for at in order], np.array([(time - times[0]) / unit for time in times]), not is_number
     raise ValueError(
         f"the names of its {len(names):,} images do not tell one order ({_series(names)}): "
         "give each series a folder of its own, and each image a number or a time"
@@ -80,12 +85,13 @@ def _ordered(stems: list[str], pattern: re.Pattern[str], coarse: str, evidence: 
             continue
         rests = [f"{stems[at][: column[at].start()]}T{stems[at][column[at].end() :]}" for _, at in ordered]
         rests = rests if len(set(rests)) > 1 else []
-        numbers = ([int(number) for number in NUMBER.findall(rest)] for rest in rests)
+        numbers = [[int(number) for number in NUMBER.findall(rest)] for rest in rests]
         if (
             all(one < other for (one, _), (other, _) in pairwise(ordered))
             and len({NUMBER.sub("#", rest) for rest in rests}) <= 1
             and all(one <= other for one, other in pairwise(numbers))
             and _are_padded_alike(column)
+            and not _begins_again([value for value, _ in ordered], numbers, column[0])
             and (not coarse or _goes_on([time for time, _ in ordered], UNITS_NS[coarse], evidence))
         ):
             return ordered
@@ -104,27 +110,30 @@ def _value(match: re.Match[str]) -> int:
 
 def _are_padded_alike(matches: Sequence[re.Match[str]]) -> bool:
     """Whether no digits have a zero too many: 010 beside 9 may be a tenth, and .10 beside .9 the tenth."""
-    if "number" in matches[0].re.groupindex:
-        digits = [match["number"].lstrip("-") for match in matches]
-    elif "fraction" in matches[0].re.groupindex:
-        digits = [(match["fraction"] or "")[::-1] for match in matches]
-    else:
-        return True
+    groups = map(re.Match.groupdict, matches)
+    digits = [one.get("number", "").lstrip("-") or (one.get("fraction") or "")[::-1] for one in groups]
     shortest = min(map(len, digits))
     return not any(len(text) > shortest and text.startswith("0") for text in digits)
 
 
+def _begins_again(values: list[int], numbers: list[list[int]], match: re.Match[str]) -> bool:
+    """Raises `ValueError` if a counter or clock may have gone around, or numbers jump where others beside them fall."""
+    groups, steps = match.groupdict(), [other - one for one, other in pairwise(values)]
+    usual, is_clock = median_low(steps), bool(groups.get("hour") and not groups.get("year"))
+    period = 10 ** len(str(values[-1])) if "number" in groups else 24 * UNITS_NS["hour"] * is_clock
+    falls = [by for by, (one, other) in zip(steps, pairwise(numbers), strict=False) if any(map(int.__lt__, other, one))]
+    is_around = max(steps) > max(5 * usual, period // 2) and period > values[-1] - values[0] >= period - 2 * usual
+    if is_around or ("number" in groups and max(falls, default=0) > 5 * usual):
+        raise ValueError("the names of its images may begin again: put dates before times, and years first")
+    return False
+
+
 def _goes_on(times_ns: list[int], coarse_ns: int, evidence: int) -> bool:
     """Whether times go on where the finer number is over: at their pace, or at other places than all at one."""
-    carries: list[int] = []
-    within: list[int] = []
-    begins = []
-    for one, other in pairwise(times_ns):
-        if one // coarse_ns < other // coarse_ns:
-            carries.append(other - one)
-            begins.append(other % coarse_ns)
-        else:
-            within.append(other - one)
+    pairs = [(one, other, one // coarse_ns < other // coarse_ns) for one, other in pairwise(times_ns)]
+    carries = [other - one for one, other, is_carried in pairs if is_carried]
+    within = [other - one for one, other, is_carried in pairs if not is_carried]
+    begins = [other % coarse_ns for _, other, is_carried in pairs if is_carried]
     if not carries or not within:
         return evidence <= len(carries[:1])
     is_steady = median(within) / 1.5 <= median(carries) <= 1.5 * max(within)

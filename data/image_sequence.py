@@ -63,11 +63,10 @@ class ImageSequenceDecoder(Decoder):
             self.position += 1
             try:
                 pixels = _pixels(self.path / name)
-            except MemoryError as error:
-                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(self.path / name)) from error
             except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
-                if getattr(error, "errno", None) not in OF_THE_IMAGE:
-                    raise
+                number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+                if number not in OF_THE_IMAGE:
+                    raise OSError(number, os.strerror(number), str(self.path / name)) from error
                 reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
                 self.note(f"image {name} cannot be decoded ({getattr(error, 'strerror', None) or reason})")
                 continue

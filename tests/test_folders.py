@@ -196,6 +196,13 @@ def test_links_into_a_store_are_called_by_their_names(tmp_path, video):
     assert find_videos([tmp_path / "whole"])[0] == [tmp_path / "whole" / "again.mp4"]
 
 
+def test_each_dead_link_is_named(folder):
+    for name in ("one.mp4", "two.mp4", "three"):
+        (folder / name).symlink_to("nowhere")
+    _, account = check_videos([folder], fps=4, progress=False)
+    assert [Path(path).name for path in account.refused] == ["one.mp4", "three", "two.mp4"]
+
+
 def test_copies_are_one_video_and_counted(folder, video):
     (folder / "copy.mp4").write_bytes(video.read_bytes())
     for red, name in ((1, "frames"), (1, "same frames"), (2, "other frames")):

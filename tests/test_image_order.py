@@ -111,6 +111,12 @@ def test_steps_signs_and_numbers_side_by_side(stems, times):
         ([f"t_{number / 25:.2f}" for number in range(80)], np.arange(80) / 25),
         ([f"x{number / 25:06.3f}.rgb" for number in range(80)], np.arange(80) / 25),
         ([f"{second // 60:02}.{second % 60:02}" for second in SLOW_S], SLOW_S),
+        # With the day or the month before the year, and in other units.
+        ([f"cam_05-01-2024_10.00.{second:02}" for second in SLOW_S[:8]], SLOW_S[:8]),
+        ([f"{day}.2024 at 12:00:00" for day in ("30.01", "31.01", "01.02")], [0, 86400, 172800]),
+        ([f"{day}_120000" for day in ("12302023", "12312023", "01012024")], [0, 86400, 172800]),
+        ([f"{number * 50}us" for number in range(40)], np.arange(40) * 5e-5),
+        ([f"{number}min" for number in range(5)], np.arange(5) * 60),
     ],
 )  # fmt: skip
 def test_times_are_read_as_times(stems, times_s):
@@ -144,6 +150,30 @@ def test_several_series_and_no_order_are_refused(stems, series):
     ) as refused:
         order_after_shuffling(stems)
     assert all(f"{stem}.png (" in str(refused.value) for stem in series)
+
+
+@pytest.mark.parametrize(
+    "stems",
+    [
+        [f"DSC_{number:04}" for number in (9998, 9999, 1, 2)],
+        [f"{number % 1000:03}" for number in range(990, 1020)],
+        ["23-59-58", "23-59-59", "00-00-00", "00-00-01"],
+        ["235900", "000000", "000100"],
+        # Days and months in an order that no form has.
+        ["31-01-24 23.58.00", "31-01-24 23.59.00", "01-02-24 00.00.00", "01-02-24 00.01.00"],
+        ["23-59-59_2024-01-31", "00-00-00_2024-02-01", "00-00-01_2024-02-01"],
+        ["31-1_12-00-58", "31-1_12-00-59", "1-2_12-01-00", "1-2_12-01-01"],
+        ["01-02-2024_12-00-00", "02-02-2024_12-00-00"],  # one day, or one month
+    ],
+)
+def test_what_may_have_begun_again_is_refused(stems):
+    with pytest.raises(ValueError, match="names of its"):
+        order_after_shuffling(stems)
+
+
+@pytest.mark.parametrize("pattern", ["{:06}_10", "{0:06}-{0:06}", "{:06}_0"])
+def test_six_digits_are_no_clock_because_a_number_follows(pattern):
+    assert_reads([pattern.format(number) for number in range(40)], range(40), are_seconds=False)
 
 
 def test_the_same_number_under_two_suffixes_are_two_images():
