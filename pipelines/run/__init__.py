@@ -4,4 +4,9 @@ import os
 import sys
 
 if "ipykernel" not in sys.modules:
-    os.environ["MPLBACKEND"] = "agg"  # pictures are files, whatever display the environment names
+    # Pictures are files. A display that the environment names, and matplotlib does not find, would end its import.
+    display = os.environ.pop("MPLBACKEND", None)
+    import matplotlib  # noqa: F401
+
+    if display is not None:
+        os.environ["MPLBACKEND"] = display  # for others
