@@ -25,7 +25,17 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from benchmarks.common import markdown, over_seeds, read_json, run, run_once, shared, train_on, write_results
+from benchmarks.common import (
+    markdown,
+    over_seeds,
+    read_json,
+    read_scores,
+    run,
+    run_once,
+    shared,
+    train_on,
+    write_results,
+)
 from data.cache import CachedClip, EmbeddingCache
 from data.clock import read_on_clock
 from data.counting import count_frames
@@ -136,11 +146,8 @@ Scores = dict[str, tuple[np.ndarray, np.ndarray]]
 
 def read_surprise(path: Path) -> Scores:
     """The energies of `surprise.csv`."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(Path(row["video"]).name, []).append((float(row["time_s"]), float(row["energy"])))
-    return {name: in_order(np.array(rows).T) for name, rows in found.items()}
+    times_s, energies = read_scores(path, "time_s"), read_scores(path, "energy")
+    return {Path(video).name: (times_s[video], energies[video]) for video in energies}
 
 
 def in_order(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

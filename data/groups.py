@@ -18,10 +18,8 @@ def group_windows(windows: Windows, indices: np.ndarray) -> tuple[np.ndarray, st
     Returns:
         int64 (N,), groups of the given windows numbered from 0, and what they are: "videos" or "segments of 6 s".
     """
-    numbers: dict[str, int] = {}
-    sources = (windows.cache.clips[clip].key.source for clip in windows.clip_of(indices))
-    videos = np.array([numbers.setdefault(source, len(numbers)) for source in sources])
-    if len(numbers) >= ENOUGH_VIDEOS:
+    names, videos = np.unique(windows.video_of(indices), return_inverse=True)
+    if len(names) >= ENOUGH_VIDEOS:
         return videos, "videos"
     segment_s = 2 * windows.length / windows.cache.provenance.fps
     segments = windows.cache.take(windows.rows(indices)[:, 0], "times_s") // segment_s

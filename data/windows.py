@@ -58,6 +58,10 @@ class Windows:
         """Clips of the given windows, (N,) -> int64 (N,), indices into `cache.clips`."""
         return self._run_clips[self._runs(indices)]
 
+    def video_of(self, indices: np.ndarray) -> np.ndarray:
+        """Numbers of the windows' videos, in the order of names, clocks taken together, (N,) -> int64 (N,)."""
+        return np.unique([clip.key.source for clip in self.cache.clips], return_inverse=True)[1][self.clip_of(indices)]
+
     def videos(self, indices: np.ndarray) -> tuple[Path, ...]:
         """Videos of the given windows, each once."""
         clips = (self.cache.clips[clip] for clip in np.unique(self.clip_of(indices)))

@@ -74,7 +74,8 @@ def main(options: Options) -> None:
     context = options.predictor.context
     windows = Windows(train, context + options.rollout_steps)
     held_out = Windows(validation, context + options.validation_horizon)
-    network, rollouts = options.predictor, math.prod(train.shape[:-1]) * options.rollout_steps * options.batch_size
+    network, crop = options.predictor, [min(CROP, side) for side in train.shape[:-1]]
+    rollouts = max(options.batch_size, math.prod(crop)) * options.rollout_steps
     require_memory(8 * rollouts * network.width * network.depth, f"--batch-size {options.batch_size}")
     ridge = fit_ridge_on(train, held_out, predictor)
     run.begin(
@@ -86,7 +87,7 @@ def main(options: Options) -> None:
     if not best.metrics:
         best.consider(0, judge(predictor, ridge, held_out)[0])  # copying and ridge regression, before the first step
 
-    for step, batch in run.steps(lambda place: draw_batches(windows, options, rank=run.rank, place=place)):
+    for step, batch in run.steps(lambda place: draw_batches(windows, options, crop=crop, rank=run.rank, place=place)):
         noise = options.input_noise * predictor.change_std * predictor.std * batch.noise
         past, reached = batch.windows[:, :context] + noise, growing_horizon(step, options)
         terms = losses(past, batch.windows[:, context : context + reached], run.generator(step))
@@ -124,11 +125,12 @@ class Batch(NamedTuple):
     """Where the next batch begins."""
 
 
-def draw_batches(windows: Windows, options: Options, *, rank: int, place: dict[str, int]) -> Iterator[Batch]:
+def draw_batches(
+    windows: Windows, options: Options, *, crop: list[int], rank: int, place: dict[str, int]
+) -> Iterator[Batch]:
     """Endless windows drawn uniformly; each batch is a function of seed, step and rank."""
     for step in count(place.get("step", 0)):
         generator = step_generator(options.seed, step, rank, torch.device("cpu"))
-        crop = [min(CROP, side) for side in windows.cache.shape[:-1]]
         chosen = windows.sample(max(1, options.batch_size // math.prod(crop)), generator)
         taken = windows.take(chosen)
         for axis, side in enumerate(crop, start=2):

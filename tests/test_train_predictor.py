@@ -69,6 +69,15 @@ def measured(caches, shape):
     return cache, predictor
 
 
+def test_the_memory_of_a_batch_counts_each_place_once(caches, tmp_path, monkeypatch):
+    """A batch of a grid has fewer windows, not more places."""
+    needed = []
+    monkeypatch.setattr(train_predictor, "require_memory", lambda size, _: needed.append(size))
+    for shape, batch_size in (("vector", 8), ("grid", 8), ("grid", 2)):
+        train_predictor.main(options(caches, tmp_path / str(len(needed)), shape=shape, batch_size=batch_size, steps=1))
+    assert needed[0] == needed[1] == 2 * needed[2]  # at least one window of 2x2 places
+
+
 @pytest.mark.parametrize("shape", ["vector", "grid"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_is_trained_calibrated_and_loaded(caches, tmp_path, name, shape):

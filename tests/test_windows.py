@@ -125,6 +125,15 @@ def few(tmp_path, make_clip, write_cache):
     return EmbeddingCache(write_cache(tmp_path, clips))
 
 
+def test_clocks_of_a_video_are_one_video(tmp_path, make_clip, write_cache):
+    made = [make_clip(name, 6, offset_s=offset_s) for name in ("/a.mp4", "/b.mp4") for offset_s in (0.0, 0.1)]
+    windows = Windows(EmbeddingCache(write_cache(tmp_path, made)), length=5)
+    everything = np.arange(len(windows))
+    assert windows.clip_of(everything).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert windows.video_of(everything).tolist() == [0] * 4 + [1] * 4
+    assert windows.video_of(np.array([7, 0])).tolist() == [1, 0]
+
+
 def test_segments_are_of_time_and_never_of_two_videos(few):
     windows = Windows(few, 5)
     everything = np.arange(len(windows))

@@ -188,7 +188,7 @@ def fit_readout(cache: EmbeddingCache, columns: tuple[str, ...], predictor: Pred
     indices, true = indices[known], true[known]
     shown = ", ".join(columns)
     require(len(true) >= FOLDS, f"{cache.folder}: only {len(true)} frames say {shown}, and {FOLDS} are needed")
-    _, groups = np.unique([cache.clips[clip].key.source for clip in frames.clip_of(indices)], return_inverse=True)
+    _, groups = np.unique(frames.video_of(indices), return_inverse=True)
     if groups.max() + 1 < FOLDS:  # of few videos parts, one after the other
         groups = np.arange(len(indices)) * FOLDS // len(indices)
 

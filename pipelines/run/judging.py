@@ -141,6 +141,5 @@ def forecast_windows(
 
 def ordinary_clips(windows: Windows, chosen: np.ndarray) -> np.ndarray:
     """The clip of each window, int (N,): its video, or one of four parts of the only one there is."""
-    sources = [windows.cache.clips[clip].key.source for clip in windows.clip_of(chosen)]
-    _, videos = np.unique(sources, return_inverse=True)
+    _, videos = np.unique(windows.video_of(chosen), return_inverse=True)
     return videos if videos.max() > 0 else np.arange(len(chosen)) * 4 // len(chosen)

@@ -82,9 +82,8 @@ def score_videos(
     ordinary, middle = calibration.ordinary(horizons), round(sum(horizons) / len(horizons))
     ahead, future = torch.tensor(horizons).to(device), Future.ticks(windows.length - context, predictor.fps)
     numbers = np.arange(len(windows))
-    sources = [cache.clips[clip].key.source for clip in windows.clip_of(numbers)]  # of several clocks one
-    _, starts = np.unique(sources, return_index=True)
-    for chosen in tqdm(np.split(numbers, np.sort(starts)[1:]), desc="scoring", unit="video", leave=False):
+    by_video = np.split(numbers, np.flatnonzero(np.diff(windows.video_of(numbers))) + 1)  # clips are in their order
+    for chosen in tqdm(by_video, desc="scoring", unit="video", leave=False):
         rows = windows.rows(chosen)[:, context + middle - 1]
         times_s = cache.take(rows, "times_s")
         chosen, rows = (part[times_s.argsort(kind="stable")] for part in (chosen, rows))
@@ -99,7 +98,7 @@ def score_videos(
             parts.append([part.cpu() for part in (*found, maps.mean(dim=1))])
         energies, cosines, maps = (torch.cat(part) for part in zip(*parts, strict=True))
         yield Scores(
-            video=Path(sources[chosen[0]]),
+            video=windows.videos(chosen)[0],
             times_s=cache.take(rows, "times_s"),
             energies=energies.double().numpy(),
             percentiles=ordinary.percentile(energies).numpy(),
