@@ -10,7 +10,7 @@ fitted on all training images; a power law through the later half of its errors 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from jepa.objectives import VICReg
 from pipelines.run.command import require, run_command
 from pipelines.run.files import write_json
 
-WARMUP, GOAL = 200, 0.1
-"""Steps in which the learning rate grows to what it stays; error to be reached."""
+WARMUP, GOAL, MOST_MINUTES = 200, 0.1, 7 * 24 * 60
+"""Steps in which the learning rate grows to what it stays; error to be reached, and no projection is longer."""
 IMAGES, EPOCHS = 50_000, 1000
 """What public benchmarks train on, and for how long."""
 
@@ -76,7 +76,8 @@ def main(options: Options) -> None:
     network = network.to(device).to(memory_format=torch.channels_last)
     if options.compiled:
         network.compile()
-    steps, curve, trained, done = train_steps(network, train[0], options, device), [], 0.0, 0
+    make_views = torch.compile(augment) if options.compiled else augment
+    steps, curve, trained, done = train_steps(network, make_views, train[0], options), [], 0.0, 0
     next(steps)  # compiles
     while trained < options.seconds:
         began, views_s = time.monotonic(), 0.0
@@ -96,9 +97,12 @@ def split_on_device(split: str, read: cifar10.Options, fraction: float, device: 
     return pixels.to(device), torch.from_numpy(images.labels).to(device)
 
 
-def train_steps(network: cifar10.Network, images: Tensor, options: Options, device: torch.device) -> Iterator[float]:
+def train_steps(
+    network: cifar10.Network, make_views: Callable[[Tensor], Tensor], images: Tensor, options: Options
+) -> Iterator[float]:
     """Train for ever; at each step the seconds that its views took, with the device's queue empty before and after."""
-    objective, generator = VICReg(), torch.Generator(device).manual_seed(0)
+    device, objective = images.device, VICReg()
+    generator = torch.Generator(device).manual_seed(0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=1e-4, fused=True)
     step = 0
     while True:
@@ -108,7 +112,7 @@ def train_steps(network: cifar10.Network, images: Tensor, options: Options, devi
             batch = images[chosen]
             wait_for(device)
             began = time.monotonic()
-            views = augment(torch.cat([batch, batch]), generator)
+            views = make_views(torch.cat([batch, batch]))
             wait_for(device)
             views_s = time.monotonic() - began
             for group in optimizer.param_groups:
@@ -128,11 +132,14 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The example's views, each image's its own: uint8 (B, 3, H, W) to float in [0, 1]."""
+def augment(images: Tensor) -> Tensor:
+    """The example's views, each image's its own, drawn from torch's own generator, with which a compiler can work.
+
+    uint8 (B, 3, H, W) to float in [0, 1].
+    """
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand((len(images), *shape), generator=generator, device=images.device)
+        return low + (high - low) * torch.rand((len(images), *shape), device=images.device)
 
     area, ratio = draw(0.2, 1), draw(math.log(3 / 4), math.log(4 / 3)).exp()
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -194,14 +201,15 @@ def report(curve: list[dict[str, float]], views_share: float, images: int, optio
 
 
 def minutes_to_goal(curve: list[dict[str, float]]) -> float:
-    """When a power law through the later half of the errors is at the goal; NaN where it does not fall."""
+    """When a power law through the later half of the errors is at the goal; NaN where that is not within a week."""
     later = curve[len(curve) // 2 :]
     if len(later) < 2:
         return math.nan
     seconds = np.log([point["seconds"] for point in later])
     errors = np.log([1 - point["accuracy"] + 1e-9 for point in later])
     slope, start = np.polyfit(seconds, errors, 1)
-    return float(np.exp((math.log(GOAL) - start) / slope) / 60) if slope < -1e-3 else math.nan
+    minutes = np.exp(min((math.log(GOAL) - start) / slope, 99)) / 60 if slope < 0 else math.inf
+    return float(minutes) if minutes < MOST_MINUTES else math.nan
 
 
 if __name__ == "__main__":

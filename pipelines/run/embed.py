@@ -155,7 +155,7 @@ def decode(
 
 def _prepare_thread(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # a process alone is given no index
         torch.cuda.set_stream(torch.cuda.Stream())  # one batch is copied while another is computed
     else:
         torch.set_num_threads(1)
