@@ -13,7 +13,6 @@ from `.gpu` where that is, or from `$JEPA_SHARED`: a driving clip, and parts of 
 import os
 import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -217,7 +216,7 @@ def copy_videos(folder: Path, copies: int) -> list[str]:
     """The driving clip, as often as there are videos to be, each with an end of its own: doubles would be left out."""
     paths = [folder.parent / "videos" / f"{number:02}.mp4" for number in range(copies)]
     paths[0].parent.mkdir(exist_ok=True)
-    for path in paths:
+    for number, path in enumerate(paths):
         if not path.exists():
             free = (16).to_bytes(4) + b"free" + number.to_bytes(8)  # a box that readers pass over
             path.write_bytes(shared("driving/b_01.mp4").read_bytes() + free)
