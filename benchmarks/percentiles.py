@@ -23,7 +23,7 @@ from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import run_command
 from pipelines.run.judging import calibrate
 from pipelines.run.models import load_predictor
-from pipelines.run.scoring import score_videos
+from pipelines.run.scoring import Scorer, score_videos
 
 LEVELS = (99, 90)
 
@@ -93,8 +93,8 @@ def score_in_turn(folder: Path, options: Options) -> dict[str, list[float]]:
         others.clips = [clip for number, clip in enumerate(cache.clips) if number not in left_out]
         mine.clips = [cache.clips[number] for number in left_out]
         anew, _ = calibrate(predictor, calibration.ridge, others, horizon=calibration.horizon)
-        windows = Windows(mine, predictor.config.context + options.horizon)
-        for scores in score_videos(predictor, anew, windows, (options.horizon,)):
+        scorer = Scorer(predictor, anew, (options.horizon,))
+        for scores in score_videos(scorer, Windows(mine, scorer.length)):
             shares[str(scores.video)] = [float((scores.percentiles > level).mean()) for level in LEVELS]
     return shares
 

@@ -28,7 +28,7 @@ from pipelines.run.command import run_command
 from pipelines.run.files import write_json
 from pipelines.run.judging import calibrate
 from pipelines.run.models import load_predictor
-from pipelines.run.scoring import Scores, score_videos
+from pipelines.run.scoring import Scorer, Scores, score_videos
 
 KINDS = ("nothing", "elsewhere", "fast", "backwards")
 HEIGHT, WIDTH = 36, 20
@@ -71,8 +71,8 @@ def main(options: Options) -> None:
         scores = {}
         for kind in KINDS:
             watched = EmbeddingCache(options.output_dir / "cache" / kind)
-            windows = Windows(watched, predictor.config.context + max(options.horizons))
-            scores[kind] = list(score_videos(predictor, calibration, windows, options.horizons))
+            scorer = Scorer(predictor, calibration, options.horizons)
+            scores[kind] = list(score_videos(scorer, Windows(watched, scorer.length)))
         found[f"{size:g}"] = {kind: judge(scores["nothing"], scores[kind]) for kind in KINDS[1:]}
     write_results(options.output_dir, found)
     rows = [[size, *(cell for values in kinds.values() for cell in values)] for size, kinds in found.items()]

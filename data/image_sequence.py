@@ -62,7 +62,7 @@ class ImageSequenceDecoder(Decoder):
             name, time_s = self.names[self.position], float(self.times_s[self.position])
             self.position += 1
             try:
-                pixels = _pixels(self.path / name)
+                pixels = read_image(self.path / name)
             except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
                 number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
                 if number not in OF_THE_IMAGE:
@@ -93,7 +93,7 @@ def _images_in(path: Path, modified_ns: int) -> tuple[list[str], np.ndarray, boo
         raise VideoError(f"{path}: {error}") from error
 
 
-def _pixels(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
     """The picture in a file, upright, uint8 (height, width, 3).
 
     Raises:

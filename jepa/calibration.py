@@ -8,6 +8,7 @@ log energy is a new clip's level (Student's t over those seen) plus what moments
 """
 
 from collections.abc import Sequence as Several
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,16 +119,16 @@ class Calibration(nn.Module):
         centre = drawn.mean(dim=0)
         return centre + spread * (drawn - centre)
 
-    def energy_map(self, believed: Tensor, came: Tensor, ticks: Tensor) -> Tensor:
+    def energy_map(self, believed: Tensor, came: Tensor, ticks: Tensor, ignored: Tensor | None = None) -> Tensor:
         """How badly embeddings that came fit what was believed, at each place; about 1 on ordinary video.
 
         (B, H, *tokens, D) twice, raw, `ticks` (H,) ahead -> (B, H, *tokens), of a grid the mean of each place and its
-        neighbours.
+        neighbours, without the places (*tokens) that are ignored.
         """
         errors = rearrange((came - believed) / self.ridge.std, "b h ... d -> b h (...) d")
         centred = errors - self._at(self.error_mean, ticks)[:, None]
         whitened = torch.einsum("b h p d, h d k -> b h p k", centred, self._at(self.whitening, ticks))
-        return mean_of_neighbours(reduce(whitened.square(), "b h p k -> b h p", "mean").view(came.shape[:-1]))
+        return mean_of_neighbours(reduce(whitened.square(), "b h p k -> b h p", "mean").view(came.shape[:-1]), ignored)
 
     def energy(self, believed: Tensor, came: Tensor, ticks: Tensor) -> Tensor:
         """The energy of moments in units of what is usual, of a grid that of its most surprising place.
@@ -150,9 +151,16 @@ class Calibration(nn.Module):
         return values[(ticks.round().long() - 1).clamp(0, self.horizon - 1)]
 
 
-def mean_of_neighbours(energies: Tensor) -> Tensor:
-    """The mean of each place and its neighbours, (B, H, *tokens) to the same shape; vectors have no places."""
+def mean_of_neighbours(energies: Tensor, ignored: Tensor | None = None) -> Tensor:
+    """The mean of each place and its neighbours, (B, H, *tokens) to the same shape; vectors have no places.
+
+    Ignored places, bool (*tokens), are nobody's neighbours, and have an energy of 0.
+    """
     if energies.ndim == 2:
         return energies
     side = 1 + 2 * round((min(energies.shape[2:]) * NEIGHBOURHOOD - 1) / 2)  # odd
-    return functional.avg_pool2d(energies, side, 1, side // 2, count_include_pad=False)
+    mean = partial(functional.avg_pool2d, kernel_size=side, stride=1, padding=side // 2, count_include_pad=False)
+    if ignored is None:
+        return mean(energies)
+    seen = (~ignored).to(energies).expand_as(energies)
+    return seen * mean(energies * seen) / mean(seen).clamp_min(1e-12)

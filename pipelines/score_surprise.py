@@ -32,7 +32,7 @@ from data.errors import DataError, printable
 from data.video import IMAGE_FPS
 from data.windows import Windows
 from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
-from jepa.calibration import FAR_LEVEL, Calibration
+from jepa.calibration import FAR_LEVEL
 from jepa.config import Bounded, Bounds, Positive, PositiveInt
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import artefact_fingerprint
@@ -40,7 +40,7 @@ from pipelines.run.command import UserError, counted, require, require_one_proce
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both
 from pipelines.run.pictures import draw_peaks, draw_surprise, plain
-from pipelines.run.scoring import Scores, score_videos
+from pipelines.run.scoring import Scorer, Scores, ignored_places, score_videos
 from pipelines.run.stages import run_stage
 
 COLUMNS = ("time_s", "energy", "percentile", "change_cosine")
@@ -64,6 +64,8 @@ class Options(Bounded):
     """Run folder of train_predictor: the predictor and its calibration."""
     output_dir: Path = Path("runs/surprise")
     """Where the results are left."""
+    ignore_region: Path | None = None
+    """Picture of the frame, white where nothing counts, such as a clock or a tree; for grids of tokens."""
     horizons: tuple[PositiveInt, ...] = (1,)
     """Ticks ahead of a past whose energies are averaged. 1 notices best what is sudden, 1 2 3 4 what goes astray."""
     peaks: Annotated[int, Bounds("from 1 to 100", lambda value: 1 <= value <= 100)] = 5
@@ -89,14 +91,16 @@ def main(options: Options) -> None:
         f"--horizons are {options.horizons}, and the calibration knows what is usual from 1 to {calibration.horizon} "
         "ticks ahead: give such, or run video-jepa calibrate with a larger horizon",
     )
+    ignored = ignored_places(options.ignore_region, predictor) if options.ignore_region else None
+    scorer = Scorer(predictor, calibration, options.horizons, ignored)
     cache = open_cache(options.cache or embed(options, predictor), predictor)
-    windows = Windows(cache, predictor.config.context + farthest)
-    alarm = choose_alarm(options, predictor, calibration, cache) if options.normal else None
+    windows = Windows(cache, scorer.length)
+    alarm = choose_alarm(options, scorer, cache) if options.normal else None
     output.begin(inputs_of(options.predictor, cache))
     for name in ("pictures", "peaks"):
         (folder / name).mkdir(exist_ok=True)
     with Tables(folder, alarm, on_grid=len(predictor.shape) > 1) as tables:
-        for scores in score_videos(predictor, calibration, windows, options.horizons):
+        for scores in score_videos(scorer, windows):
             peaks = scores.peaks(options.peaks)
             tables.write(scores, peaks)
             show(scores, peaks, folder, cache.provenance)
@@ -119,12 +123,11 @@ def main(options: Options) -> None:
     print(f"wrote {folder}/{', '.join(tables.names)}, and pictures of each video in pictures and peaks")
 
 
-def choose_alarm(options: Options, predictor: Predictor, calibration: Calibration, watched: EmbeddingCache) -> Alarm:
+def choose_alarm(options: Options, scorer: Scorer, watched: EmbeddingCache) -> Alarm:
     """The alarm that ordinary videos set off as rarely as is asked. Raises `UserError` where they are too few."""
-    normal = open_cache(options.normal or Path(), predictor)
+    normal = open_cache(options.normal or Path(), scorer.predictor)
     require_no_video_in_both(normal, watched)
-    windows = Windows(normal, predictor.config.context + max(options.horizons))
-    timelines = [scores.timeline for scores in score_videos(predictor, calibration, windows, options.horizons)]
+    timelines = [scores.timeline for scores in score_videos(scorer, Windows(normal, scorer.length))]
     try:
         return choose_threshold(timelines, options.alarms_per_hour)
     except ValueError as error:

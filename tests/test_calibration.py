@@ -231,3 +231,17 @@ def test_a_neighbourhood_is_a_third_of_the_picture(grid, side):
     assert (found > 0).sum() == side**2
     assert found[middle] == pytest.approx(1)
     assert torch.equal(mean_of_neighbours(torch.ones(1, 1, *grid)), torch.ones(1, 1, *grid))  # at the borders, too
+
+
+def test_ignored_places_are_nobodys_neighbours():
+    energies = torch.rand((2, 3, 15, 22), generator=torch.Generator().manual_seed(0))
+    ignored = torch.zeros(15, 22, dtype=torch.bool)
+    ignored[2:4, 5:9] = True
+    loud = energies.masked_fill(ignored, 1e6)
+    found = mean_of_neighbours(loud, ignored)
+    assert (found[:, :, ignored] == 0).all()
+    for row, column in ((0, 0), (1, 4), (4, 9), (14, 21)):  # beside it, and at the edges; 5 x 5 neighbours
+        near = slice(max(0, row - 2), row + 3), slice(max(0, column - 2), column + 3)
+        expected = energies[..., near[0], near[1]][..., ~ignored[near]].mean(dim=-1)
+        torch.testing.assert_close(found[:, :, row, column], expected)
+    torch.testing.assert_close(mean_of_neighbours(energies, torch.zeros_like(ignored)), mean_of_neighbours(energies))

@@ -36,7 +36,7 @@ from pipelines.run.devices import start_accelerator
 from pipelines.run.embed import embed_videos
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.judging import calibrate, fit_ridge_on, judge, measure_embeddings
-from pipelines.run.scoring import score_videos
+from pipelines.run.scoring import Scorer, score_videos
 from pipelines.train_predictor import Losses
 from tests import test_ranks
 from tests.conftest import assert_near
@@ -153,7 +153,7 @@ def test_forecasts_evaluation_and_surprise_are_those_of_the_cpu(caches, network)
         readout = fit_readout(caches["train"], ("speed",), predictor)
         found = Evaluation(predictor, calibration, windows, readout=readout).run(resamples=20)
         Evaluation(predictor, calibration, windows, samples=19).run(resamples=2)  # draws of its own
-        scores = list(score_videos(predictor, calibration, windows, (HORIZON,)))
+        scores = list(score_videos(Scorer(predictor, calibration, (HORIZON,)), windows))
         surprise = [
             [*map(float, (*score.energies, *score.percentiles, *score.cosines)), score.level] for score in scores
         ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.cache import Column, EmbeddingCache
 from jepa.networks import MLPConfig, TransformerConfig
@@ -120,8 +121,10 @@ def test_alarms_are_as_rare_as_is_asked_and_say_from_when_to_when(world, tmp_pat
         score(world, tmp_path / "other", normal=world / "test", alarms_per_hour=60)
 
 
-def test_of_a_grid_the_place_is_told_and_clocks_are_one_timeline(tmp_path, make_clip, write_cache):
-    """One cell changes its ways; two clocks take turns."""
+@pytest.fixture(scope="module")
+def grid_world(tmp_path_factory, make_clip, write_cache):
+    """A predictor of 4 x 6 places, and a cache in which one place changes its ways after 5 s; two clocks take turns."""
+    folder = tmp_path_factory.mktemp("grid")
     columns = {"embeddings": Column("float32", (4, 6, 5))}
 
     def clip(name, seed, offset_s=0.0):
@@ -129,24 +132,68 @@ def test_of_a_grid_the_place_is_told_and_clocks_are_one_timeline(tmp_path, make_
         return make_clip(f"/videos/{name}.mp4", 30, offset_s=offset_s, embeddings=steps)
 
     for split, number in (("train", 6), ("val", 4)):
-        write_cache(tmp_path / split, [clip(f"{split}_{one}", one + number) for one in range(number)], columns=columns)
+        write_cache(folder / split, [clip(f"{split}_{one}", one + number) for one in range(number)], columns=columns)
+    write_cache(folder / "normal", [clip(f"normal_{one}", one + 50) for one in range(4)], columns=columns)
     strange = [clip("strange", 77, offset_s) for offset_s in (0.0, 0.125)]
     for one in strange:
         one.columns["embeddings"][20:22, 1, 4] += 2
-    write_cache(tmp_path / "test", strange, columns=columns)
+    write_cache(folder / "test", strange, columns=columns)
     train_predictor.main(
         train_predictor.Options(
-            train_cache=tmp_path / "train", validation_cache=tmp_path / "val", output_dir=tmp_path / "predictor",
+            train_cache=folder / "train", validation_cache=folder / "val", output_dir=folder / "predictor",
             steps=20, batch_size=48, rollout_steps=2, validation_horizon=3, tracker=("none",),
             predictor=TransformerConfig(context=4, width=16, depth=1, heads=2),
         )
     )  # fmt: skip
-    rows, peaks = score(tmp_path, tmp_path / "run", horizons=(1, 2, 3), peaks=1)
+    return folder
+
+
+def test_of_a_grid_the_place_is_told_and_clocks_are_one_timeline(grid_world, tmp_path):
+    rows, peaks = score(grid_world, tmp_path / "run", horizons=(1, 2, 3), peaks=1)
     times = [float(row["time_s"]) for row in rows]
     assert times == sorted(times)
     assert np.diff(times) == pytest.approx(0.125)
     assert (peaks[0]["row"], peaks[0]["column"]) == ("1", "4")
     assert float(peaks[0]["time_s"]) == pytest.approx(5, abs=0.8)
+
+
+def draw(path, *places, size=(40, 60), grid=(4, 6)):
+    """A picture, white on some places."""
+    picture = np.zeros(grid, np.uint8)
+    for place in places:
+        picture[place] = 255
+    Image.fromarray(picture).resize(size[::-1], Image.Resampling.NEAREST).save(path)
+    return path
+
+
+def test_what_happens_in_an_ignored_region_is_no_alarm(grid_world, tmp_path):
+    def events(**changes):
+        rows, _ = score(grid_world, output := tmp_path / str(len(changes)), normal=grid_world / "normal", **changes)
+        return rows, json.loads((output / "metrics.json").read_text())
+
+    rows, metrics = events(alarms_per_hour=200)
+    masked, ignoring = events(alarms_per_hour=200, ignore_region=draw(tmp_path / "mask.png", (1, 4), (0, 0)))
+    assert (metrics["events"], ignoring["events"]) == (1, 0)
+    assert {(row["row"], row["column"]) for row in masked}.isdisjoint({("1", "4"), ("0", "0")})
+    assert (
+        max(float(row["energy"]) for row in masked) < ignoring["threshold"] < max(float(row["energy"]) for row in rows)
+    )
+
+
+def test_a_region_that_cannot_be_ignored_is_refused(world, grid_world, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    everything = [(row, column) for row in range(4) for column in range(6)]
+    for picture, reason in (
+        (tmp_path / "none.png", r"none.png: not a readable picture \(No such file or directory\)"),
+        (tmp_path / "text.png", "text.png: not a readable picture"),
+        (draw(tmp_path / "small.png", (0, 0), size=(3, 60)), "3 x 60 pixels are fewer than the 4 x 6 places"),
+        (draw(tmp_path / "black.png"), "cover 0 of 24 places for the most part: white is what is ignored"),
+        (draw(tmp_path / "white.png", *everything), "cover 24 of 24"),
+    ):
+        with pytest.raises(UserError, match=f"--ignore-region .*{reason}"):
+            score(grid_world, tmp_path / picture.stem, ignore_region=picture)
+    with pytest.raises(UserError, match="embeddings without places have no region to ignore"):
+        score(world, tmp_path / "run", ignore_region=draw(tmp_path / "mask.png", (1, 4)))
 
 
 def test_a_video_unlike_all_others_is_said_to_be_so(world, tmp_path, make_clip, write_cache, capsys):

@@ -1,21 +1,71 @@
-"""Scores how surprising each moment of the videos of a cache is."""
+"""Scores how surprising each moment of a video is, in a cache or as it comes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
+from data.image_sequence import read_image
 from data.windows import Windows
 from jepa.alarms import Event, Timeline
-from jepa.calibration import Calibration
+from jepa.calibration import Calibration, Ordinary
 from jepa.metrics import change_cosine
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
+from pipelines.run.command import UserError, require
 from pipelines.run.models import in_batches
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How surprising a moment is, from the embeddings around it.
+
+    From each past so much future is forecast as the farthest horizon needs; the moment lies in the middle of them.
+    """
+
+    predictor: Predictor
+    calibration: Calibration
+    horizons: tuple[int, ...]
+    ignored: Tensor | None = None
+    """Places that count for nothing, bool (*tokens): their neighbours' forecasts see the mean there, always."""
+
+    @property
+    def length(self) -> int:
+        """Embeddings that it takes."""
+        return self.predictor.config.context + max(self.horizons)
+
+    @property
+    def moment(self) -> int:
+        """Which of them is the moment's."""
+        return self.predictor.config.context + round(sum(self.horizons) / len(self.horizons)) - 1
+
+    @cached_property
+    def ordinary(self) -> Ordinary:
+        """What is ordinary of its energies."""
+        return self.calibration.ordinary(self.horizons)
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Energies (B,), change cosines (B,) and energies of places (B, *tokens) of (B, length, *tokens, D)."""
+        predictor, context = self.predictor, self.predictor.config.context
+        ahead = torch.tensor(self.horizons, device=embeddings.device)
+        if self.ignored is not None:
+            embeddings = torch.where(self.ignored[..., None], predictor.mean, embeddings)
+        past, came = Sequence.on_clock(embeddings[:, :context], predictor.fps), embeddings[:, context:]
+        future = Future.ticks(came.shape[1], predictor.fps)
+        believed = rollout(predictor, past, future, calibration=self.calibration)
+        maps = self.calibration.energy_map(believed[:, ahead - 1], came[:, ahead - 1], ahead, self.ignored)
+        at = slice(self.moment - context, self.moment - context + 1)
+        expected, seen, last = map(predictor.standardise, (believed[:, at], came[:, at], past.embeddings[:, -1]))
+        energies = self.calibration.highest(maps, ahead).mean(dim=1)
+        return energies, change_cosine(expected, seen, last)[:, 0], maps.mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -70,40 +120,49 @@ class Scores:
         return found
 
 
-@torch.no_grad()
-def score_videos(
-    predictor: Predictor, calibration: Calibration, windows: Windows, horizons: tuple[int, ...]
-) -> Iterator[Scores]:
-    """The scores of each video, one after the other, in memory that does not depend on their number.
-
-    From each past so much future is forecast as its window has; its moment lies in the middle of the horizons.
-    """
-    cache, device, context = windows.cache, predictor.mean.device, predictor.config.context
-    ordinary, middle = calibration.ordinary(horizons), round(sum(horizons) / len(horizons))
-    ahead, future = torch.tensor(horizons).to(device), Future.ticks(windows.length - context, predictor.fps)
+def score_videos(scorer: Scorer, windows: Windows) -> Iterator[Scores]:
+    """The scores of each video, one after the other, in memory that does not depend on their number."""
+    cache, device = windows.cache, scorer.predictor.mean.device
     numbers = np.arange(len(windows))
     by_video = np.split(numbers, np.flatnonzero(np.diff(windows.video_of(numbers))) + 1)  # clips are in their order
     for chosen in tqdm(by_video, desc="scoring", unit="video", leave=False):
-        rows = windows.rows(chosen)[:, context + middle - 1]
+        rows = windows.rows(chosen)[:, scorer.moment]
         times_s = cache.take(rows, "times_s")
         chosen, rows = (part[times_s.argsort(kind="stable")] for part in (chosen, rows))
         parts = []
         for _, embeddings in in_batches(windows, chosen, device):
-            past, came = Sequence.on_clock(embeddings[:, :context], predictor.fps), embeddings[:, context:]
-            believed = rollout(predictor, past, future, calibration=calibration)
-            maps = calibration.energy_map(believed[:, ahead - 1], came[:, ahead - 1], ahead)
-            at = slice(middle - 1, middle)
-            expected, seen, last = map(predictor.standardise, (believed[:, at], came[:, at], past.embeddings[:, -1]))
-            found = calibration.highest(maps, ahead).mean(dim=1), change_cosine(expected, seen, last)[:, 0]
-            parts.append([part.cpu() for part in (*found, maps.mean(dim=1))])
+            parts.append([part.cpu() for part in scorer(embeddings)])
         energies, cosines, maps = (torch.cat(part) for part in zip(*parts, strict=True))
         yield Scores(
             video=windows.videos(chosen)[0],
             times_s=cache.take(rows, "times_s"),
             energies=energies.double().numpy(),
-            percentiles=ordinary.percentile(energies).numpy(),
+            percentiles=scorer.ordinary.percentile(energies).numpy(),
             cosines=cosines.double().numpy(),
             maps=maps.numpy(),
-            level=ordinary.level(energies.double()),
-            reach_s=(windows.length - 1) / predictor.fps,
+            level=scorer.ordinary.level(energies.double()),
+            reach_s=(windows.length - 1) / scorer.predictor.fps,
         )
+
+
+def ignored_places(picture: Path, predictor: Predictor) -> Tensor:
+    """Places of a grid, bool (rows, columns), that are white in a picture of the whole frame for the most part.
+
+    Raises `UserError` where embeddings have no places, the picture cannot be read, or it leaves nothing or everything.
+    """
+    require(len(predictor.shape) == 3, f"--ignore-region {picture}: embeddings without places have no region to ignore")
+    rows, columns = predictor.shape[:2]
+    try:
+        white = read_image(picture).mean(axis=2) > 127  # (height, width)
+    except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--ignore-region {picture}: not a readable picture ({reason})") from error
+    height, width = white.shape
+    said = f"--ignore-region {picture}: {height} x {width} pixels"
+    require(
+        height >= rows and width >= columns, f"{said} are fewer than the {rows} x {columns} places: draw on a frame"
+    )
+    ignored = adaptive_avg_pool2d(torch.from_numpy(white)[None].float(), (rows, columns))[0] > 0.5
+    share = f"cover {int(ignored.sum())} of {ignored.numel()} places for the most part"
+    require(0 < int(ignored.sum()) < ignored.numel(), f"{said} {share}: white is what is ignored")
+    return ignored.to(predictor.mean.device)
