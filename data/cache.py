@@ -199,11 +199,15 @@ class EmbeddingCache:
         if ((flat < 0) | (flat >= self._ends[-1])).any():
             raise IndexError(f"rows {flat.min()} to {flat.max()} are out of range: there are {self._ends[-1]}")
         shards = np.searchsorted(self._ends, flat, side="right")
-        order = shards.argsort(kind="stable")
         values = np.empty((len(flat), *column.shape), column.dtype)
+        order = shards.argsort(kind="stable") if len(self._shards) > 1 else np.arange(len(flat))
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(flat) else ():
             index = int(shards[part[0]])
-            values[part] = self._stored(index, name)[flat[part] - self._ends[index]]  # counted from the shard's end
+            stored, chosen = self._stored(index, name), flat[part] - self._ends[index]  # counted from the shard's end
+            if len(part) == len(flat):  # straight to its place: a copy between takes as long again
+                np.take(stored, chosen + len(stored), axis=0, out=values, mode="clip")
+            else:
+                values[part] = stored[chosen]
         return values.reshape((*rows.shape, *column.shape))
 
     def _stored(self, index: int, name: str) -> np.ndarray:

@@ -88,9 +88,10 @@ def main(options: Options) -> None:
         best.consider(0, judge(predictor, ridge, held_out)[0])  # copying and ridge regression, before the first step
 
     for step, batch in run.steps(lambda place: draw_batches(windows, options, crop=crop, rank=run.rank, place=place)):
-        noise = options.input_noise * predictor.change_std * predictor.std * batch.noise
-        past, reached = batch.windows[:, :context] + noise, growing_horizon(step, options)
-        terms = losses(past, batch.windows[:, context : context + reached], run.generator(step))
+        chance, (past, future) = run.generator(step), batch.windows.tensor_split([context], dim=1)
+        noise = torch.randn(past.shape, generator=chance, device=past.device)
+        past = past + options.input_noise * predictor.change_std * predictor.std * noise
+        terms = losses(past, future[:, : growing_horizon(step, options)], chance)
         run.update(terms["rollout_loss"] + terms["one_step_loss"], terms, batch.videos)
         if run.due:
             run.log(*judge(predictor, ridge, held_out), show=("one_step_loss", CHOSEN_BY))
@@ -117,8 +118,6 @@ class Batch(NamedTuple):
 
     windows: Tensor
     """float32 (B, context + rollout steps, *tokens, D), as cached, of grids a part."""
-    noise: Tensor
-    """float32 (B, context, *tokens, D), standard normal."""
     videos: tuple[Path, ...]
     """Videos that the windows are from, each once."""
     place: dict[str, int]
@@ -136,8 +135,7 @@ def draw_batches(
         for axis, side in enumerate(crop, start=2):
             first = torch.randint(taken.shape[axis] - side + 1, (), generator=generator)
             taken = taken.narrow(axis, int(first), side)
-        noise = torch.randn((len(taken), options.predictor.context, *taken.shape[2:]), generator=generator)
-        yield Batch(taken, noise, windows.videos(chosen), {"step": step + 1})
+        yield Batch(taken, windows.videos(chosen), {"step": step + 1})
 
 
 def growing_horizon(step: int, options: Options) -> int:
