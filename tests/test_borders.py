@@ -36,7 +36,7 @@ TO_READ = {  # a command and all that it imports; the bar: 3,000 each, the demo 
     "demo": 4_100,
     "inspect_folder": 2_600,
     "pretrain_encoder": 4_250,
-    "cache_embeddings": 4_050,
+    "cache_embeddings": 4_100,
     "train_predictor": 3_450,
     "calibrate": 2_800,
     "evaluate_rollout": 2_950,
