@@ -18,8 +18,8 @@ from pipelines.run.command import UserError, require
 from pipelines.run.files import read_json, to_json, write_json
 
 NAMES = ("config.json", "model.safetensors")
-LARGEST_HEADER, MOST_PARTS = 1 << 22, 20_000
-"""Bytes of a weights file's header and layers of a module at most; the largest models of timm have a tenth."""
+LARGEST_HEADER, MOST_PARTS = 1 << 22, 5_000
+"""Bytes of a weights file's header and layers of a module at most; the largest models of timm have 1,800."""
 Module = TypeVar("Module", bound=nn.Module)
 
 
