@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,12 +26,12 @@ from data.parallel import map_ahead
 from data.video import IMAGE_FPS, VideoInfo, probe_video
 
 MANIFEST_SUFFIX = ".jsonl"
-FORMAT = {"format": "video-jepa manifest", "version": 2}
+FORMAT = {"format": "video-jepa manifest", "version": 3}
 EXAMPLES = 10
 LARGEST_NUMBER = 1e9
 """No video has a size, a rate, or a time in seconds beyond."""
-STRETCH = 1 << 15
-"""Bytes at the beginning, in the middle and at the end of a file by which its content is told."""
+STRETCH, STRETCH_OF_IMAGE, DIGITS = 1 << 15, 1 << 12, 32
+"""Bytes at the beginning, in the middle and at the end of a file by which its content is told, of images fewer."""
 
 
 class FileState(NamedTuple):
@@ -121,27 +121,34 @@ def file_state(path: Path) -> FileState:
     return FileState(str(path), sum(file.st_size for file in files[1:] or files), changed_ns)
 
 
-def content_of(path: Path) -> str:
-    """What tells a video from all others wherever it lies, or `OSError`: a hash.
+def content_of(path: Path, *, of_all: bool = False, stretch: int = STRETCH) -> str:
+    """What tells a video from others wherever it lies, or `OSError`: a hash.
 
-    It is taken of a file's size and of `STRETCH` bytes at its beginning, in its middle and at its end; of a folder's
-    names and sizes of images, and of the first, the middle and the last image in the same way.
+    It is taken of a file's size and of stretches at its beginning, in its middle and at its end, or of all of it, twice
+    as long; of a folder's names of images, and of each image in the same way.
     """
     digest = hashlib.sha256()
     if path.is_dir():
-        images = sorted(image for image in path.iterdir() if is_image(image.name) and image.is_file())
-        digest.update(repr([(image.name, image.stat().st_size) for image in images]).encode())
-        for image in dict.fromkeys(images[at] for at in (0, len(images) // 2, -1) if images):
+        for image in sorted(image for image in path.iterdir() if is_image(image.name) and image.is_file()):
+            digest.update(os.fsencode(image.name))
             with suppress(OSError):  # one image never costs the others
-                digest.update(content_of(image).encode())
+                digest.update(content_of(image, of_all=of_all, stretch=STRETCH_OF_IMAGE).encode())
     else:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(str(size).encode())
-            for begin in (0, max(0, (size - STRETCH) // 2), max(0, size - STRETCH)):
+            for begin in (0, max(0, (size - stretch) // 2), max(0, size - stretch)):
                 file.seek(begin)
-                digest.update(file.read(STRETCH))
-    return digest.hexdigest()[:32]
+                digest.update(file.read(stretch))
+            if of_all:
+                file.seek(0)
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[: 2 * DIGITS if of_all else DIGITS]
+
+
+def is_content_of(path: Path, content: str) -> bool:
+    """Whether a video holds what it was told by, be it all of it; or `OSError`."""
+    return content_of(path, of_all=len(content) > DIGITS) == content
 
 
 def read_manifest(path: Path) -> list[Record]:
@@ -181,7 +188,7 @@ def index_videos(
     known = {record.state: record.video for record in (*earlier, *others) if record.video}
     moved = {video.content: video for video in known.values()}
 
-    def record_of(path: Path) -> Record:
+    def record_of(path: Path, content: str = "") -> Record:
         state = FileState(str(path), 0, 0)
         try:
             state = file_state(path)
@@ -190,8 +197,9 @@ def index_videos(
             if not path.is_dir() and not path.is_file():  # a pipe would be waited for
                 raise VideoError(f"{path}: neither a file nor a folder")
             video = known.get(state)
-            content = video.content if video else content_of(path)
-            video = video or moved.get(content)
+            content = content or (video.content if video else content_of(path))
+            if video is None or video.content != content:
+                video = replace(moved[content], whole="") if content in moved else None
             is_at_rate = video and (video.assumed in ("", TIMES_IN_NAMES) or video.average_fps == image_fps)
             if video is None or not is_at_rate or (video.frames is None and look is not probe_video):
                 video = look(path, image_fps)
@@ -213,9 +221,30 @@ def index_videos(
             if record.video is None or known.get(record.state) != record.video:
                 file.write(_line(record))
             records.append(record)
+    records = [
+        record_of(record.video.path, record.video.whole) if record.video and is_another else record
+        for record, is_another in _compare(records, progress)
+    ]
     if manifest is not None:
         _write(manifest, records)
     return records, found
+
+
+def _compare(records: list[Record], progress: bool) -> Iterator[tuple[Record, bool]]:
+    """Records, and whether others have the same content that are different where it is not looked."""
+    contents = Counter(record.video.content for record in records if record.video)
+
+    def compared(record: Record) -> Record:
+        video = record.video
+        if video and not video.whole and len(video.content) == DIGITS and contents[video.content] > 1:
+            with suppress(OSError):  # who reads it will say so
+                return replace(record, video=replace(video, whole=content_of(video.path, of_all=True)))
+        return record
+
+    bar = tqdm(map_ahead(compared, records), "comparing", len(records), unit="video", leave=False, disable=not progress)
+    records = list(bar)
+    kinds = Counter(content for content, _ in {(one.video.content, one.video.whole) for one in records if one.video})
+    return ((record, record.video is not None and kinds[record.video.content] > 1) for record in records)
 
 
 def check_videos(
@@ -288,7 +317,7 @@ def _from_json(fields: dict[str, Any]) -> Record:
     numbers = [video.height, video.width, video.duration_s, video.average_fps, video.frames or 0]
     numbers += [*video.keyframes_s, *(number for gap in video.gaps_s for number in gap)]
     are_numbers = all(type(number) in (int, float) and abs(number) < LARGEST_NUMBER for number in numbers)
-    texts = (state.path, video.codec, video.assumed, video.damage, video.content)
+    texts = (state.path, video.codec, video.assumed, video.damage, video.content, video.whole)
     if not are_numbers or min(numbers[:5]) < 0 or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"what it says of {state.path} cannot be")
     return Record(state, video)

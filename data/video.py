@@ -62,6 +62,8 @@ class VideoInfo:
     """Faults found by counting."""
     content: str = ""
     """What tells the video from all others, wherever it lies (`data.manifest.content_of`)."""
+    whole: str = ""
+    """The same of all of it, where others were alike."""
 
 
 def open_video(path: Path, damage: Damage | None, image_fps: float = IMAGE_FPS) -> Decoder:

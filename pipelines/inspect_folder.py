@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from data.cache import EmbeddingCache
 from data.counting import count_frames
 from data.errors import printable
-from data.manifest import MANIFEST_SUFFIX, Record, content_of, examples, index_videos, sort_out
+from data.manifest import MANIFEST_SUFFIX, Record, examples, index_videos, is_content_of, sort_out
 from data.video import IMAGE_FPS, probe_video
 from jepa.config import Bounded, Positive
 from pipelines.run.command import counted, require, run_command
@@ -128,7 +128,7 @@ def stale_videos(cache: EmbeddingCache) -> dict[str, list[str]]:
     stale: dict[str, list[str]] = {"video is gone or was moved": [], "video has changed": []}
     for source, content in sorted({clip.key[:2] for clip in cache.clips}):
         try:
-            if content_of(Path(source)) != content:
+            if not is_content_of(Path(source), content):
                 stale["video has changed"].append(source)
         except OSError:
             stale["video is gone or was moved"].append(source)

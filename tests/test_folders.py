@@ -9,13 +9,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import data.manifest
 from data.counting import count_frames
 from data.decoder import VideoError
 from data.folders import find_videos
-from data.manifest import check_videos, index_videos
+from data.manifest import check_videos, index_videos, is_content_of
 from pipelines import score_surprise
 from pipelines.run.folder import RunFolder
 
@@ -217,6 +219,45 @@ def test_copies_are_one_video_and_counted(folder, video):
     }
     assert f"\n  doubles: {folder}/copy.mp4: the same as {folder}/a.mp4\n" in str(account)
     assert account.found == {"looked at": 11}
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (3, 240, 400, 3), dtype=np.uint8)
+
+
+def write_raw(path, changed_at):
+    """A recording without compression, in one byte of which one bit may be another than in others."""
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix:
+        frames = [b"FRAME\n" + frame.tobytes()[: 400 * 240 * 3 // 2] for frame in NOISE]
+        contents = {path: bytearray(b"YUV4MPEG2 W400 H240 F10:1 C420jpeg\n" + b"".join(frames))}
+    else:
+        path.mkdir()
+        for number, picture in enumerate(NOISE):
+            Image.fromarray(picture).save(path / f"{number}.bmp")
+        contents = {path / f"{number}.bmp": bytearray((path / f"{number}.bmp").read_bytes()) for number in range(3)}
+    changed = contents[max(contents) if path.suffix else path / "1.bmp"]
+    if changed_at:
+        changed[round(changed_at * len(changed))] ^= 1
+    for file, content in contents.items():
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", [".y4m", ""])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_differs_only_where_content_is_not_hashed_is_no_double(tmp_path, suffix, at_once):
+    folder, manifest = tmp_path / "videos", tmp_path / "videos.jsonl"
+    for name, changed_at in (("first", 0), ("first copied", 0), ("second one", 0.3), ("the third one", 0.7)):
+        write_raw(folder / f"{name}{suffix}", changed_at)
+        if not at_once:
+            check_videos([folder], fps=4, manifest=manifest, progress=False)
+    found = videos, account = check_videos([folder], fps=4, manifest=manifest, progress=False)
+    assert [video.path.stem for video in videos] == ["first", "second one", "the third one"]
+    assert len({video.content for video in videos}) == 3
+    assert all(is_content_of(video.path, video.content) for video in videos)
+    assert [Path(path).stem for path in account.doubles] == ["first copied"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.manifest, "content_of", None)  # what is known is not read again
+        assert check_videos([folder], fps=4, manifest=manifest, progress=False) == found
 
 
 @pytest.mark.parametrize("at", [0, 0.5, 1])

@@ -166,8 +166,8 @@ def test_a_line_that_was_cut_off_is_looked_at_again(index, looks, manifest):
         assert len(looks) == 1
 
 
-HEADER = b'{"format": "video-jepa manifest", "version": 2}\n'
-FOREIGN = [b"", b"{}\n", b"[1, 2]\n", b"hello\n", b"\xff\xfe\x00\n", HEADER.replace(b"2", b"1")]
+HEADER = b'{"format": "video-jepa manifest", "version": 3}\n'
+FOREIGN = [b"", b"{}\n", b"[1, 2]\n", b"hello\n", b"\xff\xfe\x00\n", HEADER.replace(b"3", b"2")]
 DAMAGED = [b"{", b"", b"7", b"null", b"[]", b'"text"', b"{}", b'{"path": "/a", "size_bytes": 1}']
 
 

@@ -27,7 +27,7 @@ from data.cache import ClipKey
 from data.cache_writer import EmbeddedClip
 from data.clock import read_on_clock
 from data.decoder import Damage, VideoError
-from data.manifest import content_of
+from data.manifest import is_content_of
 from data.parallel import stream_ahead
 from jepa.encoder import Encoder
 from pipelines.run.devices import ACTIVATIONS, cores_of_this_process, require_memory
@@ -144,7 +144,7 @@ def decode(
                 last_ticks[clock], last_time_s = tick, time_s
                 task.rows += 1
             task.ticks.append((clock, tick, time_s, task.rows - 1))
-        if content_of(task.source) != task.keys[0].content:  # else another video's embeddings had this one's name
+        if not is_content_of(task.source, task.keys[0].content):  # else another video's embeddings had this one's name
             raise VideoError(f"{task.source}: it has changed since it was looked at")
     except (VideoError, OSError) as error:
         if strict:
