@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -188,7 +188,7 @@ def index_videos(
     known = {record.state: record.video for record in (*earlier, *others) if record.video}
     moved = {video.content: video for video in known.values()}
 
-    def record_of(path: Path, content: str = "") -> Record:
+    def record_of(path: Path, whole: str = "") -> Record:
         state = FileState(str(path), 0, 0)
         try:
             state = file_state(path)
@@ -197,13 +197,13 @@ def index_videos(
             if not path.is_dir() and not path.is_file():  # a pipe would be waited for
                 raise VideoError(f"{path}: neither a file nor a folder")
             video = known.get(state)
-            content = content or (video.content if video else content_of(path))
+            content = whole or (video.content if video else content_of(path))
             if video is None or video.content != content:
-                video = replace(moved[content], whole="") if content in moved else None
+                video = replace(moved[content], whole=whole) if content in moved else None
             is_at_rate = video and (video.assumed in ("", TIMES_IN_NAMES) or video.average_fps == image_fps)
             if video is None or not is_at_rate or (video.frames is None and look is not probe_video):
                 video = look(path, image_fps)
-            return Record(state, replace(video, path=path, content=content))
+            return Record(state, replace(video, path=path, content=content, whole=whole or video.whole))
         except VideoError as error:
             return Record(state, None, str(error))
         except OSError as error:
@@ -221,30 +221,30 @@ def index_videos(
             if record.video is None or known.get(record.state) != record.video:
                 file.write(_line(record))
             records.append(record)
-    records = [
-        record_of(record.video.path, record.video.whole) if record.video and is_another else record
-        for record, is_another in _compare(records, progress)
-    ]
+    for at, video in _others_alike(records, progress):
+        records[at] = record_of(video.path, video.whole)
     if manifest is not None:
         _write(manifest, records)
     return records, found
 
 
-def _compare(records: list[Record], progress: bool) -> Iterator[tuple[Record, bool]]:
-    """Records, and whether others have the same content that are different where it is not looked."""
+def _others_alike(records: list[Record], progress: bool) -> list[tuple[int, VideoInfo]]:
+    """Videos that differ from others of the same content, and their places, once all of each has been hashed."""
     contents = Counter(record.video.content for record in records if record.video)
+    alike = {at: one.video for at, one in enumerate(records) if one.video and contents[one.video.content] > 1}
+    new = {at: video for at, video in alike.items() if not video.whole}
 
-    def compared(record: Record) -> Record:
-        video = record.video
-        if video and not video.whole and len(video.content) == DIGITS and contents[video.content] > 1:
-            with suppress(OSError):  # who reads it will say so
-                return replace(record, video=replace(video, whole=content_of(video.path, of_all=True)))
-        return record
+    def whole(video: VideoInfo) -> str:
+        with suppress(OSError):  # who reads it will say so
+            return content_of(video.path, of_all=True)
+        return ""
 
-    bar = tqdm(map_ahead(compared, records), "comparing", len(records), unit="video", leave=False, disable=not progress)
-    records = list(bar)
-    kinds = Counter(content for content, _ in {(one.video.content, one.video.whole) for one in records if one.video})
-    return ((record, record.video is not None and kinds[record.video.content] > 1) for record in records)
+    bar = tqdm(map_ahead(whole, new.values()), "comparing", len(new), unit="video", leave=False, disable=not progress)
+    for (at, video), one in zip(new.items(), bar, strict=True):
+        alike[at] = replace(video, whole=one)
+        records[at] = replace(records[at], video=alike[at])
+    kinds = Counter(content for content, _ in {(video.content, video.whole) for video in alike.values()})
+    return [(at, video) for at, video in alike.items() if kinds[video.content] > 1]
 
 
 def check_videos(

@@ -96,6 +96,7 @@ def main(options: Options) -> None:
         inputs,
         f"{encoder.config.backbone}, {options.batch_size} clips of {length} frames in a batch on each",
         f"{counted(len(videos), 'video')}, {len(account.refused)} refused",
+        sources={video.content: str(video.path) for video in videos},
     )
     pretraining = synchronise_batch_norm(Pretraining(encoder, options).to(run.device))
     network = run.prepare(pretraining, options.optimizer)

@@ -81,6 +81,7 @@ def main(options: Options) -> None:
     run.begin(
         {"provenance": provenance, "train": clips_in_short(train), "validation": clips_in_short(validation)},
         f"{len(windows):,} windows of {len(train.clips)} clips, validated on {len(validation.clips)} clips",
+        sources={clip.key.content: clip.key.source for cache in (train, validation) for clip in cache.clips},
     )
     losses = run.prepare(Losses(predictor, copying_error(windows, predictor)), options.optimizer, clip_norm=1.0)
     best = run.keep_best(predictor, CHOSEN_BY)

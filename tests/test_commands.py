@@ -129,9 +129,12 @@ def test_a_run_goes_on_with_the_same_videos_wherever_they_lie_and_with_no_others
     for name, arguments, inputs in (("pretrain_encoder", pretrain, "videos"), ("train_predictor", train, "train")):
         if what != "deleted" or inputs == "videos":
             line = refusal(name, arguments.replace("--steps 4", "--steps 5"))
-            assert re.search(
-                rf"began with {inputs} = 8, .* now [789], .*: resume with the same data, or add --over", line
-            )
+            names = {
+                "deleted": f"missing: {world / 'train' / one.name}",
+                "swapped for another": f"(missing: {world / 'train' / one.name}; )?new: {one}",
+                "added": f"new: {videos}/new.mp4",
+            }[what]
+            assert re.search(rf"began with {inputs} = 8, .* now [789], \w+ \w+; {names}: resume with the same", line)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,27 @@ def test_an_unfinished_run_is_resumed_with_the_same_options_and_inputs(tmp_path,
     assert json.loads((moved / "run.json").read_text())["options"]["steps"] == 5
 
 
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"1": "/b", "2": "/c"}, "now x; missing: /a"),
+        ({"9": "/a", "1": "/b"}, "now x; changed: /a; missing: /c: resume with"),
+        ({str(number): f"/{number}" for number in range(9)}, "now x; new: /3, /4, /5, /6, /7 and 1 more: resume with"),
+        ({"0": "/moved", "1": "/too", "2": "/b"}, "now x: resume with"),
+    ],
+)
+def test_what_a_refused_run_would_learn_from_is_named(tmp_path, now, said):
+    folder = take(tmp_path)
+    folder.begin({"videos": "3"}, {"0": "/a", "1": "/b", "2": "/c"})
+    folder.release()
+    again = take(tmp_path, resume=True)
+    with pytest.raises(UserError, match=said):
+        again.begin({"videos": "x"}, now)
+    (tmp_path / "sources.json").unlink()  # as older runs have none
+    with pytest.raises(UserError, match="now x: resume with"):
+        again.begin({"videos": "x"}, now)
+
+
 def test_a_finished_run_that_is_resumed_has_nothing_to_do_unless_it_gets_more_steps(run):
     with pytest.raises(Finished, match="is finished: nothing to do"):
         take(run, resume=True)

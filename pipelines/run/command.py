@@ -8,10 +8,10 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from pipelines.run.options import dashed, parse
 
 Options = TypeVar("Options")
 
+SHOWN = 5
 LOST_CONTACT = re.compile(
     r"connection|broken pipe|pair closure|timed out|timeout|connectFullMesh|failed to recv|ncclRemoteError"
     r"|communicator was aborted",
@@ -61,6 +62,12 @@ def require_one_process() -> None:
 def counted(number: int, noun: str) -> str:
     """A number and its noun: 1 clip, 2 clips."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def first_few(names: Sequence[Any]) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(map(str, names[:SHOWN])) + more
 
 
 def said_by_all(error: Exception) -> Exception:

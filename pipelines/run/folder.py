@@ -10,10 +10,11 @@ from typing import Any
 
 from data.files import hold, require_no_links, sweep
 from pipelines.run.artefacts import require_artefact_alone
-from pipelines.run.command import Finished, UserError, counted, require
+from pipelines.run.command import Finished, UserError, counted, first_few, require
 from pipelines.run.files import MARK, differences, read_json, remove_empty, to_json, versions, write_json, written
 
 FORMAT = "video-jepa run 1"
+SOURCES = "sources.json"
 BEFORE = {MARK, "videos.jsonl", "cache"}
 """Names of what a start leaves before the run has begun."""
 MAY_CHANGE = re.compile(
@@ -36,7 +37,7 @@ class RunFolder:
 
     def __init__(self, options: Any, command: str, artefacts: tuple[str, ...]) -> None:
         self.options, self.command, self.path = options, command, Path(options.output_dir)
-        self.names = ("metrics.json", "account.json", "curve.jsonl", "training_state", "logs", *artefacts)
+        self.names = ("metrics.json", "account.json", SOURCES, "curve.jsonl", "training_state", "logs", *artefacts)
         self.resume = getattr(options, "resume", False)
         require(not (options.overwrite and self.resume), "--overwrite starts again, --resume goes on: give one of them")
         require(self.path.is_dir() or not self.path.exists(), f"--output-dir {self.path} is no folder")
@@ -83,13 +84,16 @@ class RunFolder:
             if more or name.endswith("learning_rate"):
                 print(f"resuming with {name} = {now} instead of {was}: the learning rate follows the new schedule")
 
-    def begin(self, inputs: dict[str, Any]) -> None:
-        """Record the run, once all inputs have been checked. Raises `UserError` if a resumed run began with others."""
+    def begin(self, inputs: dict[str, Any], sources: dict[str, str] | None = None) -> None:
+        """Record the run and what it learns from, paths by content, once all inputs have been checked.
+
+        Raises `UserError` if a resumed run began with others.
+        """
         if self.has_begun and self.resume:
             for name, was, now in differences(self.record["inputs"], to_json(inputs)):
                 raise UserError(
-                    f"{self.path} began with {name} = {was}, which is now {now}: resume with the same data, "
-                    "or add --overwrite to start again"
+                    f"{self.path} began with {name} = {was}, which is now {now}{self._others(sources or {})}: "
+                    "resume with the same data, or add --overwrite to start again"
                 )
         elif self.has_begun:
             # A kill must not leave half of the old run under the mark of the new one.
@@ -97,7 +101,17 @@ class RunFolder:
             self._set_aside()
         (self.path / "metrics.json").unlink(missing_ok=True)
         self.record |= {"command": self.command, "finished": False, "options": self.options, "inputs": inputs}
+        if sources is not None:
+            write_json(self.path / SOURCES, sources)
         write_json(self.path / MARK, self.record | environment())
+
+    def _others(self, sources: dict[str, str]) -> str:
+        """Which videos are not those that the run began with."""
+        before = read_json(self.path / SOURCES) if (self.path / SOURCES).exists() else sources
+        gone = {str(path) for content, path in before.items() if content not in sources}
+        come = {path for content, path in sources.items() if content not in before}
+        kinds = {"changed": gone & come, "missing": gone - come, "new": come - gone}
+        return "".join(f"; {kind}: {first_few(sorted(paths))}" for kind, paths in kinds.items() if paths)
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, flat keys and plain values, and mark the run as finished."""

@@ -23,7 +23,7 @@ from data.parallel import stream_ahead
 from pipelines.run import devices
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.checkpoints import Checkpoints, restoring
-from pipelines.run.command import Interrupted, UserError
+from pipelines.run.command import Interrupted, UserError, first_few
 from pipelines.run.files import to_json, write_json, write_text
 from pipelines.run.folder import RunFolder
 from pipelines.run.options import OptimizerOptions, RunOptions
@@ -32,7 +32,6 @@ FIRST_ALARM_STEP = 50
 """Before, nothing has had time to spread out, and every run would alarm."""
 SAVE_EVERY_S = 600.0
 LONGEST_WARMUP = 500
-SHOWN_VIDEOS = 5
 SHARED = 2**32 - 1
 """A rank that there is not, for the random numbers that all of them share."""
 
@@ -114,11 +113,11 @@ class Run:
         # Ranks agree through the CPU: nobody has to wait for the GPU's queue of work to run empty.
         self.group = distributed.new_group(backend="gloo", timeout=devices.LONGEST_WAIT) if self.ranks > 1 else None
 
-    def begin(self, inputs: dict[str, Any], *facts: str) -> None:
+    def begin(self, inputs: dict[str, Any], *facts: str, sources: dict[str, str] | None = None) -> None:
         """Make the folder or resume the run in it, and print the facts: what is trained on what. Collective.
 
-        Raises `UserError` where ranks see other inputs, which say in short what is learned from, or a resumed run began
-        with others, or has lost its training state.
+        Inputs say in short what is learned from, `sources` which videos these are, paths by content. Raises `UserError`
+        where ranks see other inputs, or a resumed run began with others, or has lost its training state.
         """
         devices.require_agreement(self.accelerator, inputs=inputs)
         curve = self.path / "curve.jsonl"
@@ -130,7 +129,7 @@ class Run:
                     self.saved_step, self.progress = self.step, Progress(**own)
 
         def start() -> None:
-            self.folder.begin(inputs)  # type: ignore[union-attr]
+            self.folder.begin(inputs, sources)  # type: ignore[union-attr]
             # What was logged after the newest state is logged again.
             write_text(curve, "".join(json.dumps(entry) + "\n" for entry in self.progress.curve))
             self.accelerator.init_trackers(self.command, init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
@@ -237,10 +236,9 @@ class Run:
     def _require_finite(self) -> None:
         for step, videos, finite in self.unseen:
             if not finite:
-                names = ", ".join(map(str, videos[:SHOWN_VIDEOS])) or "unnamed data"
-                more = f" and {len(videos) - SHOWN_VIDEOS} more" if len(videos) > SHOWN_VIDEOS else ""
+                names = first_few(videos) or "unnamed data"
                 raise UserError(
-                    f"the loss or its gradient is not finite in step {step + 1}, with {names}{more}: look at that "
+                    f"the loss or its gradient is not finite in step {step + 1}, with {names}: look at that "
                     "data, or --resume with a lower learning rate; the newest checkpoint, of step "
                     f"{self.saved_step}, is from before, but delete it if its weights have grown too large already"
                 )
