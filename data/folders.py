@@ -24,7 +24,11 @@ VIDEO_NAMES = """
 """
 VIDEO_SUFFIXES = frozenset(f".{name}" for name in VIDEO_NAMES.split())
 ARCHIVE = re.compile(r".*\.(zip|tar|tgz|tbz2|txz|7z|rar)(\.(gz|bz2|xz|zst|\d{3}))?", re.I | re.S)
-HIDDEN = re.compile(r"\.[^/]*|@(eaDir|tmp|Recycle)|#(recycle|snapshot)|\$RECYCLE\.BIN|RECYCLE[RD]|Trash|__MACOSX", re.I)
+HIDDEN = re.compile(
+    r"\.[^/]*|[@#~](eaDir|tmp|Recycle|(Recently-)?Snapshots?)|\$RECYCLE\.BIN|RECYCLE[RD]|Trash|__MACOSX"
+    r"|lost\+found|System Volume Information|FOUND\.\d{3}",
+    re.I,
+)
 """Names that begin with a dot, and those of folders that systems and storage devices make for themselves."""
 MARKS = {"run.json": b'"video-jepa run', "cache.json": b'"encoder_fingerprint"'}
 """Files that say that this product wrote a folder, and what stands near their beginning."""

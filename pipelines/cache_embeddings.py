@@ -34,6 +34,7 @@ from data.sidecar import read_sidecar, require_a_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt
 from jepa.encoder import Encoder
+from pipelines.run.artefacts import require_artefact_alone
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
@@ -127,6 +128,7 @@ def usable_videos(options: Options, is_main: bool) -> tuple[list[VideoInfo], Acc
     require(folder.is_dir() or not os.path.lexists(folder), f"--output-dir {folder} is no folder")
     others = sorted(path.name for path in folder.glob("[!.]*") if path.name not in OWN_NAMES) if is_main else []
     require(not others, f"--output-dir {folder} holds {', '.join(others[:3])}, and is no cache: take another one")
+    require_artefact_alone(folder / "encoder")  # which is no run of that name
     for name in options.columns:
         require(NUMBER.is_valid(name), f"--columns {name}: a cache has no place for a column of this name")
     videos, account = check_videos(

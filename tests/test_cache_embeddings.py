@@ -208,18 +208,22 @@ def test_a_video_that_vanishes_or_changes_is_listed_and_the_others_are_embedded(
     assert all("o such file" in reason and reason.endswith("(6.0 s left out)") for reason in refused.values())
 
 
-def test_what_is_there_already_is_no_place_for_a_cache(embed, tmp_path):
+def test_what_is_there_already_is_no_place_for_a_cache(embed, material, tmp_path):
     (tmp_path / "run").mkdir()
     write_json(tmp_path / "run" / "run.json", {})
     (tmp_path / "file").write_text("mine")
+    shutil.copytree(material / "encoder", tmp_path / "runs" / "encoder" / "encoder")
+    write_json(tmp_path / "runs" / "encoder" / "run.json", {})
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     for output, complaint in (
         ("run", "run holds run.json, and is no cache: take another one"),
         ("file", "is no folder"),
+        ("runs", r"runs/encoder holds encoder, run\.json, and is no model: move it, or take another folder"),
     ):
-        with pytest.raises(UserError, match=complaint):
-            embed(output)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
-    assert (tmp_path / "file").read_text() == "mine"
+        for more in ({}, published(material)):
+            with pytest.raises(UserError, match=complaint):
+                embed(output, **more)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_embeddings_are_those_of_frames_at_their_times(embed, material):

@@ -75,7 +75,9 @@ def test_what_is_no_video_is_counted_by_suffix(folder):
     [
         ("._x.mp4", "hidden"), (".thumbnails/x.mp4", "hidden"), ("@eaDir/x.mp4/SYNOPHOTO.mp4", "hidden"),
         (".Trash-1000/files/x.mp4", "hidden"), ("#recycle/x.mp4", "hidden"), ("$RECYCLE.BIN/$R1.mp4", "hidden"),
-        ("__MACOSX/._x.mp4", "hidden"), ("run/pictures/x.mp4", "ours"), ("cache/x.gif", "ours"),
+        ("__MACOSX/._x.mp4", "hidden"), ("~snapshot/daily.0/a.mp4", "hidden"), ("@Recently-Snapshot/1/x.mp4", "hidden"),
+        ("System Volume Information/x.mp4", "hidden"), ("lost+found/#12.mp4", "hidden"), ("FOUND.000/1.avi", "hidden"),
+        ("run/pictures/x.mp4", "ours"), ("cache/x.gif", "ours"),
     ],
 )  # fmt: skip
 def test_what_nobody_wants_is_not_read_but_counted(folder, video, name, why):
