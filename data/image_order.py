@@ -16,11 +16,17 @@ from statistics import median, median_low
 import numpy as np
 
 UNITS_NS = {"hour": 3600 * 10**9, "minute": 60 * 10**9, "second": 10**9, "milli": 10**6, "micro": 1000, "number": 1}
+PERIODS_NS = {unit: [UNITS_NS[coarser]] for unit, coarser in pairwise(reversed(UNITS_NS))}
+PERIODS_NS |= {"hour": [12 * UNITS_NS["hour"], 24 * UNITS_NS["hour"]], "micro": [UNITS_NS["milli"], UNITS_NS["second"]]}
+"""After how long a number of a unit, the coarsest of a name, begins again."""
 NUMBER = re.compile(r"(?P<number>(?<![^\W_]|[ )])-\d+|\d+)")  # a minus behind a letter, a digit or a space is none
 _DAY = r"(?<!\d)(?P<year>(?:19|20)\d\d)(?P<a>[-_.]?)(?P<month>0[1-9]|1[0-2])(?P=a)(?P<day>0[1-9]|[12]\d|3[01])"
 _DD, _MM, _YYYY = r"(?P<day>0[1-9]|[12]\d|3[01])", r"(?P<month>0[1-9]|1[0-2])", r"(?P<year>20\d\d)"
 _HOUR, _MINUTE, _SECOND = r"(?P<hour>[01]\d|2[0-3])", r"(?P<minute>[0-5]\d)", r"(?P<second>[0-5]\d)"
 _CLOCK = rf"{_HOUR}(?P<b>[-_.: ]?){_MINUTE}(?P=b){_SECOND}"
+ZONED = re.compile(
+    rf"{_CLOCK}(?:[.,]?\d+)?[ _]?(?P<zone>(?:UTC|GMT|\+)[+-]?\d{{1,2}}(?::?[034][05])?|-\d\d:?[034][05])(?!\d)"
+)
 _EPOCH = r"(?<!\d)(?P<second>1[1-9]\d{8})"  # seconds since 1970, in the years 2004 to 2033
 _PART, _DIGITS = r"(?P<fraction>\d{9}|\d{6}|\d{3})", r"(?P<fraction>\d+)"
 _BEGIN = r"(?<![\d.])(?<!(?<![^\W_])-)"
@@ -56,6 +62,9 @@ def order_of(names: Sequence[str]) -> tuple[list[str], np.ndarray, bool]:
     Times, float64 (T,), begin at 0; of names that are no times in usual steps. `ValueError` where no order is told.
     """
     stems = [splitext(name)[0] for name in names]
+    zones = {match["zone"] for stem in stems for match in ZONED.finditer(stem)}
+    if len(zones) > 1:
+        raise ValueError(f"the names of its images are of several time zones ({', '.join(sorted(zones))}): take one")
     for pattern, coarse, evidence in FORMS:
         if ordered := _ordered(stems, re.compile(pattern), coarse, evidence):
             times, order = zip(*ordered, strict=True)
@@ -117,13 +126,22 @@ def _are_padded_alike(matches: Sequence[re.Match[str]]) -> bool:
 
 
 def _begins_again(values: list[int], numbers: list[list[int]], match: re.Match[str]) -> bool:
-    """Raises `ValueError` if a counter or clock may have gone around, or numbers jump where others beside them fall."""
-    groups, steps = match.groupdict(), [other - one for one, other in pairwise(values)]
-    usual, is_clock = median_low(steps), bool(groups.get("hour") and not groups.get("year"))
-    period = 10 ** len(str(values[-1])) if "number" in groups else 24 * UNITS_NS["hour"] * is_clock
-    falls = [by for by, (one, other) in zip(steps, pairwise(numbers), strict=False) if any(map(int.__lt__, other, one))]
-    is_around = max(steps) > max(5 * usual, period // 2) and period > values[-1] - values[0] >= period - 2 * usual
-    if is_around or ("number" in groups and max(falls, default=0) > 5 * usual):
+    """Raises `ValueError` if a counter or clock may have gone around, or jumps where numbers beside it turn."""
+    steps = [other - one for one, other in pairwise(values)]
+    unit = next(unit for unit in ("year", *UNITS_NS) if match.groupdict().get(unit))
+    periods = [10 ** len(str(values[-1])), 60] if unit == "number" else PERIODS_NS.get(unit, [])
+    periods = [period for period in periods if values[-1] <= 2 * period]
+    usual, beside = median_low(steps), list(zip(steps, pairwise(numbers), strict=False))
+    # Days and scenes change seldom; what runs along with a counter changes with each image.
+    turns = [by for by, (one, other) in beside if one != other]
+    if len(turns) > len(steps) // 2:
+        turns = [by for by, (one, other) in beside if any(map(int.__lt__, other, one))]
+    least = [0 if unit in ("second", "milli", "micro") else period // 2 for period in periods]
+    is_around = any(
+        max(steps) > max(5 * usual, much) and period > values[-1] - values[0] >= period - 2 * usual
+        for much, period in zip(least, periods, strict=True)
+    )
+    if is_around or (periods and max(turns, default=0) > 5 * usual):
         raise ValueError("the names of its images may begin again: put dates before times, and years first")
     return False
 

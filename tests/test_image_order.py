@@ -164,11 +164,47 @@ def test_several_series_and_no_order_are_refused(stems, series):
         ["23-59-59_2024-01-31", "00-00-00_2024-02-01", "00-00-01_2024-02-01"],
         ["31-1_12-00-58", "31-1_12-00-59", "1-2_12-01-00", "1-2_12-01-01"],
         ["01-02-2024_12-00-00", "02-02-2024_12-00-00"],  # one day, or one month
+        # Units without the coarser one.
+        [f"{(900 + 50 * at) % 1000:03}ms" for at in range(15)],
+        [f"img_{(950 + 10 * at) % 1000}ms" for at in range(80)],
+        [f"{(900_000 + 5000 * at) % 10**6}us" for at in range(100)],
+        [f"{(50 + at) % 60}s" for at in range(40)],
+        [f"{(50 + at) % 60}min" for at in range(30)],
+        [f"{(3590 + at) // 60 % 60:02}-{(3590 + at) % 60:02}" for at in range(30)],
+        [f"{(3590 + at) // 60 % 60}m{(3590 + at) % 60}s" for at in range(30)],
+        [f"{(45 + at) // 60 or 12:02}-{(45 + at) % 60:02}-00" for at in range(30)],  # half days
+        [f"{(45 + at) // 60 or 12:02}-{(45 + at) % 60:02}-00PM" for at in range(30)],
+        # Days in orders that no form has, for so long that the clock does not betray it.
+        *([f"{START + timedelta(minutes=10 * at):{form}}" for at in range(60, 160)] for form in (
+            "%H-%M-%S_%d-%m-%Y", "%d-%m %H.%M.%S", "%d.%m.%y %H.%M.%S", "%d%m_%H%M", "%d_%H-%M-%S", "%d%m%y_%H%M%S",
+            "%d-%m-%Y_%H%M", "%m%d_%H%M%S", "%H%M%S_%Y-%m-%d", "%d%b_%H%M%S",
+        )),
     ],
-)
+)  # fmt: skip
 def test_what_may_have_begun_again_is_refused(stems):
     with pytest.raises(ValueError, match="names of its"):
         order_after_shuffling(stems)
+
+
+@pytest.mark.parametrize(
+    "zones",
+    [
+        ("+0200", "+0100"),
+        ("+02:00", "+01:00"),
+        ("-0500", "-0400"),
+        (" UTC+2", " UTC+1"),
+        ("GMT-3", "GMT+4"),
+        ("+05:30", "+0545"),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["2024-10-27T02-{}-00{}", "20241027_02{}00.123{}", "02-{}-00{}"])
+def test_time_zones_are_one_and_the_same(pattern, zones):
+    before, after = ([pattern.format(f"{minute:02}", zone) for minute in range(56, 60)] for zone in zones)
+    assert order_after_shuffling(before)[0] == [f"{name}.png" for name in before]
+    with pytest.raises(ValueError, match=r"time zones \(.*\): take one"):
+        order_after_shuffling(before[:2] + after[2:])
+    counted = [f"20241027_1200{at:02}-{at + 1:04}" for at in range(8)]
+    assert_reads(counted, range(8), are_seconds=True)
 
 
 @pytest.mark.parametrize("pattern", ["{:06}_10", "{0:06}-{0:06}", "{:06}_0"])
