@@ -26,8 +26,8 @@ IMAGE_SUFFIXES = frozenset(f".{name}" for name in IMAGE_NAMES.split())
 FEWEST_IMAGES = 2
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit is higher
 TIMES_IN_NAMES = "its images are shown at the times that are their names"
-OF_THE_IMAGE = (None, errno.EACCES, errno.ELOOP, errno.ENOENT)
-"""Errors that tell nothing of the others beside it: what it holds, that it may not be read, or is gone."""
+OF_THE_IMAGE = (None, errno.ELOOP, errno.ENOENT)
+"""Errors that are damage: of what it holds, and that it is gone. That it may not be read is the machine's."""
 
 
 def is_image(name: str) -> bool:

@@ -209,7 +209,7 @@ def index_videos(
         except OSError as error:
             is_dead = os.path.islink(path) and not os.path.exists(path)
             why = f"a dead link, to {path.readlink()}" if is_dead else (error.strerror or str(error)).lower()
-            return Record(state, None, f"{path}: {why}")
+            return Record(state, None, f"{error.filename or path}: {why}")
 
     if manifest is not None:
         manifest.parent.mkdir(parents=True, exist_ok=True)

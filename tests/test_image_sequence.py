@@ -13,13 +13,16 @@ import pytest
 from PIL import Image
 
 from benchmarks.reading import read_clips, read_frames
+from data.cache import ClipKey
 from data.clips import FrameClips
 from data.clock import read_on_clock
 from data.counting import count_frames
 from data.decoder import Damage, VideoError
 from data.folders import find_videos
-from data.manifest import check_videos, index_videos
+from data.manifest import check_videos, content_of, index_videos
 from data.video import probe_video
+from jepa.encoder import EncoderConfig, create_encoder
+from pipelines.run.embed import Task, decode
 from tests.conftest import draw_number
 from tests.test_decoder import SIZE, assert_random_is_sequential
 
@@ -252,7 +255,15 @@ def test_what_is_no_file_is_never_waited_for(tmp_path, numbered, make, reason):
 
 @pytest.mark.parametrize(
     ("name", "cost"),
-    [("EACCES", 1), ("ENOENT", 1), ("EIO", None), ("ESTALE", None), ("EMFILE", None), ("ENOMEM", None)],
+    [
+        ("ENOENT", 1),
+        ("ELOOP", 1),
+        ("EACCES", None),
+        ("EIO", None),
+        ("ESTALE", None),
+        ("EMFILE", None),
+        ("ENOMEM", None),
+    ],
 )
 def test_a_fault_of_the_machine_is_no_damage_of_a_picture(sequence, numbered, monkeypatch, name, cost):
     number, read = getattr(errno, name), Path.read_bytes
@@ -270,6 +281,26 @@ def test_a_fault_of_the_machine_is_no_damage_of_a_picture(sequence, numbered, mo
     else:
         assert len(numbered(sequence, damage=damage)) == 40 - cost
         assert str(damage) == f"image 000004.png cannot be decoded ({os.strerror(number)})"
+
+
+def test_an_image_that_may_not_be_read_is_never_committed_as_damage(sequence, tmp_path, monkeypatch):
+    """The tests may run as root, who may read anything: so the system says no by itself."""
+    read = Path.read_bytes
+
+    def failing(path):
+        if path == sequence / "000000.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    apart = write_images(tmp_path / "apart", ["1.png", "2.png"])
+    _, account = check_videos([sequence, apart], fps=5, image_fps=10, progress=False)
+    assert account.refused == {str(sequence): f"{sequence}/000000.png: permission denied"}
+    task = Task(sequence, [ClipKey(str(sequence), content_of(sequence), 0.0)])
+    encoder = create_encoder(EncoderConfig(image_size=(16, 16)))
+    list(decode(task, encoder=encoder, fps=5, image_fps=10, chunk_size=8, strict=False))
+    assert "Permission denied" in task.refused
+    assert not task.damage
 
 
 @pytest.mark.parametrize("prefix", [b"\xff\xfe", b"a\nb\x1b[2J", b"$", b"n" * 250])
