@@ -1,16 +1,8 @@
-"""Embeddings on disk, with provenance, in immutable HDF5 shards: what a cache is, and its reader.
+"""Embeddings on disk, with provenance, in immutable HDF5 shards: what a cache is (docs/formats.md), and its reader.
 
-A cache is a folder:
-
-    cache.json        what the embeddings are: encoder, clock, transform, precision, columns, versions
-    shards/NAME.h5    a contiguous dataset for each column, all on the same rows: `embeddings` (N, *tokens, D),
-                      `times_s` (N,), `ticks` (N,), and what a table beside the video says; and `shard`, its id
-    shards/NAME.json  which clips are in NAME.h5, with the checksum of each; its size, its id, where its datasets begin
-    places.json       what lay where when videos were embedded last: content by path
-
-The small JSON manifest is written last, and *the manifest is the commit*: an HDF5 file without one does not exist. No
-file is ever changed after it has its name. A cache is opened from the manifests alone, and a shard is mapped to memory
-when it is first read from: nothing ever holds a whole cache. Nor is it trusted: what does not fit is a `CacheError`.
+The small JSON manifest of a shard is written last, and *the manifest is the commit*: an HDF5 file without one does not
+exist. No file is ever changed after it has its name. A cache is opened from the manifests alone, and a shard is mapped
+to memory when it is first read from: nothing ever holds a whole cache. What does not fit is a `CacheError`.
 """
 
 import math
@@ -127,12 +119,9 @@ class CachedClip(NamedTuple):
 class EmbeddingCache:
     """Reader of a cache.
 
-    Rows of all shards are numbered through. `clips` are ordered by source and offset, so their order does not depend
-    on how many ranks wrote them; of a file that was embedded before and after a change only the clip of what it holds
-    now is there. May be sent to other processes, which map the shards themselves.
-
-    Raises:
-        CacheError: there is no cache, it has another format, is empty or is damaged; reading raises it too.
+    Rows of all shards are numbered through. `clips` are ordered by source and offset, however many ranks wrote them.
+    May be sent to other processes, which map the shards themselves. Raises `CacheError` where there is none, it has
+    another format, is empty or is damaged; reading raises it too.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,8 +1,7 @@
 """Writer of a cache of embeddings, so that a kill harms nothing.
 
-A shard is written under a temporary name, synced and renamed; its manifest follows in the same way, and is the commit:
-clips of a shard without one are embedded again. Many ranks write side by side without locks between them, and a resumed
-run may have another number of ranks.
+A shard is written under a temporary name, synced and renamed; its manifest follows in the same way, and is the commit.
+Many ranks write side by side without locks between them, and a resumed run may have another number of ranks.
 """
 
 import io

@@ -1,11 +1,8 @@
 """Clips of neighbouring frames for training on videos, shuffled without random seeks; a pair is a clip of two.
 
-Random seeks decode a whole group of pictures for each frame. Here videos are decoded forward in segments of about a
-minute that begin at keyframes; as many segments, drawn at random, as fit in memory make a block; the clips of a block
-are shuffled. While one block is trained on, the next is decoded. A data set that fits in memory is decoded once.
-
-The order is a pure function of (seed, epoch, rank), and the `place` that comes with a batch is all that a resumed run
-needs.
+Videos are decoded forward in segments of about a minute that begin at keyframes; as many segments, drawn at random, as
+fit in memory make a block; the clips of a block are shuffled. While one block is trained on, the next is decoded. A
+data set that fits in memory is decoded once. The order is a pure function of (seed, epoch, rank).
 """
 
 import math
@@ -71,9 +68,8 @@ class Part:
 class FrameClips:
     """Endless batches of clips of neighbouring frames; clips overlap, one begins at each frame.
 
-    Raises:
-        VideoError: from iteration, if the videos hold fewer clips than one batch, or, with `strict`, one is damaged,
-            gone or changed.
+    Iteration raises `VideoError` if the videos hold fewer clips than one batch, or, with `strict`, one is damaged, gone
+    or changed.
     """
 
     videos: list[VideoInfo]

@@ -1,4 +1,4 @@
-"""Frames of videos on clocks."""
+"""Frames of videos on clocks, and at given times."""
 
 import heapq
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.decoder import Damage
+from data.decoder import Damage, VideoError
 from data.video import IMAGE_FPS, FrameConverter, FrameSize, NearestFrames, open_video, tolerance_s
 
 
@@ -72,6 +72,31 @@ def read_on_clock(
                 last_time_s[clock] = time_s
                 # Converted only once it is known to be wanted: conversion costs more than decoding.
                 yield TimedFrame(convert(frame), time_s, tick, clock)
+
+
+def read_frames_at(
+    path: Path,
+    size: FrameSize,
+    *,
+    times_s: Sequence[float] | np.ndarray,
+    damage: Damage | None = None,
+    image_fps: float = IMAGE_FPS,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames nearest to given times, decoded in one pass that jumps where that saves work.
+
+    The times, (T,) in seconds, may be in any order. Returns frames uint8 (T, 3, height, width) and their own times,
+    float64 (T,); before the first frame and after the last, those are the nearest. Else as `read_on_clock`.
+    """
+    convert = FrameConverter(size)
+    frames, shown_s = np.empty((len(times_s), 3, *size), np.uint8), np.empty(len(times_s))
+    with open_video(path, damage, image_fps) as decoder:
+        nearest = NearestFrames(decoder, reach_s=math.inf)
+        for index in np.argsort(times_s, kind="stable"):
+            frame, shown_s[index], _ = nearest.at(float(times_s[index]))
+            if frame is None:
+                raise VideoError(f"{path}: no frame can be decoded")
+            frames[index] = convert(frame)
+    return frames, shown_s
 
 
 def _first_tick(time_s: float, fps: float) -> int:

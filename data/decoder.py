@@ -433,7 +433,7 @@ def usual_interval(intervals: np.ndarray) -> float:
 
 @lru_cache(maxsize=1024)  # a video is opened for each minute of it
 def _index(path: Path, modified_ns: int) -> _Index:
-    """The index of a video that was changed at a time, tried out: what is called a keyframe may not be one."""
+    """The index of a video that was changed at a time; that a keyframe is none, as with intra refresh, a skip finds."""
     file, container, stream = _open(path, probesize="32")
     with file, container:
         if not _is(container, SEEKABLE):
@@ -452,26 +452,8 @@ def _index(path: Path, modified_ns: int) -> _Index:
         is_of_all = _is(container, ("mp4",)) and steps.any()
         fps = unit / (usual_interval(steps) * scale) if is_of_all else 0.0
         keyframes = times[table[:, 1] == 1]
-        later = keyframes[keyframes > begin]
-        if len(later) and not any(_gives(container, stream, int(keyframe)) for keyframe in (later[0], later[-1])):
-            keyframes = keyframes[:0]  # intra refresh: only the beginning is sure to give all frames
         file.require_sound()
         return _Index(tuple((np.maximum(keyframes - begin, 0) * scale / unit).tolist()), begin, fps)
-
-
-def _gives(container: InputContainer, stream: VideoStream, keyframe: int) -> bool:
-    """Whether decoding that begins at a keyframe gives that picture first."""
-    try:
-        container.seek(keyframe, stream=stream)
-        packets = container.demux(stream)
-        first = next(packets)
-        for packet in chain([first], packets):
-            for frame in packet.decode():
-                if first.pts is not None and frame.pts is not None and frame.pts >= first.pts:
-                    return frame.pts == first.pts and not frame.is_corrupt
-    except (av.FFmpegError, StopIteration):
-        pass
-    return False
 
 
 def _is(container: InputContainer, formats: tuple[str, ...]) -> bool:

@@ -41,9 +41,8 @@ def find_videos(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
     Names are absolute, with links as they were given. Links are followed after everything that is none: what has
     several names goes by its own. Raises `VideoError` if a path does not exist, or is a folder without videos.
 
-    Returns:
-        What is to be looked at, in order; and how many files there are of each kind: "looked at" (the images of a
-        folder are several), and all others by suffix, or as "hidden", "ours" or "double".
+    The count is of files of each kind: "looked at" (the images of a folder are several), and all others by suffix, or
+    as "hidden", "ours" or "double".
     """
     videos, found, known = list[Path](), Counter[str](), set[str]()
     for path in paths:

@@ -136,11 +136,9 @@ def _begins_again(values: list[int], numbers: list[list[int]], match: re.Match[s
     turns = [by for by, (one, other) in beside if one != other]
     if len(turns) > len(steps) // 2:
         turns = [by for by, (one, other) in beside if any(map(int.__lt__, other, one))]
-    least = [0 if unit in ("second", "milli", "micro") else period // 2 for period in periods]
-    is_around = any(
-        max(steps) > max(5 * usual, much) and period > values[-1] - values[0] >= period - 2 * usual
-        for much, period in zip(least, periods, strict=True)
-    )
+    least = 0 if unit in ("second", "milli", "micro") else 1 / 2
+    around = [period for period in periods if period > values[-1] - values[0] >= period - 2 * usual]
+    is_around = any(max(steps) > max(5 * usual, least * period) for period in around)
     if is_around or (periods and max(turns, default=0) > 5 * usual):
         raise ValueError("the names of its images may begin again: put dates before times, and years first")
     return False

@@ -38,9 +38,7 @@ def is_image(name: str) -> bool:
 class ImageSequenceDecoder(Decoder):
     """Images one after the other, `fps` of them in a second unless their names are times; all can be skipped to.
 
-    Raises:
-        VideoError: there are fewer than two images, or their names do not tell their order.
-        OSError: the folder, or an image in it, cannot be read now.
+    Raises `VideoError` where there are fewer than two images, or their names do not tell their order.
     """
 
     def __init__(self, path: Path, fps: float, damage: Damage | None) -> None:

@@ -3,9 +3,8 @@
 The column `time_s` says when, in seconds since the first displayed frame; without it, `frame` says which decoded frame
 of the video, counted from 0 in presentation order. All other columns are values.
 
-A table may begin late, end early or pause, as a recording may: where it says nothing, a tick gets NaN, and whoever uses
-the values leaves such ticks out and says how many. A table that says nothing about any tick of a clip is an error: its
-times are in another unit, or of another video.
+A table may begin late, end early or pause, as a recording may: where it says nothing, a tick gets NaN. One that says
+nothing about any tick of a clip is an error: its times are in another unit, or of another video.
 """
 
 import csv
@@ -31,18 +30,11 @@ def table_beside(video: Path) -> Path:
 def read_sidecar(
     video: Path, times_s: np.ndarray, *, columns: Sequence[str], tolerance_s: float, image_fps: float = IMAGE_FPS
 ) -> np.ndarray:
-    """Values of the rows nearest in time to frames at `times_s`, (T,) seconds since the first displayed frame.
+    """Values, float64 (T, columns), of the rows nearest to times, (T,) seconds since the first displayed frame.
 
-    The CSV is the one of `table_beside`. A row must be within `tolerance_s`; half a tick leaves no frame
-    between two rows out. `image_fps` is the rate of a folder of images.
-
-    Returns:
-        float64 (T, columns), NaN where no row is near enough.
-
-    Raises:
-        SidecarError: the CSV or a column is missing, a value is not a number, the video has no such frame, or no row
-            is near enough to any frame.
-        VideoError: frames are counted, and the video cannot be opened.
+    NaN where no row is within `tolerance_s`; half a tick leaves no frame between two rows out. Raises `SidecarError`
+    where the table or a column is missing, a value is no number, the video has no such frame, or no row is near enough;
+    `VideoError` where frames are counted, and the video cannot be opened.
     """
     path = table_beside(video)
     clock, rows = _read_table(path, columns)

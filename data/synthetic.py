@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import av
 import joblib
 import numpy as np
-from av.video.stream import VideoStream
 from scipy.ndimage import zoom
 from tqdm.contrib.concurrent import process_map
 
@@ -130,17 +129,16 @@ def render_balls(states: np.ndarray, world: BallWorld, generator: np.random.Gene
     return frames
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float, *, codec: str = "libx264") -> None:
+def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     """Encode RGB frames, uint8 (frames, height, width, 3), to a video file of constant rate."""
     rate = Fraction(fps).limit_denominator(100_000)
     with av.open(str(path), "w") as container:
-        stream = cast(VideoStream, container.add_stream(codec, rate=rate))
+        stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        if codec == "libx264":
-            # With B-frames x264's macroblock tree reads memory that it never wrote: the same clip came out differently.
-            # At 32 pixels it still does, about once in 100 times; `mbtree=0` would end that, and change all videos.
-            stream.options = {"crf": "18", "preset": "veryfast", "bf": "0"}
+        # With B-frames x264's macroblock tree reads memory that it never wrote: the same clip came out differently.
+        # At 32 pixels it still does, about once in 100 times; `mbtree=0` would end that, and change all videos.
+        stream.options = {"crf": "18", "preset": "veryfast", "bf": "0"}
         # Many small clips are encoded side by side: threads inside one encoder would only fight over the cores.
         stream.codec_context.thread_count = 1
         for frame in frames:

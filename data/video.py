@@ -1,15 +1,10 @@
 """Videos: what is known of them, and their frames with exact presentation times, resized.
 
-A frame is a planar RGB `uint8` array of shape (3, height, width); a time is in seconds since the first
-displayed frame. Videos are sampled by *time*, never by frame index: recordings of different or variable
-frame rate land on one clock.
-
-Conventions. The whole picture is stretched to the requested size (nothing is cropped away), with swscale's
-bilinear filter, which widens with the reduction and so does not alias. A display matrix (phone videos) is applied,
-mirrored ones too, at the nearest quarter turn. Streams that do not tag their colour space are read as BT.601 of limited
-range, as every other decoder does; those that do are read as tagged; nothing is done about high dynamic range. Alpha is
-ignored. Of several video streams FFmpeg's best is read (the default one, then the largest); a cover picture is no
-video.
+A frame is a planar RGB `uint8` array of shape (3, height, width); a time is in seconds since the first displayed frame.
+The whole picture is stretched to the requested size, with swscale's bilinear filter, which widens with the reduction
+and so does not alias. A display matrix (phone videos) is applied, mirrored ones too, at the nearest quarter turn.
+Streams that do not tag their colour space are read as BT.601 of limited range, as every other decoder does; nothing is
+done about high dynamic range, and alpha is ignored. Of several video streams FFmpeg's best is read.
 
 Damage is left out (see `data.decoder`), and each function takes a `Damage` to write it down in. Without one, damage
 raises `VideoError` after the good frames before it: nothing is lost in silence.

@@ -12,10 +12,9 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image
 
 from benchmarks.reading import read_clips, read_frames
-from data.clock import read_on_clock
+from data.clock import read_frames_at, read_on_clock
 from data.counting import count_frames
 from data.decoder import Damage, VideoDecoder, VideoError
-from data.frames_at import read_frames_at
 from data.video import probe_video
 from tests.conftest import add_sound
 

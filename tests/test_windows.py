@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from data.cache import CacheError, Column, EmbeddingCache
-from data.groups import group_windows
-from data.windows import Windows
+from data.windows import Windows, group_windows
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+from data.clock import read_frames_at
 from data.decoder import Damage, VideoError
-from data.frames_at import read_frames_at
 from data.video import VideoInfo
 from jepa.backbones import build_backbone
 from jepa.components import principal_components

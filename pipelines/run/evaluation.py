@@ -13,8 +13,7 @@ from einops import reduce
 from torch import Tensor
 
 from data.cache import EmbeddingCache
-from data.groups import group_windows
-from data.windows import Windows
+from data.windows import Windows, group_windows
 from jepa.bootstrap import Bootstrap, divide, r2, reading_moments, useful_steps
 from jepa.calibration import Calibration
 from jepa.metrics import squared_error

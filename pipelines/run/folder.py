@@ -27,12 +27,9 @@ class RunFolder:
     """The folder of a run, held by one process at a time, and marked by `run.json`.
 
     Options have `output_dir`, `overwrite`, and `resume` if the command can go on with what it began; artefacts are
-    names of the files and folders that it leaves beside those of every run.
-
-    Raises:
-        UserError: the folder is not this command's, is held by another process, or holds a run and the options do not
-            say what is to become of it.
-        Finished: a finished run is to be resumed.
+    names of the files and folders that it leaves beside those of every run. Raises `UserError` where the folder is not
+    this command's, is held by another process, or holds a run and the options do not say what is to become of it;
+    `Finished` where a finished run is to be resumed.
     """
 
     def __init__(self, options: Any, command: str, artefacts: tuple[str, ...]) -> None:

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.cache import Provenance
+from data.clock import read_frames_at
 from data.decoder import Damage, VideoError
-from data.frames_at import read_frames_at
 from data.video import probe_video
 from pipelines.run.files import SIGNED
 from pipelines.run.scoring import Scores
