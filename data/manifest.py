@@ -30,7 +30,7 @@ FORMAT = {"format": "video-jepa manifest", "version": 3}
 EXAMPLES = 10
 LARGEST_NUMBER = 1e9
 """No video has a size, a rate, or a time in seconds beyond."""
-STRETCH, STRETCH_OF_IMAGE, DIGITS = 1 << 15, 1 << 12, 32
+STRETCH, STRETCH_OF_IMAGE, DIGITS = 1 << 15, 1 << 10, 32
 """Bytes at the beginning, in the middle and at the end of a file by which its content is told, of images fewer."""
 
 
@@ -134,7 +134,7 @@ def content_of(path: Path, *, of_all: bool = False, stretch: int = STRETCH) -> s
             with suppress(OSError):  # one image never costs the others
                 digest.update(content_of(image, of_all=of_all, stretch=STRETCH_OF_IMAGE).encode())
     else:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(str(size).encode())
             for begin in (0, max(0, (size - stretch) // 2), max(0, size - stretch)):
