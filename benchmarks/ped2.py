@@ -39,7 +39,7 @@ from benchmarks.common import (
 from data.cache import CachedClip, EmbeddingCache
 from data.clock import read_on_clock
 from data.counting import count_frames
-from jepa.calibration import mean_of_neighbours
+from jepa.calibration import mean_of_neighbours, most_surprising
 from jepa.config import Bounded, Positive
 from pipelines.run.command import require, run_command
 
@@ -183,14 +183,14 @@ def simple_scores(caches: Path, videos: list[Path]) -> dict[str, Scores]:
 
 
 def by_video(cache: EmbeddingCache, middle: int, measure: Callable[[CachedClip], list[np.ndarray]]) -> Scores:
-    """Scores of moments, `middle` ticks after each start: the mean over horizons of the highest neighbourhood.
+    """Scores of moments, `middle` ticks after each start: the mean over horizons of the most surprising places.
 
     `measure` gives energies of places for each horizon, (starts x places,).
     """
     found: dict[str, list[np.ndarray]] = {}
     for clip in cache.clips:
         maps = [torch.from_numpy(one).view(1, -1, *cache.shape[:-1]).float() for one in measure(clip)]
-        highest = [mean_of_neighbours(one).flatten(2).amax(dim=2)[0] for one in maps]
+        highest = [most_surprising(mean_of_neighbours(one))[0] for one in maps]
         starts = min(map(len, highest))
         score = torch.stack([one[:starts] for one in highest]).mean(dim=0).numpy()
         times_s = cache.take(clip.rows, "times_s")[middle : middle + starts]

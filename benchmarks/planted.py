@@ -1,15 +1,16 @@
 r"""Is what was planted seen, and where it was planted? Events in ordinary videos, to choose settings by.
 
-  python -m benchmarks.planted --run runs/benchmarks/ped2 --neighbourhoods 0.1 0.2 0.33 0.5
+  python -m benchmarks.planted --run runs/benchmarks/ped2
 
 Into each validation clip of a finished run of `benchmarks/ped2.py` something is pasted for three seconds: a patch
 `elsewhere`, from another video, at the pace of a walker; a walker who is `fast`, two and a half times the pace; one who
 goes `backwards`, as he was filmed from end to beginning. The clip that nothing was pasted into is encoded alike. For
-each size of neighbourhoods the predictor is calibrated anew on the other clips' caches, and scored: the area under the
-ROC curve between moments with and without, and how often, where the energy is above the 95th percentile of ordinary
-moments, the highest cell lies on what was pasted. No label of a test is looked at.
+each size of neighbourhoods and share of places the predictor is calibrated anew on the other clips' caches, and scored:
+the area under the ROC curve between moments with and without, and how often, where the energy is above the 95th
+percentile of ordinary moments, the highest cell lies on what was pasted. No label of a test is looked at.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,10 @@ class Options(Bounded):
 
     run: Path = Path("runs/benchmarks/ped2")
     """Finished run of `benchmarks/ped2.py`."""
-    neighbourhoods: tuple[float, ...] = (0.1, 0.2, 0.33, 0.5)
+    neighbourhoods: tuple[float, ...] = (0.07, 0.2, 0.33)
     """Sizes to compare, as shares of the picture's shorter side."""
+    most_surprising: tuple[float, ...] = (0.001, 0.03, 0.1, 0.2)
+    """Shares of the places that a moment is told by, to compare."""
     horizons: tuple[int, ...] = (1, 2, 3, 4)
     """Ticks whose energies are averaged."""
     output_dir: Path = Path("runs/benchmarks/planted")
@@ -52,7 +55,7 @@ class Options(Bounded):
 
 
 def main(options: Options) -> None:
-    """The story: plant, embed, score with each size of neighbourhoods, compare."""
+    """The story: plant, embed, score with each setting, compare."""
     cache = EmbeddingCache(options.run / "cache" / "val")
     clips = [Path(source) for source in dict.fromkeys(clip.key.source for clip in cache.clips)]
     for kind in KINDS:
@@ -65,19 +68,19 @@ def main(options: Options) -> None:
         })  # fmt: skip
     predictor, before = load_predictor(options.run / "predictor_0")
     found: dict[str, dict[str, list[float]]] = {}
-    for size in options.neighbourhoods:
-        vars(jepa.calibration)["NEIGHBOURHOOD"] = size
+    for size, share in itertools.product(options.neighbourhoods, options.most_surprising):
+        vars(jepa.calibration).update(NEIGHBOURHOOD=size, MOST_SURPRISING=share)
         calibration, _ = calibrate(predictor, before.ridge, cache, horizon=before.horizon)
         scores = {}
         for kind in KINDS:
             watched = EmbeddingCache(options.output_dir / "cache" / kind)
             scorer = Scorer(predictor, calibration, options.horizons)
             scores[kind] = list(score_videos(scorer, Windows(watched, scorer.length)))
-        found[f"{size:g}"] = {kind: judge(scores["nothing"], scores[kind]) for kind in KINDS[1:]}
+        found[f"{size:g}, {share:g}"] = {kind: judge(scores["nothing"], scores[kind]) for kind in KINDS[1:]}
     write_results(options.output_dir, found)
     rows = [[size, *(cell for values in kinds.values() for cell in values)] for size, kinds in found.items()]
     heads = [f"{kind}: {what}" for kind in KINDS[1:] for what in ("AUROC", "on it")]
-    print(markdown([["neighbourhood", *heads], *rows]))
+    print(markdown([["neighbourhood, places", *heads], *rows]))
 
 
 def plant(clip: Path, kind: str, folder: Path, *, seed: int) -> None:

@@ -3,7 +3,7 @@
 *Blend*: rollout, ridge regression, copying the last embedding and the mean, with weights that are not negative and sum
 to 1 (Bates and Granger 1969; by least squares, Granger and Ramanathan 1984). *Energy*: the believed forecast's squared
 Mahalanobis distance, per dimension, among the errors that are usual so far ahead; of a grid at each place, and of the
-moment that of its most surprising neighbourhood. *Percentile*: the share of ordinary moments with less energy, where
+moment the mean of its most surprising places. *Percentile*: the share of ordinary moments with less energy, where
 log energy is a new clip's level (Student's t over those seen) plus what moments differ from their own clip's.
 """
 
@@ -25,8 +25,8 @@ from jepa.sequence import Sequence
 QUANTILES = 1001
 LEVELS = 200
 """Quantiles that the level of a new clip is drawn at."""
-NEIGHBOURHOOD = 1 / 3
-"""Side of the neighbourhoods of a grid, as a share of its shorter side."""
+NEIGHBOURHOOD, MOST_SURPRISING = 1 / 5, 1 / 10
+"""Side of the neighbourhoods of a grid, as a share of its shorter side; share of its places that tell a moment."""
 FAR_LEVEL = 99.0
 """Percentile among ordinary clips above which a video's ordinary level is far from the calibration's."""
 
@@ -131,15 +131,15 @@ class Calibration(nn.Module):
         return mean_of_neighbours(reduce(whitened.square(), "b h p k -> b h p", "mean").view(came.shape[:-1]), ignored)
 
     def energy(self, believed: Tensor, came: Tensor, ticks: Tensor) -> Tensor:
-        """The energy of moments in units of what is usual, of a grid that of its most surprising place.
+        """The energy of moments in units of what is usual, of a grid at its most surprising places.
 
         (B, H, *tokens, D) twice, raw, `ticks` (H,) ahead -> (B, H).
         """
-        return self.highest(self.energy_map(believed, came, ticks), ticks)
+        return self.of_moments(self.energy_map(believed, came, ticks), ticks)
 
-    def highest(self, energy_map: Tensor, ticks: Tensor) -> Tensor:
+    def of_moments(self, energy_map: Tensor, ticks: Tensor) -> Tensor:
         """The energy of moments (B, H) of its map (B, H, *tokens)."""
-        return energy_map.flatten(2).amax(dim=2) / self._at(self.unit, ticks) if energy_map.ndim > 2 else energy_map
+        return most_surprising(energy_map) / self._at(self.unit, ticks) if energy_map.ndim > 2 else energy_map
 
     def ordinary(self, horizons: Several[int]) -> Ordinary:
         """What is ordinary of the mean energy at some horizons."""
@@ -149,6 +149,12 @@ class Calibration(nn.Module):
     def _at(self, values: Tensor, ticks: Tensor) -> Tensor:
         """The numbers (horizon, ...) of the nearest horizons, (H, ...)."""
         return values[(ticks.round().long() - 1).clamp(0, self.horizon - 1)]
+
+
+def most_surprising(energies: Tensor) -> Tensor:
+    """The mean of the most surprising places, (B, H, *tokens) -> (B, H): one alone may be noise."""
+    places = energies.view(*energies.shape[:2], -1)
+    return places.topk(max(1, round(places.shape[2] * MOST_SURPRISING)), dim=2).values.mean(dim=2)
 
 
 def mean_of_neighbours(energies: Tensor, ignored: Tensor | None = None) -> Tensor:

@@ -64,7 +64,7 @@ class Scorer:
         maps = self.calibration.energy_map(believed[:, ahead - 1], came[:, ahead - 1], ahead, self.ignored)
         at = slice(self.moment - context, self.moment - context + 1)
         expected, seen, last = map(predictor.standardise, (believed[:, at], came[:, at], past.embeddings[:, -1]))
-        energies = self.calibration.highest(maps, ahead).mean(dim=1)
+        energies = self.calibration.of_moments(maps, ahead).mean(dim=1)
         return energies, change_cosine(expected, seen, last)[:, 0], maps.mean(dim=1)
 
 
