@@ -1,7 +1,7 @@
 """Alarms: events above a threshold that ordinary video passes as rarely as is asked."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -16,12 +16,31 @@ Timeline = tuple[np.ndarray, np.ndarray]
 """Energies of the moments of a video and their times in seconds, ascending, (N,) each."""
 
 
-class Event(NamedTuple):
-    """Moments that belong together, by their places in a timeline."""
+class Moment(Protocol):
+    """A moment of a video, and how surprising it was."""
 
-    first: int
-    last: int
-    peak: int
+    @property
+    def energy(self) -> float: ...
+    @property
+    def time_s(self) -> float: ...
+
+
+class _Placed(NamedTuple):
+    energy: float
+    time_s: float
+    place: int
+
+
+Of = TypeVar("Of")
+AnyMoment = TypeVar("AnyMoment", bound=Moment)
+
+
+class Event(NamedTuple, Generic[Of]):
+    """Moments that belong together, by their places in a timeline, or themselves."""
+
+    first: Of
+    last: Of
+    peak: Of
 
 
 class Alarm(NamedTuple):
@@ -43,14 +62,26 @@ class Alarm(NamedTuple):
         return int(low), int(high)
 
 
-def find_events(timeline: Timeline, threshold: float) -> list[Event]:
+def find_events(timeline: Timeline, threshold: float) -> list[Event[int]]:
     """Events of a video in the order of time: they begin above the threshold, and end when it is quiet for a while."""
     energies, times_s = timeline
     loud = np.flatnonzero(energies >= RELEASE * threshold)
-    stretches = np.split(loud, np.flatnonzero(np.diff(times_s[loud]) > PATIENCE_S) + 1) if len(loud) else []
-    peaks = [part[energies[part].argmax()] for part in stretches]
-    events = [Event(int(part[0]), int(part[-1]), int(peak)) for part, peak in zip(stretches, peaks, strict=True)]
-    return [event for event in events if energies[event.peak] >= threshold]
+    moments = map(_Placed, energies[loud].tolist(), times_s[loud].tolist(), loud.tolist())
+    stretches = {stretch.first.place: stretch for stretch in follow_events(moments, threshold) if stretch}
+    found = [stretch for stretch in stretches.values() if stretch.peak.energy >= threshold]
+    return [Event(first.place, last.place, peak.place) for first, last, peak in found]
+
+
+def follow_events(moments: Iterable[AnyMoment], threshold: float) -> Iterator[Event[AnyMoment] | None]:
+    """Events while moments come: at each the stretch so far that is, or may yet become, one; None where it is quiet."""
+    stretch: Event[AnyMoment] | None = None
+    for moment in moments:
+        if stretch and moment.time_s - stretch.last.time_s > PATIENCE_S:
+            stretch = None
+        if moment.energy >= RELEASE * threshold:
+            first, _, peak = stretch or Event(moment, moment, moment)
+            stretch = Event(first, moment, moment if moment.energy > peak.energy else peak)
+        yield stretch
 
 
 def hours_of(timelines: Sequence[Timeline]) -> float:
@@ -60,7 +91,7 @@ def hours_of(timelines: Sequence[Timeline]) -> float:
 
 
 def choose_threshold(timelines: Sequence[Timeline], per_hour: float) -> Alarm:
-    """The lowest threshold at which ordinary videos have at most so many events an hour, and at least one.
+    """The lowest threshold from which on ordinary videos have at most so many events an hour, and at least one.
 
     Raises:
         ValueError: there is too little video for that rate; the message says how much it takes.
@@ -76,9 +107,13 @@ def choose_threshold(timelines: Sequence[Timeline], per_hour: float) -> Alarm:
     def events_at(threshold: float) -> int:
         return sum(len(find_events(timeline, threshold)) for timeline in timelines)
 
-    candidates = np.unique(np.concatenate([energies for energies, _ in timelines]))  # ascending
-    low, high = 0, len(candidates) - 1  # at the highest there is one event
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if events_at(candidates[middle]) <= allowed else (middle + 1, high)
-    return Alarm(float(candidates[low]), events_at(candidates[low]), hours)
+    # From the highest down, where there is one event: below some energy it is never quiet, and all of a video is one.
+    candidates = np.unique(np.concatenate([energies for energies, _ in timelines]))[::-1]
+    good, bad = 0, 1
+    while bad < len(candidates) and events_at(candidates[bad]) <= allowed:
+        good, bad = bad, 2 * bad
+    bad = min(bad, len(candidates))
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if events_at(candidates[middle]) <= allowed else (good, middle)
+    return Alarm(float(candidates[good]), events_at(candidates[good]), hours)

@@ -8,14 +8,14 @@ from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
 STEP_S = 0.4
 
 
-def ordinary(seed, minutes, videos=1):
+def ordinary(seed, minutes, videos=1, step_s=STEP_S):
     """Noise that lasts: neighbouring moments have much in common."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(videos):
-        moments = int(60 * minutes / STEP_S)
+        moments = int(60 * minutes / step_s)
         noise = np.convolve(generator.normal(size=moments + 4), np.ones(5) / 5**0.5, "valid")
-        found.append((np.exp(0.5 * noise), np.arange(moments) * STEP_S))
+        found.append((np.exp(0.5 * noise), np.arange(moments) * step_s))
     return found
 
 
@@ -53,6 +53,14 @@ def test_false_alarms_are_as_many_as_was_said(per_hour):
         rates.append(found / 3)
     assert inside >= 17  # of 20, by 95 %
     assert np.mean(rates) == pytest.approx(per_hour, rel=0.35)
+
+
+def test_a_threshold_is_high_where_low_ones_would_make_all_of_a_video_one_event():
+    videos = ordinary(0, 60, videos=4, step_s=0.1)  # never quiet for a second below the median
+    alarm = choose_threshold(videos, 1)
+    assert len(find_events(videos[0], np.quantile(videos[0][0], 0.1))) == 1
+    assert alarm.threshold > np.quantile(np.concatenate([energies for energies, _ in videos]), 0.999)
+    assert sum(len(find_events(one, alarm.threshold)) for one in videos) == alarm.events <= 4
 
 
 @pytest.mark.parametrize(("minutes", "per_hour"), [(4.25, 2), (1, 10), (29, 2)])

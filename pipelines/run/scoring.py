@@ -95,7 +95,7 @@ class Scores:
         cell = np.unravel_index(self.maps[place].argmax(), self.maps.shape[1:]) if self.maps.ndim > 1 else ()
         return [f"{value[place]:.{digits}f}" for value, digits in values] + [str(number) for number in cell]
 
-    def event_as_text(self, event: Event) -> list[str]:
+    def event_as_text(self, event: Event[int]) -> list[str]:
         """When it begins, ends and is highest, how high and, of a grid, the box of the cells that are half as high."""
         times = [f"{self.times_s[place]:.3f}" for place in event]
         box: list[int] = []
