@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.decoder import Damage, VideoError
+from data.decoder import Damage, Decoder, VideoError
 from data.video import IMAGE_FPS, FrameConverter, FrameSize, NearestFrames, open_video, tolerance_s
 
 
@@ -48,30 +48,38 @@ def read_on_clock(
     `start_s` on and before `end_s` are sampled. `damage` is where to write down what is wrong inside; without one it
     raises `VideoError`, as does a file that cannot be opened. `image_fps` is the rate of a sequence of images.
     """
+    with open_video(path, damage, image_fps) as decoder:
+        yield from sample(decoder, size, fps=fps, offsets_s=offsets_s, start_s=start_s, end_s=end_s)
+
+
+def sample(
+    decoder: Decoder, size: FrameSize, *, fps: float, offsets_s: Sequence[float], start_s: float = 0.0,
+    end_s: float = math.inf,
+) -> Iterator[TimedFrame]:  # fmt: skip
+    """The same of a video that is open."""
     convert = FrameConverter(size)
     reach_s = 0.5 / fps + tolerance_s(1 / fps)
     first_ticks = [_first_tick(start_s - offset_s, fps) for offset_s in offsets_s]
     ticks = [(offsets_s[clock] + tick / fps, clock, tick) for clock, tick in enumerate(first_ticks)]
     heapq.heapify(ticks)
     last_time_s = [-math.inf] * len(offsets_s)
-    with open_video(path, damage, image_fps) as decoder:
-        nearest = NearestFrames(decoder, reach_s)
-        while ticks:
-            tick_s, clock, tick = heapq.heappop(ticks)
-            if end_s < math.inf and tick >= _first_tick(end_s - offsets_s[clock], fps):
-                continue
-            frame, time_s, until_s = nearest.at(tick_s)
-            if frame is None:
-                return
-            is_gap = abs(time_s - tick_s) > reach_s
-            # Where times are damaged a gap may last for years: its ticks are not gone through one by one.
-            gap_end_s = (time_s if tick_s < time_s else until_s) - reach_s if is_gap else 0.0
-            following = max(tick + 1, _first_tick(gap_end_s - offsets_s[clock], fps))
-            heapq.heappush(ticks, (offsets_s[clock] + following / fps, clock, following))
-            if not is_gap and time_s != last_time_s[clock]:
-                last_time_s[clock] = time_s
-                # Converted only once it is known to be wanted: conversion costs more than decoding.
-                yield TimedFrame(convert(frame), time_s, tick, clock)
+    nearest = NearestFrames(decoder, reach_s)
+    while ticks:
+        tick_s, clock, tick = heapq.heappop(ticks)
+        if end_s < math.inf and tick >= _first_tick(end_s - offsets_s[clock], fps):
+            continue
+        frame, time_s, until_s = nearest.at(tick_s)
+        if frame is None:
+            return
+        is_gap = abs(time_s - tick_s) > reach_s
+        # Where times are damaged a gap may last for years: its ticks are not gone through one by one.
+        gap_end_s = (time_s if tick_s < time_s else until_s) - reach_s if is_gap else 0.0
+        following = max(tick + 1, _first_tick(gap_end_s - offsets_s[clock], fps))
+        heapq.heappush(ticks, (offsets_s[clock] + following / fps, clock, following))
+        if not is_gap and time_s != last_time_s[clock]:
+            last_time_s[clock] = time_s
+            # Converted only once it is known to be wanted: conversion costs more than decoding.
+            yield TimedFrame(convert(frame), time_s, tick, clock)
 
 
 def read_frames_at(

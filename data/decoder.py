@@ -97,6 +97,11 @@ class Decoder(Iterator[tuple[VideoFrame, float]], AbstractContextManager["Decode
     def __init__(self, path: Path, damage: Damage | None) -> None:
         self.path, self.damage = path, damage
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.path)
+
     @abstractmethod
     def skip_to(self, time_s: float) -> bool:
         """Go on from the last keyframe at or before a time, if there is one ahead; whether it was done."""
@@ -104,7 +109,7 @@ class Decoder(Iterator[tuple[VideoFrame, float]], AbstractContextManager["Decode
     def note(self, reason: str) -> None:
         """Write damage down, or raise `VideoError` if there is nothing to write it down in."""
         if self.damage is None:
-            raise VideoError(f"{self.path}: {reason}")
+            raise VideoError(f"{self.name}: {reason}")
         if reason not in self.damage.breaks:  # what is decoded twice is told once
             self.damage.breaks.append(reason)
 
@@ -125,7 +130,7 @@ class VideoDecoder(Decoder):
 
     def _open(self) -> None:
         framerate = str(Fraction(self.image_fps).limit_denominator())
-        self.file, self.container, self.stream = _open(self.path, framerate=framerate)
+        self.file, self.container, self.stream = self._open_stream(framerate=framerate)
         self.codec = self.stream.codec_context.name
         is_raw = self.stream.time_base == RAW_TIME_BASE or self.container.format.name.endswith("_pipe")
         self.header_fps = float((self.stream.guessed_rate if is_raw else self.stream.average_rate) or 0)
@@ -145,6 +150,9 @@ class VideoDecoder(Decoder):
         """Time that was skipped to, until a frame has been given."""
         self.frames = self._decode()
 
+    def _open_stream(self, **options: str) -> "Opened":
+        return _open(self.path, **options)
+
     def _begin_again(self) -> None:
         """Where skipping fails, only decoding from the beginning is sure to find all frames."""
         self.__exit__()
@@ -163,7 +171,7 @@ class VideoDecoder(Decoder):
             following = next(self.frames)
         pixels = following[0].format.name
         if not _is_known(pixels):
-            raise VideoError(f"{self.path}: its pixel format, {pixels}, cannot be converted: convert the video")
+            raise VideoError(f"{self.name}: its pixel format, {pixels}, cannot be converted: convert the video")
         self.skipped_to_s = None
         self.reached_s = max(self.reached_s or 0.0, following[1])
         return following
@@ -312,7 +320,7 @@ class VideoDecoder(Decoder):
 
     def _note_error(self, what: str, time_s: float | None, error: av.FFmpegError) -> None:
         if error.errno == errno.ENOMEM:  # the machine's fault
-            raise OSError(errno.ENOMEM, error.strerror, str(self.path)) from error
+            raise OSError(errno.ENOMEM, error.strerror, self.name) from error
         self.note(f"{what} failed {self._after(time_s)} ({error.strerror})")
 
     def _note_misplaced(self) -> None:
@@ -325,7 +333,7 @@ class VideoDecoder(Decoder):
         for time_s in times_s:
             if time_s > self.last_corrupt_s:
                 if self.damage is None:
-                    raise VideoError(f"{self.path}: the frame at {time_s:.2f} s is corrupt")
+                    raise VideoError(f"{self.name}: the frame at {time_s:.2f} s is corrupt")
                 self.last_corrupt_s = time_s
                 self.damage.corrupt_frames += 1
 
@@ -381,7 +389,7 @@ class _Run:
     pictures: _Pictures = field(default_factory=_Pictures)
 
 
-class _File(FileIO):
+class CheckedFile(FileIO):
     """A file that keeps its first error: FFmpeg takes it for the end of the file, and says nothing."""
 
     error: OSError | None = None
@@ -491,27 +499,41 @@ def _odd_end(path: Path, read_until: int, ends_early: bool) -> str:
     return left_out if again and ends_early else ""
 
 
-def _open(path: Path, **options: str) -> tuple[_File, InputContainer, VideoStream]:
+Opened = tuple[CheckedFile, InputContainer, VideoStream]
+
+
+def _open(path: Path, **options: str) -> Opened:
     if not path.is_file():  # a pipe would be waited for
         raise VideoError(f"{path}: {'not a readable video' if path.exists() else 'no such file'}")
-    limit = {"max_pixels": str(MOST_PIXELS), "protocol_whitelist": "none"}  # playlists open no other files
+    file = CheckedFile(path)
+    return open_stream(str(path), file, file, options=options | {"protocol_whitelist": "none"})  # no playlist's files
+
+
+def open_stream(
+    name: str, file: CheckedFile, source: CheckedFile | str, *, options: dict[str, str], kind: str | None = None,
+    timeout_s: float | None = None,
+) -> Opened:  # fmt: skip
+    """The video stream in a file, or in what FFmpeg opens by itself; messages call it `name`. Raises `VideoError`."""
+    limit = {"max_pixels": str(MOST_PIXELS)}
     with ExitStack() as stack:
-        file = stack.enter_context(_File(path))
+        stack.enter_context(file)
         try:
-            container = av.open(file, metadata_errors="replace", options=options | limit)
+            container = av.open(
+                source, format=kind, timeout=timeout_s, metadata_errors="replace", options=options | limit
+            )
         except av.FFmpegError as error:
             file.require_sound()
-            raise VideoError(f"{path}: not a readable video ({error.strerror})") from error
+            raise VideoError(f"{name}: not a readable video ({error.strerror})") from error
         stack.enter_context(container)
         file.require_sound()
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-            raise VideoError(f"{path}: there is no video stream in it; a cover picture is none")
+            raise VideoError(f"{name}: there is no video stream in it; a cover picture is none")
         if stream.codec_context is None or stream.time_base is None:
-            raise VideoError(f"{path}: the codec of its video stream is unknown, or its times are")
+            raise VideoError(f"{name}: the codec of its video stream is unknown, or its times are")
         if stream.width * stream.height > MOST_PIXELS:
             size = f"{stream.width} x {stream.height} pixels"
-            raise VideoError(f"{path}: {size} are more than {MOST_PIXELS:,}: make it smaller")
+            raise VideoError(f"{name}: {size} are more than {MOST_PIXELS:,}: make it smaller")
         stream.codec_context.options = limit
         # Clips are decoded in parallel, one thread each: frame threads would only add latency and memory.
         stream.thread_type, stream.codec_context.thread_count = "SLICE", 1

@@ -26,6 +26,7 @@ COMMANDS = {
     "calibrate": "calibrate",
     "evaluate": "evaluate_rollout",
     "surprise": "score_surprise",
+    "watch": "watch",
 }
 """Words and their modules, in the order in which a person needs them."""
 NAME, PACKAGES = "video-jepa", ("jepa", "data", "pipelines")

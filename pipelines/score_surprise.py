@@ -40,12 +40,10 @@ from pipelines.run.command import UserError, counted, require, require_one_proce
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both
 from pipelines.run.pictures import draw_peaks, draw_surprise, plain
-from pipelines.run.scoring import Scorer, Scores, ignored_places, score_videos
+from pipelines.run.scoring import BOX, PLACE, SPAN, Scorer, Scores, ignored_places, score_videos
 from pipelines.run.stages import run_stage
 
 COLUMNS = ("time_s", "energy", "percentile", "change_cosine")
-SPAN = ("begin_s", "end_s", "peak_s", "energy")
-PLACE, BOX = ("row", "column"), ("first_row", "first_column", "last_row", "last_column")
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ def main(options: Options) -> None:
     cache = open_cache(options.cache or embed(options, predictor), predictor)
     windows = Windows(cache, scorer.length)
     alarm = choose_alarm(options, scorer, cache) if options.normal else None
-    output.begin(inputs_of(options.predictor, cache))
+    offsets_s = sorted({clip.key.offset_s for clip in cache.clips})
+    output.begin(inputs_of(options.predictor, cache) | {"offsets_s": offsets_s})
     for name in ("pictures", "peaks"):
         (folder / name).mkdir(exist_ok=True)
     with Tables(folder, alarm, on_grid=len(predictor.shape) > 1) as tables:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.cache import ClipKey
 from data.cache_writer import EmbeddedClip
-from data.clock import read_on_clock
+from data.clock import TimedFrame, read_on_clock
 from data.decoder import Damage, VideoError
 from data.manifest import is_content_of
 from data.parallel import stream_ahead
@@ -105,7 +105,7 @@ def embed_videos(
         torch.cuda.synchronize()  # the weights were copied on another stream
     with ThreadPoolExecutor(workers, initializer=_prepare_thread, initargs=(accelerator.device,)) as pool:
         for owners, ended in _fill(buffers, chunks):
-            embedded = pool.submit(_embed, accelerator, encoder, buffers[0]) if owners else None
+            embedded = pool.submit(embed_frames, accelerator, encoder, buffers[0]) if owners else None
             in_flight.append((embedded, owners, ended))
             buffers.rotate(-1)
             bar.update(len(owners))
@@ -118,30 +118,22 @@ def embed_videos(
 def decode(
     task: Task, *, encoder: Encoder, fps: float, image_fps: float, chunk_size: int, strict: bool
 ) -> Iterator[Chunk]:
-    """All windows of a video on its clocks, a chunk at a time, so that a video may be longer than memory.
-
-    A window is consecutive ticks of one clock; before the first one, and after a gap, that tick's frame is repeated.
-    """
+    """All windows of a video on its clocks, a chunk at a time, so that a video may be longer than memory."""
     offsets_s = [key.offset_s for key in task.keys]
-    histories: list[deque[np.ndarray]] = [deque(maxlen=encoder.window) for _ in offsets_s]
-    last_ticks = [-1] * len(offsets_s)
     waiting: list[tuple[np.ndarray, ...]] = []
     last_time_s = -np.inf
     damage = None if strict else task.damage
     try:
-        for frame, time_s, tick, clock in read_on_clock(
+        frames = read_on_clock(
             task.source, encoder.image_size, fps=fps, offsets_s=offsets_s, damage=damage, image_fps=image_fps
-        ):
+        )
+        for (_, time_s, tick, clock), window in windows_of(frames, encoder.window, clocks=len(offsets_s)):
             if encoder.window > 1 or time_s > last_time_s:
                 if len(waiting) == chunk_size:
                     yield Chunk(task, waiting, is_last=False)
                     waiting = []
-                history = histories[clock]
-                if tick != last_ticks[clock] + 1:
-                    history.clear()
-                history.append(frame)
-                waiting.append((history[0],) * (encoder.window - len(history)) + tuple(history))
-                last_ticks[clock], last_time_s = tick, time_s
+                waiting.append(window)
+                last_time_s = time_s
                 task.rows += 1
             task.ticks.append((clock, tick, time_s, task.rows - 1))
         if not is_content_of(task.source, task.keys[0].content):  # else another video's embeddings had this one's name
@@ -153,6 +145,24 @@ def decode(
     yield Chunk(task, waiting, is_last=True)
 
 
+def windows_of(
+    frames: Iterable[TimedFrame], length: int, *, clocks: int
+) -> Iterator[tuple[TimedFrame, tuple[np.ndarray, ...]]]:
+    """Each tick's frame, and those that the encoder sees of it, the last one its own.
+
+    A window is consecutive ticks of one clock; before the first one, and after a gap, that tick's frame is repeated.
+    """
+    histories: list[deque[np.ndarray]] = [deque(maxlen=length) for _ in range(clocks)]
+    last_ticks = [-1] * clocks
+    for timed in frames:
+        history = histories[timed.clock]
+        if timed.tick != last_ticks[timed.clock] + 1:
+            history.clear()
+        history.append(timed.frame)
+        last_ticks[timed.clock] = timed.tick
+        yield timed, (history[0],) * (length - len(history)) + tuple(history)
+
+
 def _prepare_thread(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # a process alone is given no index
@@ -162,7 +172,7 @@ def _prepare_thread(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def _embed(accelerator: Accelerator, encoder: Encoder, frames: Tensor) -> Tensor:
+def embed_frames(accelerator: Accelerator, encoder: Encoder, frames: Tensor) -> Tensor:
     """Embeddings of uint8 frames (B, window, 3, H, W), as float32 (B, *tokens, D) on the CPU."""
     # Two threads would share the weights that autocast has cast, and one stream would not wait for the other's cast.
     with accelerator.autocast(AutocastKwargs(cache_enabled=False)):

@@ -68,6 +68,17 @@ class Scorer:
         return energies, change_cosine(expected, seen, last)[:, 0], maps.mean(dim=1)
 
 
+SPAN = ("begin_s", "end_s", "peak_s", "energy")
+PLACE, BOX = ("row", "column"), ("first_row", "first_column", "last_row", "last_column")
+"""What is said of an event and, of a grid, of the highest cell and of the box around an event's."""
+
+
+def box_of(loudest: np.ndarray) -> list[int]:
+    """First row and column, and last ones, of the cells (*tokens) that are half as high as the highest."""
+    cells = np.argwhere(loudest >= loudest.max() / 2)  # (cells, 2)
+    return [int(side) for side in (*cells.min(axis=0), *cells.max(axis=0))]
+
+
 @dataclass(frozen=True)
 class Scores:
     """What was found in one video; arrays (N,), a value for each moment with enough past, in the order of time."""
@@ -98,11 +109,7 @@ class Scores:
     def event_as_text(self, event: Event[int]) -> list[str]:
         """When it begins, ends and is highest, how high and, of a grid, the box of the cells that are half as high."""
         times = [f"{self.times_s[place]:.3f}" for place in event]
-        box: list[int] = []
-        if self.maps.ndim > 1:
-            loudest = self.maps[event.first : event.last + 1].max(axis=0)
-            cells = np.argwhere(loudest >= loudest.max() / 2)  # (cells, 2)
-            box = [*cells.min(axis=0), *cells.max(axis=0)]
+        box = box_of(self.maps[event.first : event.last + 1].max(axis=0)) if self.maps.ndim > 1 else []
         return [*times, f"{self.energies[event.peak]:.4f}", *map(str, box)]
 
     def peaks(self, most: int) -> list[int]:
