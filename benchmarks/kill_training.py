@@ -41,7 +41,8 @@ OPTIONS = {
     "pretrain_encoder": "--videos {world}/train --fps 8 --encoder.image-size 32 32 --encoder.embedding-dimension 8 "
     "--expander.widths 16 16 --batch-size 16 --shuffle-memory 3e-4",
     "train_predictor": "--train-cache {world}/cache/train --validation-cache {world}/cache/val --predictor.width 16 "
-    "--predictor.context 3 --predictor.dropout 0.1 --batch-size 8 --rollout-steps 2 --validation-horizon 5",
+    "--predictor.context 3 --predictor.dropout 0.1 --batch-size 8 --rollout-steps 2 --validation-horizon 5 "
+    "--actions ball_1_?",
 }
 TIMES = ("seconds", "samples_per_second", "data_wait_fraction")
 """What is measured with a clock, and differs between any two runs."""
@@ -91,7 +92,7 @@ def make_world(folder: Path, clips: int = 12) -> Path:
     for seed, (split, count) in enumerate({"train": clips, "val": clips // 3}.items()):
         write_ball_videos(folder / split, count, BallWorld(size=32, radius=3, frames=48, fps=8), seed=seed)
         run("cache_embeddings", {"videos": folder / split, "encoder": encoder, "fps": 8},
-            "--output-dir", folder / "cache" / split)  # fmt: skip
+            "--columns", "ball_1_x", "ball_1_y", "--output-dir", folder / "cache" / split)  # fmt: skip
     return folder
 
 

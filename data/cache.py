@@ -159,12 +159,19 @@ class EmbeddingCache:
         """All embeddings of a clip, float32 (T, *tokens, D)."""
         return self.take(clip.rows)
 
-    def unbroken_runs(self, clip: CachedClip) -> list[np.ndarray]:
-        """Rows of each run of a clip without a gap in time, int64 (T,) each. Raises `CacheError` if time goes back."""
+    def unbroken_runs(self, clip: CachedClip, columns: Iterable[str] = ()) -> list[np.ndarray]:
+        """Rows of each run of a clip without a gap in time or a NaN in some columns, int64 (T,) each.
+
+        Raises `CacheError` if time goes back.
+        """
         steps = np.diff(self.take(clip.rows, "ticks"))
         if (steps < 1).any() or not np.isfinite(self.take(clip.rows, "times_s")).all():
             raise _damaged(clip.shard, f"holds times of {clip.key.source} that cannot be")
-        return np.split(clip.rows, np.flatnonzero(steps != 1) + 1)
+        is_known = np.all(
+            [np.ones(clip.frames), *(np.isfinite(self.take(clip.rows, name)) for name in columns)], axis=0
+        )
+        runs = np.split(clip.rows, np.flatnonzero((steps != 1) | (np.diff(is_known) != 0)) + 1)
+        return [run for run in runs if is_known[run[0] - clip.start]]
 
     def is_intact(self, clip: CachedClip) -> bool:
         """Whether a clip still matches its checksum. A flipped bit is read without an error."""

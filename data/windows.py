@@ -1,8 +1,10 @@
 """Windows of a cache: what a predictor is trained and judged on.
 
-A window is a run of rows on consecutive ticks of one clip: it never crosses a clip or a gap in time.
+A window is a run of rows on consecutive ticks of one clip: it never crosses a clip or a gap in time, nor, where actions
+are wanted, a tick of which the table beside the video says nothing.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +20,20 @@ ENOUGH_VIDEOS = 20
 class Windows:
     """All windows of `length` embeddings, numbered through; within a clip in the order of time.
 
+    With actions, columns of the cache, ticks without them are left out: so many as `without_actions` says.
+
     Raises `CacheError` if no clip is long enough for a single window.
     """
 
-    def __init__(self, cache: EmbeddingCache, length: int) -> None:
-        self.cache, self.length = cache, length
+    def __init__(self, cache: EmbeddingCache, length: int, actions: Sequence[str] = ()) -> None:
+        self.cache, self.length, self.names = cache, length, actions
         runs = [
-            (run[0], len(run), index) for index, clip in enumerate(cache.clips) for run in cache.unbroken_runs(clip)
+            (run[0], len(run), index)
+            for index, clip in enumerate(cache.clips)
+            for run in cache.unbroken_runs(clip, actions)
         ]
         starts, lengths, clips = np.array(runs, np.int64).reshape(-1, 3).T
+        self.without_actions = cache.frames - int(lengths.sum())
         fit = lengths >= length
         if not fit.any():
             fps, longest = cache.provenance.fps, lengths.max(initial=0)
@@ -53,6 +60,11 @@ class Windows:
         """Embeddings of the given windows, (N,) -> float32 (N, length, *tokens, D)."""
         return torch.from_numpy(self.column(indices, "embeddings"))
 
+    def actions(self, indices: np.ndarray) -> Tensor | None:
+        """Actions of the given windows, (N,) -> float32 (N, length, A); None if none are wanted."""
+        columns = [self.column(indices, name) for name in self.names]
+        return torch.from_numpy(np.stack(columns, axis=-1)).float() if columns else None
+
     def column(self, indices: np.ndarray, name: str) -> np.ndarray:
         """A column of the cache, be it "times_s", on the given windows, (N,) -> (N, length, *shape)."""
         return self.cache.take(self.rows(indices), name)
@@ -69,6 +81,13 @@ class Windows:
         """Videos of the given windows, each once."""
         clips = (self.cache.clips[clip] for clip in np.unique(self.clip_of(indices)))
         return tuple(dict.fromkeys(Path(clip.key.source) for clip in clips))
+
+    def of_other_videos(self, indices: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Numbers of windows of other videos than the given ones, drawn uniformly, (N,) -> int64 (N,)."""
+        videos = self.video_of(np.arange(len(self)))  # in order, as windows are
+        first, end = (np.searchsorted(videos, videos[indices], side) for side in ("left", "right"))
+        drawn = generator.integers(len(self) - (end - first))
+        return np.where(drawn < first, drawn, drawn + end - first)
 
     def sample(self, count: int, generator: torch.Generator) -> np.ndarray:
         """Numbers of windows drawn uniformly with replacement, int64 (count,)."""

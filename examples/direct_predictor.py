@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from jepa import networks
 from jepa.config import PositiveInt
+from jepa.errors import ConfigurationError
 from jepa.networks import NetworkConfig, last_windows
 
 
@@ -75,7 +76,9 @@ class DirectConfig(NetworkConfig):
     horizon: PositiveInt = 20
     """Steps that are forecast from the same past; training has to roll out so many."""
 
-    def build(self, features: int, grid: bool) -> nn.Module:
+    def build(self, features: int, grid: bool, *, actions: int = 0) -> nn.Module:
+        if actions:
+            raise ConfigurationError("actions", "are not for a forecast made at once, which sees none but the first")
         return DirectMLP(features, self)
 
 

@@ -31,15 +31,35 @@ class NetworkConfig(Bounded):
     latent_dimension: NotNegativeInt = 0
     """Numbers drawn at random for each step of a sampled future; 0: one future."""
 
-    def build(self, features: int, grid: bool) -> nn.Module:
+    def build(self, features: int, grid: bool, *, actions: int = 0) -> nn.Module:
         """A causal map from steps of so many features to hidden states, with a state to go on from.
 
-        It takes features (B, T, F), the number of last steps to answer for, the state after the steps before (None at
-        the beginning), and the rows and columns of the grid whose places follow each other in B, or (); it gives hidden
-        states (B, last, width) and the state for the next step. Step by step it finds the same hidden states as in the
-        whole sequence. Without `grid` there never is one.
+        It takes steps (B, T, F), after the features so many numbers of an action, which weigh nothing at first
+        (`Embed`); the number of last steps to answer for, the state after the steps before (None at the beginning), and
+        the rows and columns of the grid whose places follow each other in B, or (); it gives hidden states (B, last,
+        width) and the state for the next step. Step by step it finds the same hidden states as in the whole sequence.
+        Without `grid` there never is one.
         """
         raise NotImplementedError
+
+
+class Embed(nn.Linear):
+    """A linear map of features, and of actions after them, whose weights are 0 at first; of one step or of several.
+
+    (..., steps x (features + actions)) -> (..., width). All else begins as it does without actions, to the bit.
+    """
+
+    def __init__(self, features: int, actions: int, width: int, *, steps: int = 1) -> None:
+        super().__init__(steps * features, width)
+        self.steps, self.features = steps, features
+        self.action_weight = nn.Parameter(torch.zeros(width, steps * actions)) if actions else None
+
+    def forward(self, seen: Tensor) -> Tensor:
+        if self.action_weight is None:
+            return super().forward(seen)
+        parts = seen.unflatten(-1, (self.steps, -1)).tensor_split([self.features], dim=-1)
+        features, actions = (part.flatten(-2) for part in parts)
+        return super().forward(features) + functional.linear(actions, self.action_weight)
 
 
 class Windowed(nn.Sequential):
@@ -75,8 +95,8 @@ class MLPConfig(NetworkConfig):
 
     kind: ClassVar[str] = "mlp"
 
-    def build(self, features: int, grid: bool) -> nn.Module:
-        layers = OrderedDict[str, nn.Module](embed=nn.Linear(features * self.context, self.width))
+    def build(self, features: int, grid: bool, *, actions: int = 0) -> nn.Module:
+        layers = OrderedDict[str, nn.Module](embed=Embed(features, actions, self.width, steps=self.context))
         layers["blocks"] = nn.Sequential(*(Residual(self, self.width) for _ in range(self.depth)))
         layers["norm"] = nn.LayerNorm(self.width)
         return Windowed(self.context, layers)
@@ -90,9 +110,9 @@ class CausalTransformer(nn.Module):
     layer's keys and values of the last `context` - 1 of them.
     """
 
-    def __init__(self, features: int, config: "TransformerConfig", grid: bool) -> None:
+    def __init__(self, features: int, config: "TransformerConfig", grid: bool, *, actions: int = 0) -> None:
         super().__init__()
-        self.embed = nn.Linear(features, config.width)
+        self.embed = Embed(features, actions, config.width)
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
         self.around = nn.ModuleList(Neighbourhood(config.width) for _ in range(config.depth if grid else 0))
         self.norm = nn.LayerNorm(config.width)
@@ -186,8 +206,8 @@ class TransformerConfig(NetworkConfig):
         if self.width % (2 * self.heads):
             raise ConfigurationError("heads", f"is {self.heads}: twice that must divide the width, {self.width}")
 
-    def build(self, features: int, grid: bool) -> nn.Module:
-        return CausalTransformer(features, self, grid)
+    def build(self, features: int, grid: bool, *, actions: int = 0) -> nn.Module:
+        return CausalTransformer(features, self, grid, actions=actions)
 
 
 PredictorConfig = MLPConfig | TransformerConfig

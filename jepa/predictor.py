@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from jepa.config import NotNegativeInt, Positive, PositiveInt, require_fits
+from jepa.config import Positive, PositiveInt, require_fits
 from jepa.networks import NetworkConfig
 from jepa.sequence import Sequence
 
@@ -31,10 +31,11 @@ class Predictor(nn.Module):
 
     From the standardised embeddings, their velocities in units of sigma (a typical change in one tick) and the actions,
     a network f with a zero-initialised head gives e_t + sigma * f, so training starts from copying the last embedding.
-    All tokens of a grid share one network. Embeddings are raw on the way in and on the way out.
+    All tokens of a grid share one network. Embeddings are raw on the way in and on the way out. Actions weigh nothing
+    at first: the weights of a predictor without them fit one with them (`load_state_dict`, not strict).
 
     Embeddings of the encoder with this fingerprint have `shape`, (*tokens, D), on a clock of `fps` ticks a second; an
-    action has `action_dimension` numbers.
+    action has a number for each name of `actions`.
     """
 
     mean: Tensor
@@ -50,22 +51,22 @@ class Predictor(nn.Module):
         *,
         fps: float,
         encoder_fingerprint: str,
-        action_dimension: int = 0,
+        actions: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        hints = {"shape": tuple[PositiveInt, ...], "fps": Positive, "action_dimension": NotNegativeInt}
-        for name, value in {"shape": shape, "fps": fps, "action_dimension": action_dimension}.items():
+        hints = {"shape": tuple[PositiveInt, ...], "fps": Positive, "actions": tuple[str, ...]}
+        for name, value in {"shape": shape, "fps": fps, "actions": actions}.items():
             require_fits(name, value, hints[name])
         require_fits("encoder_fingerprint", encoder_fingerprint, str)
         self.config, self.shape, self.fps, self.encoder_fingerprint = config, shape, fps, encoder_fingerprint
-        self.action_dimension, self.latent_dimension = action_dimension, config.latent_dimension
+        self.actions, self.latent_dimension = actions, config.latent_dimension
         dimension = self.shape[-1]
-        self.network = config.build(2 * dimension + action_dimension, grid=len(self.shape) == 3)
+        self.network = config.build(2 * dimension, len(self.shape) == 3, actions=len(actions))
         self.latent_block = LatentBlock(config.width, config.latent_dimension) if config.latent_dimension else None
         self.head = nn.Linear(config.width, dimension)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        for name, size in (("", dimension), ("action_", action_dimension)):
+        for name, size in (("", dimension), ("action_", len(actions))):
             self.register_buffer(f"{name}mean", torch.zeros(size))
             self.register_buffer(f"{name}std", torch.ones(size))
         self.register_buffer("change_std", torch.ones(dimension))
@@ -93,9 +94,9 @@ class Predictor(nn.Module):
         embeddings = rearrange(self.standardise(newest.embeddings), "b t ... d -> (b ...) t d")
         before, memory = (embeddings[:, :1], None) if state is None else state
         features = [embeddings, torch.diff(embeddings, dim=1, prepend=before) / self.change_std]
-        if self.action_dimension:
+        if self.actions:
             if newest.actions is None:
-                raise ValueError(f"the predictor takes {self.action_dimension} actions a step, and none are given")
+                raise ValueError(f"the predictor takes {len(self.actions)} actions a step, and none are given")
             actions = (newest.actions - self.action_mean) / self.action_std
             features.append(actions.repeat_interleave(places, dim=0))
         hidden, kept = self.network(torch.cat(features, dim=2), last, memory, tokens)
@@ -121,5 +122,5 @@ class Predictor(nn.Module):
             "shape": list(self.shape),
             "fps": self.fps,
             "encoder_fingerprint": self.encoder_fingerprint,
-            "action_dimension": self.action_dimension,
+            "actions": list(self.actions),
         }

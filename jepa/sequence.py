@@ -35,6 +35,14 @@ class Sequence:
         ticks = torch.arange(embeddings.shape[1], dtype=torch.float64, device=embeddings.device)
         return cls(embeddings, ticks[None] / fps, actions)
 
+    def cut(self, context: int, fps: float) -> tuple["Sequence", "Future", Tensor]:
+        """The first `context` steps, what is then asked of a rollout, and what came, (B, H, *tokens, D)."""
+        known = None if self.actions is None else self.actions[:, :context]
+        done = None if self.actions is None else self.actions[:, context - 1 : -1]
+        past = replace(self, embeddings=self.embeddings[:, :context], times=self.times[:, :context], actions=known)
+        came = self.embeddings[:, context:]
+        return past, Future.ticks(came.shape[1], fps, done), came
+
     def followed_by(self, actions: Tensor | None) -> "Sequence":
         """The same with other actions (B, 1, A) after the last embedding."""
         before = [] if self.actions is None else [self.actions[:, :-1]]

@@ -18,14 +18,13 @@ from tempfile import TemporaryDirectory
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 
-from data.windows import Windows
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.devices import require_memory
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.files import SIGNED, write_json
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both
+from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both, windows_for
 from pipelines.run.report import draw_skill, table, write_table
 
 RESULTS = ("rollout.json", "rollout.csv", "rollout.png")
@@ -74,7 +73,7 @@ def main(options: Options) -> None:
     if options.horizon > (fitted := calibration.horizon):
         warning = f"the calibration was fitted up to {fitted} ticks ahead; beyond, that of the last one is taken"
         print(f"warning: {warning}", file=sys.stderr)
-    windows = Windows(cache, predictor.config.context + options.horizon)
+    windows = windows_for(cache, predictor, predictor.config.context + options.horizon)
     if options.probe_cache:
         probe_cache = open_cache(options.probe_cache, predictor)
         require_no_video_in_both(cache, probe_cache)

@@ -30,7 +30,6 @@ from tqdm import tqdm
 from data.cache import EmbeddingCache, Provenance
 from data.errors import DataError, printable
 from data.video import IMAGE_FPS
-from data.windows import Windows
 from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
 from jepa.calibration import FAR_LEVEL
 from jepa.config import Bounded, Bounds, Positive, PositiveInt
@@ -38,7 +37,7 @@ from jepa.predictor import Predictor
 from pipelines.run.artefacts import artefact_fingerprint
 from pipelines.run.command import UserError, counted, require, require_one_process, run_command
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both
+from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both, windows_for
 from pipelines.run.pictures import draw_peaks, draw_surprise, plain
 from pipelines.run.scoring import BOX, PLACE, SPAN, Scorer, Scores, ignored_places, score_videos
 from pipelines.run.stages import run_stage
@@ -92,7 +91,7 @@ def main(options: Options) -> None:
     ignored = ignored_places(options.ignore_region, predictor) if options.ignore_region else None
     scorer = Scorer(predictor, calibration, options.horizons, ignored)
     cache = open_cache(options.cache or embed(options, predictor), predictor)
-    windows = Windows(cache, scorer.length)
+    windows = windows_for(cache, predictor, scorer.length)
     alarm = choose_alarm(options, scorer, cache) if options.normal else None
     offsets_s = sorted({clip.key.offset_s for clip in cache.clips})
     output.begin(inputs_of(options.predictor, cache) | {"offsets_s": offsets_s})
@@ -126,7 +125,8 @@ def choose_alarm(options: Options, scorer: Scorer, watched: EmbeddingCache) -> A
     """The alarm that ordinary videos set off as rarely as is asked. Raises `UserError` where they are too few."""
     normal = open_cache(options.normal or Path(), scorer.predictor)
     require_no_video_in_both(normal, watched)
-    timelines = [scores.timeline for scores in score_videos(scorer, Windows(normal, scorer.length))]
+    windows = windows_for(normal, scorer.predictor, scorer.length)
+    timelines = [scores.timeline for scores in score_videos(scorer, windows)]
     try:
         return choose_threshold(timelines, options.alarms_per_hour)
     except ValueError as error:
@@ -175,9 +175,8 @@ def embed(options: Options, predictor: Predictor) -> Path:
         )
         encoder = str(folder.absolute())
     videos = tuple(path.absolute() for path in options.videos)
-    run_stage(
-        "embed", {"videos": videos, "encoder": encoder, "fps": fps, "image-fps": options.image_fps, "output-dir": cache}
-    )
+    given = {"videos": videos, "encoder": encoder, "fps": fps, "image-fps": options.image_fps, "output-dir": cache}
+    run_stage("embed", given | ({"columns": predictor.actions} if predictor.actions else {}))
     return cache
 
 

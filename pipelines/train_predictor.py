@@ -28,7 +28,14 @@ from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
 from pipelines.run.devices import require_memory
 from pipelines.run.judging import CHOSEN_BY, calibrate, copying_error, fit_ridge_on, judge, measure_embeddings
-from pipelines.run.models import calibration_artefact, clips_in_short, open_cache, require_no_video_in_both
+from pipelines.run.models import (
+    calibration_artefact,
+    clips_in_short,
+    find_columns,
+    open_cache,
+    require_no_video_in_both,
+    windows_for,
+)
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator
 
@@ -48,6 +55,8 @@ class Options(RunOptions):
     """Embeddings of other videos: the best model is chosen and calibrated on them."""
     output_dir: Path = Path("runs/predictor")
     """Where the predictor, its calibration, its metrics and its logs are left."""
+    actions: tuple[str, ...] = ()
+    """Columns of both caches that are actions, by name or pattern such as `action_*`; none: video alone."""
     steps: PositiveInt = 800
     """Optimiser steps."""
     batch_size: PositiveInt = 128
@@ -67,13 +76,16 @@ def main(options: Options) -> None:
     run = Run(options, "train_predictor", ("predictor", "calibration"))
     train = EmbeddingCache(options.train_cache)
     provenance, encoder = train.provenance, train.provenance.encoder_fingerprint
-    predictor = Predictor(options.predictor, train.shape, fps=provenance.fps, encoder_fingerprint=encoder)
+    predictor = Predictor(
+        options.predictor, train.shape, fps=provenance.fps, encoder_fingerprint=encoder,
+        actions=find_columns(train, options.actions),
+    )  # fmt: skip
     validation = open_cache(options.validation_cache, predictor)
     require_no_video_in_both(train, validation)
     measure_embeddings(predictor, train)
     context = options.predictor.context
-    windows = Windows(train, context + options.rollout_steps)
-    held_out = Windows(validation, context + options.validation_horizon)
+    windows = windows_for(train, predictor, context + options.rollout_steps)
+    held_out = windows_for(validation, predictor, context + options.validation_horizon)
     network, crop = options.predictor, [min(CROP, side) for side in train.shape[:-1]]
     rollouts = max(options.batch_size, math.prod(crop)) * options.rollout_steps
     require_memory(8 * rollouts * network.width * network.depth, f"--batch-size {options.batch_size}")
@@ -92,7 +104,7 @@ def main(options: Options) -> None:
         chance, (past, future) = run.generator(step), batch.windows.tensor_split([context], dim=1)
         noise = torch.randn(past.shape, generator=chance, device=past.device)
         past = past + options.input_noise * predictor.change_std * predictor.std * noise
-        terms = losses(past, future[:, : growing_horizon(step, options)], chance)
+        terms = losses(past, future[:, : growing_horizon(step, options)], chance, actions=batch.actions)
         run.update(terms["rollout_loss"] + terms["one_step_loss"], terms, batch.videos)
         if run.due:
             run.log(*judge(predictor, ridge, held_out), show=("one_step_loss", CHOSEN_BY))
@@ -119,6 +131,8 @@ class Batch(NamedTuple):
 
     windows: Tensor
     """float32 (B, context + rollout steps, *tokens, D), as cached, of grids a part."""
+    actions: Tensor | None
+    """float32 (B, context + rollout steps, A), where the predictor takes any."""
     videos: tuple[Path, ...]
     """Videos that the windows are from, each once."""
     place: dict[str, int]
@@ -136,7 +150,7 @@ def draw_batches(
         for axis, side in enumerate(crop, start=2):
             first = torch.randint(taken.shape[axis] - side + 1, (), generator=generator)
             taken = taken.narrow(axis, int(first), side)
-        yield Batch(taken, windows.videos(chosen), {"step": step + 1})
+        yield Batch(taken, windows.actions(chosen), windows.videos(chosen), {"step": step + 1})
 
 
 def growing_horizon(step: int, options: Options) -> int:
@@ -159,15 +173,19 @@ class Losses(nn.Module):
         self.predictor = predictor
         self.register_buffer("unit", unit)
 
-    def forward(self, past: Tensor, future: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(
+        self, past: Tensor, future: Tensor, generator: torch.Generator, *, actions: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Errors of the first step of a rollout, and of all its steps, relative to copying.
 
         The error is the squared error; with a latent, which the generator draws, the energy score of two samples: it
         is least where they are as far from each other as from what came (Pacchiardi et al. 2024, arXiv:2112.08217).
         The past (B, context, *tokens, D) has noise, the future (B, steps, *tokens, D) has none.
+        Actions are (B, at least context + steps, A).
         """
-        steps, fps = future.shape[1], self.predictor.fps
-        sequence, ticks = Sequence.on_clock(past, fps), Future.ticks(steps, fps)
+        context, steps, fps = past.shape[1], future.shape[1], self.predictor.fps
+        known, done = (None, None) if actions is None else (actions[:, :context], actions[:, context - 1 :])
+        sequence, ticks = Sequence.on_clock(past, fps, known), Future.ticks(steps, fps, done)
         came = self.predictor.standardise(future)
         if self.predictor.latent_dimension:
             drawn = self.predictor.standardise(rollout(self.predictor, sequence, ticks, 2, generator=generator))

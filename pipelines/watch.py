@@ -33,6 +33,7 @@ from data.parallel import run_ahead
 from jepa.alarms import follow_events
 from jepa.config import Bounded, Positive
 from jepa.encoder import Encoder
+from jepa.sequence import Sequence
 from pipelines.run.command import Interrupted, counted, require, require_one_process, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.embed import embed_frames, windows_of
@@ -110,6 +111,7 @@ def load_watch(options: Options) -> Watch:
     given, inputs, provenance = record["options"], record["inputs"], record["inputs"]["provenance"]
     accelerator = start_accelerator(provenance["precision"])
     predictor, calibration = load_predictor(Path(given["predictor"]), accelerator.device)
+    require(not predictor.actions, f"{given['predictor']} takes actions, and what is watched comes without a table")
     now = read_json(Path(given["predictor"]) / "calibration" / "config.json")["config"]
     require(now == inputs["calibration"], f"{folder} was scored by another calibration than {given['predictor']} has")
     ignored = ignored_places(Path(given["ignore_region"]), predictor) if given["ignore_region"] else None
@@ -143,7 +145,8 @@ def score(options: Options, watch: Watch) -> Iterator[Moment]:
         past.append((tick, time_s, seen_s, embedded.to(dtype).float()))
         if len(past) == scorer.length:
             embeddings = torch.stack([one[3] for one in past], dim=1).to(accelerator.device)
-            energy, cosine, places = (part[0].cpu() for part in scorer(embeddings))
+            windows = Sequence.on_clock(embeddings, scorer.predictor.fps)
+            energy, cosine, places = (part[0].cpu() for part in scorer(windows))
             percentile = float(scorer.ordinary.percentile(energy))
             _, time_s, seen_s, _ = past[scorer.moment]
             yield Moment(time_s, float(energy), percentile, float(cosine), places=places.numpy(), seen_s=seen_s)

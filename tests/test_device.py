@@ -36,6 +36,7 @@ from pipelines.run.devices import start_accelerator
 from pipelines.run.embed import embed_videos
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.judging import calibrate, fit_ridge_on, judge, measure_embeddings
+from pipelines.run.models import take_windows, windows_for
 from pipelines.run.scoring import Scorer, score_videos
 from pipelines.train_predictor import Losses
 from tests import test_ranks
@@ -139,10 +140,11 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS)
 def test_forecasts_evaluation_and_surprise_are_those_of_the_cpu(caches, network):
     torch.manual_seed(0)
-    predictor = Predictor(NETWORKS[network], (5,), fps=FPS, encoder_fingerprint="0123abcd")
+    predictor = Predictor(NETWORKS[network], (5,), fps=FPS, encoder_fingerprint="0123abcd", actions=("speed",))
     torch.nn.init.normal_(predictor.head.weight, std=0.3)
+    torch.nn.init.normal_(predictor.network.get_submodule("embed").action_weight, std=0.3)
     measure_embeddings(predictor, caches["train"])
-    held_out, windows = (Windows(caches[split], CONTEXT + HORIZON) for split in ("val", "test"))
+    held_out, windows = (windows_for(caches[split], predictor, CONTEXT + HORIZON) for split in ("val", "test"))
     ridge = fit_ridge_on(caches["train"], held_out, predictor)
     calibration, _ = calibrate(predictor, copy.deepcopy(ridge), caches["val"], horizon=HORIZON)
 
@@ -171,11 +173,12 @@ def test_forecasts_evaluation_and_surprise_are_those_of_the_cpu(caches, network)
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_predictor_learns(caches, network):
-    predictor = Predictor(NETWORKS[network], (5,), fps=FPS, encoder_fingerprint="0123abcd")
-    windows = Windows(caches["train"], CONTEXT + HORIZON).take(np.arange(16))
+    predictor = Predictor(NETWORKS[network], (5,), fps=FPS, encoder_fingerprint="0123abcd", actions=("speed",))
+    windows = Windows(caches["train"], CONTEXT + HORIZON, predictor.actions)
     with on_device() as device:
-        losses, windows = Losses(predictor, torch.ones(HORIZON)).to(device), windows.to(device)
-        terms = losses(windows[:, :CONTEXT], windows[:, CONTEXT:], torch.Generator(device).manual_seed(0))
+        losses, taken = Losses(predictor, torch.ones(HORIZON)).to(device), take_windows(windows, np.arange(16), device)
+        past, future = taken.embeddings[:, :CONTEXT], taken.embeddings[:, CONTEXT:]
+        terms = losses(past, future, torch.Generator(device).manual_seed(0), actions=taken.actions)
         terms["rollout_loss"].backward()
         assert predictor.head.weight.grad.device.type == device.type
 

@@ -34,9 +34,15 @@ def make(name="mlp", tokens=(), actions=0, dimension=5):
     """A predictor that does something: its head is not zero, its standardisation not the identity."""
     torch.manual_seed(0)
     predictor = Predictor(
-        CONFIGS[name], (*tokens, dimension), fps=FPS, encoder_fingerprint="abc", action_dimension=actions
+        CONFIGS[name],
+        (*tokens, dimension),
+        fps=FPS,
+        encoder_fingerprint="abc",
+        actions=tuple(f"action_{number}" for number in range(actions)),
     )
     torch.nn.init.normal_(predictor.head.weight, std=0.3)
+    if actions:
+        torch.nn.init.normal_(predictor.network.get_submodule("embed").action_weight, std=0.3)
     predictor.mean.normal_()
     predictor.std.uniform_(0.5, 2)
     predictor.change_std.uniform_(0.2, 0.5)
@@ -105,6 +111,44 @@ def test_to_an_mlp_a_grid_is_each_of_its_tokens_alone():
     rolled = rollout(predictor, past, Future.ticks(3, FPS))
     one = rollout(predictor, Sequence(past.embeddings[:, :, 1, 2], past.times), Future.ticks(3, FPS))
     torch.testing.assert_close(rolled[:, :, 1, 2], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_actions_weigh_nothing_at_first(name, tokens):
+    """By the same seed a predictor with actions begins as that without, and it takes what that has learned."""
+    made = []
+    for actions in (0, 2):
+        torch.manual_seed(0)
+        names = ("push", "pull")[:actions]
+        made.append(Predictor(CONFIGS[name], (*tokens, 5), fps=FPS, encoder_fingerprint="abc", actions=names))
+    without, with_actions = made
+    torch.nn.init.normal_(without.head.weight, std=0.3)
+    learned = without.state_dict() | {key: with_actions.state_dict()[key] for key in ("action_mean", "action_std")}
+    for key, value in without.network.state_dict().items():
+        assert torch.equal(value, with_actions.network.state_dict()[key])
+    loaded = with_actions.load_state_dict(learned, strict=False)
+    assert loaded == (["network.embed.action_weight"], [])
+    past, done = sequence(tokens=tokens, actions=2), torch.randn(3, 3, 2)
+    one = rollout(without, Sequence(past.embeddings, past.times), Future.ticks(3, FPS))
+    two = rollout(with_actions, past, Future.ticks(3, FPS, done))
+    assert torch.equal(one, two)
+    assert not torch.equal(two[:, 0], past.embeddings[:, -1])
+    two.square().mean().backward()
+    assert with_actions.network.get_submodule("embed").action_weight.grad.abs().min() > 0
+
+
+def test_a_window_is_cut_into_what_is_known_and_what_is_done():
+    whole = sequence(length=7, actions=2)
+    past, future, came = whole.cut(4, FPS)
+    assert torch.equal(torch.cat([past.embeddings, came], dim=1), whole.embeddings)
+    assert torch.equal(past.times, whole.times[:, :4])
+    assert torch.equal(past.times[0, -1] + future.times, whole.times[0, 4:])
+    # The action at the last known embedding is the first of the future; that at the window's end leads out of it.
+    assert torch.equal(future.actions, whole.actions[:, 3:6])
+    assert torch.equal(torch.cat([past.actions[:, :-1], future.actions], dim=1), whole.actions[:, :-1])
+    bare = Sequence(whole.embeddings, whole.times).cut(4, FPS)
+    assert (bare[0].actions, bare[1].actions) == (None, None)
 
 
 def test_an_action_matters_from_the_next_embedding_on():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.cache import CacheError, EmbeddingCache
+from data.cache import CacheError, Column, EmbeddingCache
 from data.windows import Windows
 from jepa.networks import MLPConfig, TransformerConfig
 from jepa.predictor import Predictor
-from pipelines import calibrate, train_predictor
+from pipelines import calibrate, evaluate_rollout, score_surprise, train_predictor
 from pipelines.run.command import UserError
 from pipelines.run.judging import copying_error, measure_embeddings
 from pipelines.run.models import load_predictor
@@ -28,6 +28,31 @@ def turning(frames, shape=(5,), seed=0):
     angles = generator.uniform(0, 6) + 0.4 * np.arange(frames)[:, None] * np.linspace(0.5, 1.5, shape[-1])
     turned = np.sin(angles).reshape(frames, *[1] * (len(shape) - 1), shape[-1])
     return (3 + turned + 0.02 * generator.normal(size=(frames, *shape))).astype(np.float32)
+
+
+def pushed(frames, seed=0):
+    """Embeddings that go where they are pushed, and the pushes, which nobody could foresee; the last of them unsaid."""
+    generator = np.random.default_rng(seed)
+    push = generator.normal(size=(frames, 2))
+    mix = np.random.default_rng(0).normal(size=(2, 5))
+    moved = np.cumsum(np.concatenate([np.zeros((1, 2)), push[:-1]]), axis=0) @ mix
+    push[-1] = np.nan
+    return (moved + 0.02 * generator.normal(size=(frames, 5))).astype(np.float32), push
+
+
+@pytest.fixture(scope="module")
+def acted(tmp_path_factory, make_clip, write_cache):
+    """Folders of caches of what is acted in, to train on, to validate on and to test on."""
+    folders = {}
+    for part, (split, clips) in enumerate((("train", 12), ("val", 5), ("test", 6))):
+        made = []
+        for clip in range(clips):
+            embeddings, push = pushed(40, 100 * part + clip)
+            columns = {f"push_{axis}": 100 + 3 * push[:, axis] for axis in range(2)}
+            made.append(make_clip(f"/videos/{split}_{clip}.mp4", 40, embeddings=embeddings, **columns))
+        columns = {f"push_{axis}": Column("float64") for axis in range(2)}
+        folders["vector", split] = write_cache(tmp_path_factory.mktemp(split), made, columns=columns)
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +123,42 @@ def test_training_learns_and_the_best_weights_are_kept(caches, tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     values = {row["step"]: row["validation_relative_to_copy_last"] for row in rows}
     assert metrics["validation_relative_to_copy_last"] == min(values.values()) == values[metrics["best_step"]]
+
+
+def test_actions_are_learned_judged_and_asked_for(acted, caches, tmp_path, capsys):
+    """What nobody could foresee is foreseen by what is done; another clip's actions are worse than none."""
+    chosen = {"steps": 120, "batch_size": 32, "log_every": 60}
+    train_predictor.main(options(acted, tmp_path / "run", actions=("push_*",), **chosen))
+    assert "12 embeddings of 480 without actions" in capsys.readouterr().err
+    train_predictor.main(options(acted, tmp_path / "none", **chosen))
+    predictor, _ = load_predictor(tmp_path / "run")
+    assert predictor.actions == ("push_0", "push_1")
+    torch.testing.assert_close(predictor.action_mean, torch.full((2,), 100.0), atol=0.5, rtol=0)
+    torch.testing.assert_close(predictor.action_std, torch.full((2,), 3.0), atol=0.3, rtol=0)
+    found = {}
+    for name in ("run", "none"):
+        folder = tmp_path / f"evaluation_{name}"
+        evaluate_rollout.main(
+            evaluate_rollout.Options(
+                cache=acted["vector", "test"], predictor=tmp_path / name, output_dir=folder, horizon=3
+            )
+        )
+        found[name] = json.loads((folder / "rollout.json").read_text())["predictors"]
+    with_actions, without = (found[name]["model"][2]["relative_to_copy_last"] for name in ("run", "none"))
+    assert with_actions < 0.2 < 0.8 < without < 1.2 < found["run"]["shuffled_actions"][2]["relative_to_copy_last"]
+    assert found["run"]["model"][2]["relative_to_shuffled_actions_high"] < 0.2
+    assert "shuffled_actions" not in found["none"]
+    surprise = score_surprise.Options(
+        cache=acted["vector", "test"], predictor=tmp_path / "run", output_dir=tmp_path / "s"
+    )
+    score_surprise.main(surprise)
+    calibrate.main(calibrate.Options(predictor=tmp_path / "run", cache=acted["vector", "test"], horizon=2))
+    with pytest.raises(
+        UserError, match=r"has no numbers push_0, it has none: cache .* again with --columns push_0 push_1"
+    ):
+        calibrate.main(calibrate.Options(predictor=tmp_path / "run", cache=caches["vector", "more"]))
+    with pytest.raises(UserError, match=r"has no numbers pull_\*, it has push_0, push_1"):
+        train_predictor.main(options(acted, tmp_path / "never", actions=("push_0", "pull_*")))
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_others(caches, tmp_path):

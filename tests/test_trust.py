@@ -190,7 +190,7 @@ BUILD = {"encoder": Encoder.build, "predictor": build_predictor}
         ("predictor", {"shape": [4.0]}),
         ("predictor", {"fps": 0}),
         ("predictor", {"fps": "4"}),
-        ("predictor", {"action_dimension": -1}),
+        ("predictor", {"actions": [0]}),
         ("predictor", {"encoder_fingerprint": 3}),
     ],
     ids=lambda value: json.dumps(value)[:50],

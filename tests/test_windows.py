@@ -116,6 +116,46 @@ def test_videos_of_windows_are_named_once(tmp_path, make_clip, write_cache):
     assert windows.videos(np.array([5, 4])) == (Path("/b.mp4"),)
 
 
+def test_a_window_never_crosses_a_tick_without_actions(tmp_path, make_clip, write_cache):
+    steer = np.arange(12.0)
+    steer[[0, 6, 11]] = np.nan
+    clips = [
+        make_clip("/a.mp4", 12, gaps=(4,), steer=steer, gas=-steer),
+        make_clip("/b.mp4", 3, steer=np.ones(3), gas=np.ones(3)),
+    ]
+    clips.append(make_clip("/c.mp4", 5, steer=np.full(5, np.nan), gas=np.ones(5)))
+    columns = {"steer": Column("float64"), "gas": Column("float32")}
+    cache = EmbeddingCache(write_cache(tmp_path, clips, columns=columns))
+    windows = Windows(cache, 2, ("steer", "gas"))
+    everything = np.arange(len(windows))
+    assert windows.actions(everything)[:, :, 0].tolist() == [
+        [1, 2],
+        [2, 3],
+        [4, 5],
+        *([n, n + 1] for n in (7, 8, 9)),
+        [1, 1],
+        [1, 1],
+    ]
+    assert windows.actions(everything)[0].tolist() == [[1, -1], [2, -2]]
+    assert windows.actions(everything).dtype == torch.float32
+    np.testing.assert_array_equal(windows.take(everything)[2], clips[0].columns["embeddings"][4:6])
+    assert windows.without_actions == 3 + 5
+    assert len(Windows(cache, 2)) == 3 + 7 + 2 + 4
+    assert Windows(cache, 2).actions(everything) is None
+    with pytest.raises(CacheError, match="longest unbroken clip has 4"):
+        Windows(cache, 5, ("steer",))
+
+
+def test_other_videos_are_never_the_same(few):
+    windows = Windows(few, 5)
+    everything, generator = np.arange(len(windows)), np.random.default_rng(0)
+    drawn = np.stack([windows.of_other_videos(everything, generator) for _ in range(50)])
+    assert (windows.video_of(drawn.ravel()) != windows.video_of(np.tile(everything, 50))).all()
+    for video in range(3):  # and each window of each other video is drawn
+        mine = windows.video_of(everything) == video
+        np.testing.assert_array_equal(np.unique(drawn[:, mine]), everything[~mine])
+
+
 @pytest.fixture
 def few(tmp_path, make_clip, write_cache):
     """Three videos of 10 s at 4 fps, one of them on two clocks."""

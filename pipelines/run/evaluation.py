@@ -5,6 +5,7 @@ sampled futures and what is read off forecasts, which cost more, of at most `DET
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +24,11 @@ from jepa.rollout import expected_rollout, rollout
 from jepa.samples import coverage, energy_score, live_features
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import require
-from pipelines.run.models import in_batches, require_changing, require_finite
+from pipelines.run.models import find_columns, in_batches, require_changing, require_finite
 
 DETAILED, LIVE_FRAMES, PROBE_FRAMES = 2000, 256, 20_000
 """Most windows for details; frames to see what moves, to fit a probe on."""
-REFERENCES = ("copy_last", "ridge", "mean")
+REFERENCES = ("copy_last", "ridge", "mean", "shuffled_actions")
 """Forecasts that errors are divided by."""
 Measures = dict[tuple[str, str], Tensor]
 """Numbers (B, H, ...) of some windows, by forecast, or `truth`, and measure."""
@@ -45,6 +46,7 @@ class ForecastBatch(NamedTuple):
 
     past: Sequence
     """Raw embeddings (B, context, *tokens, D)."""
+    future: Future
     forecasts: dict[str, Tensor]
     """(B, H, *tokens, D) by name: `model` is the believed forecast, `rollout` that of the bare network."""
     came: Tensor
@@ -76,8 +78,10 @@ class Evaluation:
         self.predictor, self.calibration, self.windows = predictor, calibration, windows
         self.samples, self.readout, self.seed = samples, readout, seed
         self.device = predictor.mean.device
-        self.future = Future.ticks(windows.length - predictor.config.context, predictor.fps)
+        self.horizon = windows.length - predictor.config.context
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        # Of one video alone there are no other's actions.
+        self.shuffles = bool(predictor.actions) and len({clip.key.source for clip in windows.cache.clips}) > 1
         frames = Windows(windows.cache, 1)
         some = require_finite(windows.cache, frames.take(frames.evenly(LIVE_FRAMES)))
         self.live = live_features(predictor.standardise(some.to(self.device)))
@@ -91,15 +95,17 @@ class Evaluation:
         Raises:
             UserError: embeddings are not finite or never change, or the cache lacks a column.
         """
-        windows, fps, horizon = self.windows, self.predictor.fps, len(self.future.times)
+        windows, fps, horizon = self.windows, self.predictor.fps, self.horizon
         indices = windows.evenly(most)
+        draws = np.random.default_rng(self.seed)
         first = np.linspace(0, len(indices) - 1, min(DETAILED, len(indices))).astype(int)
         detailed, others = indices[first], np.delete(indices, first)
         found = defaultdict[tuple[str, str], list[np.ndarray]](list)
         for chosen, more in ((detailed, True), (others, False)):
             batches = in_batches(windows, chosen, self.device, copies=10 + 4 * self.samples, doing="forecasting")
-            for part, embeddings in batches:
-                batch = self.forecast(embeddings)
+            for part, taken in batches:
+                shuffled = windows.of_other_videos(chosen[part], draws) if self.shuffles else None
+                batch = self.forecast(taken, None if shuffled is None else windows.actions(shuffled))
                 errors = {(name, "mse"): squared_error(value, batch.came) for name, value in batch.forecasts.items()}
                 for key, values in (errors | (self.measure_details(batch, chosen[part]) if more else {})).items():
                     found[key].append(values.cpu().numpy())
@@ -128,27 +134,30 @@ class Evaluation:
         }
 
     @torch.no_grad()
-    def forecast(self, embeddings: Tensor) -> ForecastBatch:
-        """Forecasts of windows (B, length, *tokens, D)."""
-        predictor, fps, future = self.predictor, self.predictor.fps, self.future
-        seen, came = embeddings.split([predictor.config.context, len(future.times)], dim=1)
-        past = Sequence.on_clock(seen, fps)
+    def forecast(self, windows: Sequence, others: Tensor | None = None) -> ForecastBatch:
+        """Forecasts of windows (B, length); with other actions (B, length, A) also what these would lead to."""
+        predictor, context, fps = self.predictor, self.predictor.config.context, self.predictor.fps
+        past, future, came = windows.cut(context, fps)
+        ticks, seen = (future.times * fps).to(came.device), past.embeddings
         rolled, ridged = expected_rollout(predictor, past, future), rollout(self.calibration.ridge, past, future)
         # As rollout(..., calibration=calibration), which would roll both out again.
-        believed = self.calibration.believe(rolled, ridged, past, (future.times * fps).to(rolled.device))
-        forecasts = {"model": believed, "rollout": rolled, "ridge": ridged}
+        forecasts = {"model": self.calibration.believe(rolled, ridged, past, ticks), "rollout": rolled, "ridge": ridged}
+        if others is not None:
+            instead = replace(future, actions=others[:, context - 1 : -1].to(came.device))
+            shuffled = expected_rollout(predictor, past, instead)
+            forecasts["shuffled_actions"] = self.calibration.believe(shuffled, ridged, past, ticks)
         last, steps = seen[:, -1:], torch.arange(1, came.shape[1] + 1, device=came.device)
         forecasts["copy_last"] = last.expand_as(came)
         change = steps.view(1, -1, *[1] * (came.ndim - 2)) * (last - seen[:, -2:-1])
         forecasts |= {"linear_extrapolation": last + change, "mean": predictor.mean.expand_as(came)}
         standardised = {name: predictor.standardise(value) for name, value in forecasts.items()}
-        return ForecastBatch(past, standardised, predictor.standardise(came))
+        return ForecastBatch(past, future, standardised, predictor.standardise(came))
 
     def sample(self, batch: ForecastBatch) -> Tensor:
         """Futures (samples, B, H, *tokens, D), standardised; without a latent the forecast with Gaussian errors."""
         predictor, calibration, believed = self.predictor, self.calibration, batch.forecasts["model"]
         if predictor.latent_dimension:
-            given = predictor, batch.past, self.future, self.samples
+            given = predictor, batch.past, batch.future, self.samples
             return predictor.standardise(rollout(*given, generator=self.generator, calibration=calibration))
         steps = torch.arange(believed.shape[1], device=self.device).clamp(max=calibration.horizon - 1)
         noise = torch.randn(self.samples, *believed.shape, generator=self.generator, device=self.device)
@@ -192,18 +201,15 @@ def fit_readout(cache: EmbeddingCache, columns: tuple[str, ...], predictor: Pred
         groups = np.arange(len(indices)) * FOLDS // len(indices)
 
     batches = (
-        (predictor.standardise(embeddings[:, 0]), true[part], torch.from_numpy(groups[part]))
-        for part, embeddings in in_batches(frames, indices, predictor.mean.device)
+        (predictor.standardise(taken.embeddings[:, 0]), true[part], torch.from_numpy(groups[part]))
+        for part, taken in in_batches(frames, indices, predictor.mean.device)
     )
     return Readout(columns, fit_probe(batches, predictor.shape))
 
 
 def read_columns(windows: Windows, indices: np.ndarray, columns: tuple[str, ...]) -> Tensor:
     """Columns on some windows, float64 (N, length, C); NaN where a table says nothing. Raises `UserError`."""
-    folder, there = windows.cache.folder, windows.cache.provenance.columns
-    for name in columns:
-        is_number = name in there and there[name].shape == ()
-        require(is_number, f"{folder} has no numbers {name}: cache its videos again with --columns {' '.join(columns)}")
+    columns = find_columns(windows.cache, columns)
     return torch.from_numpy(np.stack([windows.column(indices, name) for name in columns], axis=-1)).double()
 
 
@@ -233,7 +239,8 @@ def make_records(
             point, resampled = values.mean(axis=0, dtype=float), bootstrap.means(values)
             put(name, measure, point, resampled)
             for to in REFERENCES if measure == "mse" else ():
-                other = measures[to, "mse"]
+                if (other := measures.get((to, "mse"))) is None:
+                    continue
                 relative = divide(resampled, bootstrap.means(other))
                 put(name, f"relative_to_{to}", divide(point, other.mean(axis=0, dtype=float)), relative)
     return records

@@ -13,9 +13,8 @@ from jepa.diagnostics import floor_std, prediction_alarms
 from jepa.fitting import Forecasts, cross_fit_blend, fit_calibration, fit_ridge, hold_out, ridge_context
 from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
-from jepa.sequence import Future, Sequence
 from pipelines.run.command import counted
-from pipelines.run.models import in_batches, require_changing, require_finite
+from pipelines.run.models import in_batches, require_changing, require_finite, take_windows, windows_for
 
 CHOSEN_BY = "validation_relative_to_copy_last"
 """Metric by which the best weights are chosen: the believed forecast's error, mean over horizons."""
@@ -31,7 +30,7 @@ FEW_CLIPS = 20
 
 
 def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
-    """Mean and standard deviation of embeddings, and of their changes, into the predictor's buffers; clip by clip."""
+    """Mean and standard deviation of embeddings, of their changes and of actions, into the predictor's buffers."""
     sums, places, changes = torch.zeros(3, predictor.shape[-1], dtype=torch.float64), 0, 0
     # Around an embedding: sums of squares around 0 would cancel where the mean is large.
     origin = torch.from_numpy(cache.take(np.arange(1))).double().flatten(0, -2).mean(dim=0)
@@ -47,6 +46,10 @@ def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
     predictor.mean.copy_(origin + mean)
     predictor.std.copy_(floor_std((square - mean.square()).clamp_min(0).sqrt()))
     predictor.change_std.copy_(floor_std((sums[2] / max(1, changes)).sqrt() / predictor.std))
+    ticks = Windows(cache, 1, predictor.actions)
+    if (actions := ticks.actions(ticks.evenly(RIDGE_SAMPLES))) is not None:
+        predictor.action_mean.copy_(actions.double().mean(dim=(0, 1)))
+        predictor.action_std.copy_(floor_std(actions.double().flatten(0, 1).std(dim=0, correction=0)))
 
 
 def choose_windows(windows: Windows, predictor: Predictor) -> np.ndarray:
@@ -69,7 +72,7 @@ def fit_ridge_on(train: EmbeddingCache, held_out: Windows, predictor: Predictor)
     chosen = windows.evenly(max(1000, RIDGE_SAMPLES // places))
     batches = in_batches(windows, chosen, predictor.mean.device, doing="ridge regression")
     empty = Ridge(predictor.fps, context, mean=predictor.mean, std=predictor.std, on_grid=len(predictor.shape) == 3)
-    fitted = fit_ridge((embeddings for _, embeddings in batches), empty, RIDGE_PENALTIES)
+    fitted = fit_ridge((taken.embeddings for _, taken in batches), empty, RIDGE_PENALTIES)
     seen = held_out.take(held_out.evenly(max(32, VALIDATION_WINDOWS // places)))[:, : predictor.config.context + 1]
     errors = [(predictor.standardise(ridge(seen[:, :-1]) - seen[:, -1:])).square().mean() for ridge in fitted]
     return fitted[int(torch.stack(errors).argmin())]
@@ -92,18 +95,17 @@ def judge(predictor: Predictor, ridge: Ridge, windows: Windows) -> tuple[dict[st
         relative[step], bare[step] = float(left.square().mean()) / copied, rolled / copied
     metrics = {CHOSEN_BY: float(relative.mean()), "validation_rollout_relative_to_copy_last": float(bare.mean())}
     metrics |= {f"{CHOSEN_BY}_{h}": float(relative[h - 1]) for h in sorted({1, 5, horizon}) if h <= horizon}
-    some = windows.take(chosen[:: max(1, len(chosen) // 256)]).to(predictor.mean.device)
+    some = take_windows(windows, chosen[:: max(1, len(chosen) // 256)], predictor.mean.device)
     with torch.no_grad():  # one step from each moment: over time predictions may collapse, too
-        predicted = predictor(Sequence.on_clock(some[:, :-1], predictor.fps), last=horizon)
-    pair = (predictor.standardise(part).cpu() for part in (predicted, some[:, -horizon:]))
+        predicted = predictor(some, last=horizon + 1)[:, :-1]
+    pair = (predictor.standardise(part).cpu() for part in (predicted, some.embeddings[:, -horizon:]))
     predictor.train()
     return metrics, prediction_alarms(*pair)
 
 
 def calibrate(predictor: Predictor, ridge: Ridge, cache: EmbeddingCache, *, horizon: int) -> tuple[Calibration, str]:
     """A calibration on a cache, and a line that says how much it was fitted on."""
-    context = predictor.config.context
-    windows = Windows(cache, context + horizon)
+    windows = windows_for(cache, predictor, predictor.config.context + horizon)
     numbers = horizon * int(np.prod(predictor.shape)) * (EXPECTED_OF if predictor.latent_dimension else 1)
     chosen = windows.evenly(min(MOST_WINDOWS, max(64, MOST_NUMBERS // numbers)))
     predictor.eval()
@@ -120,15 +122,14 @@ def forecast_windows(
 ) -> tuple[Forecasts, Tensor | None]:
     """Forecasts on some windows, and sampled futures where the predictor has a latent."""
     context, device = predictor.config.context, predictor.mean.device
-    future = Future.ticks(windows.length - context, predictor.fps)
     found: list[tuple[Tensor, ...]] = []
     sampled = []
     generator = torch.Generator(device).manual_seed(0)
-    for _, embeddings in in_batches(windows, chosen, device, doing="forecasting"):
-        past = Sequence.on_clock(embeddings[:, :context], predictor.fps)
+    for _, taken in in_batches(windows, chosen, device, doing="forecasting"):
+        past, future, came = taken.cut(context, predictor.fps)
         guesses = expected_rollout(predictor, past, future), rollout(ridge.to(device), past, future)
-        seen = embeddings.split([context - 1, 1, len(future.times)], dim=1)[1:]  # the last of the past, and what came
-        found.append(tuple(predictor.standardise(part).cpu() for part in (*guesses, *seen)))
+        parts = (*guesses, past.embeddings[:, -1:], came)
+        found.append(tuple(predictor.standardise(part).cpu() for part in parts))
         if predictor.latent_dimension:
             drawn = rollout(predictor, past, future, EXPECTED_OF, generator=generator)
             sampled.append(predictor.standardise(drawn).cpu())

@@ -1,7 +1,8 @@
 """The predictor and its calibration on disk, and what is asked of caches that they are used on."""
 
+import fnmatch
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,8 +17,9 @@ from jepa.calibration import Calibration
 from jepa.fingerprint import fingerprint
 from jepa.networks import PredictorConfig
 from jepa.predictor import Predictor
+from jepa.sequence import Sequence
 from pipelines.run.artefacts import load_module
-from pipelines.run.command import UserError, require
+from pipelines.run.command import UserError, counted, require
 from pipelines.run.files import read_json, summary
 from pipelines.run.folder import read_mark
 
@@ -48,9 +50,9 @@ def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Pr
 def build_predictor(description: dict[str, Any]) -> Predictor:
     """A predictor with new weights, from `Predictor.description`."""
     fields = dict(description)
-    network = dict(fields.pop("predictor"))
+    network, shape, actions = dict(fields.pop("predictor")), tuple(fields.pop("shape")), tuple(fields.pop("actions"))
     kinds = {kind.kind: kind for kind in get_args(PredictorConfig)}
-    return Predictor(kinds[network.pop("kind")](**network), tuple(fields.pop("shape")), **fields)
+    return Predictor(kinds[network.pop("kind")](**network), shape, actions=actions, **fields)
 
 
 def calibration_artefact(
@@ -65,7 +67,36 @@ def open_cache(folder: Path, predictor: Predictor) -> EmbeddingCache:
     """A cache of the embeddings that a predictor takes. Raises `CacheError` where it is of others."""
     cache = EmbeddingCache(folder)
     cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, "the predictor", shape=predictor.shape)
+    find_columns(cache, predictor.actions)
     return cache
+
+
+def find_columns(cache: EmbeddingCache, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Columns of numbers beside the embeddings, by name or pattern. Raises `UserError` where one is not there."""
+    there = [name for name, column in cache.provenance.columns.items() if column.shape == ()]
+    found = list[str]()
+    for pattern in patterns:
+        found += (names := fnmatch.filter(there, pattern))
+        known = f"it has {', '.join(there) or 'none'}"
+        mend = f"cache its videos again with --columns {' '.join(patterns)}"
+        require(bool(names), f"{cache.folder} has no numbers {pattern}, {known}: {mend}")
+    return tuple(dict.fromkeys(found))
+
+
+def windows_for(cache: EmbeddingCache, predictor: Predictor, length: int) -> Windows:
+    """Windows of a cache for a predictor; says so where some are left out for want of actions."""
+    windows = Windows(cache, length, predictor.actions)
+    if missing := windows.without_actions:
+        shown = f"{cache.folder}: {counted(missing, 'embedding')} of {cache.frames:,} without actions"
+        print(f"warning: {shown}, and all windows with them, are left out", file=sys.stderr)
+    return windows
+
+
+def take_windows(windows: Windows, chosen: np.ndarray, device: torch.device) -> Sequence:
+    """Some windows with their actions. Raises `UserError` where embeddings are not finite."""
+    embeddings, actions = require_finite(windows.cache, windows.take(chosen)), windows.actions(chosen)
+    actions = None if actions is None else actions.to(device)
+    return Sequence.on_clock(embeddings.to(device), windows.cache.provenance.fps, actions)
 
 
 def trained_on(folder: Path) -> str | None:
@@ -107,15 +138,15 @@ def require_finite(cache: EmbeddingCache, embeddings: Tensor) -> Tensor:
 
 def in_batches(
     windows: Windows, chosen: np.ndarray, device: torch.device, *, copies: int = 8, doing: str = ""
-) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of some windows, so many that memory holds their copies, and their embeddings (B, length, *tokens, D).
+) -> Iterator[tuple[slice, Sequence]]:
+    """Parts of some windows, so many that memory holds their copies, and what is in them, (B, length).
 
     With a progress bar where it is said what is done. Raises `UserError` where embeddings are not finite.
     """
     size = max(1, BATCH_NUMBERS // (copies * windows.length * int(np.prod(windows.cache.shape))))
     for start in tqdm(range(0, len(chosen), size), desc=doing, unit="batch", leave=False, disable=not doing):
         part = slice(start, start + size)
-        yield part, require_finite(windows.cache, windows.take(chosen[part])).to(device)
+        yield part, take_windows(windows, chosen[part], device)
 
 
 def require_changing(cache: EmbeddingCache, changing: bool) -> None:

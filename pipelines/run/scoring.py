@@ -1,7 +1,7 @@
 """Scores how surprising each moment of a video is, in a cache or as it comes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from jepa.calibration import Calibration, Ordinary
 from jepa.metrics import change_cosine
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
-from jepa.sequence import Future, Sequence
+from jepa.sequence import Sequence
 from pipelines.run.command import UserError, require
 from pipelines.run.models import in_batches
 
@@ -52,14 +52,14 @@ class Scorer:
         return self.calibration.ordinary(self.horizons)
 
     @torch.no_grad()
-    def __call__(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Energies (B,), change cosines (B,) and energies of places (B, *tokens) of (B, length, *tokens, D)."""
+    def __call__(self, windows: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Energies (B,), change cosines (B,) and energies of places (B, *tokens) of windows (B, length)."""
         predictor, context = self.predictor, self.predictor.config.context
-        ahead = torch.tensor(self.horizons, device=embeddings.device)
+        ahead = torch.tensor(self.horizons).to(windows.embeddings.device)
         if self.ignored is not None:
-            embeddings = torch.where(self.ignored[..., None], predictor.mean, embeddings)
-        past, came = Sequence.on_clock(embeddings[:, :context], predictor.fps), embeddings[:, context:]
-        future = Future.ticks(came.shape[1], predictor.fps)
+            seen = torch.where(self.ignored[..., None], predictor.mean, windows.embeddings)
+            windows = replace(windows, embeddings=seen)
+        past, future, came = windows.cut(context, predictor.fps)
         believed = rollout(predictor, past, future, calibration=self.calibration)
         maps = self.calibration.energy_map(believed[:, ahead - 1], came[:, ahead - 1], ahead, self.ignored)
         at = slice(self.moment - context, self.moment - context + 1)
@@ -137,8 +137,8 @@ def score_videos(scorer: Scorer, windows: Windows) -> Iterator[Scores]:
         times_s = cache.take(rows, "times_s")
         chosen, rows = (part[times_s.argsort(kind="stable")] for part in (chosen, rows))
         parts = []
-        for _, embeddings in in_batches(windows, chosen, device):
-            parts.append([part.cpu() for part in scorer(embeddings)])
+        for _, taken in in_batches(windows, chosen, device):
+            parts.append([part.cpu() for part in scorer(taken)])
         energies, cosines, maps = (torch.cat(part) for part in zip(*parts, strict=True))
         yield Scores(
             video=windows.videos(chosen)[0],
