@@ -36,6 +36,8 @@ EXACT = (*SEEKABLE, "mxf", "ogg")
 """Containers whose durations are exact, where the rate is constant."""
 ENDS_EARLY = ("mp4", "flv", "asf")
 """Containers of which FFmpeg reads the first recording alone, where several are joined to one file."""
+ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+"""What comes before an ASF's account of itself, in which is its size."""
 NO_RATE = "frames a second, for it says no rate"
 RAW_TIME_BASE = Fraction(1, 1_200_000)
 """The unit in which FFmpeg counts the times of streams without a container, which have none."""
@@ -488,11 +490,13 @@ def _odd_end(path: Path, read_until: int, ends_early: bool) -> str:
     """What a file's end tells, where FFmpeg says nothing: it takes the duration of AVI and GIF from what is there."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        begin = file.read(8)
+        head = file.read(4096)
         file.seek(max(0, min(read_until if ends_early else size, size - 64)))
         rest = file.read(1 << 26)
-    is_short = begin.startswith(b"RIFF") and int.from_bytes(begin[4:], "little") > size
-    if is_short or (begin.startswith(b"GIF8") and not rest.rstrip(b"\0").endswith(b";")):
+    begin, properties = head[:8], head.partition(ASF_PROPERTIES)[2]
+    promised = begin[4:] if begin.startswith(b"RIFF") else properties[24:32]
+    is_cut_gif = begin.startswith(b"GIF8") and not rest.rstrip(b"\0").endswith(b";")
+    if int.from_bytes(promised, "little") > size or is_cut_gif:
         return "the file is cut off there"
     _, again, others = rest.partition(begin)
     left_out = f"another recording begins there: its {len(again + others):,} bytes are left out"

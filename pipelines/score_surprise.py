@@ -6,9 +6,10 @@ r"""When does a video do what the world model did not expect?
 The second embeds the videos first, into OUTPUT/cache. Leaves `surprise.csv` (a row for each frame with enough past),
 `peaks.csv` (the most surprising moments of each video, with a `rank`), `pictures/NAME.png` (both curves) and
 `peaks/NAME.png` (each peak among the frames around it). Energy is the error of the believed forecast in units of what
-is usual (mean 1), of a grid of tokens that of its most surprising place, which `row` and `column` name and the pictures
-show; the percentile says how much of ordinary video has less. The change cosine says whether things went as expected,
-from 1 by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a film that runs backwards.
+is usual (mean 1), of a grid of tokens at its most surprising places, the highest of which `row` and `column` name and
+the pictures show; the percentile says how much of ordinary video has less. The change cosine says whether things went
+as expected, from 1 by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a film that runs
+backwards.
 
   video-jepa surprise --cache cache/last_night --normal cache/other_nights --alarms-per-hour 1 --horizons 1 2 3 4
 

@@ -232,7 +232,7 @@ def break_disk(monkeypatch):
                     raise OSError(code, "the disk says no")
                 return super().read(size)
 
-        class File(data.decoder._File, Faulty):
+        class File(data.decoder.CheckedFile, Faulty):
             pass
 
         monkeypatch.setattr(data.decoder, "_File", File)

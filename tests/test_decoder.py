@@ -543,10 +543,12 @@ def test_a_file_of_nothing(tmp_path, name, fill):
         probe_video(path)
 
 
-def test_a_gif_that_is_cut_off_is_reported(tmp_path, encode_video):
-    video = encode_video(
-        tmp_path / "a.gif", np.arange(30) / 25, codec="gif", rate=25, ticks_per_second=100, pixel_format="rgb8"
-    )
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.gif", {"codec": "gif", "ticks_per_second": 100, "pixel_format": "rgb8"}), ("a.asf", {}), ("a.wmv", {})],
+)
+def test_a_file_that_is_cut_off_where_only_its_size_tells_is_reported(tmp_path, encode_video, name, options):
+    video = encode_video(tmp_path / name, np.arange(30) / 25, rate=25, **options)
     assert count_frames(video).damage == ""
     content = video.read_bytes()
     video.write_bytes(content[: 2 * len(content) // 3])
