@@ -235,7 +235,7 @@ def break_disk(monkeypatch):
         class File(data.decoder.CheckedFile, Faulty):
             pass
 
-        monkeypatch.setattr(data.decoder, "_File", File)
+        monkeypatch.setattr(data.decoder, "CheckedFile", File)
 
     return break_it
 
