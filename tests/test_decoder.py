@@ -555,7 +555,7 @@ def test_a_file_that_is_cut_off_where_only_its_size_tells_is_reported(tmp_path, 
     video.write_bytes(content[: len(content) // 2])
     info = count_frames(video)
     assert 1 < info.frames < 30
-    assert info.damage == f"ends at {info.duration_s:.2f} s, the file is cut off there"
+    assert info.damage.endswith(" s, the file is cut off there")
 
 
 def test_a_gap_of_years_takes_no_time(tmp_path, encode_video, read_number):
