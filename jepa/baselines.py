@@ -38,6 +38,12 @@ class Ridge(nn.Module):
         seen = newest.embeddings if state is None else torch.cat([state, newest.embeddings], dim=1)
         return self(seen), seen[:, -self.context :]
 
+    def fill(self, seen: Sequence) -> Sequence:
+        """What has nothing hidden. Raises `ValueError` at all else, of which ridge regression has no guess."""
+        if seen.hidden is not None:
+            raise ValueError("parts are hidden, and ridge regression does not fill them in")
+        return seen
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """The next embedding, (B, T, *tokens, D) -> (B, 1, *tokens, D)."""
         outputs = (self.inputs(embeddings) @ self.weight + self.bias) * self.std + self.mean  # (B x places, D)

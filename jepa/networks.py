@@ -108,6 +108,8 @@ class CausalTransformer(nn.Module):
     On a grid attention goes over the time of each place, and before it every place sees those around it at that time: a
     layer more is a step farther, and the cost is linear in places. Its state is the number of steps so far, and each
     layer's keys and values of the last `context` - 1 of them.
+
+    Told which steps are hidden, (B, T), it looks at both sides, and each hidden one carries a learned token.
     """
 
     def __init__(self, features: int, config: "TransformerConfig", grid: bool, *, actions: int = 0) -> None:
@@ -116,23 +118,26 @@ class CausalTransformer(nn.Module):
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
         self.around = nn.ModuleList(Neighbourhood(config.width) for _ in range(config.depth if grid else 0))
         self.norm = nn.LayerNorm(config.width)
+        self.token = nn.Parameter(torch.zeros(config.width)) if config.infill else None
 
     def forward(
-        self, features: Tensor, last: int, state: Any = None, grid: Several[int] = ()
+        self, features: Tensor, last: int, state: Any = None, grid: Several[int] = (), masked: Tensor | None = None
     ) -> tuple[Tensor, tuple[int, list[Tensor]]]:
         seen, memories = state or (0, [None] * len(self.blocks))
         hidden, kept = self.embed(features), []
+        if masked is not None and self.token is not None:
+            hidden = hidden + masked[..., None] * self.token
         positions = torch.arange(seen, seen + features.shape[1], device=features.device)
         for block, around, memory in zip_longest(self.blocks, self.around, memories):
             if around is not None:
                 hidden = around(hidden, grid)
-            hidden, memory = block(hidden, positions, memory)
+            hidden, memory = block(hidden, positions, memory, both_sides=masked is not None)
             kept.append(memory)
         return self.norm(hidden[:, -last:]), (seen + features.shape[1], kept)
 
 
 class CausalBlock(nn.Module):
-    """Causal self-attention, then an MLP."""
+    """Causal self-attention, or that to both sides, then an MLP."""
 
     def __init__(self, config: "TransformerConfig") -> None:
         super().__init__()
@@ -142,14 +147,17 @@ class CausalBlock(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
         self.mlp = Residual(config, 4 * config.width)
 
-    def forward(self, hidden: Tensor, positions: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, positions: Tensor, memory: Tensor | None, *, both_sides: bool
+    ) -> tuple[Tensor, Tensor]:
         """(B, T, width) at positions (T,) to the same shape, and keys and values (2, B, heads, T, C) to remember."""
         context, qkv = self.config.context, self.qkv(self.attention_norm(hidden))
         queries, keys, values = rearrange(qkv, "b t (three h c) -> three b h t c", three=3, h=self.config.heads)
         queries, keys = (apply_rotary(part, positions, context) for part in (queries, keys))
         seen = torch.stack([keys, values])
         seen = seen if memory is None else torch.cat([memory, seen], dim=3)
-        mask = causal_mask(queries.shape[2], seen.shape[3], context=context, device=hidden.device)
+        back = steps_back(queries.shape[2], seen.shape[3], hidden.device)
+        mask = (back.abs() if both_sides else back.where(back >= 0, context)) < context
         dropout = self.config.dropout if self.training else 0.0
         attended = functional.scaled_dot_product_attention(queries, seen[0], seen[1], attn_mask=mask, dropout_p=dropout)
         hidden = hidden + self.out_proj(rearrange(attended, "b h t c -> b t (h c)"))
@@ -173,10 +181,9 @@ class Neighbourhood(nn.Module):
         return hidden + self.mix(functional.gelu(around))  # type: ignore[no-any-return]
 
 
-def causal_mask(queries: int, keys: int, *, context: int, device: torch.device) -> Tensor:
-    """Keys that each query may see, bool (queries, keys): itself and the `context` - 1 before it."""
-    back = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (back >= 0) & (back < context)
+def steps_back(queries: int, keys: int, device: torch.device) -> Tensor:
+    """How many steps each key is before each query, the last of whom stand together; int (queries, keys)."""
+    return torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
 
 
 def apply_rotary(channels: Tensor, positions: Tensor, context: int) -> Tensor:
@@ -200,6 +207,8 @@ class TransformerConfig(NetworkConfig):
     kind: ClassVar[str] = "transformer"
     heads: PositiveInt = 8
     """Attention heads; twice their number must divide the width."""
+    infill: bool = False
+    """Learn to fill in what is hidden, too: frames in a row, and tokens anywhere; gaps of half the context at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
 """Past embeddings -> the next embedding. A predictor predicts, and nothing else."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jepa.config import Positive, PositiveInt, require_fits
 from jepa.networks import NetworkConfig
-from jepa.sequence import Sequence
+from jepa.sequence import Sequence, line_across
 
 
 class LatentBlock(nn.Module):
@@ -73,7 +73,7 @@ class Predictor(nn.Module):
 
     def forward(self, past: Sequence, last: int = 1, latent: Tensor | None = None) -> Tensor:
         """What comes after each of the last embeddings, (B, last, *tokens, D); it depends on those up to it only."""
-        return self.step(past, None, latent, last=last)[0]
+        return self.step(self.fill(past), None, latent, last=last)[0]
 
     def step(
         self, newest: Sequence, state: tuple[Tensor, Any] | None, latent: Tensor | None = None, *, last: int = 1
@@ -93,19 +93,43 @@ class Predictor(nn.Module):
         places = tokens.numel()
         embeddings = rearrange(self.standardise(newest.embeddings), "b t ... d -> (b ...) t d")
         before, memory = (embeddings[:, :1], None) if state is None else state
-        features = [embeddings, torch.diff(embeddings, dim=1, prepend=before) / self.change_std]
-        if self.actions:
-            if newest.actions is None:
-                raise ValueError(f"the predictor takes {len(self.actions)} actions a step, and none are given")
-            actions = (newest.actions - self.action_mean) / self.action_std
-            features.append(actions.repeat_interleave(places, dim=0))
-        hidden, kept = self.network(torch.cat(features, dim=2), last, memory, tokens)
+        hidden, kept = self.network(self._features(newest, embeddings, before), last, memory, tokens)
         if self.latent_block is not None:
             latent = hidden.new_zeros(batch, last, self.latent_dimension) if latent is None else latent
             hidden = self.latent_block(hidden, latent.repeat_interleave(places, dim=0))
         predicted = embeddings[:, -last:] + self.change_std * self.head(hidden)  # (B x places, last, D)
         raw = self.unstandardise(predicted.unflatten(0, (batch, *tokens)).movedim(-2, 1))
         return raw, (embeddings[:, -1:], kept)
+
+    def fill(self, seen: Sequence) -> Sequence:
+        """The same with nothing hidden: what was is predicted from all that is visible, before, after and beside it.
+
+        The prediction is line + sigma * f, by the same network and head, so training starts from the line across.
+
+        Raises:
+            ValueError: the predictor was not trained to, or actions are missing.
+        """
+        if seen.hidden is None:
+            return seen
+        if not getattr(self.config, "infill", False):  # of most networks the configuration has no such field
+            raise ValueError("parts are hidden, and the predictor was not trained to fill them in (infill)")
+        tokens, length = seen.hidden.shape[2:], seen.hidden.shape[1]
+        line, _ = line_across(self.standardise(seen.embeddings), seen.hidden)
+        line, masked = rearrange(line, "b t ... d -> (b ...) t d"), rearrange(seen.hidden, "b t ... -> (b ...) t")
+        hidden, _ = self.network(self._features(seen, line, line[:, :1]), length, None, tokens, masked)
+        filled = (line + self.change_std * self.head(hidden)).unflatten(0, (len(seen.hidden), *tokens)).movedim(-2, 1)
+        embeddings = torch.where(seen.hidden[..., None], self.unstandardise(filled), seen.embeddings)
+        return replace(seen, embeddings=embeddings, hidden=None)
+
+    def _features(self, newest: Sequence, embeddings: Tensor, before: Tensor) -> Tensor:
+        """What the network is shown of standardised steps (B x places, T, D) after the one before them."""
+        features = [embeddings, torch.diff(embeddings, dim=1, prepend=before) / self.change_std]
+        if self.actions:
+            if newest.actions is None:
+                raise ValueError(f"the predictor takes {len(self.actions)} actions a step, and none are given")
+            actions = (newest.actions - self.action_mean) / self.action_std
+            features.append(actions.repeat_interleave(len(embeddings) // len(actions), dim=0))
+        return torch.cat(features, dim=2)
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Raw embeddings (..., D) in units of their standard deviation around their mean."""

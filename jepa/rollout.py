@@ -31,10 +31,13 @@ def rollout(
     predictor is; with one it is the believed forecast, the same at each call. Of a predictor with a latent a generator
     draws futures.
 
+    What is hidden in the past is filled in first.
+
     Returns (B, H, *tokens, D); with several samples (samples, B, H, *tokens, D). Raises `ValueError` where the past is
-    not on the clock, actions are missing, or several samples take a latent.
+    not on the clock, actions are missing, several samples take a latent, or the predictor cannot fill in.
     """
     past.require_clock(predictor.fps)
+    past = predictor.fill(past)
     if samples > 1 and not (predictor.latent_dimension and generator is not None):
         raise ValueError("several samples take a predictor with a latent, and a generator that draws it")
     if calibration is None:

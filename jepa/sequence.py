@@ -19,6 +19,8 @@ class Sequence:
     """float64 (B, T) or (1, T), seconds."""
     actions: Tensor | None = None
     """float (B, T, A): taken after each embedding, on the way to the next."""
+    hidden: Tensor | None = None
+    """bool (B, T, *tokens): what is not known, wherever it is; its embeddings have no influence."""
 
     def __post_init__(self) -> None:
         shape, times = tuple(self.embeddings.shape), tuple(self.times.shape)
@@ -28,12 +30,16 @@ class Sequence:
             raise ValueError(f"times have shape {times}: it must be {shape[:2]} or {(1, shape[1])}")
         if self.actions is not None and (self.actions.ndim != 3 or self.actions.shape[:2] != shape[:2]):
             raise ValueError(f"actions have shape {tuple(self.actions.shape)}: it must be {shape[:2]} and their number")
+        if self.hidden is not None and tuple(self.hidden.shape) != shape[:-1]:
+            raise ValueError(f"hidden has shape {tuple(self.hidden.shape)}: it must be {shape[:-1]}")
 
     @classmethod
-    def on_clock(cls, embeddings: Tensor, fps: float, actions: Tensor | None = None) -> "Sequence":
+    def on_clock(
+        cls, embeddings: Tensor, fps: float, actions: Tensor | None = None, *, hidden: Tensor | None = None
+    ) -> "Sequence":
         """A sequence of consecutive ticks, the first at 0 s."""
         ticks = torch.arange(embeddings.shape[1], dtype=torch.float64, device=embeddings.device)
-        return cls(embeddings, ticks[None] / fps, actions)
+        return cls(embeddings, ticks[None] / fps, actions, hidden)
 
     def cut(self, context: int, fps: float) -> tuple["Sequence", "Future", Tensor]:
         """The first `context` steps, what is then asked of a rollout, and what came, (B, H, *tokens, D)."""
@@ -74,3 +80,20 @@ class Future:
     def ticks(cls, horizon: int, fps: float, actions: Tensor | None = None) -> "Future":
         """The next `horizon` ticks of a clock."""
         return cls(torch.arange(1, horizon + 1, dtype=torch.float64) / fps, actions)
+
+
+def line_across(embeddings: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A straight line in time across hidden embeddings, held where one side is visible, and 0 where nothing is.
+
+    Embeddings (B, T, *tokens, D) and whether each is hidden, (B, T, *tokens) -> (B, T, *tokens, D), and how many ticks
+    away the nearest visible one of the same place is, int (B, T, *tokens); T where there is none.
+    """
+    length = embeddings.shape[1]
+    at = torch.arange(length, device=hidden.device).view(-1, *[1] * (hidden.ndim - 2)).expand_as(hidden)
+    before = at.masked_fill(hidden, -length).cummax(dim=1).values
+    after = at.masked_fill(hidden, 2 * length).flip(1).cummin(dim=1).values.flip(1)
+    nearest = torch.minimum(at - before, after - at).clamp(max=length)
+    first, last = torch.where(before < 0, after, before), torch.where(after >= length, before, after)
+    share = ((at - first) / (last - first).clamp_min(1))[..., None].to(embeddings.dtype)
+    left, right = (embeddings.take_along_dim(end.clamp(0, length - 1)[..., None], 1) for end in (first, last))
+    return torch.lerp(left, right, share).masked_fill((nearest == length)[..., None], 0), nearest

@@ -9,7 +9,7 @@ the same command with --resume goes on.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from jepa.networks import MLPConfig, PredictorConfig
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.samples import energy_score
-from jepa.sequence import Future, Sequence
+from jepa.sequence import Future, Sequence, line_across
 from pipelines.run.command import run_command
 from pipelines.run.devices import require_memory
 from pipelines.run.judging import CHOSEN_BY, calibrate, copying_error, fit_ridge_on, judge, measure_embeddings
@@ -43,6 +43,8 @@ GROWTH = 0.5
 """Share of the training during which the horizon of rollouts grows."""
 CROP = 8
 """Rows and columns of a grid that a window is cropped to for training, at most."""
+MOST_HIDDEN = 0.75
+"""Share of the tokens of a past that is hidden for training, at most."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,10 @@ def main(options: Options) -> None:
         chance, (past, future) = run.generator(step), batch.windows.tensor_split([context], dim=1)
         noise = torch.randn(past.shape, generator=chance, device=past.device)
         past = past + options.input_noise * predictor.change_std * predictor.std * noise
-        terms = losses(past, future[:, : growing_horizon(step, options)], chance, actions=batch.actions)
-        run.update(terms["rollout_loss"] + terms["one_step_loss"], terms, batch.videos)
+        hidden = draw_hidden(past.shape[:-1], chance) if getattr(options.predictor, "infill", False) else None
+        terms = losses(past, future[:, : growing_horizon(step, options)], chance, actions=batch.actions, hidden=hidden)
+        loss = terms["rollout_loss"] + terms["one_step_loss"] + terms.get("infill_loss", 0.0)
+        run.update(loss, terms, batch.videos)
         if run.due:
             run.log(*judge(predictor, ridge, held_out), show=("one_step_loss", CHOSEN_BY))
 
@@ -153,6 +157,23 @@ def draw_batches(
         yield Batch(taken, windows.actions(chosen), windows.videos(chosen), {"step": step + 1})
 
 
+def draw_hidden(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """What is hidden of a past, bool (B, T, *tokens): frames in a row, or some share of all tokens.
+
+    These are others in each frame or, of a grid, the same in all of them.
+    """
+    batch, length, *tokens = shape
+    room, gap, kind, share, same = torch.rand(
+        5, batch, 1, *[1] * len(tokens), generator=generator, device=generator.device
+    )
+    chance = torch.rand(shape, generator=generator, device=generator.device)
+    longest, at = length // 2, torch.arange(length, device=chance.device).view(-1, *[1] * len(tokens))
+    gap = 1 + (gap * longest).long()
+    first = 1 + (room * (length - 1 - gap)).long()
+    chance = torch.where(same < 0.5, chance[:, :1], chance) if tokens else chance
+    return torch.where(kind < 0.5, (at >= first) & (at < first + gap), chance < MOST_HIDDEN * share)
+
+
 def growing_horizon(step: int, options: Options) -> int:
     """Rollout steps at this point of the training: what is far cannot be learned before what is near."""
     grown = min(1.0, step / max(1, GROWTH * options.steps))
@@ -174,9 +195,10 @@ class Losses(nn.Module):
         self.register_buffer("unit", unit)
 
     def forward(
-        self, past: Tensor, future: Tensor, generator: torch.Generator, *, actions: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Errors of the first step of a rollout, and of all its steps, relative to copying.
+        self, past: Tensor, future: Tensor, generator: torch.Generator, *,
+        actions: Tensor | None = None, hidden: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Errors of the first step of a rollout, of all its steps, and of what is hidden, relative to copying.
 
         The error is the squared error; with a latent, which the generator draws, the energy score of two samples: it
         is least where they are as far from each other as from what came (Pacchiardi et al. 2024, arXiv:2112.08217).
@@ -193,7 +215,13 @@ class Losses(nn.Module):
         else:
             rolled = self.predictor.standardise(rollout(self.predictor, sequence, ticks))
             error = (rolled - came).square().flatten(2).mean(dim=2) / self.unit[:steps]  # (B, steps)
-        return {"one_step_loss": error[:, 0].mean(), "rollout_loss": error.mean()}
+        terms = {"one_step_loss": error[:, 0].mean(), "rollout_loss": error.mean()}
+        if hidden is not None:  # relative to copying the nearest visible embedding of the place
+            filled, (_, away) = self.predictor.fill(replace(sequence, hidden=hidden)), line_across(past, hidden)
+            missed = ((filled.embeddings - past) / self.predictor.std).square().mean(dim=-1)
+            relative = missed / self.unit[(away - 1).clamp(0, len(self.unit) - 1)]
+            terms["infill_loss"] = relative.sum() / hidden.sum().clamp_min(1)
+        return terms
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import common, hidden_parts
 from benchmarks.detection import average_precision, occupied_cells
 from data.synthetic import BallWorld, write_ball_videos
 from pipelines.run.files import write_json
@@ -63,3 +63,27 @@ def test_a_recipe_makes_a_model_and_its_evaluation_and_does_nothing_twice(tmp_pa
         assert len(found["tables"]["probe_r2"]["truth"]) == len(common.HORIZONS)
         assert found["measures"]["of ridge, mean over horizons"] > 0
     assert "everything: seconds" not in found["measures"]  # nothing was made anew
+
+
+# Hidden parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5)], ids=["vector", "grid"])
+def test_hidden_parts_are_measured_beside_what_is_simple(tmp_path, shape, write_cache, make_clip):
+    generator = np.random.default_rng(0)
+    for split, clips in (("train", 6), ("val", 3), ("test", 3)):
+        made = []
+        for index in range(clips):
+            walk = generator.normal(size=(60, *shape)).cumsum(axis=0).astype(np.float32)
+            made.append(make_clip(f"/{split}_{index}.mp4", 60, embeddings=walk))
+        write_cache(tmp_path / "run" / "cache" / split, made, shape=shape)
+    options = hidden_parts.Options(
+        runs=(tmp_path / "run",), seeds=(0,), context=8, steps=4, output_dir=tmp_path / "out",
+        options="--tracker none --predictor.width 16 --predictor.heads 2 --validation-horizon 10 --batch-size 8",
+    )  # fmt: skip
+    hidden_parts.main(options)
+    ((found,),) = common.read_json(tmp_path / "out" / "results.json").values()
+    assert found["gap of 4, of the line: model"] == pytest.approx(1, abs=0.3)  # hardly trained, it is the line
+    assert found["gap of 4, of the line: copying"] > 1.5  # of a random walk in the middle of a gap: 2
+    assert ("half hidden, the same in all frames, of holding: model" in found) == (len(shape) > 1)

@@ -13,10 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from examples import cifar10, infilling
+from examples import cifar10
 from examples.adaptation import adapt
 from examples.direct_predictor import DirectConfig
-from examples.infilling import Infiller, InfillerConfig, ridge_beside_line
 from examples.sentence_jepa import SentenceEncoder, embed
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
@@ -75,65 +74,6 @@ def test_where_nothing_is_to_be_learned_little_is_lost():
     forecasts = future + torch.randn(future.shape, generator=generator)
     found = adapt(forecasts, past, future, torch.arange(600))
     assert (found - future).square().mean() < 1.02 * (forecasts - future).square().mean()
-
-
-# Infilling
-
-SMALL = InfillerConfig(longest_gap=3, context=4, width=16, depth=2, heads=2)
-
-
-def make_infiller() -> Infiller:
-    """An infiller whose head is no longer zero, so that it says something."""
-    torch.manual_seed(0)
-    infiller = Infiller(SMALL, 5).eval()
-    torch.nn.init.normal_(infiller.head.weight)
-    return infiller
-
-
-def waves(count: int, seed: int = 0) -> torch.Tensor:
-    """Oscillations that a straight line misses, (count, window, 5)."""
-    phase = 6.28 * torch.rand(count, 1, 1, generator=torch.Generator().manual_seed(seed))
-    return 3 + 2 * torch.sin(0.8 * torch.arange(SMALL.window)[:, None] + phase + torch.arange(5))
-
-
-@pytest.mark.parametrize("value", [10.0, float("nan")])
-def test_hidden_embeddings_have_no_influence(value):
-    infiller, windows, length = make_infiller(), waves(3), torch.tensor([1, 2, 3])
-    hidden = infiller.hidden(length)
-    assert [row.nonzero().flatten().tolist() for row in hidden] == [[5], [4, 5], [4, 5, 6]]
-    with torch.no_grad():
-        before = infiller(windows, length)
-        assert torch.equal(before, infiller(torch.where(hidden[..., None], value, windows), length))
-        assert torch.allclose(before[~hidden], windows[~hidden], atol=1e-5)
-        for place in (0, 10):  # both sides matter, further than the ends of the line across
-            changed = windows.clone()
-            changed[:, place] += 1
-            assert not torch.equal(infiller(changed, length)[hidden], before[hidden])
-
-
-def test_an_infiller_starts_from_the_line_and_training_beats_it():
-    torch.manual_seed(0)
-    infiller, windows = Infiller(SMALL, 5), waves(256)
-    infiller.measure(windows)
-    assert infiller.fit_trust(windows)[infilling.CHOSEN_BY] == pytest.approx(1)
-    optimizer, generator = torch.optim.Adam(infiller.parameters(), 3e-3), torch.Generator().manual_seed(0)
-    for _ in range(60):
-        length = torch.randint(1, 4, (256,), generator=generator)
-        optimizer.zero_grad()
-        ((infiller(windows, length) - windows) / infiller.std).square().mean().backward()
-        optimizer.step()
-    assert infiller.fit_trust(waves(100, seed=1))[infilling.CHOSEN_BY] < 0.3
-    assert infiller.trust.min() > 0.8
-
-
-def test_ridge_is_trusted_as_far_as_validation_windows_advise():
-    infiller, generator = make_infiller(), torch.Generator().manual_seed(0)
-    start, slope = torch.randn(2, 50, 1, 5, generator=generator)
-    lines, bent = start + slope * torch.arange(SMALL.window)[:, None], waves(200)
-    infiller.measure(bent)
-    assert ridge_beside_line(infiller, bent, lines, length=3)(lines).abs().max() < 1e-4  # not at all
-    _, missing = infiller.beside_line(bent, 3)
-    assert torch.allclose(ridge_beside_line(infiller, bent, bent, length=3)(bent), missing, atol=0.02)
 
 
 # A predictor of one's own
@@ -265,11 +205,6 @@ def test_examples_on_caches_run(caches, tmp_path):
     said = run("direct_predictor", "evaluate_rollout", "--predictor", tmp_path / "direct", "--cache", caches / "test",
                "--output-dir", tmp_path / "evaluation")  # fmt: skip
     assert "error relative to copying" in said
-    small = ["--infiller.longest-gap", 3, "--infiller.context", 4, "--infiller.width", 16, "--infiller.heads", 2]
-    said = run("infilling", *data, "--test-cache", caches / "test", *small, "--output-dir", tmp_path / "infiller")
-    assert "in the middle of a gap" in said
-    found = json.loads((tmp_path / "infiller" / "infilling.json").read_text())
-    assert {name: len(errors) for name, errors in found.items()} == {"model": 3, "ridge": 3, "copy_last": 3}
     run("direct_predictor", "train_predictor", *data, "--predictor.width", 8, "--output-dir", tmp_path / "mlp")
     said = run(
         "adaptation", "--cache", caches / "test", "--predictor", tmp_path / "mlp", "--output-dir", tmp_path / "out"

@@ -18,13 +18,14 @@ from jepa.networks import (
 )
 from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
-from jepa.sequence import Future, Sequence
+from jepa.sequence import Future, Sequence, line_across
 
 FPS = 4.0
 CONFIGS = {
     "mlp": MLPConfig(context=4, width=16, depth=2),
     "transformer": TransformerConfig(context=4, width=16, depth=2, heads=2),
     "latent": MLPConfig(context=4, width=16, depth=1, latent_dimension=3),
+    "infill": TransformerConfig(context=4, width=16, depth=2, heads=2, infill=True),
 }
 assert {type(config) for config in CONFIGS.values()} == set(get_args(PredictorConfig))  # a new kind is tested, too
 TOKENS = {"vector": (), "grid": (2, 3)}
@@ -206,6 +207,66 @@ def test_a_rollout_is_differentiable_and_finite_in_half_precision():
         assert rollout(predictor, past, Future.ticks(3, FPS)).isfinite().all()
 
 
+# Hidden parts
+
+
+def with_hidden(*hidden, length=10, tokens=()):
+    """A sequence with some hidden places, each an index behind that of the batch."""
+    given, mask = sequence(length, tokens), torch.zeros(3, length, *tokens, dtype=torch.bool)
+    for place in hidden:
+        mask[(slice(None), *place)] = True
+    return Sequence(given.embeddings, given.times, hidden=mask)
+
+
+@pytest.mark.parametrize("value", [10.0, float("nan")])
+@pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
+def test_what_is_hidden_has_no_influence_and_what_is_visible_on_both_sides_has(tokens, value):
+    predictor = make("infill", tokens)
+    seen = with_hidden((slice(4, 6), *[0] * len(tokens)), tokens=tokens)
+    other = Sequence(seen.embeddings.masked_fill(seen.hidden[..., None], value), seen.times, hidden=seen.hidden)
+    filled = predictor.fill(seen)
+    assert filled.hidden is None
+    assert torch.equal(filled.embeddings[~seen.hidden], seen.embeddings[~seen.hidden])
+    assert torch.equal(filled.embeddings, predictor.fill(other).embeddings)
+    for place in ((2,), (7,), (4, 0, 1)) if tokens else ((2,), (7,)):  # farther than the ends of the line; beside
+        changed = seen.embeddings.clone()
+        changed[(slice(None), *place)] += 1
+        again = predictor.fill(Sequence(changed, seen.times, hidden=seen.hidden))
+        assert (again.embeddings != filled.embeddings)[seen.hidden].any(dim=-1).all()
+
+
+def test_an_untrained_predictor_fills_in_the_line():
+    predictor = Predictor(CONFIGS["infill"], (2, 3, 5), fps=FPS, encoder_fingerprint="abc")
+    predictor.mean.fill_(7.0)
+    seen = with_hidden(
+        (slice(4, 7), 0, 0), (slice(8, 10), 0, 0), (slice(0, 2), 0, 0), (slice(None), 1, 1), tokens=(2, 3)
+    )
+    filled, given = predictor.fill(seen).embeddings, seen.embeddings[:, :, 0, 0]
+    torch.testing.assert_close(filled[:, 4, 0, 0], torch.lerp(given[:, 3], given[:, 7], 0.25))
+    torch.testing.assert_close(filled[:, 6, 0, 0], torch.lerp(given[:, 3], given[:, 7], 0.75))
+    torch.testing.assert_close(filled[:, 8:, 0, 0], given[:, 7:8].expand(-1, 2, -1))
+    torch.testing.assert_close(filled[:, :2, 0, 0], given[:, 2:3].expand(-1, 2, -1))
+    torch.testing.assert_close(filled[:, :, 1, 1], torch.full((3, 10, 5), 7.0))
+    _, away = line_across(seen.embeddings, seen.hidden)
+    assert away[0, :, 0, 0].tolist() == [2, 1, 0, 0, 1, 2, 1, 0, 1, 2]
+    assert away[0, :, 1, 1].tolist() == [10] * 10
+    assert not away[0, :, 0, 1].any()
+
+
+@pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
+def test_a_past_with_hidden_parts_is_filled_in_and_rolled_out(tokens):
+    predictor, seen, future = make("infill", tokens), with_hidden((slice(3, 5),), tokens=tokens), Future.ticks(3, FPS)
+    assert torch.equal(rollout(predictor, seen, future), rollout(predictor, predictor.fill(seen), future))
+    assert torch.equal(predictor(seen), predictor(predictor.fill(seen)))
+
+
+@pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
+def test_a_predictor_that_fills_in_predicts_as_one_that_does_not(tokens):
+    """Where nothing is hidden, it is the same network, and attention is causal."""
+    past = sequence(tokens=tokens)
+    assert torch.equal(make("infill", tokens)(past, last=10), make("transformer", tokens)(past, last=10))
+
+
 @pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 def test_ridge_recovers_a_linear_law(tokens):
     generator = torch.Generator().manual_seed(0)
@@ -275,6 +336,10 @@ def test_impossible_networks_are_refused(build, words):
         (lambda: rollout(make(actions=2), sequence(actions=2), Future.ticks(3, FPS, torch.zeros(3, 2, 2))),
          "actions for 2 ticks, and 3"),
         (lambda: rollout(make(), sequence(), Future.ticks(1, FPS), 3), "a predictor with a latent"),
+        (lambda: rollout(make(), with_hidden((3,)), Future.ticks(1, FPS)), "was not trained to fill them in"),
+        (lambda: rollout(Ridge(FPS, 2, mean=torch.zeros(5), std=torch.ones(5), on_grid=False), with_hidden((3,)),
+                         Future.ticks(1, FPS)), "parts are hidden"),
+        (lambda: Sequence(torch.zeros(2, 3, 4, 5), torch.zeros(1, 3), hidden=torch.zeros(2, 3)), "hidden has shape"),
         (lambda: Future(torch.tensor([0.5, 0.5])), "times must increase"),
         (lambda: Future.ticks(0, FPS), "at least one time"),
         (lambda: Sequence(torch.zeros(2, 3), torch.zeros(1, 3)), "embeddings have shape"),

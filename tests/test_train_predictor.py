@@ -10,6 +10,7 @@ from data.cache import CacheError, Column, EmbeddingCache
 from data.windows import Windows
 from jepa.networks import MLPConfig, TransformerConfig
 from jepa.predictor import Predictor
+from jepa.sequence import Sequence, line_across
 from pipelines import calibrate, evaluate_rollout, score_surprise, train_predictor
 from pipelines.run.command import UserError
 from pipelines.run.judging import copying_error, measure_embeddings
@@ -19,6 +20,7 @@ NETWORKS = {
     "mlp": MLPConfig(context=4, width=32, depth=1),
     "transformer": TransformerConfig(context=4, width=32, depth=1, heads=2),
     "latent": MLPConfig(context=4, width=32, depth=1, latent_dimension=2),
+    "infill": TransformerConfig(context=8, width=32, depth=2, heads=2, infill=True),
 }
 
 
@@ -208,6 +210,37 @@ def test_losses_are_relative_to_copying_over_the_same_time(caches):
     terms = losses(taken[:, :4], taken[:, 4:], torch.Generator())  # an untrained predictor copies
     assert terms["one_step_loss"].item() == pytest.approx(1, rel=1e-4)
     assert terms["rollout_loss"].item() == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["vector", "grid"])
+def test_training_learns_to_fill_in_better_than_the_line(caches, tmp_path, shape):
+    chosen = options(caches, tmp_path / "run", shape=shape, steps=150, batch_size=32, predictor=NETWORKS["infill"])
+    train_predictor.main(chosen)
+    predictor, _ = load_predictor(tmp_path / "run")
+    cache = EmbeddingCache(caches[shape, "more"])
+    came = Windows(cache, 8).take(np.arange(100))
+    hidden = torch.zeros(came.shape[:-1], dtype=torch.bool)
+    hidden[:, 3:6] = True
+    with torch.no_grad():
+        filled = predictor.fill(Sequence.on_clock(came, 4.0, hidden=hidden)).embeddings
+    line, _ = line_across(came, hidden)
+    assert (filled - came).square().mean() < 0.8 * (line - came).square().mean()
+
+
+@pytest.mark.parametrize("tokens", [(), (2, 3)])
+def test_half_of_the_pasts_have_a_gap_and_half_are_hidden_here_and_there(tokens):
+    hidden = train_predictor.draw_hidden(torch.Size((3000, 8, *tokens)), torch.Generator().manual_seed(0))
+    each = hidden.view(3000, 8, -1)
+    frames = each.all(dim=2)
+    gap = (frames.int().diff(dim=1).abs().sum(dim=1) == 2) & ~each[:, 0].any(dim=1) & ~each[:, -1].any(dim=1)
+    gap &= each.flatten(1).sum(dim=1) == frames.sum(dim=1) * each.shape[2]
+    assert gap.float().mean() == pytest.approx(0.5, abs=0.15 if tokens == () else 0.03)  # few others look like gaps
+    assert frames[gap].sum(dim=1).bincount(minlength=5)[1:5].min() > 300  # of all lengths, half of the past at most
+    others = each[~gap]
+    assert others.float().mean() == pytest.approx(0.75 / 2, abs=0.05)
+    if tokens:
+        same = (others == others[:, :1]).flatten(1).all(dim=1)
+        assert same.float().mean() == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_horizon_grows_to_its_full_length_by_half_of_the_training(caches, tmp_path):
