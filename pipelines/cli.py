@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": "evaluate_rollout",
     "surprise": "score_surprise",
     "watch": "watch",
+    "report": "write_report",
 }
 """Words and their modules, in the order in which a person needs them."""
 NAME, PACKAGES = "video-jepa", ("jepa", "data", "pipelines")

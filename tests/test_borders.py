@@ -31,7 +31,7 @@ ARROWS = {  # what of jepa/ a module may rest on, all the way down; errors and c
     "rollout": {"predictor", "calibration", "baselines", "networks", "sequence"},
 }
 # Lines of what is there today, rounded up to the next 50. Lower them whenever something has become shorter.
-PRODUCT, WITH_BESIDE = 9_600, 15_350  # the bars of issue 19: 6,500 and 10,500; of 21: 7,200; of 22: 8,500
+PRODUCT, WITH_BESIDE = 10_050, 15_750  # the bars of issue 19: 6,500 and 10,500; of 21: 7,200; of 22: 8,500
 TO_READ = {  # a command and all that it imports; the bar: 3,000 each, the demo apart
     "demo": 4_300,
     "inspect_folder": 2_650,
@@ -42,6 +42,7 @@ TO_READ = {  # a command and all that it imports; the bar: 3,000 each, the demo 
     "evaluate_rollout": 3_100,
     "score_surprise": 4_100,
     "watch": 5_700,
+    "write_report": 3_050,
 }
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

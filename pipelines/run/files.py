@@ -22,7 +22,7 @@ from pipelines.run.command import UserError
 MARK = "run.json"
 """The file that says whose a folder is."""
 WRITTEN = re.compile(
-    r"(metrics|account|config|rollout|sources)\.json|(curve|videos)\.jsonl|(rollout|surprise|peaks)\.csv|model\.safetensors"
+    r"(metrics|account|config|rollout|sources)\.json|report\.html|(curve|videos)\.jsonl|(rollout|surprise|peaks)\.csv|model\.safetensors"
     r"|step_\d{8,}\.pt|hparams\.yml|events\.out\.tfevents\..*"
 )
 """Names of the files that commands write, beside pictures."""

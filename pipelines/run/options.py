@@ -104,7 +104,7 @@ def _read_preset(path: Path, command: str) -> list[str]:
         raise ConfigurationError("preset", f"{path} holds no sections of options, named like the commands")
     for name in sections.keys() - {*COMMANDS, command}:
         raise ConfigurationError("preset", f"{path} has a section '{name}', and commands are {', '.join(COMMANDS)}")
-    arguments = list(_as_arguments(sections.get(command, {})))
+    arguments = list(as_arguments(sections.get(command, {})))
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and name in NOT_IN_PRESETS:
@@ -112,12 +112,12 @@ def _read_preset(path: Path, command: str) -> list[str]:
     return arguments
 
 
-def _as_arguments(values: dict[str, Any], prefix: str = "--") -> Iterator[str]:
+def as_arguments(values: dict[str, Any], prefix: str = "--") -> Iterator[str]:
     """Options of a preset as they would be given."""
     for name, value in values.items():
         option = f"{prefix}{dashed(str(name))}"
         if isinstance(value, dict):
-            yield from _as_arguments(value, f"{option}.")
+            yield from as_arguments(value, f"{option}.")
         elif isinstance(value, bool):
             yield option if value else f"{prefix}no-{dashed(str(name))}"
         elif isinstance(value, list):

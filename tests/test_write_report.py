@@ -1,0 +1,276 @@
+import csv
+import importlib
+import io
+import json
+import shlex
+import sys
+from html.parser import HTMLParser
+
+import av
+import numpy as np
+import pytest
+
+from data.clock import read_on_clock
+from data.film import make_film
+from pipelines import write_report
+from pipelines.cli import COMMANDS
+from pipelines.run.files import read_json, to_json
+from pipelines.run.options import parse
+from pipelines.write_report import command_line, spans_s
+from tests.browser import Browser
+from tests.test_commands import call, refusal
+
+HOSTILE = "a</script><img src=x onerror=document.title=1>&quot;\"'{{ 7 * 7 }}.mp4"
+"""A path: `a<` is a folder."""
+ENCODER = "--fps 8 --encoder.image-size 32 64 --encoder.grid 2 4 --encoder.embedding-dimension 8 --expander.widths 16"
+PREDICTOR = "--predictor.width 16 --predictor.context 3 --rollout-steps 2 --validation-horizon 5"
+
+
+def shown_at(seed, frames=48):
+    """Times of frames of a phone: about twelve a second, no interval as long as the other."""
+    return np.concatenate([[0], np.random.default_rng(seed).uniform(0.05, 0.12, frames - 1).cumsum()]).round(3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, encode_video):
+    """Runs of all commands on videos whose frames carry their numbers, and the page about them."""
+    folder = tmp_path_factory.mktemp("reported")
+    for seed, name in enumerate(("train/0.mp4", "train/1.mp4", "val/0.mp4", "normal/0.mp4", f"test/{HOSTILE}")):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encode_video(path, shown_at(seed))
+    (folder / "train" / "notes <b>.mp4").write_text("this is no video")
+    cache = folder / "cache"
+    common = "--steps 4 --log-every 2 --tracker none --batch-size 16"
+    call("pretrain_encoder", f"--videos {folder}/train --output-dir {folder}/encoder {ENCODER} {common}")
+    for split in ("train", "val", "normal", "test"):
+        given = f"--encoder {folder}/encoder/encoder --fps 8 --clocks 2 --output-dir {cache}/{split}"
+        call("cache_embeddings", f"--videos {folder}/{split} {given}")
+    caches = f"--train-cache {cache}/train --validation-cache {cache}/val"
+    call("train_predictor", f"{caches} --output-dir {folder}/predictor {PREDICTOR} {common}")
+    judge = f"--cache {cache}/test --predictor {folder}/predictor"
+    call("evaluate_rollout", f"{judge} --output-dir {folder}/evaluation --horizon 4")
+    call("score_surprise", f"{judge} --output-dir {folder}/surprise --normal {cache}/normal --alarms-per-hour 3000")
+    runs = " ".join(f"{folder}/{name}" for name in ("surprise", "encoder", "predictor", "evaluation"))
+    call("write_report", f"--runs {runs} --output-dir {folder}/report")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser finds in a page: elements with their attributes, and all text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.text, self.inside = [], [], ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_data(self, data):
+        if self.inside not in ("script", "style"):
+            self.text.append(data)
+
+    def data(self, name):
+        return [json.loads(attributes[name]) for _, attributes in self.elements if name in attributes]
+
+
+@pytest.fixture(scope="module")
+def page(world):
+    return Page(world / "report" / "report.html")
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scored(world):
+    """A row for each moment; of those that two clocks share the higher one."""
+    rows = sorted(rows_of(world / "surprise" / "surprise.csv"), key=lambda row: float(row["energy"]))
+    return sorted({row["time_s"]: row for row in rows}.values(), key=lambda row: float(row["time_s"]))
+
+
+def test_numbers_are_those_of_the_files(world, page):
+    (video,) = page.data("data-video")
+    rows = scored(world)
+    assert {name: [float(row[name]) for row in rows] for name in rows[0] if name != "video"} == video["moments"]
+    events = rows_of(world / "surprise" / "events.csv")
+    assert [{name: float(row[name]) for name in row if name != "video"} for row in events] == video["events"]
+    assert events
+    assert video["grid"] == [2, 4]
+    figures = {figure["title"].partition(",")[0]: figure["data"] for figure in page.data("data-figure")}
+    _, energy, peaks = figures[""]
+    assert energy["y"] == video["moments"]["energy"]
+    tops = rows_of(world / "surprise" / "peaks.csv")
+    assert peaks["x"] == [float(row["time_s"]) for row in tops]
+    curve = [json.loads(line) for line in (world / "encoder" / "curve.jsonl").read_text().splitlines()]
+    ranks = {line["name"].replace(" ", "_"): line for line in figures["Effective rank: 1 is collapse"]}
+    assert {name for name in curve[0] if name.endswith("_rank")} == ranks.keys()
+    for name, line in ranks.items():
+        assert (line["x"], line["y"]) == ([entry["step"] for entry in curve], [entry[name] for entry in curve])
+    forecasts = read_json(world / "evaluation" / "rollout.json")["predictors"]
+    skill = figures["Error relative to copying the last embedding"]
+    assert [line["name"].replace(" ", "_") for line in skill[::2]] == list(forecasts)
+    for line, band, records in zip(skill[::2], skill[1::2], forecasts.values(), strict=True):
+        assert line["y"] == [record["relative_to_copy_last"] for record in records]
+        low, high = ([record[f"relative_to_copy_last_{end}"] for record in records] for end in ("low", "high"))
+        assert band["y"] == high + low[::-1]
+    jumps = [float(attributes["data-jump"]) for _, attributes in page.elements if "data-jump" in attributes]
+    assert jumps == [float(row["peak_s"]) for row in events] + [float(row["time_s"]) for row in tops]
+
+
+def test_names_are_data_and_nothing_lies_outside_the_page(world, page):
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == 2
+    assert not {"img", "b", "link", "iframe", "object"} & set(tags)
+    for tag, attributes in page.elements:
+        for name in ("src", "href"):
+            assert attributes.get(name, "#").startswith(("#", "data:video/mp4;base64,")), tag
+        assert not [name for name in attributes if name.startswith("on")]
+    text = "".join(page.text)
+    assert f"{world}/test/{HOSTILE}" in text
+    assert "notes <b>.mp4" in text  # of the account: refused
+    assert "refused 1" in text
+    assert (
+        text.index("What was trained")
+        < text.index("Did training")
+        < text.index("How good")
+        < text.index("What surprised")
+    )
+
+
+@pytest.mark.parametrize("run", ["encoder", "predictor", "evaluation", "surprise"])
+def test_the_command_that_is_shown_is_the_one_that_ran(world, page, run, monkeypatch):
+    record = read_json(world / run / "run.json")
+    line = command_line(record)
+    assert line in "".join(page.text)
+    _, word, *words = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [word, *words])
+    module = importlib.import_module(f"pipelines.{COMMANDS[word]}")
+    assert to_json(parse(module.Options, COMMANDS[word])) == record["options"]
+
+
+@pytest.mark.parametrize("spans", [((0.0, np.inf),), ((1.0, 2.0), (1.5, 2.2), (3.0, 3.2))])
+def test_a_film_shows_each_frame_of_the_clocks_at_its_own_time(encode_video, tmp_path, read_number, spans):
+    times_s = shown_at(7)
+    path, clock = encode_video(tmp_path / "phone.mp4", times_s), {"fps": 4, "offsets_s": (0, 0.125)}
+    with av.open(io.BytesIO(make_film(path, spans_s=spans, **clock))) as film:
+        frames = [
+            (float(frame.pts * frame.time_base), frame.to_ndarray(format="rgb24")) for frame in film.decode(video=0)
+        ]
+    ticks = [(timed.tick / 4 + timed.clock / 8, timed.time_s) for timed in read_on_clock(path, (32, 80), **clock)]
+    spans = ((0.0, 0.25), *spans)  # the beginning is always there
+    wanted = {time_s for tick_s, time_s in ticks if any(begin <= tick_s < end for begin, end in spans)}
+    assert [round(time_s, 3) for time_s, _ in frames] == sorted(wanted)
+    for time_s, pixels in frames:
+        assert read_number(pixels.transpose(2, 0, 1)) == np.abs(times_s - time_s).argmin()
+        assert np.abs(times_s - time_s).min() < 2e-3
+
+
+def test_of_long_videos_what_is_around_the_first_moments_is_shown():
+    inputs = {"provenance": {"fps": 5}, "offsets_s": [0, 0.1]}
+    assert spans_s([50.0, 2.0, 90.0], 100, inputs, frames=1000) == [(0, np.inf)]
+    assert spans_s([50.0, 2.0, 90.0], 100, inputs, frames=999 // 4) == [(45, 55), (0, 7)]
+    assert spans_s([50.0, 2.0, 90.0], 100, inputs, frames=0) == [(45, 55)]
+
+
+def test_what_finds_no_room_is_left_out_and_said(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(write_report, "MOST_BYTES", 1_000_000)
+    call("write_report", f"--runs {world}/surprise --output-dir {tmp_path}/report")
+    page = Page(tmp_path / "report" / "report.html")
+    assert "video" not in [tag for tag, _ in page.elements]
+    assert len(page.data("data-video")[0]["moments"]["time_s"]) > 20
+    assert "Film: the page would weigh more than" in "".join(page.text)
+    assert "the page would weigh more than" in capsys.readouterr().out
+
+
+def test_what_cannot_be_shown_is_refused_in_one_line(world, tmp_path, monkeypatch):
+    to = f"--output-dir {tmp_path}/report"
+    assert "holds no finished run of pretrain, train" in refusal("write_report", f"--runs {world} {to}")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("run.json", "metrics.json"):
+        (broken / name).write_bytes((world / "evaluation" / name).read_bytes())
+    (broken / "rollout.json").write_text('{"predictors": 3}')
+    assert "is not as its run left it" in refusal("write_report", f"--runs {broken} {to}")
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert "pip install 'video-jepa[report]'" in refusal("write_report", f"--runs {world}/encoder {to}")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = Browser(tmp_path_factory.mktemp("profile"))
+    yield chromium
+    chromium.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_browser_shows_the_page_without_an_error(world, browser, width, scheme):
+    browser.errors.clear()
+    browser.open(world / "report" / "report.html", width, scheme=scheme)
+    drawn = browser.run("""
+        for (const plot of document.querySelectorAll('.plot')) {
+            plot.scrollIntoView();
+            for (let tries = 0; tries < 100 && !plot.querySelector('.trace, .scatterlayer'); tries++)
+                await new Promise((done) => setTimeout(done, 50));
+        }
+        return [...document.querySelectorAll('.plot')].map((plot) => plot.querySelectorAll('.trace').length)""")
+    assert min(drawn) > 1
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    assert browser.run("return document.title") == "video-jepa report"  # the name is hostile
+    assert browser.errors == []
+
+
+SEEN = """
+    const video = document.querySelector('video'), canvas = document.createElement('canvas');
+    for (let tries = 0; tries < 200 && (video.seeking || video.readyState < 2); tries++)
+        await new Promise((done) => setTimeout(done, 25));
+    await new Promise((done) => setTimeout(done, 60));
+    canvas.width = 80; canvas.height = 32;
+    const brush = canvas.getContext('2d');
+    brush.drawImage(video, 0, 0, 80, 32);
+    const pixels = brush.getImageData(0, 0, 80, 32).data;
+    let number = 0;
+    for (let bit = 0; bit < 10; bit++) number += (pixels[4 * (16 * 80 + 8 * bit + 4)] > 128) << bit;
+    return number"""
+"""The number that the frame on the screen carries."""
+
+
+def test_clicks_and_keys_show_the_frame_of_their_time(world, browser):
+    browser.errors.clear()
+    browser.open(world / "report" / "report.html")
+    times_s = shown_at(4)
+    rows = scored(world)
+
+    def is_shown(time_s):
+        assert browser.run(SEEN) == np.abs(times_s - float(time_s)).argmin()
+
+    jumps = browser.run("return [...document.querySelectorAll('[data-jump]')].map((one) => one.dataset.jump)")
+    assert len(jumps) > 3
+    for number, jump in enumerate(jumps):
+        browser.run(f"document.querySelectorAll('[data-jump]')[{number}].click()")
+        is_shown(jump)
+        assert browser.run("return document.querySelector('.now').textContent").startswith(f"{float(jump):.2f} s")
+    cell = next(row for row in rows if row["time_s"] == jumps[-1])
+    style = browser.run("const one = document.querySelector('i.cell').style; return [one.top, one.left, one.width]")
+    assert style == [f"{50 * int(cell['row'])}%", f"{25 * int(cell['column'])}%", "25%"]
+    browser.run("document.querySelector('.timeline').focus({preventScroll: false})")
+    place = [row["time_s"] for row in rows].index(jumps[-1])
+    for key, step in (("ArrowLeft", -1), ("ArrowLeft", -2), ("ArrowRight", -1)):
+        browser.press(key)
+        is_shown(rows[place + step]["time_s"])
+    x, y = browser.run("""
+        const plot = document.querySelector('.timeline');
+        plot.scrollIntoView({block: 'center'});
+        while (!plot.querySelector('.scatterlayer')) await new Promise((done) => setTimeout(done, 50));
+        const area = plot.querySelector('.nsewdrag').getBoundingClientRect();
+        return [area.left + area.width * 0.5, area.top + area.height * 0.4]""")
+    browser.click(x, y)
+    middle = (float(rows[0]["time_s"]) + float(rows[-1]["time_s"])) / 2
+    is_shown(min((float(row["time_s"]) for row in rows), key=lambda time_s: abs(time_s - middle)))
+    browser.run("document.querySelector('.play').click(); await new Promise((done) => setTimeout(done, 500))")
+    assert browser.run("return document.querySelector('video').currentTime") > middle + 0.1
+    assert browser.errors == []
