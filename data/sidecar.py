@@ -8,6 +8,7 @@ nothing about any tick of a clip is an error: its times are in another unit, or 
 """
 
 import csv
+import fnmatch
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def read_sidecar(
     `VideoError` where frames are counted, and the video cannot be opened.
     """
     path = table_beside(video)
-    clock, rows = _read_table(path, columns)
+    (clock, *_), rows = _read_table(path, columns)
     if clock == "frame":
         shown_s = _frame_times_s(video, image_fps)
         unknown = rows[~np.isin(rows[:, 0], np.arange(len(shown_s))), 0]
@@ -57,20 +58,27 @@ def read_sidecar(
     return np.where(is_near[:, None], rows[nearest, 1:], np.nan)
 
 
-def require_a_sidecar(videos: Iterable[Path], columns: Sequence[str]) -> None:
-    """Raise the first video's `SidecarError` where beside none of them lies a table with these columns."""
+def columns_beside(videos: Iterable[Path], patterns: Sequence[str]) -> tuple[str, ...]:
+    """Columns of the first table that has all those, by name or pattern, that are asked for.
+
+    Raises the first video's `SidecarError` where none has.
+    """
     errors = []
     for video in videos:
         try:
-            _read_table(table_beside(video), columns)
-            return
+            return _read_table(table_beside(video), patterns)[0][1:]
         except SidecarError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:
-    """Which column says when, and the rows: that column first, then `columns`; float64 (rows, 1 + columns)."""
+def matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that one, or a pattern such as `action_*`, stands for."""
+    return [pattern] if pattern in names else fnmatch.filter(names, pattern)
+
+
+def _read_table(path: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The column that says when and those that are asked for, and their rows, float64 (rows, 1 + columns)."""
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is no file")  # a pipe would be waited for
@@ -79,15 +87,17 @@ def _read_table(path: Path, columns: Sequence[str]) -> tuple[str, np.ndarray]:
             reader = csv.DictReader(file)
             known = reader.fieldnames or []
             clock = "time_s" if "time_s" in known else "frame"
-            for column in (clock, *columns):
-                if column not in known:
-                    raise ValueError(f"there is no column '{column}' among {', '.join(known)}")
-            rows = np.array([[float(row[column]) for column in (clock, *columns)] for row in reader])
+            values, found = [name for name in known if name not in ("time_s", "frame")], {clock: 0}
+            for pattern in (clock, *patterns):
+                if not (names := matching(pattern, known if pattern in known else values)):
+                    raise ValueError(f"there is no column '{pattern}' among {', '.join(known)}")
+                found |= dict.fromkeys(names, 0)
+            rows = np.array([[float(row[column]) for column in found] for row in reader])
         if len(rows) == 0 or not np.isfinite(rows).all():
             raise ValueError("it has no rows, or a value that is not a number")
     except (OSError, csv.Error, TypeError, ValueError) as error:
         raise SidecarError(f"{path}: cannot be read as a table of numbers in UTF-8 ({error})") from error
-    return clock, rows
+    return tuple(found), rows
 
 
 def _frame_times_s(video: Path, image_fps: float) -> np.ndarray:

@@ -14,7 +14,9 @@ Run the same command again after a kill, or after adding videos: only what is mi
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -30,7 +32,7 @@ from data.cache_writer import CacheWriter, remaining_clips
 from data.clock import clock_offsets_s
 from data.errors import DataError
 from data.manifest import Account, check_videos
-from data.sidecar import read_sidecar, require_a_sidecar
+from data.sidecar import columns_beside, read_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt
 from jepa.encoder import Encoder
@@ -64,7 +66,7 @@ class Options(PublishedOptions):
     clocks: PositiveInt = 1
     """Clocks, shifted against each other, that each video is sampled on: more training windows from the same video."""
     columns: tuple[str, ...] = ()
-    """Columns of the CSV beside each video to keep, too, such as `speed steering`."""
+    """Columns of the CSV beside each video to keep, too, such as `speed steering`, or patterns such as `action_*`."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type of the stored embeddings."""
     precision: Literal["launched", "fp32", "bf16", "fp16"] = "launched"
@@ -84,6 +86,7 @@ def main(options: Options) -> None:
     accelerator = start_accelerator(options.precision)
     is_main = accelerator.is_main_process
     videos, account = main_first(accelerator, lambda: usable_videos(options, is_main))
+    options = main_first(accelerator, partial(named, options, videos))
     encoder = main_first(accelerator, lambda: chosen_encoder(options, accelerator, videos))
     provenance = Provenance(
         encoder=options.encoder, encoder_fingerprint=encoder.fingerprint, fps=options.fps, image_fps=options.image_fps,
@@ -129,15 +132,27 @@ def usable_videos(options: Options, is_main: bool) -> tuple[list[VideoInfo], Acc
     others = sorted(path.name for path in folder.glob("[!.]*") if path.name not in OWN_NAMES) if is_main else []
     require(not others, f"--output-dir {folder} holds {', '.join(others[:3])}, and is no cache: take another one")
     require_artefact_alone(folder / "encoder")  # which is no run of that name
-    for name in options.columns:
-        require(NUMBER.is_valid(name), f"--columns {name}: a cache has no place for a column of this name")
+    require_names(options.columns)
     videos, account = check_videos(
         options.videos, fps=options.fps, manifest=folder / "videos.jsonl", image_fps=options.image_fps,
         strict=options.strict, is_main=is_main,
     )  # fmt: skip
-    if options.columns:  # a slip is said before all work
-        require_a_sidecar((video.path for video in videos), options.columns)
     return videos, account
+
+
+def named(options: Options, videos: list[VideoInfo]) -> Options:
+    """The same with the names of the columns that patterns stand for; a slip is said before all work."""
+    if not options.columns:
+        return options
+    columns = columns_beside((video.path for video in videos), options.columns)
+    require_names(columns)
+    return replace(options, columns=columns)
+
+
+def require_names(columns: Iterable[str]) -> None:
+    """Raises `UserError` where a cache cannot hold columns of these names."""
+    for name in columns:
+        require(NUMBER.is_valid(name), f"--columns {name}: a cache has no place for a column of this name")
 
 
 def chosen_encoder(options: Options, accelerator: Accelerator, videos: list[VideoInfo]) -> Encoder:

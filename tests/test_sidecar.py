@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.sidecar import SidecarError, read_sidecar, require_a_sidecar
+from data.sidecar import SidecarError, columns_beside, read_sidecar
 
 TABLE = "frame,time_s,speed,steering\n0,0.0,10,-1\n1,0.1,11,-0.5\n2,0.25,12,0\n3,0.7,13,0.5\n"
 
@@ -41,9 +41,26 @@ def test_columns_come_in_the_order_asked_for(video):
 
 def test_one_table_with_the_columns_is_enough_and_none_is_an_error(video):
     without = video.with_name("without.mp4")
-    require_a_sidecar([without, video], ["speed"])
+    assert columns_beside([without, video], ["speed"]) == ("speed",)
     with pytest.raises(SidecarError, match="no column 'brake'"):
-        require_a_sidecar([video, without], ["brake"])
+        columns_beside([video, without], ["brake"])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "columns"),
+    [
+        (["ste*", "s*"], ("steering", "speed")),
+        (["*"], ("speed", "steering", "arm[0]")),  # what says when is no value
+        (["arm[0]"], ("arm[0]",)),  # a name is meant before a pattern
+        (["s???d", "arm*"], ("speed", "arm[0]")),
+    ],
+)
+def test_patterns_stand_for_the_columns_of_the_table(video, patterns, columns):
+    lines = zip(TABLE.splitlines(), ("arm[0]", *"0123"), strict=True)
+    video.with_suffix(".csv").write_text("\n".join(f"{line},{value}" for line, value in lines))
+    assert columns_beside([video], patterns) == columns
+    with pytest.raises(SidecarError, match=r"no column 'b\*' among frame, time_s, speed"):
+        columns_beside([video], ["speed", "b*"])
 
 
 @pytest.mark.parametrize(

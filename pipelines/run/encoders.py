@@ -41,8 +41,9 @@ TAKEN: dict[str, set[str]] = {
 class PublishedOptions(Bounded):
     """Options of a published encoder."""
 
-    tokens: Literal["vector", "grid"] = "vector"
-    """Embeddings of a frame by a published encoder: one, as the encoder itself pools its features, or a grid."""
+    tokens: Literal["vector", "flat", "grid"] = "vector"
+    """Embeddings of a frame by a published encoder: one, as the encoder itself pools its features; one of a timm
+    model's features of all places, side by side, for --pca; or a grid."""
     grid: tuple[NotNegativeInt, NotNegativeInt] = (0, 0)
     """ROWS COLUMNS of the grid. 0 0: those of the feature level."""
     levels: tuple[int, ...] = ()
@@ -81,7 +82,8 @@ def find_encoder(name: str, options: PublishedOptions) -> Encoder:
     if kind == "a folder":
         return load_encoder(Path(name))
     if kind == "hf":
-        return load_clip_encoder(model, tokens=options.tokens, window=options.window)
+        require(options.tokens != "flat", f"--tokens flat is not for --encoder {name}: take vector or grid")
+        return load_clip_encoder(model, tokens="grid" if options.tokens == "grid" else "vector", window=options.window)
     require(options.tokens == "grid" or not any(options.grid), "--grid needs --tokens grid")
     try:
         return _timm_encoder(model, options)
@@ -101,9 +103,10 @@ def _timm_encoder(model: str, options: PublishedOptions) -> FrameEncoder:
         strides = [level["reduction"] for level in backbone.feature_info]
         stride = strides[levels[0]] if -len(strides) <= levels[0] < len(strides) else 1  # else it is refused below
         grid = (-(-size[0] // stride), -(-size[1] // stride))
+    pooling = "flatten" if options.tokens == "flat" else "average" if options.levels else "native"
     config = EncoderConfig(
-        backbone=model, weights="frozen", image_size=size, grid=grid, levels=levels,
-        pooling="average" if options.levels else "native", embedding_dimension=0,
+        backbone=model, weights="frozen", image_size=size, grid=grid, levels=levels, pooling=pooling,
+        embedding_dimension=0,
     )  # fmt: skip
     return FrameEncoder(config, backbone).eval()
 

@@ -1,6 +1,5 @@
 """The predictor and its calibration on disk, and what is asked of caches that they are used on."""
 
-import fnmatch
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.cache import EmbeddingCache
+from data.sidecar import matching
 from data.windows import Windows
 from jepa.calibration import Calibration
 from jepa.fingerprint import fingerprint
@@ -76,7 +76,7 @@ def find_columns(cache: EmbeddingCache, patterns: Iterable[str]) -> tuple[str, .
     there = [name for name, column in cache.provenance.columns.items() if column.shape == ()]
     found = list[str]()
     for pattern in patterns:
-        found += (names := fnmatch.filter(there, pattern))
+        found += (names := matching(pattern, there))
         known = f"it has {', '.join(there) or 'none'}"
         mend = f"cache its videos again with --columns {' '.join(patterns)}"
         require(bool(names), f"{cache.folder} has no numbers {pattern}, {known}: {mend}")
