@@ -27,9 +27,10 @@ from pipelines.run.models import in_batches, load_predictor, windows_for
 
 FPS, SECONDS = 5.0, (1, 2)
 HELD_OUT, PART = 8, 7
-PUBLISHED = {"encoder": "timm:tf_efficientnet_lite0", "tokens": "flat", "levels": 3, "image-size": (64, 80), "pca": 16}
-TRAINED = {"encoder.image-size": (96, 128), "steps": 500}
-PREDICTOR = {"rollout-steps": 10, "validation-horizon": 10, "steps": 300, "log-every": 50}
+PUBLISHED = {"encoder": "timm:tf_efficientnet_lite0", "tokens": "flat", "levels": 3, "image-size": (64, 80), "pca": 8}
+TRAINED = {"encoder.image-size": (64, 80), "encoder.embedding-dimension": 16, "steps": 300, "batch-size": 128}
+PREDICTOR = {"rollout-steps": 10, "validation-horizon": 10, "steps": 300, "log-every": 50, "predictor.context": 4,
+             "predictor.width": 256, "predictor.depth": 2}  # fmt: skip
 
 
 @dataclass(frozen=True)

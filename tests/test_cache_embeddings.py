@@ -68,15 +68,15 @@ def read_account(folder):
     return json.loads((folder / "account.json").read_text())
 
 
-@pytest.mark.parametrize("tokens", ["vector", "grid"])
+@pytest.mark.parametrize("tokens", ["vector", "flat", "grid"])
 def test_a_published_backbone_gives_what_timm_gives(embed, shared, tokens, tmp_path):
     weights, size = shared / "weights" / "tf_efficientnet_lite0.safetensors", (240, 352)
     videos = sorted((shared / "ped2" / "train").glob("*.mp4"))[:1]
     cache = embed(
         videos=tuple(videos), encoder="timm:tf_efficientnet_lite0", encoder_weights=weights, image_size=size,
-        tokens=tokens, levels=(3,) if tokens == "grid" else (), fps=0.5, dtype="float32", batch_size=2,
+        tokens=tokens, levels=() if tokens == "vector" else (3,), fps=0.5, dtype="float32", batch_size=2,
     )  # fmt: skip
-    assert cache.shape == ((15, 22, 112) if tokens == "grid" else (1280,))
+    assert cache.shape == {"vector": (1280,), "flat": (112 * 15 * 22,), "grid": (15, 22, 112)}[tokens]
     # Strictly into the plain model, whose features are then asked for.
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(safetensors.torch.load_file(weights))
@@ -85,8 +85,9 @@ def test_a_published_backbone_gives_what_timm_gives(embed, shared, tokens, tmp_p
     timed = list(read_on_clock(videos[0], size, fps=0.5))
     images = (torch.from_numpy(np.stack([one.frame for one in timed])) / 255 - 0.5) / 0.5
     with torch.no_grad():
-        if tokens == "grid":
-            expected = features(images)[0].permute(0, 2, 3, 1)
+        if tokens != "vector":
+            (maps,) = features(images)
+            expected = maps.permute(0, 2, 3, 1) if tokens == "grid" else maps.flatten(1)
         else:
             expected = model.forward_head(model.forward_features(images), pre_logits=True)
     np.testing.assert_allclose(cache.clip_embeddings(cache.clips[0]), expected, rtol=1e-5, atol=1e-5)
