@@ -5,6 +5,7 @@ Nothing is written through a link: who sends a folder cannot aim it at files of 
 
 import errno
 import fcntl
+import fnmatch
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,11 @@ from data.errors import DataError
 MOST_BYTES, MOST_VALUES, MOST_LEVELS = 1 << 26, 2_000_000, 30
 """Largest JSON file that is read, the most values in it, each of which may take a hundred bytes, and levels."""
 UNFINISHED = re.compile(r"\.tmp\.([0-9a-f]{32}|\w{8})")
+
+
+def matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that one, or a pattern such as `action_*`, stands for."""
+    return [pattern] if pattern in names else fnmatch.filter(names, pattern)
 
 
 def unfinished(folder: Path) -> Path:

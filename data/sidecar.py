@@ -8,7 +8,6 @@ nothing about any tick of a clip is an error: its times are in another unit, or 
 """
 
 import csv
-import fnmatch
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from data.decoder import Damage
 from data.errors import DataError
+from data.files import matching
 from data.video import IMAGE_FPS, open_video
 
 
@@ -70,11 +70,6 @@ def columns_beside(videos: Iterable[Path], patterns: Sequence[str]) -> tuple[str
         except SidecarError as error:
             errors.append(error)
     raise errors[0]
-
-
-def matching(pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that one, or a pattern such as `action_*`, stands for."""
-    return [pattern] if pattern in names else fnmatch.filter(names, pattern)
 
 
 def _read_table(path: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -103,7 +103,7 @@ def _timm_encoder(model: str, options: PublishedOptions) -> FrameEncoder:
         strides = [level["reduction"] for level in backbone.feature_info]
         stride = strides[levels[0]] if -len(strides) <= levels[0] < len(strides) else 1  # else it is refused below
         grid = (-(-size[0] // stride), -(-size[1] // stride))
-    pooling = "flatten" if options.tokens == "flat" else "average" if options.levels else "native"
+    pooling: Any = "flatten" if options.tokens == "flat" else "average" if options.levels else "native"
     config = EncoderConfig(
         backbone=model, weights="frozen", image_size=size, grid=grid, levels=levels, pooling=pooling,
         embedding_dimension=0,

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.cache import EmbeddingCache
-from data.sidecar import matching
+from data.files import matching
 from data.windows import Windows
 from jepa.calibration import Calibration
 from jepa.fingerprint import fingerprint
