@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 
 from data.decoder import Damage
-from data.errors import DataError
+from data.errors import DataError, printable
 from data.film import make_film
 from data.manifest import Account
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import UserError, counted, require, require_one_process, run_command
-from pipelines.run.figures import curve_figures, skill_figure, skill_rows, timeline_figure
+from pipelines.run.figures import curve_figures, skill_figure, timeline_figure
 from pipelines.run.files import differences, flat, read_json, to_json, write_text
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.options import as_arguments
-from pipelines.run.report import table
+from pipelines.run.report import few_horizons, table
 
 WORDS = {
     "pretrain_encoder": "pretrain",
@@ -48,7 +48,12 @@ AROUND_S = 5.0
 CURVE_POINTS = 2000
 """Moments of a timeline at most."""
 
+SPAN, MOMENT = ("energy", "begin_s", "end_s"), ("energy", "percentile", "change_cosine")
+"""What tables say of an event and of a peak."""
+
 Row = dict[str, float]
+Jumps = tuple[list[tuple[float, list[float]]], tuple[str, ...]]
+"""Times to jump to with what is said of each, energy first, and the names of that."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def main(options: Options) -> None:
     output.finish({"bytes": len(text.encode()), "videos": len(videos), "films": films})
     for video in videos:
         if not video["film"]:
-            print(f"  no film of {video['name']}: {video['said']}")
+            print(printable(f"  no film of {video['name']}: {video['said']}"))
     print(f"wrote {options.output_dir}/report.html, {len(text) / 1e6:.1f} MB, with {counted(films, 'film')}: open it")
 
 
@@ -144,15 +149,13 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 def command_line(record: dict[str, Any]) -> str:
     """The command that a run was started by, with the options that are not the default."""
     kind = import_module(f"pipelines.{record['command']}").Options
-    values = {
+    defaults = {
         one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(kind)
     }
-    defaults = {name: to_json(value) for name, value in values.items() if value is not MISSING}
-    given = {
-        name: now
-        for name, _, now in differences(defaults, record["options"])
-        if now is not None and name not in ("overwrite", "resume")
-    }
+    changed = differences(
+        to_json(defaults), to_json(defaults) | record["options"] | {"overwrite": False, "resume": False}
+    )
+    given = {name: now for name, _, now in changed if not (now is None or now is False)}
     return shlex.join(["video-jepa", WORDS[record["command"]], *as_arguments(given)])
 
 
@@ -178,13 +181,10 @@ def skill_of(folder: Path) -> dict[str, Any]:
     useful = results["useful_horizon"]["model"]
     for records in (*results["predictors"].values(), results["truth"]):  # null is what could not be computed
         records[:] = [{name: math.nan if value is None else value for name, value in row.items()} for row in records]
-    said = (
-        f"The forecast is better than the mean for {'more than ' * useful['exceeds_longest']}{useful['time_s']:.3g} s"
-    )
+    said = f"The forecast is better than the mean for {'> ' * useful['exceeds_longest']}{useful['time_s']:.3g} s, of"
     return {
-        "said": f"{said}. {counted(results['windows'], 'rollout')} in {counted(results['clips'], 'clip')}; intervals: "
-        f"{results['interval']}.",
-        "figure": skill_figure(results), "rows": skill_rows(results), "text": table(results),
+        "said": f"{said} {counted(results['windows'], 'rollout')}; intervals: {results['interval']}.",
+        "figure": skill_figure(results), "results": results, "shown": few_horizons(results), "text": table(results),
     }  # fmt: skip
 
 
@@ -204,24 +204,20 @@ def surprise_of(folder: Path, record: dict[str, Any], most: int, *, left: int) -
     order = sorted(moments, key=lambda video: -max(row["energy"] for row in moments[video]))
     order, others = order[:most], len(order) - most
     left -= VIDEO_BYTES * len(order)
-    shape, metrics = (
-        record["inputs"]["provenance"]["columns"]["embeddings"]["shape"],
-        read_json(folder / "metrics.json"),
-    )
+    inputs, metrics = record["inputs"], read_json(folder / "metrics.json")
+    shape = inputs["provenance"]["columns"]["embeddings"]["shape"]
     videos: list[dict[str, Any]] = []
     for number, name in enumerate(order):
         # Clocks may share a frame: it is as surprising as it is to the more surprised of them.
         highest = {row["time_s"]: row for row in sorted(moments[name], key=lambda row: row["energy"])}
         rows, its_events = sorted(highest.values(), key=lambda row: row["time_s"]), events.get(name, [])
-        jumps = [*(row["peak_s"] for row in its_events), *(row["time_s"] for row in peaks[name])]
+        tables = {"Event": jumps(its_events, "peak_s", SPAN), "Peak": jumps(peaks[name], "time_s", MOMENT)}
         share = (left - sum(len(video["film"]) for video in videos)) // (len(order) - number)
-        spans = spans_s(jumps, rows[-1]["time_s"], record["inputs"], frames=share // FILM_FRAME_BYTES)
-        film, said = film_of(name, record["inputs"], spans, most=share)
+        film = film_of(name, tables, inputs, length_s=rows[-1]["time_s"], most=share)
         parts = np.array_split(np.arange(len(rows)), min(CURVE_POINTS, len(rows)))
         shown = [max((rows[place] for place in part), key=lambda row: row["energy"]) for part in parts]
         videos.append({
-            "name": name, "film": film, "said": said, "events": its_events, "peaks": peaks[name],
-            "spans": [span for span in spans if film and math.isfinite(span[1])],
+            "name": name, "jumps": tables, **film, "events": its_events,
             "moments": {column: [row[column] for row in shown] for column in shown[0]},
             "figure": timeline_figure(shown, peaks[name], its_events, metrics["threshold"]),
         })  # fmt: skip
@@ -233,31 +229,32 @@ def surprise_of(folder: Path, record: dict[str, Any], most: int, *, left: int) -
     return {"said": said + events_said + more, "videos": videos, "grid": shape[:2] if len(shape) == 3 else []}
 
 
-def spans_s(jumps: list[float], length_s: float, inputs: dict[str, Any], *, frames: int) -> list[tuple[float, float]]:
-    """What of a video a film of so many frames shows: all, or what is around the first moments to jump to."""
-    rate = inputs["provenance"]["fps"] * len(inputs["offsets_s"])
-    if length_s * rate <= frames:
-        return [(0.0, math.inf)]
-    kept = jumps[: max(1, int(frames / (2 * AROUND_S * rate)))]
-    return [(max(0.0, jump_s - AROUND_S), jump_s + AROUND_S) for jump_s in kept]
+def jumps(rows: list[Row], time: str, columns: tuple[str, ...]) -> Jumps:
+    """A table whose rows lead to a time."""
+    return [(row[time], [row[column] for column in columns]) for row in rows], columns
 
 
-def film_of(
-    video: str, inputs: dict[str, Any], spans: list[tuple[float, float]], *, most: int
-) -> tuple[str, str]:  # fmt: skip
-    """The film of a video in base64, and what is to be said of it; an empty one where there is none."""
-    provenance = inputs["provenance"]
-    fps, offsets_s, image_fps = provenance["fps"], inputs["offsets_s"], provenance["image_fps"]
+def film_of(name: str, tables: dict[str, Jumps], inputs: Any, *, length_s: float, most: int) -> dict[str, Any]:
+    """The film of a video in base64, empty where there is none, its spans if it is not whole, and what is to be said."""
+    provenance, offsets_s = inputs["provenance"], inputs["offsets_s"]
+    rate = provenance["fps"] * len(offsets_s)
+    spans, said = [(0.0, math.inf)], ""
+    if length_s * rate * FILM_FRAME_BYTES > most:
+        energies = {time_s: row[0] for rows, _ in tables.values() for time_s, row in rows}
+        kept = sorted(energies, key=lambda time_s: -energies[time_s])
+        kept = kept[: max(1, int(most / (2 * AROUND_S * rate * FILM_FRAME_BYTES)))]
+        spans = [(max(0.0, time_s - AROUND_S), time_s + AROUND_S) for time_s in kept]
+        said = f"only {AROUND_S:g} s around {counted(len(kept), 'moment')}; between, the picture stands still"
     try:
-        film = make_film(Path(video), fps=fps, offsets_s=offsets_s, spans_s=spans, image_fps=image_fps)
+        film = make_film(
+            Path(name), fps=provenance["fps"], offsets_s=offsets_s, spans_s=spans, image_fps=provenance["image_fps"]
+        )
     except (DataError, OSError) as error:  # its numbers are there, all the same
-        return "", str(error)
+        return {"film": "", "said": str(error), "spans": []}
     encoded = base64.b64encode(film).decode()
     if len(encoded) > most:
-        return "", f"the page would weigh more than {MOST_BYTES / 1e6:.0f} MB"
-    if math.isfinite(spans[0][1]):
-        return encoded, f"only {AROUND_S:g} s around {counted(len(spans), 'moment')}; else the picture stands still"
-    return encoded, ""
+        return {"film": "", "said": f"the page would weigh more than {MOST_BYTES / 1e6:g} MB", "spans": []}
+    return {"film": encoded, "said": said, "spans": spans if said else []}
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import base64
 import csv
 import importlib
 import io
@@ -16,7 +17,7 @@ from pipelines import write_report
 from pipelines.cli import COMMANDS
 from pipelines.run.files import read_json, to_json
 from pipelines.run.options import parse
-from pipelines.write_report import command_line, spans_s
+from pipelines.write_report import command_line, film_of
 from tests.browser import Browser
 from tests.test_commands import call, refusal
 
@@ -169,11 +170,18 @@ def test_a_film_shows_each_frame_of_the_clocks_at_its_own_time(encode_video, tmp
         assert np.abs(times_s - time_s).min() < 2e-3
 
 
-def test_of_long_videos_what_is_around_the_first_moments_is_shown():
-    inputs = {"provenance": {"fps": 5}, "offsets_s": [0, 0.1]}
-    assert spans_s([50.0, 2.0, 90.0], 100, inputs, frames=1000) == [(0, np.inf)]
-    assert spans_s([50.0, 2.0, 90.0], 100, inputs, frames=999 // 4) == [(45, 55), (0, 7)]
-    assert spans_s([50.0, 2.0, 90.0], 100, inputs, frames=0) == [(45, 55)]
+def test_of_a_long_video_what_is_around_its_highest_moments_is_shown(encode_video, tmp_path):
+    path = encode_video(tmp_path / "long.mp4", 600, rate=10)
+    inputs = {"provenance": {"fps": 10, "image_fps": 25}, "offsets_s": [0]}
+    tables = {"Event": ([(20.0, [1.0])], ()), "Peak": ([(2.0, [3.0]), (40.0, [2.0]), (20.0, [1.0])], ())}
+    whole = film_of(str(path), tables, inputs, length_s=60, most=600 * 7000)
+    assert (whole["spans"], whole["said"]) == ([], "")
+    part = film_of(str(path), tables, inputs, length_s=60, most=200 * 7000)
+    assert part["spans"] == [(0, 7), (35, 45)]
+    assert part["said"].startswith("only 5 s around 2 moments")
+    with av.open(io.BytesIO(base64.b64decode(part["film"]))) as film:
+        shown = [float(frame.pts * frame.time_base) for frame in film.decode(video=0)]
+    assert shown == [tick / 10 for tick in range(600) if tick < 70 or 350 <= tick < 450]
 
 
 def test_what_finds_no_room_is_left_out_and_said(world, tmp_path, monkeypatch, capsys):

@@ -14,8 +14,6 @@ CURVES = {
     "Validation error relative to copying": r"validation_\w+",
 }
 """Figures of a training, and the entries of its log that they show."""
-SHOWN = 5
-"""Horizons of a table."""
 
 
 def curve_figures(curve: list[dict[str, Any]], collapsed_at: int | None) -> list[Figure]:
@@ -52,20 +50,6 @@ def skill_figure(results: dict[str, Any]) -> Figure:
     ticks = [round(one * 10.0**power, 3) for power in range(-3, 4) for one in (1, 2, 5)]
     figure["layout"]["yaxis"] = {"type": "log", "tickvals": ticks}  # the worst rivals would flatten the rest
     return figure
-
-
-def skill_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Head and rows of a table: each forecast at a few horizons, with its interval."""
-    horizon = len(results["truth"])
-    shown = sorted({1, *(-(-horizon * part // (SHOWN - 1)) for part in range(1, SHOWN))})
-    rows = [["forecast", *(f"{results['truth'][step - 1]['time_s']:.3g} s" for step in shown)]]
-    for name, records in results["predictors"].items():
-        cells = []
-        for step in shown:
-            error, low, high = (records[step - 1][f"relative_to_copy_last{end}"] for end in ("", "_low", "_high"))
-            cells.append(f"{error:.3f} [{low:.3f}, {high:.3f}]".replace(" [nan, nan]", "").replace("nan", "-"))
-        rows.append([name.replace("_", " "), *cells])
-    return rows
 
 
 def timeline_figure(
