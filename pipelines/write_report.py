@@ -32,7 +32,7 @@ from pipelines.run.figures import curve_figures, skill_figure, timeline_figure
 from pipelines.run.files import differences, flat, read_json, to_json, write_text
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.options import as_arguments
-from pipelines.run.report import few_horizons, table
+from pipelines.run.report import table
 
 WORDS = {
     "pretrain_encoder": "pretrain",
@@ -184,7 +184,7 @@ def skill_of(folder: Path) -> dict[str, Any]:
     said = f"The forecast is better than the mean for {'> ' * useful['exceeds_longest']}{useful['time_s']:.3g} s, of"
     return {
         "said": f"{said} {counted(results['windows'], 'rollout')}; intervals: {results['interval']}.",
-        "figure": skill_figure(results), "results": results, "shown": few_horizons(results), "text": table(results),
+        "figure": skill_figure(results), "results": results, "text": table(results),
     }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def jumps(rows: list[Row], time: str, columns: tuple[str, ...]) -> Jumps:
 
 
 def film_of(name: str, tables: dict[str, Jumps], inputs: Any, *, length_s: float, most: int) -> dict[str, Any]:
-    """The film of a video in base64, empty where there is none, its spans if it is not whole, and what is to be said."""
+    """The film of a video in base64, empty where there is none, its spans if it is not whole, and a remark."""
     provenance, offsets_s = inputs["provenance"], inputs["offsets_s"]
     rate = provenance["fps"] * len(offsets_s)
     spans, said = [(0.0, math.inf)], ""

@@ -5,10 +5,19 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import suppress
 
 import pytest
+
+LAUNCH = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(one), fcntl.F_DUPFD, 10) for one in sys.argv[1:3])
+os.dup2(read, 3), os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""The protocol's pipe is file descriptors 3 and 4, whatever lies there."""
 
 
 class Browser:
@@ -21,15 +30,11 @@ class Browser:
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
 
-        def give():  # the protocol's pipe is file descriptors 3 and 4, whatever lies there
-            high = [os.dup(one) if one < 10 else one for one in (theirs_in, theirs_out)]
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
         options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
         rest = ("--remote-debugging-pipe", f"--user-data-dir={profile}", "--hide-scrollbars", "about:blank")
+        launched = [sys.executable, "-c", LAUNCH, str(theirs_in), str(theirs_out), program, *options, *rest]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen([program, *options, *rest], preexec_fn=give, close_fds=False, **quiet)
+        self.process = subprocess.Popen(launched, pass_fds=(theirs_in, theirs_out), **quiet)
         os.close(theirs_in)
         os.close(theirs_out)
         self.pipe_in, self.pipe_out = os.fdopen(ours_in, "rb"), ours_out

@@ -30,8 +30,9 @@ def write_table(results: Results, path: Path) -> None:
 
 
 def table(results: Results) -> str:
-    """The results on one screen, at a few horizons."""
-    fps, shown = results["fps"], few_horizons(results)
+    """The results on one screen: five horizons at most, evenly, the first and the last among them."""
+    fps, horizon = results["fps"], len(results["truth"])
+    shown = sorted({1, *(-(-horizon * part // 4) for part in range(1, 5))})
     lines = [f"{counted(results['windows'], 'rollout')} in {counted(results['clips'], 'clip')}"]
     if results["interval"].startswith("too few"):
         lines.append(f"{results['interval']}: how long they are useful is by point estimates")
@@ -46,11 +47,6 @@ def table(results: Results) -> str:
                 cells.append(f"{'> ' * useful['exceeds_longest']}{useful['time_s']:.3g} s")
             lines.append(_line(name, cells))
     return "\n".join(lines)
-
-
-def few_horizons(results: Results) -> list[int]:
-    """Five horizons in steps at most, evenly, the first and the last among them."""
-    return sorted({1, *(-(-len(results["truth"]) * part // 4) for part in range(1, 5))})
 
 
 def _line(name: str, cells: list[str]) -> str:
