@@ -1,6 +1,6 @@
 r"""Do percentiles mean what they say? Ordinary clips that nothing was fitted on should be ordinary.
 
-  python -m benchmarks.percentiles --runs runs/benchmarks/balls/seed_0 runs/benchmarks/robot/seed_0
+  python -m benchmarks.percentiles --runs runs/benchmarks/balls/seed_0 runs/benchmarks/robot/published
 
 The 16 training clips of UCSD Ped2 (Mahadevan et al. 2010, a walkway from above, nothing abnormal in them; needs them in
 `$JEPA_SHARED/ped2`) are left out in turn: encoder and predictor learn from the others, every fourth of these chooses

@@ -1,6 +1,6 @@
 r"""Which predictor for what? Every kind on the same embeddings, trained alike.
 
-  python -m benchmarks.predictors --runs runs/benchmarks/balls/seed_0 runs/benchmarks/robot/seed_0
+  python -m benchmarks.predictors --runs runs/benchmarks/balls/seed_0 runs/benchmarks/robot/published
 
 Needs finished runs of `benchmarks/balls.py`, `robot.py`, `driving.py` or `percentiles.py` (the walkway), each with its
 caches. For each run, kind of predictor (that of `examples/direct_predictor.py` among them) and seed: trains it with

@@ -76,7 +76,7 @@ def divide(options: Options) -> dict[str, list[Path]]:
     if not options.test:
         known, new = known[:-HELD_OUT], new[-HELD_OUT:]
     require(
-        len(known) > PART and len(new) > 0, f"{first} and {last} hold {len(known)} and {len(new)} mp4 files: too few"
+        len(known) > PART and len(new) > 1, f"{first} and {last} hold {len(known)} and {len(new)} mp4 files: too few"
     )
     held_out = -(len(known) // PART)
     return {"train": known[:held_out], "val": known[held_out:], "test": new}

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, hidden_parts
+from benchmarks import common, hidden_parts, robot
 from benchmarks.detection import average_precision, occupied_cells
 from data.synthetic import BallWorld, write_ball_videos
+from jepa.bootstrap import Bootstrap
+from pipelines.run.command import UserError
 from pipelines.run.files import write_json
 
 
@@ -23,6 +25,36 @@ def test_a_forecast_is_compared_with_the_best_simple_guess_at_each_horizon(tmp_p
     assert found["of the best simple guess, worst horizon"] == pytest.approx(0.5 / 0.4)
     assert found["of the best simple guess, 20 ahead"] == pytest.approx(0.5 / 0.8)
     assert found["of ridge, mean over horizons"] == pytest.approx(np.mean(0.5 / curves["ridge"]))
+
+
+# The robot
+
+
+def test_errors_are_compared_with_copying_and_in_pairs_by_clips():
+    generator = np.random.default_rng(0)
+    hard = np.repeat(generator.uniform(0.5, 2, size=8), 5)[:, None] * [1, 3]  # clips differ, alike for everyone
+    factors = {"copying": 1.0, "true": 0.2, "none": 0.4, "shuffled": 1.6}
+    found = robot.relative({name: factor * hard for name, factor in factors.items()}, Bootstrap(np.arange(40) // 5))
+    expected = {"true": 0.2, "none": 0.4, "shuffled": 1.6, "true_of_none": 0.5, "none_of_shuffled": 0.25}
+    for name, value in expected.items():
+        assert [found[name]["1"], found[name]["2"]] == pytest.approx([value, value])
+        np.testing.assert_allclose(found[name]["intervals"]["2"], [value, value])  # of pairs, not of each alone
+    assert "0.500 (0.500 to 0.500)" in robot.table(found)
+
+
+def test_the_last_seventh_of_the_clips_is_held_out_and_folders_come_in_pairs(tmp_path):
+    for folder, count in (("train", 56), ("test", 3)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{number:02}.mp4").touch()
+    options = robot.Options(train=tmp_path / "train", test=tmp_path / "test")
+    divided = robot.divide(options)
+    assert {name: len(clips) for name, clips in divided.items()} == {"train": 48, "val": 8, "test": 3}
+    assert divided["val"][0].stem == "48"
+    with pytest.raises(UserError, match="belong together"):
+        robot.divide(robot.Options(train=tmp_path / "train"))
+    with pytest.raises(UserError, match="hold 3 and 56 mp4 files: too few"):
+        robot.divide(robot.Options(train=tmp_path / "test", test=tmp_path / "train"))
 
 
 # Moving MNIST
