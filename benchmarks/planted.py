@@ -2,17 +2,19 @@ r"""Is what was planted seen, and where it was planted? Events in ordinary video
 
   python -m benchmarks.planted --run runs/benchmarks/ped2
 
-Into each validation clip of a finished run of `benchmarks/ped2.py` something is pasted for three seconds: a patch
-`elsewhere`, from another video, at the pace of a walker; a walker who is `fast`, two and a half times the pace; one who
-goes `backwards`, as he was filmed from end to beginning. The clip that nothing was pasted into is encoded alike. For
-each size of neighbourhoods and share of places: the area under the ROC curve between moments with and without, and how
-often, where the energy is above the 95th percentile of ordinary moments, the highest cell lies on what was pasted. No
-label of a test is looked at.
+Into each validation clip of a finished run of `benchmarks/ped2.py` something is pasted for three seconds: a patch from
+`elsewhere`, of another video, at the pace of a walker, or a `large` one, twice as wide and high; a walker who is
+`fast`, two and a half times the pace, or `faster`, five times, or large and fast; one who goes `backwards`, as he was
+filmed from end to beginning. The clip that nothing was pasted into is encoded alike. For each size of neighbourhoods
+and share of places: the area under the ROC curve between moments with and without, and how often, where the energy is
+above the 95th percentile of ordinary moments, the highest cell lies on what was pasted. No label of a test is looked
+at.
 """
 
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,11 +34,30 @@ from pipelines.run.files import write_json
 from pipelines.run.models import load_predictor
 from pipelines.run.scoring import Scorer, Scores, score_videos
 
-KINDS = ("nothing", "elsewhere", "fast", "backwards")
 HEIGHT, WIDTH = 36, 20
 """Of what is pasted, in pixels; a walker of Ped2."""
 PACE, SECONDS = 12.0, 3.0
 """Pixels a second, and how long it is there."""
+
+
+class Kind(NamedTuple):
+    """Something that is pasted."""
+
+    what: str
+    """`foreign`, a `walker`, or one `backwards`."""
+    pace: float = 1.0
+    """In paces of a walker, then in sizes of one."""
+    size: int = 1
+
+
+KINDS = {
+    "elsewhere": Kind("foreign"),
+    "large": Kind("foreign", size=2),
+    "fast": Kind("walker", pace=2.5),
+    "faster": Kind("walker", pace=5.0),
+    "large_fast": Kind("walker", pace=2.5, size=2),
+    "backwards": Kind("backwards"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,8 @@ class Options(Bounded):
     """Shares of the places that a moment is told by, to compare."""
     horizons: tuple[int, ...] = (1, 2, 3, 4)
     """Ticks whose energies are averaged."""
+    kinds: tuple[str, ...] = tuple(KINDS)
+    """What is planted."""
     output_dir: Path = Path("runs/benchmarks/planted")
     """Where videos, caches and results are left."""
 
@@ -59,9 +82,9 @@ def main(options: Options) -> None:
     """The story: plant, embed, score with each setting, compare."""
     cache = EmbeddingCache(options.run / "cache" / "val")
     clips = [Path(source) for source in dict.fromkeys(clip.key.source for clip in cache.clips)]
-    for kind in KINDS:
+    for kind in ("nothing", *options.kinds):
         for number, clip in enumerate(clips):
-            plant(clip, kind, options.output_dir / "videos" / kind, seed=number)
+            plant(clip, KINDS.get(kind), options.output_dir / "videos" / kind, seed=number)
         run("cache_embeddings", {
             "videos": options.output_dir / "videos" / kind, "encoder": options.run / "cache" / "train" / "encoder",
             "fps": cache.provenance.fps, "clocks": 4, "batch-size": 16,
@@ -70,17 +93,17 @@ def main(options: Options) -> None:
     predictor, calibration = load_predictor(options.run / "predictor_0")
     scorer, scores = Scorer(predictor, calibration, options.horizons), dict[str, list[Scores]]()
     vars(jepa.calibration)["NEIGHBOURHOOD"] = 0.0  # places by themselves
-    for kind in KINDS:
+    for kind in ("nothing", *options.kinds):
         watched = EmbeddingCache(options.output_dir / "cache" / kind)
         scores[kind] = list(score_videos(scorer, Windows(watched, scorer.length)))
     found: dict[str, dict[str, list[float]]] = {}
     for size, share in itertools.product(options.neighbourhoods, options.most_surprising):
         vars(jepa.calibration).update(NEIGHBOURHOOD=size, MOST_SURPRISING=share)
         seen = {kind: [scored_anew(one) for one in of_kind] for kind, of_kind in scores.items()}
-        found[f"{size:g}, {share:g}"] = {kind: judge(seen["nothing"], seen[kind]) for kind in KINDS[1:]}
+        found[f"{size:g}, {share:g}"] = {kind: judge(seen["nothing"], seen[kind]) for kind in options.kinds}
     write_results(options.output_dir, found)
     rows = [[size, *(cell for values in kinds.values() for cell in values)] for size, kinds in found.items()]
-    heads = [f"{kind}: {what}" for kind in KINDS[1:] for what in ("AUROC", "on it")]
+    heads = [f"{kind}: {what}" for kind in options.kinds for what in ("AUROC", "on it")]
     print(markdown([["neighbourhood, places", *heads], *rows]))
 
 
@@ -90,7 +113,7 @@ def scored_anew(scores: Scores) -> Scores:
     return replace(scores, maps=maps[:, 0].numpy(), energies=most_surprising(maps)[:, 0].double().numpy())
 
 
-def plant(clip: Path, kind: str, folder: Path, *, seed: int) -> None:
+def plant(clip: Path, kind: Kind | None, folder: Path, *, seed: int) -> None:
     """Write the clip with something pasted in, and beside it where."""
     path, generator = folder / clip.name, np.random.default_rng(seed)
     if path.with_suffix(".json").exists():
@@ -100,20 +123,21 @@ def plant(clip: Path, kind: str, folder: Path, *, seed: int) -> None:
     timed = list(read_on_clock(clip, (info.height, info.width), fps=info.average_fps))
     frames = np.stack([one.frame for one in timed]).transpose(0, 2, 3, 1).copy()
     fps = info.average_fps
-    walker = find_walker(frames)
     first = int(generator.integers(fps, len(frames) - (SECONDS + 1) * fps))
-    patch = foreign_patch(generator) if kind == "elsewhere" else walker
-    pace = PACE * (2.5 if kind == "fast" else 1.0)
-    top = int(generator.integers(info.height // 2, info.height - HEIGHT - 20))
+    walker, foreign = find_walker(frames), foreign_patch(generator)
+    what, pace, size = kind or Kind("walker")
+    patch = (foreign if what == "foreign" else walker).repeat(size, axis=1).repeat(size, axis=2)
+    height, width = patch.shape[1:3]
+    top = int(generator.integers(info.height // 2, info.height - HEIGHT - 20)) - (height - HEIGHT)
     places = [(float("nan"), float("nan"))] * len(frames)
-    for step in range(int(SECONDS * fps) if kind != "nothing" else 0):
-        left = int(info.width * 0.2 + pace * step / fps)
-        pasted = patch[-1 - step % len(patch)] if kind == "backwards" else patch[step % len(patch)]
-        frames[first + step, top : top + HEIGHT, left : left + WIDTH] = pasted
-        places[first + step] = (top + HEIGHT / 2) / info.height, (left + WIDTH / 2) / info.width
+    for step in range(int(SECONDS * fps) if kind else 0):
+        left = int(info.width * 0.2 + PACE * pace * step / fps)
+        pasted = patch[-1 - step % len(patch)] if what == "backwards" else patch[step % len(patch)]
+        frames[first + step, top : top + height, left : left + width] = pasted
+        places[first + step] = (top + height / 2) / info.height, (left + width / 2) / info.width
     write_video(path, frames, fps)
     write_json(path.with_suffix(".json"), {
-        "times_s": [one.time_s for one in timed], "places": places, "size": [HEIGHT / info.height, WIDTH / info.width],
+        "times_s": [one.time_s for one in timed], "places": places, "size": [height / info.height, width / info.width],
     })  # fmt: skip
 
 

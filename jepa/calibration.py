@@ -25,7 +25,7 @@ from jepa.sequence import Sequence
 QUANTILES = 1001
 LEVELS = 200
 """Quantiles that the level of a new clip is drawn at."""
-NEIGHBOURHOOD, MOST_SURPRISING = 1 / 5, 1 / 10
+NEIGHBOURHOOD, MOST_SURPRISING = 1 / 3, 0.03
 """Side of the neighbourhoods of a grid, as a share of its shorter side; share of its places that tell a moment."""
 FAR_LEVEL = 99.0
 """Percentile among ordinary clips above which a video's ordinary level is far from the calibration's."""
