@@ -124,9 +124,12 @@ def plant(clip: Path, kind: Kind | None, folder: Path, *, seed: int) -> None:
     frames = np.stack([one.frame for one in timed]).transpose(0, 2, 3, 1).copy()
     fps = info.average_fps
     first = int(generator.integers(fps, len(frames) - (SECONDS + 1) * fps))
-    walker, foreign = find_walker(frames), foreign_patch(generator)
     what, pace, size = kind or Kind("walker")
-    patch = (foreign if what == "foreign" else walker).repeat(size, axis=1).repeat(size, axis=2)
+    patch = (
+        (foreign_patch(generator) if what == "foreign" else find_walker(frames))
+        .repeat(size, axis=1)
+        .repeat(size, axis=2)
+    )
     height, width = patch.shape[1:3]
     top = int(generator.integers(info.height // 2, info.height - HEIGHT - 20)) - (height - HEIGHT)
     places = [(float("nan"), float("nan"))] * len(frames)

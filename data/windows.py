@@ -20,9 +20,8 @@ ENOUGH_VIDEOS = 20
 class Windows:
     """All windows of `length` embeddings, numbered through; within a clip in the order of time.
 
-    With actions, columns of the cache, ticks without them are left out: so many as `without_actions` says.
-
-    Raises `CacheError` if no clip is long enough for a single window.
+    With actions, columns of the cache, ticks without them are left out: so many as `without_actions` says. Raises
+    `CacheError` if no clip is long enough for a single window.
     """
 
     def __init__(self, cache: EmbeddingCache, length: int, actions: Sequence[str] = ()) -> None:
@@ -43,6 +42,7 @@ class Windows:
                 "bring longer videos, or lower the context or the horizon"
             )
         self._run_starts, self._run_clips = starts[fit], clips[fit]  # (runs,): first row; index into `cache.clips`
+        self._run_videos = np.unique([clip.key.source for clip in cache.clips], return_inverse=True)[1][clips[fit]]
         counts = lengths[fit] - length + 1
         self._ends = np.cumsum(counts)  # (runs,): number after the run's last window
         self._firsts = self._ends - counts
@@ -75,7 +75,7 @@ class Windows:
 
     def video_of(self, indices: np.ndarray) -> np.ndarray:
         """Numbers of the windows' videos, in the order of names, clocks taken together, (N,) -> int64 (N,)."""
-        return np.unique([clip.key.source for clip in self.cache.clips], return_inverse=True)[1][self.clip_of(indices)]
+        return self._run_videos[self._runs(indices)]
 
     def videos(self, indices: np.ndarray) -> tuple[Path, ...]:
         """Videos of the given windows, each once."""
@@ -84,8 +84,8 @@ class Windows:
 
     def of_other_videos(self, indices: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Numbers of windows of other videos than the given ones, drawn uniformly, (N,) -> int64 (N,)."""
-        videos = self.video_of(np.arange(len(self)))  # in order, as windows are
-        first, end = (np.searchsorted(videos, videos[indices], side) for side in ("left", "right"))
+        begin, after = (np.searchsorted(self._run_videos, self.video_of(indices), side) for side in ("left", "right"))
+        first, end = self._firsts[begin], self._ends[after - 1]  # of the windows of the same video
         drawn = generator.integers(len(self) - (end - first))
         return np.where(drawn < first, drawn, drawn + end - first)
 
