@@ -301,6 +301,12 @@ def sort_out(records: list[Record], found: Counter[str], *, fps: float = 0.0) ->
     return sorted(firsts.values(), key=lambda video: video.path), account
 
 
+def record_videos(manifest: Path, videos: Iterable[VideoInfo]) -> None:
+    """Write a manifest of videos as they lie on disk now, or `OSError`."""
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    _write(manifest, (Record(file_state(video.path), video) for video in videos))
+
+
 def _write(manifest: Path, records: Iterable[Record]) -> None:
     with whole_file(manifest) as file:
         file.write((json.dumps(FORMAT) + "\n" + "".join(map(_line, records))).encode())

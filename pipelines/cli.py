@@ -19,6 +19,7 @@ from pathlib import Path
 
 COMMANDS = {
     "demo": "demo",
+    "all": "all_stages",
     "inspect": "inspect_folder",
     "pretrain": "pretrain_encoder",
     "embed": "cache_embeddings",

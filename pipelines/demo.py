@@ -3,8 +3,8 @@ r"""The whole journey on videos made here: bouncing balls, from frames to an ima
   video-jepa demo
 
 Renders and encodes clips of two balls in front of flickering backgrounds, runs every stage on them by the very
-commands that one runs on one's own videos, and draws the imagined future beside the real one. Interrupted, it goes on
-where it was.
+commands that one runs on one's own videos, draws the imagined future beside the real one, and ends with a page about it
+all, `report/report.html`. Interrupted, it goes on where it was.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
 from pipelines.run.command import run_command
 from pipelines.run.evaluation import Readout, fit_readout
+from pipelines.run.journey import Given, run_journey
 from pipelines.run.models import load_predictor
-from pipelines.run.stages import run_stage
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 SHOWN_CLIPS = 4
@@ -47,41 +47,31 @@ class Options(Bounded):
     """Optimiser steps of the predictor."""
     seed: NotNegativeInt = 0
     """Seed of the videos and of all commands."""
+    open: bool = False
+    """Open the page in a browser at the end."""
 
 
 def main(options: Options) -> None:
-    """Make videos, run the five commands on them, look at the imagined future."""
+    """Make videos, run the commands on them, look at the imagined future."""
     folder, world = options.output_dir.absolute(), BallWorld()
     videos = {split: folder / "videos" / split for split in SPLITS}
     for split, number in SPLITS.items():
         clips = options.train_clips if split == "train" else min(100, max(10, options.train_clips // 10))
         write_ball_videos(videos[split], clips, world, seed=3 * options.seed + number)
 
-    encoder, predictor, caches = folder / "encoder", folder / "predictor", folder / "cache"
-    evaluation, surprise = folder / "evaluation", folder / "surprise"
-    trainer = {"seed": options.seed, "resume": True}
-    made = {"videos": videos["train"], "fps": world.fps, "output-dir": encoder, "steps": options.encoder_steps}
-    run_stage("pretrain", made | trainer)
-    for split, source in (videos | {"one": videos["test"] / "clip_00000.mp4"}).items():
-        made = {"videos": source, "encoder": encoder / "encoder", "fps": world.fps, "columns": STATE_COLUMNS}
-        run_stage("embed", made | {"output-dir": caches / split})
-    made = {"train-cache": caches / "train", "validation-cache": caches / "val", "output-dir": predictor}
-    run_stage("train", made | {"steps": options.predictor_steps} | trainer)
-    judge = {"predictor": predictor, "overwrite": True}
-    probe = {"probe-cache": caches / "train", "probe-columns": STATE_COLUMNS}
-    run_stage("evaluate", {"cache": caches / "test", "output-dir": evaluation} | judge | probe)
-    run_stage("surprise", {"cache": caches / "one", "output-dir": surprise} | judge)
-    draw_futures(EmbeddingCache(caches / "train"), EmbeddingCache(caches / "test"), predictor, folder=folder)
-    print(f"""
-Look at {folder}/imagined_future.gif (and .png), {folder}/evaluation/rollout.png and {folder}/surprise/pictures.
-On your own videos, in folders for training, validation and test:
+    given: dict[str, Given] = {
+        "pretrain": {"steps": options.encoder_steps}, "embed": {}, "images": {}, "evaluate": {},
+        "train": {"steps": options.predictor_steps},
+    }  # fmt: skip
+    run_journey(
+        folder, videos, given, fps=world.fps, seed=options.seed, columns=STATE_COLUMNS,
+        shown=tuple(videos["test"] / f"clip_{number:05d}.mp4" for number in range(SHOWN_CLIPS)), is_opened=options.open,
+    )  # fmt: skip
+    caches = folder / "cache"
+    draw_futures(EmbeddingCache(caches / "train"), EmbeddingCache(caches / "test"), folder / "predictor", folder=folder)
+    print(f"""and at {folder}/imagined_future.gif. The same page about your own videos:
 
-  video-jepa pretrain --videos TRAIN --output-dir runs/encoder
-  video-jepa embed --videos TRAIN --encoder runs/encoder/encoder --output-dir cache/train
-  (the same with VALIDATION to cache/val, and with TEST to cache/test)
-  video-jepa train --train-cache cache/train --validation-cache cache/val --output-dir runs/predictor
-  video-jepa evaluate --cache cache/test --predictor runs/predictor --output-dir runs/evaluation
-  video-jepa surprise --cache cache/test --predictor runs/predictor --output-dir runs/surprise""")
+  video-jepa all VIDEOS --output-dir runs --open""")
 
 
 def draw_futures(train: EmbeddingCache, test: EmbeddingCache, predictor_folder: Path, *, folder: Path) -> None:

@@ -4,7 +4,7 @@ r"""One page about finished runs: what was trained, how good it is, and what sur
 
 Leaves `report.html`, of at most 25 MB, which needs no network and no other file: it may be sent, and opens from a disk.
 Small films of the most surprising videos are in it, so mind to whom it goes. A click on a timeline or a row of a table
-shows that moment. Takes `pip install 'video-jepa[report]'`.
+shows that moment.
 """
 
 import base64
@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import escape
+from plotly.offline import get_plotlyjs
 
 from data.decoder import Damage
 from data.errors import DataError, printable
@@ -107,12 +110,6 @@ def main(options: Options) -> None:
 
 def page_template() -> tuple[Any, str]:
     """The page to fill in, and the plotting library that goes into it."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import escape
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise UserError(f"report takes {error.name}: pip install 'video-jepa[report]'") from error
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["data"] = lambda value: escape(json.dumps(to_json(value)))
@@ -136,6 +133,8 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     read = {"what it read": folder, "its videos": folder / "cache"} | {
         f"--{name.replace('_', '-')} {path}": path for name, path in caches.items()
     }
+    lists = [Path(path) for path in options.get("videos") or () if path.endswith(".jsonl")]
+    read |= {f"all files, divided in {path.parent}": path.parent for path in lists}
     accounts = {title: account_of(path) for title, path in read.items() if (path / "account.json").is_file()}
     facts = {"seed": options.get("seed"), "steps": options.get("steps"), "commit": record["code"]}
     return {

@@ -1,5 +1,6 @@
 """One command that runs another, as a person would."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def run_stage(command: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         values = [] if value is True else value if isinstance(value, tuple) else [value]
         words += [f"--{name}", *map(str, values)]
-    print("\n$", printable(f"video-jepa {' '.join(words)}"), flush=True)
+    print("\n$", printable(shlex.join(["video-jepa", *words])), flush=True)
     # In the folder of our packages, which Python then finds first; all paths are absolute.
     process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *words], cwd=Path(__file__).parents[2])
     try:

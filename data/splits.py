@@ -1,0 +1,36 @@
+"""Videos for training, validation and test, no recording in two of them."""
+
+from collections.abc import Sequence
+from itertools import chain, groupby
+
+from data.decoder import VideoError
+from data.video import VideoInfo
+
+SPLITS = ("train", "val", "test")
+HELD_OUT = 0.15
+"""Share of the recordings that validation gets, and the test."""
+
+
+def split_videos(videos: Sequence[VideoInfo]) -> dict[str, list[VideoInfo]]:
+    """Videos by split: recordings in the order of their names, the last ones for the test, those before for validation.
+
+    Neighbours in that order are often parts of one drive or night, which so stay together. Files of one name in several
+    folders are one recording, of several cameras; so are, where there are fewer names than folders, those of a folder.
+    Raises `VideoError` where there are fewer than three recordings.
+    """
+    names, folders = {video.path.stem for video in videos}, {video.path.parent for video in videos}
+    by_name = len(names) >= len(folders)
+
+    def recording(video: VideoInfo) -> str:
+        return video.path.stem if by_name else str(video.path.parent)
+
+    groups = [list(group) for _, group in groupby(sorted(videos, key=recording), key=recording)]
+    if len(groups) < len(SPLITS):
+        raise VideoError(
+            f"{groups[0][0].path} {'is' if len(videos) == 1 else 'and others are'} of {len(groups)} of the three "
+            "recordings that training, validation and test take: bring more, or cut a long one into parts (ffmpeg -i "
+            "LONG.mp4 -c copy -f segment -segment_time 60 -reset_timestamps 1 part_%03d.mp4)"
+        )
+    held_out = max(1, round(HELD_OUT * len(groups)))
+    parts = groups[: -2 * held_out], groups[-2 * held_out : -held_out], groups[-held_out:]
+    return {split: [*chain(*part)] for split, part in zip(SPLITS, parts, strict=True)}

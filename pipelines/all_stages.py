@@ -1,0 +1,135 @@
+r"""From a folder of videos to a page about them, by the commands that one would run by hand.
+
+  video-jepa all VIDEOS --output-dir runs/holiday --open
+
+Looks at all videos, keeps some for validation and some for the test, no recording in two of these, trains an encoder,
+or takes a published one (--encoder timm:vit_small_patch14_dinov2.lvd142m), trains a predictor, judges it, looks for
+what is surprising in the test videos, and leaves `report/report.html`. Each command that it runs is shown: go on from
+there by hand. Interrupted, the same command goes on.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from tyro.conf import Positional
+
+from data.decoder import Damage
+from data.manifest import check_videos, read_manifest, record_videos
+from data.splits import split_videos
+from data.video import IMAGE_FPS, VideoInfo
+from jepa.config import NotNegativeInt, Positive, PositiveInt
+from jepa.networks import MLPConfig
+from pipelines.run.command import counted, require, require_one_process, run_command
+from pipelines.run.encoders import PublishedOptions
+from pipelines.run.files import write_json
+from pipelines.run.journey import Given, run_journey
+
+HORIZON, ROLLOUT = 20, 8
+"""Ticks that are forecast, and trained on, at most: as many as the usual video allows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PublishedOptions):
+    """From a folder of videos to a page about them."""
+
+    videos: Positional[tuple[Path, ...]]
+    """Folders (searched recursively), video files, folders of images, and manifests."""
+    output_dir: Path = Path("runs")
+    """Where caches, models and the page are left."""
+    encoder: str | None = None
+    """Published encoder, timm:MODEL or hf:MODEL, or a folder of ours. None: one is trained on these videos."""
+    fps: Positive = 4.0
+    """Ticks per second of the clock that embeddings lie on."""
+    image_fps: Positive = IMAGE_FPS
+    """Rate of folders of images whose names are no times."""
+    columns: tuple[str, ...] = ()
+    """Columns of the CSV beside each video to read off forecasts, by name or pattern."""
+    actions: tuple[str, ...] = ()
+    """Columns that are actions, by name or pattern such as `action_*`."""
+    encoder_steps: PositiveInt = 1000
+    """Optimiser steps of the encoder, where one is trained."""
+    predictor_steps: PositiveInt = 800
+    """Optimiser steps of the predictor."""
+    seed: NotNegativeInt = 0
+    """Seed of all commands."""
+    open: bool = False
+    """Open the page in a browser at the end."""
+
+
+def main(options: Options) -> None:
+    """Divide the videos, then run the commands."""
+    require_one_process()
+    require(bool(options.videos), "no videos are given: name folders, or files")
+    folder, embed = options.output_dir.absolute(), published_options(options)
+    parts = divide(options, folder / "videos")
+    horizon = usual_horizon(parts, options.fps)
+    train = {"steps": options.predictor_steps, "validation-horizon": horizon, "rollout-steps": min(ROLLOUT, horizon)}
+    given: dict[str, Given] = {
+        "embed": embed, "images": (images := {"image-fps": options.image_fps}), "evaluate": {"horizon": horizon},
+        "train": train | ({"actions": options.actions} if options.actions else {}),
+    }  # fmt: skip
+    if options.encoder is None:
+        given["pretrain"] = {"steps": options.encoder_steps, **images}
+    run_journey(
+        folder, {split: folder / "videos" / f"{split}.jsonl" for split in parts}, given, fps=options.fps,
+        seed=options.seed, columns=(*options.columns, *options.actions), is_opened=options.open,
+    )  # fmt: skip
+
+
+def published_options(options: Options) -> Given:
+    """What `embed` is told of a published encoder; nothing where one is trained. Raises `UserError`."""
+    base = PublishedOptions()
+    names = [name for name in PublishedOptions.__dataclass_fields__ if getattr(options, name) != getattr(base, name)]
+    if options.encoder is None:
+        for name in names:
+            require(False, f"--{name.replace('_', '-')} is for a published encoder: give --encoder, or drop it")
+        return {}
+    values = {name.replace("_", "-"): getattr(options, name) for name in names}
+    if options.encoder_weights:
+        values["encoder-weights"] = options.encoder_weights.absolute()
+    is_ours = Path(options.encoder).is_dir()
+    return {"encoder": Path(options.encoder).absolute() if is_ours else options.encoder} | values
+
+
+def divide(options: Options, folder: Path) -> dict[str, list[VideoInfo]]:
+    """Videos by split, each listed in a manifest. Raises `UserError` where other videos were listed there before."""
+    videos, account = check_videos(
+        [path.absolute() for path in options.videos], fps=options.fps, manifest=folder / "videos.jsonl",
+        image_fps=options.image_fps,
+    )  # fmt: skip
+    for video in videos:
+        account.add(video.path, video.duration_s, Damage())
+    print(account)
+    parts = split_videos(videos)
+    for split, part in parts.items():
+        path, contents = folder / f"{split}.jsonl", {video.content for video in part}
+        before = {record.video.content for record in read_manifest(path) if record.video} if path.exists() else contents
+        others = f"gone: {len(before - contents)}, new: {len(contents - before)}"
+        require(
+            before == contents,
+            f"{folder.parent} was begun with other videos ({others}): take another --output-dir, or go on by hand",
+        )
+    for split, part in parts.items():
+        record_videos(folder / f"{split}.jsonl", part)
+        minutes = sum(video.duration_s for video in part) / 60
+        print(f"{split}: {counted(len(part), 'video')}, {minutes:.1f} minutes, {part[0].path.name} ...")
+    write_json(folder / "account.json", account)
+    return parts
+
+
+def usual_horizon(parts: dict[str, list[VideoInfo]], fps: float) -> int:
+    """Ticks that can be forecast in most videos of each split. Raises `UserError` where there are none."""
+    context = MLPConfig().context
+    usual_s = min(median(video.duration_s for video in part) for part in parts.values())
+    fits = int(usual_s * fps) - context
+    require(
+        fits >= 2,
+        f"--fps is {fps:g}: of a usual video, {usual_s:.1f} s, that makes {context + fits} frames, and a forecast from "
+        f"{context} takes {context + 2} at least: raise it, or bring longer videos",
+    )
+    return min(HORIZON, fits)
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

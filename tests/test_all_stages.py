@@ -1,0 +1,100 @@
+"""From a folder to a page by one command."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from data.manifest import read_manifest
+from data.splits import split_videos
+from data.synthetic import BallWorld, write_ball_videos
+from data.video import VideoInfo
+from pipelines.cli import COMMANDS
+from pipelines.run import stages
+from pipelines.run.command import Finished
+from pipelines.run.files import read_json
+from tests.test_commands import call, refusal
+
+
+def videos(*names):
+    fields = dict.fromkeys(VideoInfo.__dataclass_fields__, 0)
+    return [VideoInfo(**fields | {"path": Path("/v", name), "content": name}) for name in names]
+
+
+def names(part):
+    return [str(video.path.relative_to("/v")) for video in part]
+
+
+def test_a_recording_is_in_one_split_only():
+    parts = split_videos(videos(*(f"{number:02}.mp4" for number in range(20))))
+    assert {split: len(part) for split, part in parts.items()} == {"train": 14, "val": 3, "test": 3}
+    assert names(parts["val"]) == ["14.mp4", "15.mp4", "16.mp4"]
+    cameras = videos(*(f"{side}/{number}.mp4" for side in ("left", "right") for number in range(4)))
+    assert names(split_videos(cameras)["test"]) == ["left/3.mp4", "right/3.mp4"]
+    trips = videos(*(f"trip {number}/{side}.mp4" for number in range(4) for side in ("front", "rear", "left")))
+    assert len(split_videos(trips)["test"]) == 3
+    assert {name.partition("/")[0] for name in names(split_videos(trips)["test"])} == {"trip 3"}
+
+
+class Here:
+    """A process that is this one; the one of the number `dies` is interrupted."""
+
+    words, dies = (), -1
+
+    def __init__(self, command, cwd):
+        Here.words.append(command[3:])
+
+    def wait(self):
+        if len(Here.words) == Here.dies:
+            Here.dies = -1
+            raise KeyboardInterrupt
+        word, *rest = Here.words[-1]
+        with suppress(Finished):
+            call(COMMANDS[word], " ".join(rest))
+        return 0
+
+
+def test_one_command_leads_from_a_folder_to_a_page_and_goes_on(tmp_path, monkeypatch, capsys):
+    write_ball_videos(tmp_path / "my_videos", 9, BallWorld(size=32, radius=3, frames=30, fps=8), seed=0)
+    (tmp_path / "my_videos" / "notes.mp4").write_text("this is no video")
+    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(Popen=Here))
+    monkeypatch.setattr(Here, "words", [])
+    monkeypatch.setattr(Here, "dies", 4)
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    line = f"{tmp_path}/my_videos --output-dir {tmp_path}/runs --fps 8 --encoder-steps 2 --predictor-steps 2"
+    line += " --columns ball_1_x --actions ball_?_vx --open"
+    with pytest.raises(KeyboardInterrupt):
+        call("all_stages", line)
+    call("all_stages", line)
+    shown = [words.split()[1] for words in capsys.readouterr().out.split("\n$ ")[1:]]
+    assert [words[0] for words in Here.words[4:]] == [
+        "pretrain", "embed", "embed", "embed", "train", "evaluate", "surprise", "report",
+    ]  # fmt: skip
+    assert shown == [words[0] for words in Here.words]
+    parts = {
+        split: read_manifest(tmp_path / "runs" / "videos" / f"{split}.jsonl") for split in ("train", "val", "test")
+    }
+    assert {split: len(part) for split, part in parts.items()} == {"train": 7, "val": 1, "test": 1}
+    page = (tmp_path / "runs" / "report" / "report.html").read_text()
+    assert "refused 1" in page
+    assert "notes.mp4" in page
+    assert opened == [(tmp_path / "runs" / "report" / "report.html").as_uri()]
+    assert read_json(tmp_path / "runs" / "predictor" / "run.json")["options"]["actions"] == ["ball_?_vx"]
+    assert "probe_r2_ball_1_x" in json.dumps(read_json(tmp_path / "runs" / "evaluation" / "rollout.json"))
+    (tmp_path / "my_videos" / "clip_00000.mp4").unlink()
+    assert "was begun with other videos (gone: 1, new: 0)" in refusal("all_stages", line)
+
+
+def test_slips_are_one_line(tmp_path):
+    to = f"--output-dir {tmp_path}/runs"
+    assert "no videos are given" in refusal("all_stages", to)
+    (tmp_path / "empty").mkdir()
+    assert "no videos in this folder" in refusal("all_stages", f"{tmp_path}/empty {to}")
+    assert "--tokens is for a published encoder" in refusal("all_stages", f"{tmp_path} {to} --tokens grid")
+    write_ball_videos(tmp_path / "one", 1, BallWorld(size=32, radius=3, frames=30, fps=8), seed=0)
+    assert "clip_00000.mp4 is of 1 of the three recordings" in refusal("all_stages", f"{tmp_path}/one {to}")
+    write_ball_videos(tmp_path / "short", 3, BallWorld(size=32, radius=3, frames=8, fps=8), seed=0)
+    assert "of a usual video, 1.0 s, that makes 4 frames" in refusal("all_stages", f"{tmp_path}/short {to}2")
