@@ -5,25 +5,20 @@ r"""Where something happened that never happened before: surprise on real survei
 
 By default UCSD Ped2 (Mahadevan et al. 2010, people on a walkway; not normal are a cyclist, a skater, a cart). Patches
 of a published backbone, frozen, from `$JEPA_SHARED/weights`; every fourth training clip calibrates. For each seed of
-the predictor the scores of `video-jepa surprise`, and beside them, by the same rule over places and horizons: the
-energy of copying, the Mahalanobis distance of patches without time, their distance to the nearest of 40,000 training
-patches; the mean difference of frames, and the frame's number. The CSV has `video`, `first_abnormal`, `last_abnormal`,
-frames counted from 0. Areas under the ROC curve over frames, raw: of all test clips pooled, and the mean over the clips
-that have both classes; intervals by resampling clips. Prints a table and leaves `results.json`.
+the predictor the scores of `video-jepa surprise`, and beside them its simple ones, by the same rule over places and
+horizons: the energy of copying, the Mahalanobis distance of patches without time, their distance to the nearest of
+40,000 training patches; the mean difference of frames, and the frame's number. The CSV has `video`, `first_abnormal`,
+`last_abnormal`, frames counted from 0. Areas under the ROC curve over frames, raw: of all test clips pooled, and the
+mean over the clips that have both classes; intervals by resampling clips. Prints a table and leaves `results.json`.
 """
 
 import csv
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from benchmarks.common import (
     markdown,
@@ -36,16 +31,13 @@ from benchmarks.common import (
     train_on,
     write_results,
 )
-from data.cache import CachedClip, EmbeddingCache
 from data.clock import read_on_clock
 from data.counting import count_frames
-from jepa.calibration import mean_of_neighbours, most_surprising
 from jepa.config import Bounded, Positive
 from pipelines.run.command import require, run_command
 
 HORIZONS = (1, 2, 3, 4)
-PATCHES = 40_000
-"""Training patches for distances, at most."""
+BESIDE = ("copying", "mahalanobis", "nearest")
 RESAMPLES = 1000
 
 
@@ -89,10 +81,14 @@ def main(options: Options) -> None:
     for seed in options.seeds:
         predictor = folder / f"predictor_{seed}"
         train_on(folder / "cache", predictor, options.predictor_options.split(), {"seed": seed})
-        given = {"cache": folder / "cache" / "test", "predictor": predictor, "horizons": HORIZONS}
+        given = {"cache": folder / "cache" / "test", "predictor": predictor, "horizons": HORIZONS, "score": BESIDE}
         run_once("score_surprise", folder / f"surprise_{seed}", given)
-        found["model"].append(judge(read_surprise(folder / f"surprise_{seed}" / "surprise.csv"), abnormal))
-    for name, scores in simple_scores(folder / "cache", tests).items():
+        found["model"].append(judge(read_surprise(folder / f"surprise_{seed}" / "surprise.csv", "energy"), abnormal))
+    first = folder / f"surprise_{options.seeds[0]}" / "surprise.csv"
+    beside = {"copy_last" if name == "copying" else name: read_surprise(first, name) for name in BESIDE}
+    beside["frame_difference"] = {video.name: differences(video) for video in tests}
+    beside["frame_number"] = {video.name: (np.array([0.0, 1e4]), np.array([0.0, 1e4])) for video in tests}
+    for name, scores in beside.items():
         found[name] = [judge(scores, abnormal)]
     write_results(folder, {name: summarise(results) for name, results in found.items()})
     print(
@@ -144,75 +140,10 @@ def cached(folder: Path, videos: dict[str, list[Path]], options: Options) -> Non
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def read_surprise(path: Path) -> Scores:
-    """The energies of `surprise.csv`."""
-    times_s, energies = read_scores(path, "time_s"), read_scores(path, "energy")
-    return {Path(video).name: (times_s[video], energies[video]) for video in energies}
-
-
-def in_order(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Times and scores (2, N) in the order of time: clocks come one after the other."""
-    times_s, scores = rows[:, rows[0].argsort(kind="stable")]
-    return times_s, scores
-
-
-def simple_scores(caches: Path, videos: list[Path]) -> dict[str, Scores]:
-    """Scores of rivals."""
-    train, val, test = (EmbeddingCache(caches / split) for split in ("train", "val", "test"))
-    patches = np.concatenate([train.clip_embeddings(clip).reshape(-1, train.shape[-1]) for clip in train.clips])
-    patches = patches[:: -(-len(patches) // PATCHES)]
-    mean, std = patches.mean(axis=0), patches.std(axis=0) + 1e-6
-    distance = functools.partial(nearest, torch.from_numpy((patches - mean) / std))
-    usual = LedoitWolf().fit(patches)
-    copies = {ticks: LedoitWolf().fit(np.concatenate([changes(val, clip, ticks)[::7] for clip in val.clips]))
-              for ticks in HORIZONS}  # fmt: skip
-
-    def copying(clip: CachedClip) -> list[np.ndarray]:
-        return [copies[ticks].mahalanobis(changes(test, clip, ticks)) for ticks in HORIZONS]
-
-    def still(measure: Callable[[np.ndarray], np.ndarray]) -> Scores:
-        return by_video(test, 0, lambda clip: [measure(rows_of(test.clip_embeddings(clip)))])
-
-    return {
-        "copy_last": by_video(test, round(sum(HORIZONS) / len(HORIZONS)), copying),
-        "mahalanobis": still(usual.mahalanobis),
-        "nearest": still(lambda rows: distance(torch.from_numpy((rows - mean) / std)).numpy()),
-        "frame_difference": {video.name: differences(video) for video in videos},
-        "frame_number": {video.name: (np.array([0.0, 1e4]), np.array([0.0, 1e4])) for video in videos},
-    }
-
-
-def by_video(cache: EmbeddingCache, middle: int, measure: Callable[[CachedClip], list[np.ndarray]]) -> Scores:
-    """Scores of moments, `middle` ticks after each start: the mean over horizons of the most surprising places.
-
-    `measure` gives energies of places for each horizon, (starts x places,).
-    """
-    found: dict[str, list[np.ndarray]] = {}
-    for clip in cache.clips:
-        maps = [torch.from_numpy(one).view(1, -1, *cache.shape[:-1]).float() for one in measure(clip)]
-        highest = [most_surprising(mean_of_neighbours(one))[0] for one in maps]
-        starts = min(map(len, highest))
-        score = torch.stack([one[:starts] for one in highest]).mean(dim=0).numpy()
-        times_s = cache.take(clip.rows, "times_s")[middle : middle + starts]
-        found.setdefault(Path(clip.key.source).name, []).append(np.stack([times_s, score[: len(times_s)]]))
-    return {name: in_order(np.concatenate(parts, axis=1)) for name, parts in found.items()}
-
-
-def rows_of(embeddings: np.ndarray) -> np.ndarray:
-    """Patches one by one, (T, *tokens, D) -> (T x places, D)."""
-    return embeddings.reshape(-1, embeddings.shape[-1])
-
-
-def changes(cache: EmbeddingCache, clip: CachedClip, ticks: int) -> np.ndarray:
-    """What copying misses so many ticks ahead, (starts x places, D)."""
-    embeddings = cache.clip_embeddings(clip)
-    return rows_of(embeddings[ticks:] - embeddings[:-ticks])
-
-
-def nearest(known: Tensor, rows: Tensor) -> Tensor:
-    """Squared distance of each row (N, D) to the nearest that is known, (N,), exact, in blocks."""
-    norms = known.square().sum(dim=1)
-    return torch.cat([(norms - 2 * part @ known.T).amin(dim=1) + part.square().sum(dim=1) for part in rows.split(2000)])
+def read_surprise(path: Path, column: str) -> Scores:
+    """The scores of a column of `surprise.csv`."""
+    times_s, scores = read_scores(path, "time_s"), read_scores(path, column)
+    return {Path(video).name: (times_s[video], scores[video]) for video in scores}
 
 
 def differences(video: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,8 @@ LEVELS = 200
 """Quantiles that the level of a new clip is drawn at."""
 NEIGHBOURHOOD, MOST_SURPRISING = 1 / 3, 0.03
 """Side of the neighbourhoods of a grid, as a share of its shorter side; share of its places that tell a moment."""
+COVARIANCE_SHRINKAGE = 0.05
+"""Share of the diagonal in the covariance of errors: features keep their own scale on short validation sets."""
 FAR_LEVEL = 99.0
 """Percentile among ordinary clips above which a video's ordinary level is far from the calibration's."""
 
@@ -149,6 +151,16 @@ class Calibration(nn.Module):
     def _at(self, values: Tensor, ticks: Tensor) -> Tensor:
         """The numbers (horizon, ...) of the nearest horizons, (H, ...)."""
         return values[(ticks.round().long() - 1).clamp(0, self.horizon - 1)]
+
+
+def usual_errors(errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and inverse covariance (D, D), shrunk to its diagonal, of errors (N, D)."""
+    mean = errors.mean(dim=0)
+    covariance = (errors - mean).mT @ (errors - mean) / len(errors)
+    variance = covariance.diagonal().clamp_min(1e-12)
+    shrunk = (1 - COVARIANCE_SHRINKAGE) * covariance + COVARIANCE_SHRINKAGE * torch.diag(variance)
+    values, vectors = torch.linalg.eigh(shrunk)
+    return mean, vectors / values.clamp_min(1e-12) @ vectors.T
 
 
 def most_surprising(energies: Tensor) -> Tensor:

@@ -13,15 +13,13 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from jepa.baselines import Ridge
-from jepa.calibration import Calibration, mean_of_neighbours, most_surprising
+from jepa.calibration import Calibration, mean_of_neighbours, most_surprising, usual_errors
 from jepa.samples import central_interval, live_features
 
 MOST_INPUTS = 4096
 """Numbers that a ridge regression looks at: its normal equations have the square of that."""
 FOLDS = 10
 """Parts that the clips are held out in, at most."""
-COVARIANCE_SHRINKAGE = 0.05
-"""Share of the diagonal in the covariance of errors: features keep their own scale on short validation sets."""
 SPREADS = [0.5 + 0.05 * step for step in range(31)]
 """Factors by which samples may be widened."""
 SHARES = (0.5, 0.9)
@@ -143,7 +141,7 @@ def cross_fit_energy(errors: Tensor, parts: list[Tensor]) -> tuple[tuple[Tensor,
     energies = torch.empty(errors.shape[:2], dtype=torch.float64)
     usual_mean, usual_precision = torch.zeros(()), torch.zeros(())
     for chosen in parts:
-        mean, precision = _precision(errors[~chosen].flatten(0, 1))
+        mean, precision = usual_errors(errors[~chosen].flatten(0, 1))
         centred = errors[chosen] - mean
         energies[chosen] = reduce(centred @ precision * centred, "n p d -> n p", "mean")
         usual_mean, usual_precision = usual_mean + mean / len(parts), usual_precision + precision / len(parts)
@@ -152,16 +150,6 @@ def cross_fit_energy(errors: Tensor, parts: list[Tensor]) -> tuple[tuple[Tensor,
     scale = energies.mean().clamp_min(1e-12)
     values, vectors = torch.linalg.eigh(usual_precision / scale)
     return (usual_mean, vectors * values.clamp_min(0).sqrt() @ vectors.T), energies / scale
-
-
-def _precision(errors: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and inverse covariance (D, D) of errors (N, D)."""
-    mean = errors.mean(dim=0)
-    covariance = (errors - mean).mT @ (errors - mean) / len(errors)
-    variance = covariance.diagonal().clamp_min(1e-12)
-    shrunk = (1 - COVARIANCE_SHRINKAGE) * covariance + COVARIANCE_SHRINKAGE * torch.diag(variance)
-    values, vectors = torch.linalg.eigh(shrunk)
-    return mean, vectors / values.clamp_min(1e-12) @ vectors.T
 
 
 def fit_spread(drawn: Tensor, came: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""How good is a forecast?
+"""How good is a forecast, or a score?
 
 Embeddings are standardised here: (B, H, *tokens, D), for B windows and H horizons.
 """
 
+import numpy as np
 import torch.nn.functional as functional
+from scipy import stats
 from torch import Tensor
 
 
@@ -20,3 +22,10 @@ def change_cosine(forecast: Tensor, came: Tensor, last: Tensor) -> Tensor:
     """
     foreseen, true = ((value - last[:, None]).flatten(2) for value in (forecast, came))
     return functional.cosine_similarity(foreseen, true, dim=2)
+
+
+def roc_auc(scores: np.ndarray, is_event: np.ndarray) -> float:
+    """The area under the ROC curve of scores (N,) for what is an event, bool (N,); NaN where all are, or none."""
+    events, others = int(is_event.sum()), int((~is_event).sum())
+    ranks = float(stats.rankdata(scores)[is_event].sum())
+    return (ranks - events * (events + 1) / 2) / (events * others) if events and others else float("nan")

@@ -19,12 +19,14 @@ the peak and, of a grid, the cells; and how many false alarms are to be expected
 
 import csv
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -34,13 +36,22 @@ from data.video import IMAGE_FPS
 from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
 from jepa.calibration import FAR_LEVEL
 from jepa.config import Bounded, Bounds, Positive, PositiveInt
+from jepa.metrics import roc_auc
 from jepa.predictor import Predictor
+from jepa.rivals import Rival, Rivals
 from pipelines.run.artefacts import artefact_fingerprint
 from pipelines.run.command import UserError, counted, require, require_one_process, run_command
-from pipelines.run.folder import RunFolder
-from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both, windows_for
+from pipelines.run.folder import RunFolder, read_mark
+from pipelines.run.models import (
+    find_columns,
+    inputs_of,
+    load_predictor,
+    open_cache,
+    require_no_video_in_both,
+    windows_for,
+)
 from pipelines.run.pictures import draw_peaks, draw_surprise, plain
-from pipelines.run.scoring import BOX, PLACE, SPAN, Scorer, Scores, ignored_places, score_videos
+from pipelines.run.scoring import BOX, PLACE, SPAN, Scorer, Scores, fit_rivals, ignored_places, score_videos
 from pipelines.run.stages import run_stage
 
 COLUMNS = ("time_s", "energy", "percentile", "change_cosine")
@@ -66,6 +77,10 @@ class Options(Bounded):
     """Picture of the frame, white where nothing counts, such as a clock or a tree; for grids of tokens."""
     horizons: tuple[PositiveInt, ...] = (1,)
     """Ticks ahead of a past whose energies are averaged. 1 notices best what is sudden, 1 2 3 4 what goes astray."""
+    score: tuple[Rival, ...] = ("copying", "mahalanobis", "difference")
+    """Simple scores beside the energy, fitted on the videos that the predictor was trained on."""
+    truth: str = ""
+    """Column of the cache that is above 0 where something happened: says which score tells it best."""
     peaks: Annotated[int, Bounds("from 1 to 100", lambda value: 1 <= value <= 100)] = 5
     """Most surprising moments of each video that are shown."""
     normal: Path | None = None
@@ -92,14 +107,16 @@ def main(options: Options) -> None:
     ignored = ignored_places(options.ignore_region, predictor) if options.ignore_region else None
     scorer = Scorer(predictor, calibration, options.horizons, ignored)
     cache = open_cache(options.cache or embed(options, predictor), predictor)
-    windows = windows_for(cache, predictor, scorer.length)
+    windows, truth = windows_for(cache, predictor, scorer.length), find_columns(cache, filter(None, [options.truth]))
     alarm = choose_alarm(options, scorer, cache) if options.normal else None
+    rivals = find_rivals(options, scorer)
     offsets_s = sorted({clip.key.offset_s for clip in cache.clips})
     output.begin(inputs_of(options.predictor, cache) | {"offsets_s": offsets_s})
     for name in ("pictures", "peaks"):
         (folder / name).mkdir(exist_ok=True)
-    with Tables(folder, alarm, on_grid=len(predictor.shape) > 1) as tables:
-        for scores in score_videos(scorer, windows):
+    beside = (*(rivals.names if rivals else ()), *truth)
+    with Tables(folder, alarm, beside, on_grid=len(predictor.shape) > 1) as tables:
+        for scores in score_videos(scorer, windows, rivals, columns=truth):
             peaks = scores.peaks(options.peaks)
             tables.write(scores, peaks)
             show(scores, peaks, folder, cache.provenance)
@@ -109,7 +126,9 @@ def main(options: Options) -> None:
         "videos": len(tables.levels), "too_short_videos": silent, "far_from_calibration": far,
         "mean_energy": tables.energy / tables.moments, "events": tables.events if alarm else None,
         "threshold": alarm.threshold if alarm else None,
-    })  # fmt: skip
+    } | (areas := tables.areas(*truth) if truth else {}))  # fmt: skip
+    for name, area in sorted(areas.items(), key=lambda one: -one[1]):
+        print(f"  area under the ROC curve of {options.truth}: {name.removeprefix('auroc_'):12} {area:.3f}")
     if silent:
         print(f"{counted(silent, 'video')} without {windows.length} frames in a row: not scored")
     if alarm:
@@ -134,15 +153,26 @@ def choose_alarm(options: Options, scorer: Scorer, watched: EmbeddingCache) -> A
         raise UserError(f"--normal {options.normal}: {error}") from error
 
 
+def find_rivals(options: Options, scorer: Scorer) -> Rivals | None:
+    """Simple scores by the cache that the predictor was trained on, where it is still there."""
+    folder = Path(read_mark(options.predictor).get("options", {}).get("train_cache", ""))
+    if options.score and not (folder / "cache.json").exists():
+        print(f"{folder}, which the predictor has learned from, is not there: no simple scores beside the energy")
+    elif options.score:
+        return fit_rivals(options.score, scorer, open_cache(folder, scorer.predictor))
+    return None
+
+
 class Tables(AbstractContextManager["Tables"]):
     """The tables of a scoring, written video by video, and sums over all."""
 
-    def __init__(self, folder: Path, alarm: Alarm | None, *, on_grid: bool) -> None:
+    def __init__(self, folder: Path, alarm: Alarm | None, beside: Sequence[str], *, on_grid: bool) -> None:
         moment = (*COLUMNS, *PLACE * on_grid)
-        heads = {"surprise.csv": ("video", *moment), "peaks.csv": ("video", "rank", *moment)}
+        heads = {"surprise.csv": ("video", *moment, *beside), "peaks.csv": ("video", "rank", *moment)}
         heads |= {"events.csv": ("video", *SPAN, *BOX * on_grid)} if alarm else {}
         self.alarm, self.names = alarm, list(heads)
         self.levels, self.moments, self.energy, self.events, self.hours = list[float](), 0, 0.0, 0, 0.0
+        self.columns: dict[str, list[np.ndarray]] = {name: [] for name in ("energy", *beside)}
         self.files = [(folder / name).open("w", newline="") for name in heads]
         self.writers = [csv.writer(file) for file in self.files]
         for writer, head in zip(self.writers, heads.values(), strict=True):
@@ -156,14 +186,25 @@ class Tables(AbstractContextManager["Tables"]):
         """Add a video."""
         surprise, highest, *alarms = self.writers
         video = str(scores.video).encode(errors="backslashreplace").decode()  # names need not be UTF-8
-        surprise.writerows([video, *scores.as_text(place)] for place in range(len(scores.times_s)))
+        beside = [[f"{value:.4g}" for value in scores.beside[name]] for name in scores.beside]
+        surprise.writerows([video, *scores.as_text(place), *(one[place] for one in beside)]
+                           for place in range(len(scores.times_s)))  # fmt: skip
         highest.writerows([video, rank, *scores.as_text(peak)] for rank, peak in enumerate(peaks, start=1))
         events = find_events(scores.timeline, self.alarm.threshold) if self.alarm else []
         for writer in alarms:
             writer.writerows([video, *scores.event_as_text(event)] for event in events)
+        for name, values in ({"energy": scores.energies} | scores.beside).items():
+            self.columns[name].append(values)
         self.levels.append(scores.level)
         self.moments, self.energy = self.moments + len(scores.times_s), self.energy + float(scores.energies.sum())
         self.events, self.hours = self.events + len(events), self.hours + hours_of([scores.timeline])
+
+    def areas(self, truth: str) -> dict[str, float]:
+        """Areas under the ROC curve over the moments of all videos of which the truth is known."""
+        columns = {name: np.concatenate(parts) for name, parts in self.columns.items()}
+        happened = columns.pop(truth)
+        known = np.isfinite(happened)
+        return {f"auroc_{name}": roc_auc(scores[known], happened[known] > 0) for name, scores in columns.items()}
 
 
 def embed(options: Options, predictor: Predictor) -> Path:

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from data.decoder import VideoError
 from jepa.encoder import EncoderConfig, create_encoder
@@ -44,6 +45,7 @@ def walk(seed, event=False):
 def world(tmp_path_factory, encode_video):
     """A run of surprise with alarms, by a grid of tokens on two clocks; the video that it scored has an event."""
     folder = tmp_path_factory.mktemp("watched")
+    torch.manual_seed(0)
     encoder = create_encoder(EncoderConfig(image_size=(32, 48), grid=(4, 6), embedding_dimension=6))
     save_artefact(folder / "encoder", "encoder", encoder.config, encoder)
     for first, (split, videos) in enumerate({"train": 6, "val": 4, "normal": 4, "test": 1}.items()):
@@ -97,6 +99,7 @@ def assert_as_scored(lines, world):
     scored, events = (read_rows(world / "surprise" / name) for name in ("surprise.csv", "events.csv"))
     assert len(lines) == len(scored) > 60
     for line, row in zip(lines, scored, strict=True):
+        row = {name: value for name, value in row.items() if name not in ("copying", "mahalanobis", "difference")}
         assert {name: line[name] for name in row} == pytest.approx(row, abs=1e-3, rel=1e-4)
     alarms = {line["alarm"]["begin_s"]: line["alarm"] for line in lines if line["alarm"]}
     assert len(events) > 0

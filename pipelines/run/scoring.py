@@ -1,7 +1,7 @@
 """Scores how surprising each moment of a video is, in a cache or as it comes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,16 +11,21 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
+from data.cache import EmbeddingCache
 from data.image_sequence import read_image
 from data.windows import Windows
 from jepa.alarms import Event, Timeline
 from jepa.calibration import Calibration, Ordinary
 from jepa.metrics import change_cosine
 from jepa.predictor import Predictor
+from jepa.rivals import Rival, Rivals
 from jepa.rollout import rollout
 from jepa.sequence import Sequence
 from pipelines.run.command import UserError, require
-from pipelines.run.models import in_batches
+from pipelines.run.models import in_batches, windows_for
+
+MOST_NUMBERS, MOST_WINDOWS = 32_000_000, 8192
+"""Size of the windows that simple scores are fitted on, and their most."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ class Scores:
     """Percentile of its ordinary level among ordinary videos."""
     reach_s: float
     """Seconds within which a peak is the highest."""
+    beside: dict[str, np.ndarray] = field(default_factory=dict)
+    """Simple scores and columns of the cache by name, (N,) each."""
 
     @property
     def timeline(self) -> Timeline:
@@ -127,8 +134,13 @@ class Scores:
         return found
 
 
-def score_videos(scorer: Scorer, windows: Windows) -> Iterator[Scores]:
-    """The scores of each video, one after the other, in memory that does not depend on their number."""
+def score_videos(
+    scorer: Scorer, windows: Windows, rivals: Rivals | None = None, *, columns: tuple[str, ...] = ()
+) -> Iterator[Scores]:
+    """The scores of each video, one after the other, in memory that does not depend on their number.
+
+    Beside them are those of rivals, and columns of the cache.
+    """
     cache, device = windows.cache, scorer.predictor.mean.device
     numbers = np.arange(len(windows))
     by_video = np.split(numbers, np.flatnonzero(np.diff(windows.video_of(numbers))) + 1)  # clips are in their order
@@ -136,9 +148,11 @@ def score_videos(scorer: Scorer, windows: Windows) -> Iterator[Scores]:
         rows = windows.rows(chosen)[:, scorer.moment]
         times_s = cache.take(rows, "times_s")
         chosen, rows = (part[times_s.argsort(kind="stable")] for part in (chosen, rows))
-        parts = []
+        parts, beside = [], dict[str, list[Tensor]]()
         for _, taken in in_batches(windows, chosen, device):
             parts.append([part.cpu() for part in scorer(taken)])
+            for name, part in rivals(scorer.predictor.standardise(taken.embeddings)).items() if rivals else ():
+                beside.setdefault(name, []).append(part.cpu())
         energies, cosines, maps = (torch.cat(part) for part in zip(*parts, strict=True))
         yield Scores(
             video=windows.videos(chosen)[0],
@@ -149,7 +163,20 @@ def score_videos(scorer: Scorer, windows: Windows) -> Iterator[Scores]:
             maps=maps.numpy(),
             level=scorer.ordinary.level(energies.double()),
             reach_s=(windows.length - 1) / scorer.predictor.fps,
+            beside={name: torch.cat(parts).numpy() for name, parts in beside.items()}
+            | {name: cache.take(rows, name) for name in columns},
         )
+
+
+def fit_rivals(names: tuple[Rival, ...], scorer: Scorer, ordinary: EmbeddingCache) -> Rivals:
+    """Simple scores, by what is usual in a cache of ordinary videos."""
+    windows, predictor = windows_for(ordinary, scorer.predictor, scorer.length), scorer.predictor
+    chosen = windows.evenly(
+        min(MOST_WINDOWS, max(64, MOST_NUMBERS // (windows.length * int(np.prod(predictor.shape)))))
+    )
+    parts = [predictor.standardise(taken.embeddings) for _, taken in in_batches(windows, chosen, predictor.mean.device)]
+    context = predictor.config.context
+    return Rivals(names, torch.cat(parts), context=context, ahead=scorer.horizons, ignored=scorer.ignored)
 
 
 def ignored_places(picture: Path, predictor: Predictor) -> Tensor:
