@@ -155,6 +155,17 @@ class EmbeddingCache:
         # NumPy would take 25 times as long to convert it.
         return torch.from_numpy(stored).float().numpy() if stored.dtype == np.float16 else stored
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of all clips, in their order, int64 (N,): those of clips that were replaced are left out."""
+        return np.concatenate([clip.rows for clip in self.clips])
+
+    def clip_of(self, rows: np.ndarray) -> np.ndarray:
+        """Clips that rows belong to, (N,) -> int64 (N,), indices into `clips`."""
+        starts = np.array([clip.start for clip in self.clips])
+        order = starts.argsort()
+        return order[np.searchsorted(starts[order], rows, side="right") - 1]
+
     def clip_embeddings(self, clip: CachedClip) -> np.ndarray:
         """All embeddings of a clip, float32 (T, *tokens, D)."""
         return self.take(clip.rows)

@@ -51,6 +51,8 @@ class Options(PublishedOptions):
     """Optimiser steps of the encoder, where one is trained."""
     predictor_steps: PositiveInt = 800
     """Optimiser steps of the predictor."""
+    decoder_steps: PositiveInt = 1000
+    """Optimiser steps of the decoder, through which the page shows what the predictor imagines."""
     seed: NotNegativeInt = 0
     """Seed of all commands."""
     open: bool = False
@@ -66,6 +68,7 @@ def main(options: Options) -> None:
     horizon = usual_horizon(parts, options.fps)
     train = {"steps": options.predictor_steps, "validation-horizon": horizon, "rollout-steps": min(ROLLOUT, horizon)}
     given: dict[str, Given] = {
+        "train-decoder": {"steps": options.decoder_steps},
         "embed": embed, "images": (images := {"image-fps": options.image_fps}), "evaluate": {"horizon": horizon},
         "train": train | ({"actions": options.actions} if options.actions else {}),
     }  # fmt: skip

@@ -41,6 +41,8 @@ WORDS = {
     "pretrain_encoder": "pretrain",
     "train_predictor": "train",
     "evaluate_rollout": "evaluate",
+    "train_decoder": "train-decoder",
+    "imagine": "imagine",
     "score_surprise": "surprise",
 }
 """Commands whose runs are shown, in this order."""
@@ -64,7 +66,8 @@ class Options(Bounded):
     """Write a page about finished runs."""
 
     runs: tuple[Path, ...] = tuple(Path("runs", name) for name in ("encoder", "predictor", "evaluation", "surprise"))
-    """Folders of finished runs of pretrain, train, evaluate and surprise, of each as many as are to be shown."""
+    """Folders of finished runs of pretrain, train, evaluate, train-decoder, imagine and surprise, each as many as are
+    to be shown."""
     output_dir: Path = Path("runs/report")
     """Where report.html is left."""
     videos: PositiveInt = 12
@@ -83,7 +86,7 @@ def main(options: Options) -> None:
         known = record.get("command") in WORDS and record["finished"]
         require(known, f"--runs {folder} holds no finished run of {', '.join(WORDS.values())}: name such folders")
     found.sort(key=lambda run: list(WORDS).index(run[1]["command"]))
-    page: dict[str, Any] = {"runs": [], "curves": [], "skills": [], "surprises": []}
+    page: dict[str, Any] = {"runs": [], "curves": [], "skills": [], "dreams": [], "surprises": []}
     left = MOST_BYTES - len(script) - 1_000_000  # for all that is neither library nor film
     for folder, record in found:
         with reading(folder):
@@ -92,6 +95,10 @@ def main(options: Options) -> None:
                 page["curves"].append({"folder": folder, **collapse_of(folder)})
             if record["command"] == "evaluate_rollout":
                 page["skills"].append({"folder": folder, **skill_of(folder)})
+            if record["command"] == "imagine":
+                dream = dream_of(folder, most=left // 3)
+                left -= sum(len(film["data"]) for film in dream["films"])
+                page["dreams"].append({"folder": folder, **dream})
             if record["command"] == "score_surprise":
                 surprise = surprise_of(folder, record, options.videos, left=left)
                 left -= sum(len(video["film"]) for video in surprise["videos"])
@@ -185,6 +192,18 @@ def skill_of(folder: Path) -> dict[str, Any]:
         "said": f"{said} {counted(results['windows'], 'rollout')}; intervals: {results['interval']}.",
         "figure": skill_figure(results), "results": results, "text": table(results),
     }  # fmt: skip
+
+
+def dream_of(folder: Path, most: int) -> dict[str, Any]:
+    """Films of what was imagined, as many as weigh at most so much in base64."""
+    results = read_json(folder / "imagined.json")
+    films: list[dict[str, Any]] = []
+    for film in results["films"]:
+        data = base64.b64encode((folder / "films" / film["film"]).read_bytes()).decode()
+        if (most := most - len(data)) >= 0:
+            films.append(film | {"data": data})
+    left = len(results["films"]) - len(films)
+    return results | {"films": films, "said": f"{counted(left, 'film')} more in {folder}." if left else ""}
 
 
 def read_table(path: Path) -> dict[str, list[Row]]:

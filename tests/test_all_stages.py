@@ -64,14 +64,14 @@ def test_one_command_leads_from_a_folder_to_a_page_and_goes_on(tmp_path, monkeyp
     monkeypatch.setattr(Here, "dies", 4)
     opened = []
     monkeypatch.setattr("webbrowser.open", opened.append)
-    line = f"{tmp_path}/my_videos --output-dir {tmp_path}/runs --fps 8 --encoder-steps 2 --predictor-steps 2"
-    line += " --columns ball_1_x --actions ball_?_vx --open"
+    line = f"{tmp_path}/my_videos --output-dir {tmp_path}/runs --fps 8 --encoder-steps 2"
+    line += " --predictor-steps 2 --decoder-steps 2 --columns ball_1_x --actions ball_?_vx --open"
     with pytest.raises(KeyboardInterrupt):
         call("all_stages", line)
     call("all_stages", line)
     shown = [words.split()[1] for words in capsys.readouterr().out.split("\n$ ")[1:]]
     assert [words[0] for words in Here.words[4:]] == [
-        "pretrain", "embed", "embed", "embed", "train", "evaluate", "surprise", "report",
+        "pretrain", "embed", "embed", "embed", "train", "evaluate", "train-decoder", "imagine", "surprise", "report",
     ]  # fmt: skip
     assert shown == [words[0] for words in Here.words]
     parts = {
@@ -83,6 +83,8 @@ def test_one_command_leads_from_a_folder_to_a_page_and_goes_on(tmp_path, monkeyp
     assert "notes.mp4" in page
     assert opened == [(tmp_path / "runs" / "report" / "report.html").as_uri()]
     assert read_json(tmp_path / "runs" / "predictor" / "run.json")["options"]["actions"] == ["ball_?_vx"]
+    films = read_json(tmp_path / "runs" / "imagined" / "imagined.json")["films"]
+    assert films[0]["panels"][-1] == "imagined with mean actions"  # of one video there are no other's
     assert "probe_r2_ball_1_x" in json.dumps(read_json(tmp_path / "runs" / "evaluation" / "rollout.json"))
     (tmp_path / "my_videos" / "clip_00000.mp4").unlink()
     assert "was begun with other videos (gone: 1, new: 0)" in refusal("all_stages", line)

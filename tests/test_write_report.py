@@ -52,7 +52,11 @@ def world(tmp_path_factory, encode_video):
     judge = f"--cache {cache}/test --predictor {folder}/predictor"
     call("evaluate_rollout", f"{judge} --output-dir {folder}/evaluation --horizon 4")
     call("score_surprise", f"{judge} --output-dir {folder}/surprise --normal {cache}/normal --alarms-per-hour 3000")
-    runs = " ".join(f"{folder}/{name}" for name in ("surprise", "encoder", "predictor", "evaluation"))
+    call("train_decoder", f"{caches} --output-dir {folder}/decoder --longest-side 32 {common}")
+    given = f"--decoder {folder}/decoder --among {cache}/train --horizon 4 --films 2 --output-dir {folder}/imagined"
+    call("imagine", f"{judge} {given}")
+    names = ("surprise", "encoder", "predictor", "evaluation", "decoder", "imagined")
+    runs = " ".join(f"{folder}/{name}" for name in names)
     call("write_report", f"--runs {runs} --output-dir {folder}/report")
     return folder
 
@@ -118,6 +122,9 @@ def test_numbers_are_those_of_the_files(world, page):
         assert line["y"] == [record["relative_to_copy_last"] for record in records]
         low, high = ([record[f"relative_to_copy_last_{end}"] for record in records] for end in ("low", "high"))
         assert band["y"] == high + low[::-1]
+    dreams = read_json(world / "imagined" / "imagined.json")
+    shown = [{name: film[name] for name in ("times_s", "nearest")} for film in dreams["films"]]
+    assert [{name: one[name] for name in ("times_s", "nearest")} for one in page.data("data-dream")] == shown
     jumps = [float(attributes["data-jump"]) for _, attributes in page.elements if "data-jump" in attributes]
     assert jumps == [float(row["peak_s"]) for row in events] + [float(row["time_s"]) for row in tops]
 
@@ -142,7 +149,7 @@ def test_names_are_data_and_nothing_lies_outside_the_page(world, page):
     )
 
 
-@pytest.mark.parametrize("run", ["encoder", "predictor", "evaluation", "surprise"])
+@pytest.mark.parametrize("run", ["encoder", "predictor", "evaluation", "decoder", "imagined", "surprise"])
 def test_the_command_that_is_shown_is_the_one_that_ran(world, page, run, monkeypatch):
     record = read_json(world / run / "run.json")
     line = command_line(record)
@@ -151,6 +158,22 @@ def test_the_command_that_is_shown_is_the_one_that_ran(world, page, run, monkeyp
     monkeypatch.setattr(sys, "argv", [word, *words])
     module = importlib.import_module(f"pipelines.{COMMANDS[word]}")
     assert to_json(parse(module.Options, COMMANDS[word])) == record["options"]
+
+
+def test_films_of_the_imagined_show_what_came_and_the_nearest_real_frames(world, read_number):
+    results = read_json(world / "imagined" / "imagined.json")
+    assert len(results["films"]) == 2
+    for film in results["films"]:
+        assert film["panels"] == ["what came", "its embeddings, decoded", "imagined, decoded", "nearest real frames"]
+        assert film["video"] == f"{world}/test/{HOSTILE}"
+        with av.open(str(world / "imagined" / "films" / film["film"])) as file:
+            frames = [frame.to_ndarray(format="rgb24").transpose(2, 0, 1) for frame in file.decode(video=0)]
+        assert len(frames) == len(film["times_s"]) == 3 + 4
+        for frame, time_s, nearest in [*zip(frames, film["times_s"], film["nearest"], strict=True)][3:]:
+            assert frame.shape == (3, 128, 320)
+            assert read_number(frame[:, :64, :160]) == np.abs(shown_at(4) - time_s).argmin()
+            seed = int(nearest[0].endswith("1.mp4"))  # of train/0.mp4 and train/1.mp4
+            assert read_number(frame[:, 64:, 160:]) == np.abs(shown_at(seed) - nearest[1]).argmin()
 
 
 @pytest.mark.parametrize("spans", [((0.0, np.inf),), ((1.0, 2.0), (1.5, 2.2), (3.0, 3.2))])
@@ -224,14 +247,29 @@ def test_a_browser_shows_the_page_without_an_error(world, browser, width, scheme
                 await new Promise((done) => setTimeout(done, 50));
         }
         return [...document.querySelectorAll('.plot')].map((plot) => plot.querySelectorAll('.trace').length)""")
-    assert min(drawn) > 1
+    assert min(drawn) > 0
     assert browser.run("return document.documentElement.scrollWidth") <= width
     assert browser.run("return document.title") == "video-jepa report"  # the name is hostile
     assert browser.errors == []
 
 
+def test_a_film_is_scrubbed_by_keys(world, browser):
+    browser.errors.clear()
+    browser.open(world / "report" / "report.html")
+    browser.run("document.querySelector('.dream input').focus()")
+    for key, code, place in (("Home", 36, 0), ("ArrowRight", 39, 1), ("End", 35, 6), ("ArrowLeft", 37, 5)):
+        browser.press(key, code)
+        assert browser.run("return document.querySelector('.dream input').value") == str(place)
+        time_s = read_json(world / "imagined" / "imagined.json")["films"][0]["times_s"][place]
+        said = browser.run("return document.querySelector('.dream .now').textContent")
+        assert said.startswith(f"{time_s:.2f} s: {'watching' if place < 3 else 'imagined'}")
+        at_s = browser.run("return document.querySelector('.dream video').currentTime")
+        assert at_s == pytest.approx((place + 0.5) / 8)
+    assert browser.errors == []
+
+
 SEEN = """
-    const video = document.querySelector('video'), canvas = document.createElement('canvas');
+    const video = document.querySelector('.video video'), canvas = document.createElement('canvas');
     for (let tries = 0; tries < 200 && (video.seeking || video.readyState < 2); tries++)
         await new Promise((done) => setTimeout(done, 25));
     await new Promise((done) => setTimeout(done, 60));
@@ -260,7 +298,9 @@ def test_clicks_and_keys_show_the_frame_of_their_time(world, browser):
     for number, jump in enumerate(jumps):
         browser.run(f"document.querySelectorAll('[data-jump]')[{number}].click()")
         is_shown(jump)
-        assert browser.run("return document.querySelector('.now').textContent").startswith(f"{float(jump):.2f} s")
+        assert browser.run("return document.querySelector('.video .now').textContent").startswith(
+            f"{float(jump):.2f} s"
+        )
     cell = next(row for row in rows if row["time_s"] == jumps[-1])
     style = browser.run("const one = document.querySelector('i.cell').style; return [one.top, one.left, one.width]")
     assert style == [f"{50 * int(cell['row'])}%", f"{25 * int(cell['column'])}%", "25%"]
@@ -279,9 +319,9 @@ def test_clicks_and_keys_show_the_frame_of_their_time(world, browser):
     middle = (float(rows[0]["time_s"]) + float(rows[-1]["time_s"])) / 2
     is_shown(min((float(row["time_s"]) for row in rows), key=lambda time_s: abs(time_s - middle)))
     browser.run(f"""
-        document.querySelector('.play').click();
-        const video = document.querySelector('video');
+        document.querySelector('.video .play').click();
+        const video = document.querySelector('.video video');
         for (let tries = 0; tries < 400 && !(video.currentTime > {middle + 0.2}); tries++)
             await new Promise((done) => setTimeout(done, 25));""")
-    assert browser.run("return document.querySelector('video').currentTime") > middle + 0.2
+    assert browser.run("return document.querySelector('.video video').currentTime") > middle + 0.2
     assert browser.errors == []

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from data import files
@@ -22,7 +24,8 @@ from pipelines.run.command import UserError
 MARK = "run.json"
 """The file that says whose a folder is."""
 WRITTEN = re.compile(
-    r"(metrics|account|config|rollout|sources)\.json|report\.html|(curve|videos)\.jsonl|(rollout|surprise|peaks)\.csv|model\.safetensors"
+    r"(metrics|account|config|rollout|sources|imagined)\.json|report\.html|(curve|videos)\.jsonl|film_\d{3}\.mp4"
+    r"|(rollout|surprise|peaks)\.csv|model\.safetensors"
     r"|step_\d{8,}\.pt|hparams\.yml|events\.out\.tfevents\..*"
 )
 """Names of the files that commands write, beside pictures."""
@@ -98,6 +101,13 @@ def written(path: Path) -> Iterator[Path]:
                 yield from written(inner)
     elif path.is_file() and (WRITTEN.fullmatch(path.name) or (path.suffix == ".png" and _is_signed(path))):
         yield path
+
+
+def save_picture(path: Path, pixels: np.ndarray) -> None:
+    """Write a PNG of pixels, uint8 (H, W, 3), that is known as ours."""
+    info = PngInfo()
+    info.add_text(*next(iter(SIGNED.items())))
+    Image.fromarray(pixels).save(path, pnginfo=info)
 
 
 def _is_signed(picture: Path) -> bool:

@@ -43,8 +43,12 @@ def run_journey(
     probe = {"probe-cache": caches / "train", "probe-columns": columns} if columns else {}
     made = {"cache": caches / "test", "output-dir": folder / "evaluation"} | given["evaluate"]
     run_stage("evaluate", made | judge | probe)
+    made = {"train-cache": caches / "train", "validation-cache": caches / "val", "output-dir": folder / "decoder"}
+    run_stage("train-decoder", made | given["train-decoder"] | again)
+    made = {"cache": caches / "test", "among": caches / "train", "decoder": folder / "decoder"} | given["evaluate"]
+    run_stage("imagine", made | {"output-dir": folder / "imagined"} | judge)
     run_stage("surprise", {"cache": caches / ("shown" if shown else "test"), "output-dir": folder / "surprise"} | judge)
-    names = (*(["encoder"] if "pretrain" in given else []), "predictor", "evaluation", "surprise")
+    names = ("encoder",) * ("pretrain" in given) + ("predictor", "evaluation", "decoder", "imagined", "surprise")
     runs = tuple(folder / name for name in names)
     run_stage("report", {"runs": runs, "output-dir": folder / "report", "overwrite": True})
     page = folder / "report" / "report.html"

@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.cache import Provenance
-from data.clock import read_frames_at
-from data.decoder import Damage, VideoError
+from data.frames import read_again
 from data.video import probe_video
 from pipelines.run.files import SIGNED
 from pipelines.run.scoring import Scores
@@ -93,8 +92,4 @@ def read_pictures(video: Path, times_s: np.ndarray, provenance: Provenance, *, h
     """
     shape = probe_video(video, provenance.image_fps)
     size = (height, max(1, round(height * shape.width / shape.height)))
-    fps = provenance.image_fps
-    frames, found_s = read_frames_at(video, size, times_s=times_s, damage=Damage(), image_fps=fps)  # told of before
-    for time_s in times_s[np.abs(found_s - times_s) > 0.5 / provenance.fps][:1]:
-        raise VideoError(f"{video}: there is no frame at {time_s:.2f} s: was it changed since it was cached?")
-    return frames.transpose(0, 2, 3, 1)
+    return read_again(video, times_s, size, provenance).transpose(0, 2, 3, 1)

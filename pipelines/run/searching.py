@@ -1,0 +1,42 @@
+"""Search in a cache: the embeddings nearest to others, exact, in memory that does not depend on its size."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.cache import EmbeddingCache
+from jepa.search import nearest
+from pipelines.run.models import BATCH_NUMBERS, require_finite
+
+BLOCK = 4096
+"""Embeddings that are compared with each other at a time, at most."""
+
+
+class Search:
+    """Nearest embeddings of a cache, each feature in units of its standard deviation."""
+
+    def __init__(self, cache: EmbeddingCache, *, mean: Tensor, std: Tensor) -> None:
+        self.cache, self.rows, self.mean, self.std = cache, cache.rows, mean.cpu(), std.cpu()
+        sources = [clip.key.source for clip in cache.clips]
+        self.videos = np.unique(sources, return_inverse=True)[1][cache.clip_of(self.rows)]
+        self.size = max(1, min(BLOCK, BATCH_NUMBERS // int(np.prod(cache.shape))))
+
+    def standardise(self, embeddings: Tensor) -> Tensor:
+        """(N, *tokens, D) -> (N, tokens x D)."""
+        return ((embeddings.cpu() - self.mean) / self.std).flatten(1)
+
+    def blocks(self, doing: str = "") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Standardised embeddings, their rows and their videos' numbers, of the whole cache."""
+        for start in tqdm(range(0, len(self.rows), self.size), doing, unit="block", leave=False, disable=not doing):
+            part = slice(start, start + self.size)
+            taken = require_finite(self.cache, torch.from_numpy(self.cache.take(self.rows[part])))
+            yield self.standardise(taken), torch.from_numpy(self.rows[part]), torch.from_numpy(self.videos[part])
+
+    def near(self, queries: Tensor, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and rows (Q, most) of the embeddings nearest to others (Q, *tokens, D)."""
+        parts = [nearest(part, self.blocks(), most) for part in self.standardise(queries).split(self.size)]
+        distances, rows = (torch.cat(part) for part in zip(*parts, strict=True))
+        return distances.numpy(), rows.numpy()
