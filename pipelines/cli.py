@@ -30,6 +30,8 @@ COMMANDS = {
     "evaluate": "evaluate_rollout",
     "surprise": "score_surprise",
     "watch": "watch",
+    "search": "search_cache",
+    "export": "export_cache",
     "report": "write_report",
 }
 """Words and their modules, in the order in which a person needs them."""

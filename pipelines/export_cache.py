@@ -1,0 +1,93 @@
+r"""Take embeddings out of a cache, for other tools, as they are: a table of Parquet, or an array of NumPy.
+
+  video-jepa export cache/test --to parquet --output-dir exported
+
+parquet, which takes `pip install 'video-jepa[parquet]'`: `embeddings.parquet`, a row for each embedding with video,
+content, time, tick and columns, the embedding as a list of float32, its shape and the cache's provenance in the file's
+metadata. npy: `embeddings.npy`, float32 (rows, *tokens, D), the rest in `rows.csv` and `provenance.json`.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from data.cache import EmbeddingCache
+from jepa.config import Bounded
+from pipelines.run.command import UserError, require, require_one_process, run_command
+from pipelines.run.files import to_json, write_json
+
+
+@dataclass(frozen=True)
+class Options(Bounded):
+    """Take embeddings out of a cache."""
+
+    cache: Positional[Path]
+    """The cache."""
+    output_dir: Path = Path("exported")
+    """Where the files are left; a new or empty folder."""
+    to: Literal["parquet", "npy"] = "parquet"
+    """Kind of the files."""
+
+
+def main(options: Options) -> None:
+    """Clip by clip, in memory for one of them."""
+    require_one_process()
+    cache, folder = EmbeddingCache(options.cache), options.output_dir
+    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require(is_free, f"--output-dir {folder} holds something: take a new folder")
+    (to_parquet if options.to == "parquet" else to_npy)(cache, folder)
+    print(f"wrote {folder}: {cache.frames:,} embeddings of shape {cache.shape}")
+
+
+def columns_of(cache: EmbeddingCache) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Of each clip its columns by name, (T,) each, and its embeddings, float32 (T, *tokens, D)."""
+    names = {"time_s": "times_s", "tick": "ticks"} | {name: name for name in cache.provenance.columns}
+    names.pop("embeddings")
+    for clip in tqdm(cache.clips, "exporting", unit="clip", leave=False):
+        video = clip.key.source.encode(errors="backslashreplace").decode()  # names need not be UTF-8
+        key = {"video": video, "content": clip.key.content, "clock_offset_s": clip.key.offset_s}
+        columns = {name: [value] * clip.frames for name, value in key.items()}
+        columns |= {name: cache.take(clip.rows, own).tolist() for name, own in names.items()}
+        yield columns, cache.clip_embeddings(clip)
+
+
+def to_npy(cache: EmbeddingCache, folder: Path) -> None:
+    """Embeddings as one array, a row of a table for each, and the provenance."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape, first = (cache.frames, *cache.shape), 0
+    stored = np.lib.format.open_memmap(folder / "embeddings.npy", mode="w+", dtype=np.float32, shape=shape)
+    with (folder / "rows.csv").open("w", newline="") as file:
+        for columns, embeddings in columns_of(cache):
+            csv.writer(file).writerows([[*columns]] * (first == 0) + [*zip(*columns.values(), strict=True)])
+            stored[first : (first := first + len(embeddings))] = embeddings
+    stored.flush()
+    write_json(folder / "provenance.json", cache.provenance)
+
+
+def to_parquet(cache: EmbeddingCache, folder: Path) -> None:
+    """One table, a group of rows for each clip. Raises `UserError` where pyarrow is missing."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError("--to parquet takes pyarrow: pip install 'video-jepa[parquet]', or --to npy") from error
+    said, writer = {"shape": json.dumps(cache.shape), "provenance": json.dumps(to_json(cache.provenance))}, None
+    folder.mkdir(parents=True, exist_ok=True)
+    for columns, embeddings in columns_of(cache):
+        lists = pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), math.prod(cache.shape))
+        table = pyarrow.table(columns | {"embedding": lists}).replace_schema_metadata(said)
+        writer = writer or parquet.ParquetWriter(folder / "embeddings.parquet", table.schema)
+        writer.write_table(table)
+    writer.close()  # type: ignore[union-attr]  # a cache has clips
+
+
+if __name__ == "__main__":
+    run_command(main, Options)
