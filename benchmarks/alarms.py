@@ -14,12 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import markdown, read_scores, run, run_once, write_results
+from benchmarks.common import markdown, run, write_results
 from benchmarks.synthetic_events import Event, write_ball_pairs
+from data.cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_videos
+from data.windows import Windows
 from jepa.alarms import Timeline, choose_threshold, find_events, hours_of
 from jepa.config import Bounded, Positive, PositiveInt
 from pipelines.run.command import run_command
+from pipelines.run.models import load_predictor
+from pipelines.run.scoring import Scorer, score_videos
 
 EVENTS: tuple[Event, ...] = ("reverse", "freeze")
 WITHIN_S = 2.0
@@ -78,12 +82,11 @@ def main(options: Options) -> None:
 
 def score(videos: Path, name: str, options: Options) -> dict[str, Timeline]:
     """Energies and times of each video of a folder."""
-    cache, found = options.output_dir / "cache" / name, options.output_dir / "surprise" / name
-    encoder = options.run / "encoder" / "encoder"
+    cache, encoder = options.output_dir / "cache" / name, options.run / "encoder" / "encoder"
     run("cache_embeddings", {"videos": videos, "encoder": encoder, "fps": BallWorld().fps, "output-dir": cache})
-    run_once("score_surprise", found, {"cache": cache, "predictor": options.run / "predictor"})
-    times_s, energies = (read_scores(found / "surprise.csv", column) for column in ("time_s", "energy"))
-    return {video: (energies[video], times_s[video]) for video in energies}
+    scorer = Scorer(*load_predictor(options.run / "predictor"), (1,))
+    windows = Windows(EmbeddingCache(cache), scorer.length)
+    return {str(scores.video): scores.timeline for scores in score_videos(scorer, windows)}
 
 
 def shown_at_s(video: Path) -> float:
