@@ -81,7 +81,13 @@ def main(options: Options) -> None:
     for seed in options.seeds:
         predictor = folder / f"predictor_{seed}"
         train_on(folder / "cache", predictor, options.predictor_options.split(), {"seed": seed})
-        given = {"cache": folder / "cache" / "test", "predictor": predictor, "horizons": HORIZONS, "score": BESIDE}
+        given = {
+            "cache": folder / "cache" / "test",
+            "predictor": predictor,
+            "horizons": HORIZONS,
+            "smoothing": 1,
+            "score": BESIDE,
+        }
         run_once("score_surprise", folder / f"surprise_{seed}", given)
         found["model"].append(judge(read_surprise(folder / f"surprise_{seed}" / "surprise.csv", "energy"), abnormal))
     first = folder / f"surprise_{options.seeds[0]}" / "surprise.csv"

@@ -20,19 +20,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-import jepa.calibration
 from benchmarks.common import markdown, shared, train_on, write_results
 from benchmarks.ped2 import Options as Walkway
 from benchmarks.ped2 import cached, videos_in
 from data.clock import read_on_clock
 from data.video import probe_video
 from jepa.baselines import Ridge
-from jepa.calibration import Calibration, mean_of_neighbours
+from jepa.calibration import Calibration
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from jepa.encoder import Encoder
 from jepa.fitting import Forecasts, cross_fit_energy, fit_calibration, fit_ridge, hold_out
@@ -351,7 +351,6 @@ def contestants(
 
     @torch.no_grad()
     def measure(seen: Tensor) -> dict[str, Tensor]:
-        vars(jepa.calibration)["NEIGHBOURHOOD"] = 0.0  # places by themselves
         ticks = torch.arange(1, HORIZON + 1)
         past, future, came = Sequence.on_clock(seen, ridge.fps).cut(CONTEXT, ridge.fps)
         rolled = rollout(ridge, past, future)
@@ -371,14 +370,12 @@ def tell(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Energies (N, HORIZON, sides, shares) of maps (N, HORIZON, rows, columns); the highest cells (N, sides, 2)."""
     energies, cells = [], []
     for side in SIDES:
-        vars(jepa.calibration)["NEIGHBOURHOOD"] = side / min(maps.shape[2:])
-        near = mean_of_neighbours(maps)
+        near = functional.avg_pool2d(maps, side, stride=1, padding=side // 2, count_include_pad=False)
         ordered = near.flatten(2).sort(dim=2, descending=True).values.cumsum(dim=2)
         counts = [max(1, round(ordered.shape[2] * share)) for share in SHARES]
         energies.append(torch.stack([ordered[..., count - 1] / count for count in counts], dim=-1))
         highest = near.mean(dim=1).flatten(1).argmax(dim=1)
         cells.append(torch.stack([highest // maps.shape[3], highest % maps.shape[3]], dim=-1))
-    vars(jepa.calibration)["NEIGHBOURHOOD"] = 0.0
     return torch.stack(energies, dim=2), torch.stack(cells, dim=1)
 
 

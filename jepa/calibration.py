@@ -8,12 +8,10 @@ log energy is a new clip's level (Student's t over those seen) plus what moments
 """
 
 from collections.abc import Sequence as Several
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 from einops import rearrange, reduce
 from scipy import stats
 from torch import Tensor, nn
@@ -25,8 +23,8 @@ from jepa.sequence import Sequence
 QUANTILES = 1001
 LEVELS = 200
 """Quantiles that the level of a new clip is drawn at."""
-NEIGHBOURHOOD, MOST_SURPRISING = 1 / 3, 0.03
-"""Side of the neighbourhoods of a grid, as a share of its shorter side; share of its places that tell a moment."""
+MOST_SURPRISING = 0.03
+"""Share of the places of a grid that tell a moment."""
 COVARIANCE_SHRINKAGE = 0.05
 """Share of the diagonal in the covariance of errors: features keep their own scale on short validation sets."""
 FAR_LEVEL = 99.0
@@ -124,13 +122,13 @@ class Calibration(nn.Module):
     def energy_map(self, believed: Tensor, came: Tensor, ticks: Tensor, ignored: Tensor | None = None) -> Tensor:
         """How badly embeddings that came fit what was believed, at each place; about 1 on ordinary video.
 
-        (B, H, *tokens, D) twice, raw, `ticks` (H,) ahead -> (B, H, *tokens), of a grid the mean of each place and its
-        neighbours, without the places (*tokens) that are ignored.
+        (B, H, *tokens, D) twice, raw, `ticks` (H,) ahead -> (B, H, *tokens), 0 at places (*tokens) that are ignored.
         """
         errors = rearrange((came - believed) / self.ridge.std, "b h ... d -> b h (...) d")
         centred = errors - self._at(self.error_mean, ticks)[:, None]
         whitened = torch.einsum("b h p d, h d k -> b h p k", centred, self._at(self.whitening, ticks))
-        return mean_of_neighbours(reduce(whitened.square(), "b h p k -> b h p", "mean").view(came.shape[:-1]), ignored)
+        energies = reduce(whitened.square(), "b h p k -> b h p", "mean").view(came.shape[:-1])
+        return energies if ignored is None else energies.masked_fill(ignored, 0)
 
     def energy(self, believed: Tensor, came: Tensor, ticks: Tensor) -> Tensor:
         """The energy of moments in units of what is usual, of a grid at its most surprising places.
@@ -167,18 +165,3 @@ def most_surprising(energies: Tensor) -> Tensor:
     """The mean of the most surprising places, (B, H, *tokens) -> (B, H): one alone may be noise."""
     places = energies.view(*energies.shape[:2], -1)
     return places.topk(max(1, round(places.shape[2] * MOST_SURPRISING)), dim=2).values.mean(dim=2)
-
-
-def mean_of_neighbours(energies: Tensor, ignored: Tensor | None = None) -> Tensor:
-    """The mean of each place and its neighbours, (B, H, *tokens) to the same shape; vectors have no places.
-
-    Ignored places, bool (*tokens), are nobody's neighbours, and have an energy of 0.
-    """
-    if energies.ndim == 2:
-        return energies
-    side = 1 + 2 * round((min(energies.shape[2:]) * NEIGHBOURHOOD - 1) / 2)  # odd
-    mean = partial(functional.avg_pool2d, kernel_size=side, stride=1, padding=side // 2, count_include_pad=False)
-    if ignored is None:
-        return mean(energies)
-    seen = (~ignored).to(energies).expand_as(energies)
-    return seen * mean(energies * seen) / mean(seen).clamp_min(1e-12)

@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from jepa.baselines import Ridge
-from jepa.calibration import Calibration, mean_of_neighbours, most_surprising, usual_errors
+from jepa.calibration import Calibration, most_surprising, usual_errors
 from jepa.samples import central_interval, live_features
 
 MOST_INPUTS = 4096
@@ -85,7 +85,7 @@ def fit_calibration(ridge: Ridge, forecasts: Forecasts, drawn: Tensor | None = N
     for step in range(horizon):
         calibration.blend[step], left = cross_fit_blend(forecasts.errors(step), parts)
         (calibration.error_mean[step], calibration.whitening[step]), places = cross_fit_energy(left, parts)
-        energies = most_surprising(mean_of_neighbours(places.view(windows, 1, *tokens)))[:, 0]
+        energies = most_surprising(places.view(windows, 1, *tokens))[:, 0]
         calibration.unit[step] = energies.mean()
         calibration.energies[:, step] = energies / energies.mean()
     calibration.clips.copy_(torch.from_numpy(forecasts.groups))

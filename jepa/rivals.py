@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from jepa.calibration import mean_of_neighbours, most_surprising, usual_errors
+from jepa.calibration import most_surprising, usual_errors
 
 Rival = Literal["copying", "mahalanobis", "nearest", "difference"]
 PATCHES, BLOCK = 40_000, 2000
@@ -52,7 +52,8 @@ class Rivals:
         else:
             usual = self.usual_changes[ticks] if name == "copying" else self.usual
             energies = energy(self._changes(windows, ticks) if name == "copying" else came, *usual)
-        return most_surprising(mean_of_neighbours(energies[:, None], self.ignored))[:, 0]
+        energies = energies if self.ignored is None else energies.masked_fill(self.ignored, 0)
+        return most_surprising(energies[:, None])[:, 0]
 
     def _changes(self, windows: Tensor, ticks: int) -> Tensor:
         """What copying misses, (B, *tokens, D)."""

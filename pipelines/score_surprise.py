@@ -35,7 +35,7 @@ from data.errors import DataError, printable
 from data.video import IMAGE_FPS
 from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
 from jepa.calibration import FAR_LEVEL
-from jepa.config import Bounded, Bounds, Positive, PositiveInt
+from jepa.config import Bounded, Bounds, NotNegative, Positive, PositiveInt
 from jepa.metrics import roc_auc
 from jepa.predictor import Predictor
 from jepa.rivals import Rival, Rivals
@@ -77,6 +77,8 @@ class Options(Bounded):
     """Picture of the frame, white where nothing counts, such as a clock or a tree; for grids of tokens."""
     horizons: tuple[PositiveInt, ...] = (1,)
     """Ticks ahead of a past whose energies are averaged. 1 notices best what is sudden, 1 2 3 4 what goes astray."""
+    smoothing: NotNegative = 0.0
+    """Seconds up to a moment that its energy is the mean of; for what is there for longer than it takes to happen."""
     score: tuple[Rival, ...] = ("copying", "mahalanobis", "difference")
     """Simple scores beside the energy, fitted on the videos that the predictor was trained on."""
     truth: str = ""
@@ -105,7 +107,7 @@ def main(options: Options) -> None:
         "ticks ahead: give such, or run video-jepa calibrate with a larger horizon",
     )
     ignored = ignored_places(options.ignore_region, predictor) if options.ignore_region else None
-    scorer = Scorer(predictor, calibration, options.horizons, ignored)
+    scorer = Scorer(predictor, calibration, options.horizons, ignored, smoothing_s=options.smoothing)
     cache = open_cache(options.cache or embed(options, predictor), predictor)
     windows, truth = windows_for(cache, predictor, scorer.length), find_columns(cache, filter(None, [options.truth]))
     alarm = choose_alarm(options, scorer, cache) if options.normal else None

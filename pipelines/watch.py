@@ -122,7 +122,8 @@ def load_watch(options: Options) -> Watch:
     require(found == wanted, f"{name} is encoder {found}, and the predictor's is {wanted}: give that one as --encoder")
     threshold = read_json(folder / "metrics.json")["threshold"]
     return Watch(
-        accelerator, encoder, Scorer(predictor, calibration, tuple(given["horizons"]), ignored),
+        accelerator, encoder,
+        Scorer(predictor, calibration, tuple(given["horizons"]), ignored, smoothing_s=given["smoothing"]),
         threshold=math.inf if threshold is None else threshold, offsets_s=inputs["offsets_s"],
         dtype=getattr(torch, provenance["columns"]["embeddings"]["dtype"]),
     )  # fmt: skip
@@ -137,6 +138,7 @@ def score(options: Options, watch: Watch) -> Iterator[Moment]:
     )  # fmt: skip
     timed = ((*one, time.monotonic()) for one in windows_of(frames, encoder.window, clocks=len(offsets_s)))
     pasts: list[deque[Any]] = [deque(maxlen=scorer.length) for _ in offsets_s]
+    recent = deque[tuple[float, float]]()
     for (_, time_s, tick, clock), window, seen_s in run_ahead(timed, AHEAD):
         past = pasts[clock]
         if past and past[-1][0] != tick - 1:
@@ -149,7 +151,11 @@ def score(options: Options, watch: Watch) -> Iterator[Moment]:
             energy, cosine, places = (part[0].cpu() for part in scorer(windows))
             percentile = float(scorer.ordinary.percentile(energy))
             _, time_s, seen_s, _ = past[scorer.moment]
-            yield Moment(time_s, float(energy), percentile, float(cosine), places=places.numpy(), seen_s=seen_s)
+            recent.append((time_s, float(energy)))
+            while len(recent) > 1 and recent[0][0] < time_s - scorer.smoothing_s + 1e-3:
+                recent.popleft()
+            mean = sum(one for _, one in recent) / len(recent)
+            yield Moment(time_s, mean, percentile, float(cosine), places=places.numpy(), seen_s=seen_s)
 
 
 def lines(moments: Iterable[Moment], threshold: float) -> Iterator[dict[str, Any]]:

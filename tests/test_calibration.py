@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import minimize
 
 from jepa.baselines import Ridge
-from jepa.calibration import Calibration, Ordinary, mean_of_neighbours, most_surprising
+from jepa.calibration import Calibration, Ordinary, most_surprising
 from jepa.fitting import (
     Forecasts,
     best_blend,
@@ -203,7 +203,7 @@ def test_a_calibration_can_be_built_again_and_knows_its_percentiles():
     assert percentiles[[0, 3]].tolist() == [0, 100]
 
 
-def test_of_a_grid_the_most_surprising_neighbourhood_counts():
+def test_of_a_grid_the_most_surprising_place_counts():
     """In units of what that usually is: ordinary moments have an energy of 1, whatever the number of places."""
     generator = torch.Generator().manual_seed(0)
     came = torch.randn(120, 2, 6, 8, 4, generator=generator)
@@ -220,34 +220,12 @@ def test_of_a_grid_the_most_surprising_neighbourhood_counts():
     energies = calibration.energy(believed, wrong, ticks)
     assert energies[7, 1] == energies.max() > 5
     assert int(calibration.energy_map(believed, wrong, ticks)[7, 1].argmax()) == 4 * 8 + 2
-
-
-@pytest.mark.parametrize(("grid", "side"), [((1, 1), 1), ((4, 6), 1), ((9, 12), 3), ((15, 22), 5)])
-def test_a_neighbourhood_is_a_third_of_the_picture(grid, side):
-    energies = torch.zeros(1, 1, *grid)
-    middle = grid[0] // 2, grid[1] // 2
-    energies[0, 0, *middle] = side**2
-    found = mean_of_neighbours(energies)[0, 0]
-    assert (found > 0).sum() == side**2
-    assert found[middle] == pytest.approx(1)
-    assert torch.equal(mean_of_neighbours(torch.ones(1, 1, *grid)), torch.ones(1, 1, *grid))  # at the borders, too
+    ignored = torch.zeros(6, 8, dtype=torch.bool)
+    ignored[4, 2] = True
+    assert (calibration.energy_map(believed, wrong, ticks, ignored)[..., 4, 2] == 0).all()
 
 
 def test_a_moment_is_told_by_its_most_surprising_places():
     energies = torch.arange(200.0).view(1, 2, 10, 10)
     assert most_surprising(energies).tolist() == [[98, 198]]  # three of a hundred
     assert most_surprising(energies[..., 0, 0]).tolist() == [[0, 100]]  # vectors have one place
-
-
-def test_ignored_places_are_nobodys_neighbours():
-    energies = torch.rand((2, 3, 15, 22), generator=torch.Generator().manual_seed(0))
-    ignored = torch.zeros(15, 22, dtype=torch.bool)
-    ignored[2:4, 5:9] = True
-    loud = energies.masked_fill(ignored, 1e6)
-    found = mean_of_neighbours(loud, ignored)
-    assert (found[:, :, ignored] == 0).all()
-    for row, column in ((0, 0), (1, 4), (4, 9), (14, 21)):  # beside it, and at the edges
-        near = slice(max(0, row - 2), row + 3), slice(max(0, column - 2), column + 3)
-        expected = energies[..., near[0], near[1]][..., ~ignored[near]].mean(dim=-1)
-        torch.testing.assert_close(found[:, :, row, column], expected)
-    torch.testing.assert_close(mean_of_neighbours(energies, torch.zeros_like(ignored)), mean_of_neighbours(energies))

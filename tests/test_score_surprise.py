@@ -227,3 +227,14 @@ def test_any_name_makes_a_picture(tmp_path):
     for name in ("a.mp4", "a.avi", "ü" * 100 + ".mp4", "bad\udcff\n$.mp4"):
         (tmp_path / score_surprise.picture_name(tmp_path / name, tmp_path)).touch()
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a_2.png", "ü" * 60 + ".png", "bad__$.png"}
+
+
+def test_energy_is_the_mean_of_the_seconds_up_to_a_moment(world, tmp_path):
+    plain, _ = score(world, tmp_path / "plain")
+    smooth, _ = score(world, tmp_path / "smooth", smoothing=0.5)  # two ticks
+    by_time = {(row["video"], row["time_s"]): row for row in plain}
+    for row in smooth:
+        before = by_time.get((row["video"], f"{float(row['time_s']) - 0.25:.3f}"), by_time[row["video"], row["time_s"]])
+        of_both = [float(one["energy"]) for one in (before, by_time[row["video"], row["time_s"]])]
+        assert float(row["energy"]) == pytest.approx(np.mean(of_both), abs=1e-3)
+        assert row["percentile"] == by_time[row["video"], row["time_s"]]["percentile"]

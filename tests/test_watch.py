@@ -69,7 +69,7 @@ def world(tmp_path_factory, encode_video):
     score_surprise.main(
         score_surprise.Options(
             cache=folder / "cache/test", predictor=folder / "predictor", normal=folder / "cache/normal",
-            alarms_per_hour=100, horizons=(1, 2, 3), output_dir=folder / "surprise",
+            alarms_per_hour=100, horizons=(1, 2, 3), smoothing=0.25, output_dir=folder / "surprise",
         )
     )  # fmt: skip
     for path in folder.glob("*/*.mkv"):

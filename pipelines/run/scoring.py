@@ -40,6 +40,8 @@ class Scorer:
     horizons: tuple[int, ...]
     ignored: Tensor | None = None
     """Places that count for nothing, bool (*tokens): their neighbours' forecasts see the mean there, always."""
+    smoothing_s: float = 0.0
+    """Seconds up to a moment that its energy is the mean of; percentile, cosine and places are the moment's own."""
 
     @property
     def length(self) -> int:
@@ -94,7 +96,7 @@ class Scores:
     percentiles: np.ndarray
     cosines: np.ndarray
     maps: np.ndarray
-    """Energies of places (N, *tokens), each with its neighbours, where there are any."""
+    """Energies of places (N, *tokens), where there are any."""
     level: float
     """Percentile of its ordinary level among ordinary videos."""
     reach_s: float
@@ -147,7 +149,7 @@ def score_videos(
     for chosen in tqdm(by_video, desc="scoring", unit="video", leave=False):
         rows = windows.rows(chosen)[:, scorer.moment]
         times_s = cache.take(rows, "times_s")
-        chosen, rows = (part[times_s.argsort(kind="stable")] for part in (chosen, rows))
+        chosen, rows, times_s = (part[times_s.argsort(kind="stable")] for part in (chosen, rows, times_s))
         parts, beside = [], dict[str, list[Tensor]]()
         for _, taken in in_batches(windows, chosen, device):
             parts.append([part.cpu() for part in scorer(taken)])
@@ -156,16 +158,27 @@ def score_videos(
         energies, cosines, maps = (torch.cat(part) for part in zip(*parts, strict=True))
         yield Scores(
             video=windows.videos(chosen)[0],
-            times_s=cache.take(rows, "times_s"),
-            energies=energies.double().numpy(),
+            times_s=times_s,
+            energies=trailing_mean(energies.double().numpy(), times_s, scorer.smoothing_s),
             percentiles=scorer.ordinary.percentile(energies).numpy(),
             cosines=cosines.double().numpy(),
             maps=maps.numpy(),
             level=scorer.ordinary.level(energies.double()),
-            reach_s=(windows.length - 1) / scorer.predictor.fps,
-            beside={name: torch.cat(parts).numpy() for name, parts in beside.items()}
+            reach_s=(windows.length - 1) / scorer.predictor.fps + scorer.smoothing_s,
+            beside={
+                name: trailing_mean(torch.cat(parts).numpy(), times_s, scorer.smoothing_s)
+                for name, parts in beside.items()
+            }
             | {name: cache.take(rows, name) for name in columns},
         )
+
+
+def trailing_mean(values: np.ndarray, times_s: np.ndarray, seconds: float) -> np.ndarray:
+    """The mean of the values (N,) of so many seconds up to each, itself included; times ascend."""
+    ends = np.arange(1, len(values) + 1)
+    begins = np.minimum(times_s.searchsorted(times_s - seconds + 1e-3), ends - 1)
+    sums = np.concatenate([np.zeros(1), values.cumsum(dtype=np.float64)])
+    return (sums[ends] - sums[begins]) / (ends - begins)
 
 
 def fit_rivals(names: tuple[Rival, ...], scorer: Scorer, ordinary: EmbeddingCache) -> Rivals:
