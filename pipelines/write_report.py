@@ -34,6 +34,7 @@ from pipelines.run.command import UserError, counted, require, require_one_proce
 from pipelines.run.figures import curve_figures, skill_figure, timeline_figure
 from pipelines.run.files import differences, flat, read_json, to_json, write_text
 from pipelines.run.folder import RunFolder, read_mark
+from pipelines.run.maps import map_of
 from pipelines.run.options import as_arguments
 from pipelines.run.report import table
 
@@ -86,7 +87,7 @@ def main(options: Options) -> None:
         known = record.get("command") in WORDS and record["finished"]
         require(known, f"--runs {folder} holds no finished run of {', '.join(WORDS.values())}: name such folders")
     found.sort(key=lambda run: list(WORDS).index(run[1]["command"]))
-    page: dict[str, Any] = {"runs": [], "curves": [], "skills": [], "dreams": [], "surprises": []}
+    page: dict[str, Any] = {"runs": [], "curves": [], "skills": [], "maps": [], "dreams": [], "surprises": []}
     left = MOST_BYTES - len(script) - 1_000_000  # for all that is neither library nor film
     for folder, record in found:
         with reading(folder):
@@ -95,6 +96,11 @@ def main(options: Options) -> None:
                 page["curves"].append({"folder": folder, **collapse_of(folder)})
             if record["command"] == "evaluate_rollout":
                 page["skills"].append({"folder": folder, **skill_of(folder)})
+                if (Path(record["options"]["cache"]) / "cache.json").exists():
+                    page["maps"].append(
+                        {"folder": record["options"]["cache"], **map_of(Path(record["options"]["cache"]))}
+                    )
+                    left -= len(page["maps"][-1]["sheet"]) + VIDEO_BYTES
             if record["command"] == "imagine":
                 dream = dream_of(folder, most=left // 3)
                 left -= sum(len(film["data"]) for film in dream["films"])

@@ -32,7 +32,7 @@ ARROWS = {  # what of jepa/ a module may rest on, all the way down; errors and c
     "rollout": {"predictor", "calibration", "baselines", "networks", "sequence"},
 }
 # Lines of what is there today, rounded up to the next 50. Lower them whenever something has become shorter.
-PRODUCT, WITH_BESIDE = 11_150, 17_450  # the bars of issue 19: 6,500 and 10,500; of 21: 7,200; of 22: 8,500
+PRODUCT, WITH_BESIDE = 11_200, 17_500  # the bars of issue 19: 6,500 and 10,500; of 21: 7,200; of 22: 8,500
 TO_READ = {  # a command and all that it imports; the bar: 3,000 each, the demo apart
     "demo": 4_350,
     "all_stages": 3_950,
@@ -48,7 +48,7 @@ TO_READ = {  # a command and all that it imports; the bar: 3,000 each, the demo 
     "watch": 5_850,
     "search_cache": 3_900,
     "export_cache": 1_100,
-    "write_report": 3_050,
+    "write_report": 3_500,
 }
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

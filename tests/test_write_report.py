@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
+from data.cache import EmbeddingCache
 from data.clock import read_on_clock
 from data.film import make_film
 from pipelines import write_report
@@ -176,6 +178,25 @@ def test_films_of_the_imagined_show_what_came_and_the_nearest_real_frames(world,
             assert read_number(frame[:, 64:, 160:]) == np.abs(shown_at(seed) - nearest[1]).argmin()
 
 
+def test_the_map_shows_moments_of_the_cache_with_their_frames(world, page, read_number):
+    (shown,) = page.data("data-map")
+    cache = EmbeddingCache(world / "cache" / "test")
+    assert shown["names"] == [f"{world}/test/{HOSTILE}"] * cache.frames
+    assert shown["times_s"] == shown["colours"]["time in its video"] == cache.take(cache.rows, "times_s").tolist()
+    embeddings = cache.take(cache.rows).reshape(cache.frames, -1)
+    places = np.stack([shown["x"], shown["y"]], axis=1)
+    embeddings = (embeddings - embeddings.mean(axis=0)) / embeddings.std(axis=0).clip(min=1e-6)
+    one, two = np.linalg.svd(embeddings)[1][:2]
+    np.testing.assert_allclose(np.linalg.norm(places, axis=0), [one, two], rtol=1e-3)
+    sheet = Image.open(io.BytesIO(base64.b64decode(shown["sheet"])))
+    height, width = shown["size"]
+    for number in (0, 7, cache.frames - 1):
+        left, top = number % shown["across"] * width, number // shown["across"] * height
+        thumb = sheet.crop((left, top, left + width, top + height)).resize((80, 32))
+        frame = np.abs(shown_at(4) - shown["times_s"][number]).argmin()
+        assert read_number(np.asarray(thumb).transpose(2, 0, 1)) == frame
+
+
 @pytest.mark.parametrize("spans", [((0.0, np.inf),), ((1.0, 2.0), (1.5, 2.2), (3.0, 3.2))])
 def test_a_film_shows_each_frame_of_the_clocks_at_its_own_time(encode_video, tmp_path, read_number, spans):
     times_s = shown_at(7)
@@ -265,6 +286,10 @@ def test_a_film_is_scrubbed_by_keys(world, browser):
         assert said.startswith(f"{time_s:.2f} s: {'watching' if place < 3 else 'imagined'}")
         at_s = browser.run("return document.querySelector('.dream video').currentTime")
         assert at_s == pytest.approx((place + 0.5) / 8)
+    browser.run("document.querySelector('.map input').focus()")
+    browser.press("ArrowRight", 39)
+    time_s = EmbeddingCache(world / "cache" / "test").take(np.array([1]), "times_s")[0]
+    assert browser.run("return document.querySelector('.map .now').textContent").endswith(f"at {time_s:.2f} s")
     assert browser.errors == []
 
 
