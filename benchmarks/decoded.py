@@ -67,7 +67,7 @@ def main(options: Options) -> None:
     write_json(options.run / "decoded.json", {"windows": len(chosen), "psnr": psnr, "near": shares})
     steps = [step for step in (1, 5, 10, 15, 20) if step <= options.horizon]
     for title, table in {f"PSNR in dB, {len(chosen)} windows": psnr, "both balls within 3 pixels": shares}.items():
-        print(f"{title:42}" + "".join(f"{step:>8}" for step in steps))
+        print(f"{title:42}" + "".join(f"{step:>8}" for step in steps) if table else "")
         for name, values in table.items():
             print(f"  {name:40}" + "".join(f"{values[step - 1]:8.3f}" for step in steps))
 

@@ -25,8 +25,8 @@ from pipelines.run.encoders import PublishedOptions
 from pipelines.run.files import write_json
 from pipelines.run.journey import Given, run_journey
 
-HORIZON, ROLLOUT = 20, 8
-"""Ticks that are forecast, and trained on, at most: as many as the usual video allows."""
+HORIZON, ROLLOUT, LEAST = 20, 8, 2
+"""Ticks that are forecast, and trained on, at most: as many as the usual video allows; and at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,13 @@ def main(options: Options) -> None:
     given: dict[str, Given] = {
         "train-decoder": {"steps": options.decoder_steps},
         "embed": embed, "images": (images := {"image-fps": options.image_fps}), "evaluate": {"horizon": horizon},
-        "train": train | ({"actions": options.actions} if options.actions else {}),
+        "train": train,
     }  # fmt: skip
     if options.encoder is None:
         given["pretrain"] = {"steps": options.encoder_steps, **images}
     run_journey(
         folder, {split: folder / "videos" / f"{split}.jsonl" for split in parts}, given, fps=options.fps,
-        seed=options.seed, columns=(*options.columns, *options.actions), is_opened=options.open,
+        seed=options.seed, columns=options.columns, actions=options.actions, is_opened=options.open,
     )  # fmt: skip
 
 
@@ -101,9 +101,16 @@ def divide(options: Options, folder: Path) -> dict[str, list[VideoInfo]]:
         [path.absolute() for path in options.videos], fps=options.fps, manifest=folder / "videos.jsonl",
         image_fps=options.image_fps,
     )  # fmt: skip
+    least_s = (MLPConfig().context + LEAST) / options.fps
     for video in videos:
-        account.add(video.path, video.duration_s, Damage())
+        if 0 < video.duration_s < least_s:
+            few = f"{video.path}: its {video.duration_s:.1f} s are less than the {least_s:.1f} s that a forecast takes"
+            account.refused[str(video.path)] = f"{few} at --fps {options.fps:g}: raise that, or bring longer videos"
+        else:
+            account.add(video.path, video.duration_s, Damage())
     print(account)
+    videos = [video for video in videos if str(video.path) not in account.refused]
+    require(bool(videos), next(iter(account.refused.values()), ""))
     parts = split_videos(videos)
     for split, part in parts.items():
         path, contents = folder / f"{split}.jsonl", {video.content for video in part}
@@ -122,16 +129,9 @@ def divide(options: Options, folder: Path) -> dict[str, list[VideoInfo]]:
 
 
 def usual_horizon(parts: dict[str, list[VideoInfo]], fps: float) -> int:
-    """Ticks that can be forecast in most videos of each split. Raises `UserError` where there are none."""
-    context = MLPConfig().context
+    """Ticks that can be forecast in most videos of each split."""
     usual_s = min(median(video.duration_s for video in part) for part in parts.values())
-    fits = int(usual_s * fps) - context
-    require(
-        fits >= 2,
-        f"--fps is {fps:g}: of a usual video, {usual_s:.1f} s, that makes {context + fits} frames, and a forecast from "
-        f"{context} takes {context + 2} at least: raise it, or bring longer videos",
-    )
-    return min(HORIZON, fits)
+    return max(LEAST, min(HORIZON, int(usual_s * fps) - MLPConfig().context))
 
 
 if __name__ == "__main__":

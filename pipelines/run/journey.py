@@ -11,7 +11,7 @@ Given = dict[str, Any]
 
 def run_journey(
     folder: Path, videos: dict[str, Path], given: dict[str, Given], *, fps: float, seed: int, columns: tuple[str, ...],
-    shown: Path | tuple[Path, ...] | None = None, is_opened: bool = False,
+    actions: tuple[str, ...] = (), shown: Path | tuple[Path, ...] | None = None, is_opened: bool = False,
 ) -> None:  # fmt: skip
     """Encode, cache, train, evaluate, score and report, in a folder; what is done already is not done again.
 
@@ -22,6 +22,7 @@ def run_journey(
         fps: rate of the clock.
         seed: of all commands.
         columns: of the tables beside the videos, kept and read off forecasts.
+        actions: columns that are actions.
         shown: videos in which surprise is looked for, or all of the test.
         is_opened: whether a browser opens the page.
     """
@@ -35,10 +36,10 @@ def run_journey(
         kept = caches / "train" / "encoder"
     for split, source in (videos | ({"shown": shown} if shown else {})).items():
         taken = published if split == "train" else {"encoder": kept}
-        made = {"videos": source, **taken, **clock} | ({"columns": columns} if columns else {})
+        made = {"videos": source, **taken, **clock} | ({"columns": (*columns, *actions)} if columns or actions else {})
         run_stage("embed", made | given["images"] | {"output-dir": caches / split})
     made = {"train-cache": caches / "train", "validation-cache": caches / "val", "output-dir": predictor}
-    run_stage("train", made | given["train"] | again)
+    run_stage("train", made | given["train"] | ({"actions": actions} if actions else {}) | again)
     judge = {"predictor": predictor, "overwrite": True}
     probe = {"probe-cache": caches / "train", "probe-columns": columns} if columns else {}
     made = {"cache": caches / "test", "output-dir": folder / "evaluation"} | given["evaluate"]
