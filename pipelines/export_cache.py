@@ -49,8 +49,9 @@ def main(options: Options) -> None:
 
 def columns_of(cache: EmbeddingCache) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Of each clip its columns by name, (T,) each, and its embeddings, float32 (T, *tokens, D)."""
-    names = {"time_s": "times_s", "tick": "ticks"} | {name: name for name in cache.provenance.columns}
-    names.pop("embeddings")
+    names, ours = {"time_s": "times_s", "tick": "ticks"}, ("video", "content", "clock_offset_s", "time_s", "tick")
+    own = [name for name in cache.provenance.columns if name != "embeddings"]
+    names |= {f"own_{name}" if name in (*ours, "embedding") else name: name for name in own}
     for clip in tqdm(cache.clips, "exporting", unit="clip", leave=False):
         video = clip.key.source.encode(errors="backslashreplace").decode()  # names need not be UTF-8
         key = {"video": video, "content": clip.key.content, "clock_offset_s": clip.key.offset_s}

@@ -63,12 +63,12 @@ def main(options: Options) -> None:
     validation.require_same_space(encoder, provenance.fps, "the decoder", shape=train.shape)
     require_no_video_in_both(train, validation)
     size = fitting_size(Path(train.clips[0].key.source), provenance, options.longest_side)
+    known, held_out = read_pairs(train, options.frames, size), read_pairs(validation, HELD_OUT_FRAMES, size)
     run.begin(
         {"provenance": provenance, "train": clips_in_short(train), "validation": clips_in_short(validation)},
-        f"pictures of {size[0]} x {size[1]} from embeddings of {len(train.clips):,} clips",
+        f"pictures of {size[0]} x {size[1]}; {len(known.pictures):,} frames of {len(train.clips):,} clips",
         sources={clip.key.content: clip.key.source for cache in (train, validation) for clip in cache.clips},
     )
-    known, held_out = read_pairs(train, options.frames, size), read_pairs(validation, HELD_OUT_FRAMES, size)
     decoder = PictureDecoder(train.shape, size, width=options.width, encoder_fingerprint=encoder)
     flat, pictures = known.embeddings.flatten(0, -2), known.pictures.split(256)
     decoder.mean.copy_(flat.mean(dim=0))

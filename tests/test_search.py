@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.cache import ClipKey, EmbeddingCache
+from data.cache import ClipKey, Column, EmbeddingCache
 from data.cache_writer import EmbeddedClip
 from jepa.search import nearest
 from pipelines.run import searching
@@ -111,17 +111,17 @@ def test_slips_are_one_line(cache, tmp_path, make_clip, write_cache):
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4)])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_what_is_exported_is_what_is_there_to_the_bit(shape, dtype, tmp_path, make_clip, write_cache, make_provenance):
+def test_what_is_exported_is_what_is_there_to_the_bit(shape, dtype, tmp_path, make_clip, write_cache):
     parquet = pytest.importorskip("pyarrow.parquet")
     speeds = np.random.default_rng(0).normal(size=12)
     speeds[3] = np.nan
     clips = [
-        make_clip(f'/v/,"{name}\n.mp4', 12, gaps=[4], shape=shape, speed=speeds * place)
+        make_clip(f'/v/,"{name}\n.mp4', 12, gaps=[4], shape=shape, speed=speeds * place, tick=speeds)
         for place, name in enumerate("ab")
     ]
     for one in clips:
         one.columns["embeddings"] = one.columns["embeddings"].astype(dtype)
-    column = {"speed": make_provenance().columns["embeddings"].__class__("float64")}
+    column = dict.fromkeys(("speed", "tick"), Column("float64"))
     cache = EmbeddingCache(write_cache(tmp_path / "cache", clips, shape=shape, dtype=dtype, columns=column))
     for kind in ("npy", "parquet"):
         call("export_cache", f"{cache.folder} --to {kind} --output-dir {tmp_path}/{kind}")
@@ -132,7 +132,7 @@ def test_what_is_exported_is_what_is_there_to_the_bit(shape, dtype, tmp_path, ma
     embeddings = np.stack(table["embedding"].to_numpy(zero_copy_only=False)).reshape(-1, *shape)
     wanted = cache.take(cache.rows)
     assert np.load(tmp_path / "npy" / "embeddings.npy").tobytes() == embeddings.tobytes() == wanted.tobytes()
-    for ours, theirs in {"time_s": "times_s", "tick": "ticks", "speed": "speed"}.items():
+    for ours, theirs in {"time_s": "times_s", "tick": "ticks", "speed": "speed", "own_tick": "tick"}.items():
         values = cache.take(cache.rows, theirs)
         np.testing.assert_array_equal([float(row[ours]) for row in rows], values)
         np.testing.assert_array_equal(table[ours].to_numpy(), values)
