@@ -6,15 +6,22 @@ Makes balls as real videos: ordinary ones, and ones in which a ball turns round 
 splits the ordinary ones anew: one half chooses the threshold of alarms, as `video-jepa surprise --normal` does, the
 other half is watched. Counted is in how many draws the false alarms lie in the interval that was said, and of the
 events those that set off an alarm within two seconds, and after how long. Leaves `results.json`.
+
+  python -m benchmarks.alarms --walkway runs/benchmarks/ped2
+
+Of a finished run of `benchmarks/ped2.py`: is what is too rare for its ordinary video refused, and what is found at the
+rarest rate that it allows? The ordinary video is that by which the predictor was calibrated: there is no other.
 """
 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.common import markdown, run, write_results
+from benchmarks.common import markdown, read_scores, run, shared, write_results
+from benchmarks.ped2 import HORIZONS, SMOOTHING_S, read_labels
 from benchmarks.synthetic_events import Event, write_ball_pairs
 from data.cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_videos
@@ -36,6 +43,8 @@ class Options(Bounded):
 
     run: Path = Path("runs/demo")
     """Trained run on balls, with `encoder/` and `predictor/`, as the demo leaves it."""
+    walkway: Path | None = None
+    """Finished run of `benchmarks/ped2.py` to watch instead, with its own test clips."""
     clips: PositiveInt = 600
     """Ordinary clips of five seconds."""
     pairs: PositiveInt = 40
@@ -51,6 +60,10 @@ class Options(Bounded):
 def main(options: Options) -> None:
     """The story: make videos, score them, draw, count."""
     folder = options.output_dir
+    if options.walkway:
+        write_results(folder, results := watch_walkway(options.walkway))
+        print(results)
+        return
     write_ball_videos(folder / "videos" / "ordinary", options.clips, BallWorld(), seed=900)
     ordinary = score(folder / "videos" / "ordinary", "ordinary", options)
     planted = []
@@ -87,6 +100,31 @@ def score(videos: Path, name: str, options: Options) -> dict[str, Timeline]:
     scorer = Scorer(*load_predictor(options.run / "predictor"), (1,))
     windows = Windows(EmbeddingCache(cache), scorer.length)
     return {str(scores.video): scores.timeline for scores in score_videos(scorer, windows)}
+
+
+def watch_walkway(run_folder: Path) -> dict[str, Any]:
+    """What is said of two alarms an hour; and, at the rarest rate that is allowed, what is found and how late."""
+    scorer = Scorer(*load_predictor(run_folder / "predictor_0"), HORIZONS, smoothing_s=SMOOTHING_S)
+    windows = Windows(EmbeddingCache(run_folder / "cache" / "val"), scorer.length)
+    ordinary = [scores.timeline for scores in score_videos(scorer, windows)]
+    try:
+        refused = str(choose_threshold(ordinary, 2))
+    except ValueError as error:
+        refused = str(error)
+    alarm = choose_threshold(ordinary, 1.001 / hours_of(ordinary))
+    scored = run_folder / "surprise_0" / "surprise.csv"
+    times_s, energies = read_scores(scored, "time_s"), read_scores(scored, "energy")
+    abnormal = read_labels(shared("ped2") / "labels.csv", [Path(video) for video in times_s])
+    delays_s, loud_though_ordinary = dict[str, float](), list[bool]()
+    for video, at in times_s.items():
+        frames_s, truth = abnormal[Path(video).name]
+        begin_s, end_s = frames_s[truth][[0, -1]]
+        is_loud, is_abnormal = energies[video] >= alarm.threshold, (at >= begin_s) & (at <= end_s)
+        loud_s = at[is_loud & is_abnormal]
+        delays_s[Path(video).name] = float(loud_s[0] - max(begin_s, at[0])) if len(loud_s) else float("nan")
+        loud_though_ordinary += is_loud[~is_abnormal].tolist()
+    return {"two an hour": refused, "rate": 1 / hours_of(ordinary), "threshold": alarm.threshold, "delays_s": delays_s,
+            "ordinary moments": len(loud_though_ordinary), "above": sum(loud_though_ordinary)}  # fmt: skip
 
 
 def shown_at_s(video: Path) -> float:

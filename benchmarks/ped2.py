@@ -36,7 +36,7 @@ from data.counting import count_frames
 from jepa.config import Bounded, Positive
 from pipelines.run.command import require, run_command
 
-HORIZONS = (1, 2, 3, 4)
+HORIZONS, SMOOTHING_S = (1, 2, 3, 4), 1.0
 BESIDE = ("copying", "mahalanobis", "nearest")
 RESAMPLES = 1000
 
@@ -85,7 +85,7 @@ def main(options: Options) -> None:
             "cache": folder / "cache" / "test",
             "predictor": predictor,
             "horizons": HORIZONS,
-            "smoothing": 1,
+            "smoothing": SMOOTHING_S,
             "score": BESIDE,
         }
         run_once("score_surprise", folder / f"surprise_{seed}", given)

@@ -5,9 +5,11 @@ of the video, counted from 0 in presentation order. All other columns are values
 
 A table may begin late, end early or pause, as a recording may: where it says nothing, a tick gets NaN. One that says
 nothing about any tick of a clip is an error: its times are in another unit, or of another video.
+Without one, the tables of a data set in LeRobot's layout are read, where the video is in one.
 """
 
 import csv
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import numpy as np
 from data.decoder import Damage
 from data.errors import DataError
 from data.files import matching
+from data.lerobot import read_table
 from data.video import IMAGE_FPS, open_video
 
 
@@ -38,7 +41,7 @@ def read_sidecar(
     `VideoError` where frames are counted, and the video cannot be opened.
     """
     path = table_beside(video)
-    (clock, *_), rows = _read_table(path, columns)
+    (clock, *_), rows = _read_table(video, columns)
     if clock == "frame":
         shown_s = _frame_times_s(video, image_fps)
         unknown = rows[~np.isin(rows[:, 0], np.arange(len(shown_s))), 0]
@@ -66,15 +69,20 @@ def columns_beside(videos: Iterable[Path], patterns: Sequence[str]) -> tuple[str
     errors = []
     for video in videos:
         try:
-            return _read_table(table_beside(video), patterns)[0][1:]
+            return _read_table(video, patterns)[0][1:]
         except SidecarError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _read_table(path: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+def _read_table(video: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """The column that says when and those that are asked for, and their rows, float64 (rows, 1 + columns)."""
+    path = table_beside(video)
     try:
+        if not os.path.lexists(path) and (table := read_table(video)):
+            names, numbers = table
+            chosen = ("time_s", *_chosen(patterns, names[1:]))
+            return chosen, numbers[:, [names.index(name) for name in chosen]]
         if path.exists() and not path.is_file():
             raise OSError("it is no file")  # a pipe would be waited for
         # "-sig": spreadsheets put an invisible mark before the name of the first column.
@@ -82,17 +90,24 @@ def _read_table(path: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], n
             reader = csv.DictReader(file)
             known = reader.fieldnames or []
             clock = "time_s" if "time_s" in known else "frame"
-            values, found = [name for name in known if name not in ("time_s", "frame")], {clock: 0}
-            for pattern in (clock, *patterns):
-                if not (names := matching(pattern, known if pattern in known else values)):
-                    raise ValueError(f"there is no column '{pattern}' among {', '.join(known)}")
-                found |= dict.fromkeys(names, 0)
+            values = [name for name in known if name not in ("time_s", "frame")]
+            found = tuple(_chosen((clock, *patterns), values, known))
             rows = np.array([[float(row[column]) for column in found] for row in reader])
         if len(rows) == 0 or not np.isfinite(rows).all():
             raise ValueError("it has no rows, or a value that is not a number")
-    except (OSError, csv.Error, TypeError, ValueError) as error:
+    except (OSError, csv.Error, LookupError, TypeError, ValueError) as error:
         raise SidecarError(f"{path}: cannot be read as a table of numbers in UTF-8 ({error})") from error
-    return tuple(found), rows
+    return found, rows
+
+
+def _chosen(patterns: Sequence[str], values: Sequence[str], known: Sequence[str] = ()) -> list[str]:
+    """Columns among values by name or pattern, others by name. Raises `ValueError` where one is not there."""
+    found = list[str]()
+    for pattern in patterns:
+        if not (names := matching(pattern, known if pattern in known else values)):
+            raise ValueError(f"there is no column '{pattern}' among {', '.join(known or values)}")
+        found += names
+    return list(dict.fromkeys(found))
 
 
 def _frame_times_s(video: Path, image_fps: float) -> np.ndarray:

@@ -31,6 +31,7 @@ from data.cache import ClipKey, Column, EmbeddingCache, Provenance
 from data.cache_writer import CacheWriter, remaining_clips
 from data.clock import clock_offsets_s
 from data.errors import DataError
+from data.lerobot import episodes_in, missing_files
 from data.manifest import Account, check_videos
 from data.sidecar import columns_beside, read_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
@@ -87,6 +88,7 @@ def main(options: Options) -> None:
     is_main = accelerator.is_main_process
     videos, account = main_first(accelerator, lambda: usable_videos(options, is_main))
     options = main_first(accelerator, partial(named, options, videos))
+    missing = missing_files(video.path for video in videos)
     encoder = main_first(accelerator, lambda: chosen_encoder(options, accelerator, videos))
     provenance = Provenance(
         encoder=options.encoder, encoder_fingerprint=encoder.fingerprint, fps=options.fps, image_fps=options.image_fps,
@@ -118,6 +120,8 @@ def main(options: Options) -> None:
         ):  # fmt: skip
             keep(writer, task, options, account=read, duration_s=durations_s[str(task.source)])
     account.merge(gather_object([read]))
+    for path in missing:
+        account.refused[str(path)] = f"{path}: its data set promises it, and it is not there"
     if is_main:
         warn_of_rounding(writer.rounding)
         leave_account(account, options.output_dir)
@@ -182,6 +186,9 @@ def keep(writer: CacheWriter, task: Task, options: Options, *, account: Account,
     """Write down what has become of a video."""
     clips = [] if task.refused else task.clips()
     try:
+        begins_s = [episode.begin_s - 2e-3 for episode in episodes_in(task.source)[1:]]
+        if begins_s:  # no window crosses from one episode to the next
+            clips = [replace(clip, ticks=clip.ticks + np.searchsorted(begins_s, clip.times_s)) for clip in clips]
         for clip in clips if options.columns else ():
             values = read_sidecar(
                 task.source, clip.times_s, columns=options.columns, tolerance_s=0.5 / options.fps,
