@@ -92,7 +92,7 @@ def main(options: Options) -> None:
     for folder, record in found:
         with reading(folder):
             page["runs"].append(describe(folder, record))
-            if (folder / "curve.jsonl").exists():
+            if record["command"] in ("pretrain_encoder", "train_predictor"):
                 page["curves"].append({"folder": folder, **collapse_of(folder)})
             if record["command"] == "evaluate_rollout":
                 page["skills"].append({"folder": folder, **skill_of(folder)})
@@ -143,11 +143,10 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What a run was: its command, and what its numbers must be traced back to."""
     options = record["options"]
     caches = {name: Path(path) for name, path in options.items() if name.endswith("cache") and path}
-    read = {"what it read": folder, "its videos": folder / "cache"} | {
-        f"--{name.replace('_', '-')} {path}": path for name, path in caches.items()
-    }
-    lists = [Path(path) for path in options.get("videos") or () if path.endswith(".jsonl")]
-    read |= {f"all files, divided in {path.parent}": path.parent for path in lists}
+    lists = [Path(path).parent for path in options.get("videos") or () if path.endswith(".jsonl")]
+    read = {f"all files, divided in {path}": path for path in lists}
+    read |= {"what it read": folder, "its videos": folder / "cache"}
+    read |= {f"--{name.replace('_', '-')} {path}": path for name, path in caches.items()}
     accounts = {title: account_of(path) for title, path in read.items() if (path / "account.json").is_file()}
     facts = {"seed": options.get("seed"), "steps": options.get("steps"), "commit": record["code"]}
     return {
