@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, hidden_parts, robot
+from benchmarks import common, decoded, hidden_parts, robot
 from benchmarks.detection import average_precision, occupied_cells
-from data.synthetic import BallWorld, write_ball_videos
+from data.synthetic import BallWorld, render_balls, simulate_balls, write_ball_videos
 from jepa.bootstrap import Bootstrap
 from pipelines.run.command import UserError
 from pipelines.run.files import write_json
@@ -25,6 +25,15 @@ def test_a_forecast_is_compared_with_the_best_simple_guess_at_each_horizon(tmp_p
     assert found["of the best simple guess, worst horizon"] == pytest.approx(0.5 / 0.4)
     assert found["of the best simple guess, 20 ahead"] == pytest.approx(0.5 / 0.8)
     assert found["of ridge, mean over horizons"] == pytest.approx(np.mean(0.5 / curves["ridge"]))
+
+
+def test_balls_are_found_by_their_colours():
+    world = BallWorld(background="plain")
+    states = simulate_balls(world, np.random.default_rng(3))
+    pictures = torch.from_numpy(render_balls(states, world, np.random.default_rng(0))).movedim(3, 1)[None] / 255
+    apart = np.linalg.norm(states[:, 0, :2] - states[:, 1, :2], axis=1) > 2 * world.radius
+    found = decoded.positions(pictures, torch.full((3, 64, 64), decoded.GREY))[0]
+    np.testing.assert_allclose(found[apart], states[apart][:, :, :2], atol=0.5)
 
 
 # The robot
