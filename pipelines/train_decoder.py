@@ -29,7 +29,8 @@ from pipelines.run.run import Run, step_generator
 
 CHOSEN_BY = "validation_error"
 """Metric by which the best weights are chosen: squared error, in units of that of the mean picture."""
-HELD_OUT_FRAMES = 1000
+HELD_OUT_FRAMES, MOST_NUMBERS = 1000, 256_000_000
+"""Frames of a validation, and numbers in the embeddings that are held in memory, at most."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Batch(NamedTuple):
 
 def read_pairs(cache: EmbeddingCache, most: int, size: tuple[int, int]) -> Batch:
     """Embeddings and frames, evenly over a cache. Raises `VideoError` where a video is not as it was."""
-    rows = cache.rows[np.linspace(0, cache.frames - 1, min(most, cache.frames)).astype(int)]
+    most = min(most, cache.frames, max(1, MOST_NUMBERS // int(np.prod(cache.shape))))
+    rows = cache.rows[np.linspace(0, cache.frames - 1, most).astype(int)]
     embeddings = require_finite(cache, torch.from_numpy(cache.take(rows)))
     return Batch(embeddings, torch.from_numpy(read_frames(cache, rows, size)), {})
 
