@@ -6,7 +6,16 @@ from typing import Literal
 
 import numpy as np
 
-from data.synthetic import BallWorld, begin_motion, move_balls, on_all_cores, render_balls, write_states, write_video
+from data.synthetic import (
+    BallWorld,
+    begin_motion,
+    move_balls,
+    on_all_cores,
+    render_balls,
+    state_columns,
+    write_table,
+    write_video,
+)
 
 Event = Literal["reverse", "freeze", "pass_through"]
 """What cannot happen. `reverse`: a ball turns round in mid-air. `freeze`: both balls hold still for the rest of the
@@ -86,7 +95,7 @@ def write_ball_pair(folder: Path, index: int, *, world: BallWorld, seed: int, ev
         path.parent.mkdir(parents=True, exist_ok=True)
         write_video(path, render_balls(states, world, np.random.default_rng(background)), world.fps)
         shows_event = (np.arange(world.frames) == event_at).astype(int)
-        write_states(path.with_suffix(".csv"), states, world, event=shows_event.tolist())
+        write_table(path.with_suffix(".csv"), state_columns(states) | {"event": shows_event}, world.fps)
 
 
 def write_ball_pairs(folder: Path, pairs: int, world: BallWorld, *, seed: int, event: Event) -> None:

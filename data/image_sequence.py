@@ -114,3 +114,12 @@ def read_image(path: Path) -> np.ndarray:
             return np.asarray(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB"))
         image.info.pop("transparency", None)  # alpha is ignored; Pillow would warn of some
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def read_picture(path: Path, option: str) -> np.ndarray:
+    """The picture that an option names, uint8 (height, width, 3). Raises `VideoError` where it cannot be read."""
+    try:
+        return read_image(path)
+    except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
+        reason = getattr(error, "strerror", None) or error
+        raise VideoError(f"{option} {path}: not a readable picture ({reason})") from error

@@ -6,7 +6,7 @@ shade that change in every frame and say nothing about what happens next. The fr
 mp4 files; beside each lies a CSV with the true state of every frame.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -135,7 +135,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        # Colours at half the resolution take an even number of rows and columns.
+        stream.pix_fmt = "yuv444p" if stream.height % 2 or stream.width % 2 else "yuv420p"
         # With B-frames x264's macroblock tree reads memory that it never wrote: the same clip came out differently.
         # At 32 pixels it still does, about once in 100 times; `mbtree=0` would end that, and change all videos.
         stream.options = {"crf": "18", "preset": "veryfast", "bf": "0"}
@@ -153,19 +154,25 @@ def write_ball_clip(folder: Path, index: int, world: BallWorld, *, seed: int) ->
         generator = np.random.default_rng([seed, index])
         states = simulate_balls(world, generator)
         write_video(path, render_balls(states, world, generator), world.fps)
-        write_states(path.with_suffix(".csv"), states, world)
+        write_table(path.with_suffix(".csv"), state_columns(states), world.fps)
     return path
 
 
-def write_states(path: Path, states: np.ndarray, world: BallWorld, **columns: Sequence[float]) -> None:
-    """Write what `simulate_balls` returned as a CSV, whole or not at all; `columns` are added, a value a frame."""
-    names = ["frame", "time_s", *STATE_COLUMNS, *VELOCITY_COLUMNS, *columns]
-    frame = np.arange(len(states))
+def state_columns(states: np.ndarray) -> dict[str, np.ndarray]:
+    """What `simulate_balls` returned by column, (frames,) each."""
     positions, velocities = (part.reshape(len(states), -1) for part in np.split(states, 2, axis=2))
-    table = np.column_stack([frame, frame / world.fps, positions, velocities, *columns.values()])
-    formats = ["%d", "%.6f", *["%.4f"] * 8, *["%g"] * len(columns)]
+    return dict(
+        zip((*STATE_COLUMNS, *VELOCITY_COLUMNS), np.concatenate([positions, velocities], axis=1).T, strict=True)
+    )
+
+
+def write_table(path: Path, columns: dict[str, np.ndarray], fps: float) -> None:
+    """Write a CSV beside a video, a value of each column for each frame, whole or not at all."""
+    frame = np.arange(len(next(iter(columns.values()))))
     unfinished = path.with_suffix(".csv.tmp")
-    np.savetxt(unfinished, table, formats, delimiter=",", header=",".join(names), comments="")
+    formats, header = ["%d", "%.6f", *["%.4f"] * len(columns)], ",".join(["frame", "time_s", *columns])
+    table = np.column_stack([frame, frame / fps, *columns.values()])
+    np.savetxt(unfinished, table, formats, delimiter=",", header=header, comments="")
     unfinished.replace(path)
 
 

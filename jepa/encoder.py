@@ -23,6 +23,9 @@ from jepa.config import Bounded, NotNegativeInt, PositiveInt, Side, shown
 from jepa.errors import ConfigurationError
 from jepa.fingerprint import fingerprint
 
+SHARPNESS = 4.0
+"""Of the soft-max over places: normalised features are some units high where they are strong."""
+
 
 class Encoder(nn.Module):
     """Frames up to a tick to the embedding of that tick: the base of all encoders.
@@ -103,9 +106,9 @@ class EncoderConfig(Bounded):
     """ROWS COLUMNS of tokens, an embedding each. 0 0: one embedding for the whole frame."""
     levels: tuple[int, ...] = (-1,)
     """Feature levels of the backbone to take, counted as timm's `out_indices`; several are concatenated."""
-    pooling: Literal["flatten", "average", "native"] = "flatten"
-    """Pooling where there is no grid: `flatten` keeps where things are, `average` only what they are. `native`: the
-    whole backbone with its own pooling, such as a vision transformer's class token."""
+    pooling: Literal["flatten", "softmax", "average", "native"] = "flatten"
+    """Pooling where there is no grid: `flatten` keeps where things are, `softmax` only where each feature is strongest,
+    `average` only what things are. `native`: the whole backbone with its own pooling, such as a class token."""
     embedding_dimension: NotNegativeInt = 64
     """Length of an embedding. 0: no head, the features as they are."""
     head_widths: tuple[PositiveInt, ...] = ()
@@ -200,7 +203,7 @@ class FrameEncoder(Encoder):
         if self.tokens:
             maps = [resize_map(level, self.config.grid) for level in maps]
         else:
-            maps = [level.mean(dim=(2, 3)) if self.config.pooling == "average" else level.flatten(1) for level in maps]
+            maps = [POOLINGS[self.config.pooling](level) for level in maps]
         return torch.cat(maps, dim=-1)
 
 
@@ -209,6 +212,16 @@ def create_encoder(config: EncoderConfig, weights_file: Path | None = None) -> F
     published = config.weights != "scratch"
     backbone = build_backbone(config.backbone, config.image_size, load=published, weights_file=weights_file)
     return FrameEncoder(config, backbone)
+
+
+def spatial_softmax(features: Tensor) -> Tensor:
+    """Where each channel of a feature map (B, C, h, w) is strong: expected rows and columns in [-1, 1], (B, 2 x C).
+
+    The expectation is over a soft-max of all places (Levine et al. 2016, arXiv:1504.00702, section 4).
+    """
+    rows, columns = (torch.linspace(-1, 1, side, device=features.device) for side in features.shape[2:])
+    share = (SHARPNESS * features.float()).flatten(2).softmax(dim=2).unflatten(2, features.shape[2:])
+    return torch.cat([share.sum(dim=3) @ rows, share.sum(dim=2) @ columns], dim=1).to(features.dtype)
 
 
 def resize_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -225,6 +238,14 @@ def resize_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
     return rearrange(features, "b c rows columns -> b rows columns c")
 
 
+POOLINGS = {
+    "flatten": lambda level: level.flatten(1),
+    "softmax": spatial_softmax,
+    "average": lambda level: level.mean(dim=(2, 3)),
+}
+"""From a feature map (B, C, h, w) to (B, F)."""
+
+
 def _plan(config: EncoderConfig, backbone: Any) -> tuple[list[int], int]:
     """Levels to take, counted from 0, and length of the features of a token, as the backbone says of itself."""
     info, is_grid = backbone.feature_info, any(config.grid)
@@ -235,5 +256,6 @@ def _plan(config: EncoderConfig, backbone: Any) -> tuple[list[int], int]:
     levels, features = sorted(level % len(info) for level in config.levels), 0
     for level in levels:
         cells = math.prod(-(-side // info[level]["reduction"]) for side in config.image_size)
-        features += info[level]["num_chs"] * (cells if config.pooling == "flatten" and not is_grid else 1)
+        each = {"flatten": cells, "softmax": 2}.get(config.pooling, 1)
+        features += info[level]["num_chs"] * (1 if is_grid else each)
     return levels, features

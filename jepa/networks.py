@@ -11,7 +11,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from jepa.config import Bounded, NotNegativeInt, PositiveInt, SeveralInt, Share
+from jepa.config import Bounded, NotNegativeInt, PositiveInt, Share
 from jepa.errors import ConfigurationError
 
 
@@ -20,8 +20,8 @@ class NetworkConfig(Bounded):
     """Options of every network."""
 
     kind: ClassVar[str]
-    context: SeveralInt = 8
-    """Past embeddings that a prediction starts from."""
+    context: PositiveInt = 8
+    """Past embeddings that a prediction starts from. 1: where nothing but what is seen matters, such as in a maze."""
     width: PositiveInt = 512
     """Width of the hidden layers."""
     depth: PositiveInt = 3
@@ -58,7 +58,8 @@ class Embed(nn.Linear):
         if self.action_weight is None:
             return super().forward(seen)
         parts = seen.unflatten(-1, (self.steps, -1)).tensor_split([self.features], dim=-1)
-        features, actions = (part.flatten(-2) for part in parts)
+        # As they would lie without actions: the last bits depend on that, too.
+        features, actions = (part.flatten(-2).contiguous() for part in parts)
         return super().forward(features) + functional.linear(actions, self.action_weight)
 
 

@@ -31,6 +31,11 @@ class Terms(NamedTuple):
     weighted: dict[str, Tensor]
     """Addends of the loss."""
 
+    def plus(self, unweighted: dict[str, Tensor], weighted: dict[str, Tensor]) -> "Terms":
+        """The same with more of them."""
+        loss = self.loss + torch.stack(list(weighted.values())).sum()
+        return Terms(loss, unweighted | self.unweighted, weighted | self.weighted)
+
 
 @dataclass(frozen=True)
 class _Objective(Bounded):

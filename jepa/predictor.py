@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 
-from jepa.config import Positive, PositiveInt, require_fits
+from jepa.config import NotNegativeInt, Positive, PositiveInt, require_fits
+from jepa.errors import ConfigurationError
 from jepa.networks import NetworkConfig
 from jepa.sequence import Sequence, line_across
 
@@ -35,7 +37,8 @@ class Predictor(nn.Module):
     at first: the weights of a predictor without them fit one with them (`load_state_dict`, not strict).
 
     Embeddings of the encoder with this fingerprint have `shape`, (*tokens, D), on a clock of `fps` ticks a second; an
-    action has a number for each name of `actions`.
+    action has a number for each name of `actions`. The last `slow` numbers of an embedding stay what they are: they say
+    what the others depend on, such as where walls are.
     """
 
     mean: Tensor
@@ -52,18 +55,25 @@ class Predictor(nn.Module):
         fps: float,
         encoder_fingerprint: str,
         actions: tuple[str, ...] = (),
+        slow: int = 0,
     ) -> None:
         super().__init__()
-        hints = {"shape": tuple[PositiveInt, ...], "fps": Positive, "actions": tuple[str, ...]}
-        for name, value in {"shape": shape, "fps": fps, "actions": actions}.items():
+        hints = {
+            "shape": tuple[PositiveInt, ...], "fps": Positive, "actions": tuple[str, ...], "slow": NotNegativeInt,
+        }  # fmt: skip
+        for name, value in {"shape": shape, "fps": fps, "actions": actions, "slow": slow}.items():
             require_fits(name, value, hints[name])
         require_fits("encoder_fingerprint", encoder_fingerprint, str)
         self.config, self.shape, self.fps, self.encoder_fingerprint = config, shape, fps, encoder_fingerprint
-        self.actions, self.latent_dimension = actions, config.latent_dimension
+        self.actions, self.slow, self.latent_dimension = actions, slow, config.latent_dimension
         dimension = self.shape[-1]
+        if slow >= dimension:
+            raise ConfigurationError(
+                "slow_dimension", f"is {slow}, and an embedding has {dimension} numbers: take less"
+            )
         self.network = config.build(2 * dimension, len(self.shape) == 3, actions=len(actions))
         self.latent_block = LatentBlock(config.width, config.latent_dimension) if config.latent_dimension else None
-        self.head = nn.Linear(config.width, dimension)
+        self.head = nn.Linear(config.width, dimension - slow)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         for name, size in (("", dimension), ("action_", len(actions))):
@@ -97,7 +107,7 @@ class Predictor(nn.Module):
         if self.latent_block is not None:
             latent = hidden.new_zeros(batch, last, self.latent_dimension) if latent is None else latent
             hidden = self.latent_block(hidden, latent.repeat_interleave(places, dim=0))
-        predicted = embeddings[:, -last:] + self.change_std * self.head(hidden)  # (B x places, last, D)
+        predicted = embeddings[:, -last:] + self._change(hidden)  # (B x places, last, D)
         raw = self.unstandardise(predicted.unflatten(0, (batch, *tokens)).movedim(-2, 1))
         return raw, (embeddings[:, -1:], kept)
 
@@ -117,13 +127,19 @@ class Predictor(nn.Module):
         line, _ = line_across(self.standardise(seen.embeddings), seen.hidden)
         line, masked = rearrange(line, "b t ... d -> (b ...) t d"), rearrange(seen.hidden, "b t ... -> (b ...) t")
         hidden, _ = self.network(self._features(seen, line, line[:, :1]), length, None, tokens, masked)
-        filled = (line + self.change_std * self.head(hidden)).unflatten(0, (len(seen.hidden), *tokens)).movedim(-2, 1)
+        filled = (line + self._change(hidden)).unflatten(0, (len(seen.hidden), *tokens)).movedim(-2, 1)
         embeddings = torch.where(seen.hidden[..., None], self.unstandardise(filled), seen.embeddings)
         return replace(seen, embeddings=embeddings, hidden=None)
 
+    def _change(self, hidden: Tensor) -> Tensor:
+        """What hidden states (..., width) say that is added to standardised embeddings, (..., D)."""
+        return self.change_std * functional.pad(self.head(hidden), (0, self.slow))
+
     def _features(self, newest: Sequence, embeddings: Tensor, before: Tensor) -> Tensor:
         """What the network is shown of standardised steps (B x places, T, D) after the one before them."""
-        features = [embeddings, torch.diff(embeddings, dim=1, prepend=before) / self.change_std]
+        velocities = torch.diff(embeddings, dim=1, prepend=before) / self.change_std
+        # Of one embedding alone there is no velocity, in a rollout neither.
+        features = [embeddings, velocities if self.config.context > 1 else torch.zeros_like(velocities)]
         if self.actions:
             if newest.actions is None:
                 raise ValueError(f"the predictor takes {len(self.actions)} actions a step, and none are given")
@@ -147,4 +163,5 @@ class Predictor(nn.Module):
             "fps": self.fps,
             "encoder_fingerprint": self.encoder_fingerprint,
             "actions": list(self.actions),
+            "slow": self.slow,
         }

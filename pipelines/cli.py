@@ -32,6 +32,7 @@ COMMANDS = {
     "watch": "watch",
     "search": "search_cache",
     "export": "export_cache",
+    "act": "act",
     "report": "write_report",
 }
 """Words and their modules, in the order in which a person needs them."""

@@ -23,7 +23,7 @@ from data.manifest import check_videos
 from data.video import IMAGE_FPS
 from data.views import Neighbours
 from jepa.batch_norm import synchronise_batch_norm
-from jepa.config import NotNegative, Positive, PositiveInt, SeveralInt
+from jepa.config import NotNegative, NotNegativeInt, Positive, PositiveInt, SeveralInt
 from jepa.diagnostics import encoder_alarms, sequence_stats
 from jepa.distributed import sum_over_ranks, world_size
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
@@ -36,8 +36,10 @@ from pipelines.run.files import summary
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run
 
-CONTEXT, WIDTH = 4, 512
-"""Embeddings that the predictor of joint training starts from, and its width."""
+CONTEXT, ROLLOUT_STEPS, WIDTH = 4, 8, 512
+"""Embeddings that the predictor of joint training starts from, steps of its rollouts, and its width."""
+SLOW_TICKS = 16
+"""How far apart the frames are in which what is slow is compared."""
 WATCHED_CLIPS, WATCHED_FRAMES = 16, 16
 """Clips that collapse is looked for in, and their least length."""
 
@@ -66,8 +68,9 @@ class Options(RunOptions):
     """A video that cannot be used or is damaged is an error; otherwise it is left out and listed."""
     prediction_weight: NotNegative = 0.0
     """Weight of the error of rollouts on the embeddings, in units of their variance, beside the objective."""
-    prediction_steps: PositiveInt = 8
-    """Steps of these rollouts."""
+    slow_dimension: NotNegativeInt = 0
+    """So many of the embedding's numbers, its last, are to be alike in frames 16 ticks apart, such as what a room is
+    like; the others, in neighbouring ones, are to say what has changed since then, such as what moves in it."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     expander: ExpanderConfig = field(default_factory=ExpanderConfig)
     objective: Objective = field(default_factory=VICReg)
@@ -86,7 +89,11 @@ def main(options: Options) -> None:
         ),
     )  # fmt: skip
     encoder = make_encoder(options)
-    length = CONTEXT + options.prediction_steps if options.prediction_weight else 2
+    slow = options.slow_dimension
+    dimension = f"an embedding of {encoder.shape[-1]}"
+    require(slow < encoder.shape[-1], f"--slow-dimension {slow} leaves nothing of {dimension}: take less")
+    length = CONTEXT + ROLLOUT_STEPS if options.prediction_weight else 2
+    length = max(length, SLOW_TICKS + 1) if slow else length
     inputs: dict[str, object] = {"videos": summary(sorted(video.content for video in videos))}
     if options.initial_encoder is not None:
         inputs["initial_encoder"] = encoder.fingerprint
@@ -110,7 +117,9 @@ def main(options: Options) -> None:
     ).to(run.device)
 
     for step, batch in run.steps(clips.batches):
-        frames = options.views(batch.frames, run.generator(step))  # (B, T, 3, H, W)
+        ends = options.slow_dimension and not options.prediction_weight  # what is between them is nothing to the loss
+        seen = batch.frames[:, [0, 1, -2, -1]] if ends else batch.frames
+        frames = options.views(seen, run.generator(step))  # (B, T, 3, H, W)
         _, outputs, error = network(frames)
         terms = loss_of(outputs, error, options, run.generator(step, shared=True))
         weighted = {f"weighted_{name}": term for name, term in terms.weighted.items()}
@@ -129,16 +138,21 @@ def main(options: Options) -> None:
     )
 
 
-def loss_of(outputs: Tensor, error: Tensor | None, options: Options, generator: torch.Generator) -> Terms:
-    """The objective on outputs (B, T, *tokens, E) of neighbouring frames, and the error of rollouts. Collective."""
-    first, second = outputs[:, :-1], outputs[:, 1:]
-    terms = options.objective(first, second, generator=generator)
-    if error is None:
-        return terms
-    prediction = sum_over_ranks(error.mean()) / world_size()
-    weighted = options.prediction_weight * prediction
-    unweighted = {"prediction": prediction, **terms.unweighted}
-    return Terms(terms.loss + weighted, unweighted, {"prediction": weighted, **terms.weighted})
+def loss_of(outputs: list[Tensor], error: Tensor | None, options: Options, generator: torch.Generator) -> Terms:
+    """The objective on outputs (B, T, *tokens, E) of clips, and the error of rollouts. Collective.
+
+    Outputs for what is fast are compared in neighbouring frames, those for what is slow in the first and the last.
+    """
+    fast, *slow = outputs
+    terms = options.objective(fast[:, :-1], fast[:, 1:], generator=generator)
+    for part in slow:
+        distant = options.objective(part[:, :1], part[:, -1:], generator=generator)
+        terms = terms.plus({f"slow_{name}": value for name, value in distant.unweighted.items()},
+                           {f"slow_{name}": value for name, value in distant.weighted.items()})  # fmt: skip
+    if error is not None:
+        prediction = sum_over_ranks(error.mean()) / world_size()
+        terms = terms.plus({"prediction": prediction}, {"prediction": options.prediction_weight * prediction})
+    return terms
 
 
 def make_encoder(options: Options) -> FrameEncoder:
@@ -162,18 +176,25 @@ def make_encoder(options: Options) -> FrameEncoder:
 
 
 class Pretraining(nn.Module):
-    """Encoder, expander and joint training's predictor as one module, so that one call does all that ranks share."""
+    """Encoder, expanders and joint training's predictor as one module, so that one call does all that ranks share."""
 
     def __init__(self, encoder: FrameEncoder, options: Options) -> None:
         super().__init__()
-        self.encoder, self.expander = encoder, Expander(encoder.shape[-1], options.expander)
+        slow = options.slow_dimension
+        self.widths = [encoder.shape[-1] - slow, slow] if slow else [encoder.shape[-1]]
+        self.encoder = encoder
+        self.expanders = nn.ModuleList(Expander(width, options.expander) for width in self.widths)
         self.dynamics = Dynamics(encoder.shape[-1]) if options.prediction_weight else None
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, frames: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Clips (B, T, 3, H, W) to embeddings (B, T, *tokens, D), outputs (B, T, *tokens, E), errors of rollouts."""
         flat = rearrange(frames, "b t c h w -> (b t) c h w")
         embeddings = rearrange(self.encoder(flat), "(b t) ... -> b t ...", b=len(frames)).float()
-        return embeddings, self.expander(embeddings), self.dynamics(embeddings) if self.dynamics is not None else None
+        parts = list(embeddings.split(self.widths, dim=-1))
+        if len(parts) > 1:  # the change since long ago: what stands still in a clip is no way to tell frames apart
+            parts[0] = parts[0][:, :2] - parts[0][:, -2:]
+        outputs = [expander(part) for expander, part in zip(self.expanders, parts, strict=True)]
+        return embeddings, outputs, self.dynamics(embeddings) if self.dynamics is not None else None
 
 
 class Dynamics(nn.Module):
@@ -209,7 +230,7 @@ def diagnose(network: nn.Module, clips: Tensor) -> tuple[dict[str, float], list[
     network.eval()
     parts = [network(part) for part in clips.split(8)]
     network.train()
-    embeddings, outputs = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    embeddings, outputs = torch.cat([part[0] for part in parts]), torch.cat([part[1][0] for part in parts])
     errors = [float(error.mean()) for _, _, error in parts if error is not None]
     metrics = {"prediction_on_watched_clips": sum(errors) / len(errors)} if errors else {}
     for name, value in (("embedding", embeddings), ("expander", outputs)):

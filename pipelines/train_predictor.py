@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data.cache import EmbeddingCache
 from data.windows import Windows
-from jepa.config import NotNegative, PositiveInt
+from jepa.config import NotNegative, NotNegativeInt, PositiveInt
 from jepa.networks import MLPConfig, PredictorConfig
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
@@ -59,6 +59,8 @@ class Options(RunOptions):
     """Where the predictor, its calibration, its metrics and its logs are left."""
     actions: tuple[str, ...] = ()
     """Columns of both caches that are actions, by name or pattern such as `action_*`; none: video alone."""
+    slow_dimension: NotNegativeInt = 0
+    """So many of an embedding's numbers, its last, are copied, not predicted: those that `pretrain` made slow."""
     steps: PositiveInt = 800
     """Optimiser steps."""
     batch_size: PositiveInt = 128
@@ -80,7 +82,7 @@ def main(options: Options) -> None:
     provenance, encoder = train.provenance, train.provenance.encoder_fingerprint
     predictor = Predictor(
         options.predictor, train.shape, fps=provenance.fps, encoder_fingerprint=encoder,
-        actions=find_columns(train, options.actions),
+        actions=find_columns(train, options.actions), slow=options.slow_dimension,
     )  # fmt: skip
     validation = open_cache(options.validation_cache, predictor)
     require_no_video_in_both(train, validation)

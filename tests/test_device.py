@@ -92,7 +92,7 @@ def test_objectives_and_their_gradients_are_those_of_float64(objective, features
 def test_an_encoder_learns_from_frames(grid, weight, tmp_path):
     config = EncoderConfig(image_size=(32, 32), grid=grid, head_widths=(16,), embedding_dimension=8)
     options = pretrain_encoder.Options(
-        videos=(tmp_path,), encoder=config, prediction_weight=weight, prediction_steps=3
+        videos=(tmp_path,), encoder=config, prediction_weight=weight
     )  # fmt: skip
     torch.manual_seed(0)
     network = Pretraining(create_encoder(config), options)

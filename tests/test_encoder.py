@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from jepa.components import principal_components
 from jepa.config import Bounded
-from jepa.encoder import Encoder, EncoderConfig, FrameEncoder, create_encoder, resize_map
+from jepa.encoder import Encoder, EncoderConfig, FrameEncoder, create_encoder, resize_map, spatial_softmax
 from jepa.errors import ConfigurationError
 from jepa.fingerprint import fingerprint
 from pipelines.run.artefacts import save_artefact
@@ -44,6 +44,7 @@ def unsettle(network):
         ({}, (16,)),
         ({"levels": (0, 1), "grid": (6, 8)}, (6, 8, 16)),
         ({"backbone": "resnet18", "pooling": "average"}, (16,)),
+        ({"levels": (-2, -1), "pooling": "softmax", "embedding_dimension": 0}, (2 * (32 + 64),)),
         ({"backbone": "resnet18", "grid": (2, 3), "embedding_dimension": 0}, (2, 3, 512)),
         ({"backbone": "resnet18", "levels": (1,), "pooling": "average", "embedding_dimension": 0}, (64,)),
         ({"backbone": "test_vit", "pooling": "native", "embedding_dimension": 0}, (64,)),
@@ -289,3 +290,13 @@ def test_weights_from_a_file_are_those_of_the_whole_model_and_nothing_less(tmp_p
         create_encoder(config, path)
     with pytest.raises(ConfigurationError, match=r"there is no such safetensors file"):
         create_encoder(config, tmp_path / "weights.bin")
+
+
+def test_the_spatial_softmax_says_where_a_channel_is_strong():
+    features = torch.zeros(2, 3, 5, 9)
+    features[0, 1, 4, 0] = features[1, 1, 2, 6] = 9
+    found = spatial_softmax(features)
+    assert found.shape == (2, 6)
+    torch.testing.assert_close(found[:, 1], torch.tensor([1.0, 0.0]))  # rows
+    torch.testing.assert_close(found[:, 4], torch.tensor([-1.0, 0.5]))  # columns
+    torch.testing.assert_close(found[:, [0, 2, 3, 5]], torch.zeros(2, 4))  # nowhere, so in the middle

@@ -78,7 +78,7 @@ def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
 @pytest.mark.parametrize(
     ("preset", "complaint"),
     [
-        ("toy_trainr: {}", "a section 'toy_trainr', and commands are all_stages, cache_embeddings"),
+        ("toy_trainr: {}", "a section 'toy_trainr', and commands are act, all_stages"),
         ("steps: 3", "holds no sections of options"),
         ("a: [", "cannot be read: while parsing"),
         ("a: !!python/object/apply:os.system [ls]", "cannot be read: could not determine a constructor"),

@@ -1,5 +1,6 @@
 """Predictors, ridge regression and rollouts: causal, with a state, over tokens and actions, on the clock and off it."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -174,6 +175,29 @@ def test_an_untrained_predictor_copies(name):
     torch.testing.assert_close(rolled, past.embeddings[:, -1:].expand(-1, 3, -1))
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_slow_stays_and_is_looked_at(name):
+    torch.manual_seed(0)
+    predictor = Predictor(CONFIGS[name], (5,), fps=FPS, encoder_fingerprint="abc", slow=2).eval()
+    torch.nn.init.normal_(predictor.head.weight)
+    past = sequence()
+    rolled = rollout(predictor, past, Future.ticks(3, FPS))
+    torch.testing.assert_close(rolled[..., 3:], past.embeddings[:, -1:, 3:].expand(-1, 3, -1))
+    assert (rolled[..., :3] - past.embeddings[:, -1:, :3]).abs().amin() > 0
+    past.embeddings[..., 3:] += 1
+    assert not torch.allclose(rollout(predictor, past, Future.ticks(3, FPS))[..., :3], rolled[..., :3])
+
+
+def test_of_one_embedding_the_way_is_that_of_each_of_many():
+    predictor = Predictor(MLPConfig(context=1, width=16, depth=1), (5,), fps=FPS, encoder_fingerprint="abc").eval()
+    torch.nn.init.normal_(predictor.head.weight)
+    past = sequence()
+    alone = rollout(
+        predictor, replace(past, embeddings=past.embeddings[:, -1:], times=past.times[:, -1:]), Future.ticks(3, FPS)
+    )
+    torch.testing.assert_close(alone, rollout(predictor, past, Future.ticks(3, FPS)))
+
+
 def test_between_ticks_the_way_is_straight():
     predictor, past = make(), sequence(6)
     ticks = rollout(predictor, past, Future.ticks(3, FPS))
@@ -317,7 +341,8 @@ def test_attention_knows_how_long_ago():
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: MLPConfig(context=1), "context is 1: it must be at least 2"),
+        (lambda: MLPConfig(context=0), "context is 0: it must be at least 1"),
+        (lambda: Predictor(MLPConfig(), (5,), fps=FPS, encoder_fingerprint="abc", slow=5), "slow_dimension is 5"),
         (lambda: MLPConfig(dropout=1.0), "dropout is 1: it must be at least 0 and below 1"),
         (lambda: TransformerConfig(width=20, heads=3), "heads is 3: twice that must divide the width, 20"),
     ],

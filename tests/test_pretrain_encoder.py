@@ -82,6 +82,24 @@ def test_an_encoder_is_left_with_all_terms_of_its_loss(options, encoder, objecti
     assert len(json.loads((options.output_dir / "account.json").read_text())["read_s"]) == 6
 
 
+@pytest.mark.parametrize("prediction_weight", [0.0, 2.0])
+def test_what_is_slow_has_terms_of_its_own(options, prediction_weight):
+    options = replace(options, slow_dimension=2, prediction_weight=prediction_weight)
+    main(options)
+    metrics = metrics_of(options.output_dir)
+    terms = [value for name, value in metrics.items() if name.startswith("weighted_")]
+    assert metrics["weighted_slow_invariance"] > 0
+    assert metrics["loss"] == pytest.approx(sum(terms), rel=1e-5)
+
+
+def test_what_differs_between_clips_alone_is_nothing_to_the_fast_part(options):
+    """A number for each clip that stands still is no way to tell frames apart: what is compared is what has changed."""
+    pretraining = Pretraining(make_encoder(options), replace(options, slow_dimension=2))
+    still = torch.rand(4, 1, 3, 16, 16).expand(4, 4, 3, 16, 16)
+    _, (fast, slow), _ = pretraining(still)
+    assert fast.std(dim=0).max() < 1e-3 < slow.std(dim=0).min()
+
+
 def test_without_the_variance_term_the_collapse_is_announced(options, capsys):
     options = replace(options, steps=80, log_every=20, objective=VICReg(variance_weight=0))
     main(options)
@@ -128,6 +146,7 @@ def test_an_encoder_goes_on_from_an_earlier_one(options, tmp_path):
     [
         ({"encoder": replace(VECTOR, backbone="resnet17")}, ConfigurationError, "backbone is resnet17"),
         ({"batch_size": 500}, DataError, "fewer than a batch of 500"),
+        ({"slow_dimension": 6}, UserError, "--slow-dimension 6 leaves nothing of an embedding of 6"),
         ({"fps": 30}, DataError, "its 8 fps are fewer than the clock's 30"),
         ({"videos": (Path("nowhere"),)}, DataError, "nowhere"),
     ],

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from data.cache import Column, EmbeddingCache
+from data.errors import DataError
 from jepa.networks import MLPConfig, TransformerConfig
 from jepa.rollout import rollout
 from jepa.sequence import Future, Sequence
@@ -190,7 +191,7 @@ def test_a_region_that_cannot_be_ignored_is_refused(world, grid_world, tmp_path)
         (draw(tmp_path / "black.png"), "cover 0 of 24 places for the most part: white is what is ignored"),
         (draw(tmp_path / "white.png", *everything), "cover 24 of 24"),
     ):
-        with pytest.raises(UserError, match=f"--ignore-region .*{reason}"):
+        with pytest.raises((UserError, DataError), match=f"--ignore-region .*{reason}"):
             score(grid_world, tmp_path / picture.stem, ignore_region=picture)
     with pytest.raises(UserError, match="embeddings without places have no region to ignore"):
         score(world, tmp_path / "run", ignore_region=draw(tmp_path / "mask.png", (1, 4)))

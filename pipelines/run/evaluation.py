@@ -148,7 +148,7 @@ class Evaluation:
             forecasts["shuffled_actions"] = self.calibration.believe(shuffled, ridged, past, ticks)
         last, steps = seen[:, -1:], torch.arange(1, came.shape[1] + 1, device=came.device)
         forecasts["copy_last"] = last.expand_as(came)
-        change = steps.view(1, -1, *[1] * (came.ndim - 2)) * (last - seen[:, -2:-1])
+        change = steps.view(1, -1, *[1] * (came.ndim - 2)) * (last - seen[:, -2:][:, :1])
         forecasts |= {"linear_extrapolation": last + change, "mean": predictor.mean.expand_as(came)}
         standardised = {name: predictor.standardise(value) for name, value in forecasts.items()}
         return ForecastBatch(past, future, standardised, predictor.standardise(came))

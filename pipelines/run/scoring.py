@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from data.cache import EmbeddingCache
-from data.image_sequence import read_image
+from data.image_sequence import read_picture
 from data.windows import Windows
 from jepa.alarms import Event, Timeline
 from jepa.calibration import Calibration, Ordinary
@@ -21,7 +21,7 @@ from jepa.predictor import Predictor
 from jepa.rivals import Rival, Rivals
 from jepa.rollout import rollout
 from jepa.sequence import Sequence
-from pipelines.run.command import UserError, require
+from pipelines.run.command import require
 from pipelines.run.models import in_batches, windows_for
 
 MOST_NUMBERS, MOST_WINDOWS = 32_000_000, 8192
@@ -195,15 +195,11 @@ def fit_rivals(names: tuple[Rival, ...], scorer: Scorer, ordinary: EmbeddingCach
 def ignored_places(picture: Path, predictor: Predictor) -> Tensor:
     """Places of a grid, bool (rows, columns), that are white in a picture of the whole frame for the most part.
 
-    Raises `UserError` where embeddings have no places, the picture cannot be read, or it leaves nothing or everything.
+    Raises `VideoError` where it cannot be read, `UserError` where it leaves nothing or all, or there are no places.
     """
     require(len(predictor.shape) == 3, f"--ignore-region {picture}: embeddings without places have no region to ignore")
     rows, columns = predictor.shape[:2]
-    try:
-        white = read_image(picture).mean(axis=2) > 127  # (height, width)
-    except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--ignore-region {picture}: not a readable picture ({reason})") from error
+    white = read_picture(picture, "--ignore-region").mean(axis=2) > 127  # (height, width)
     height, width = white.shape
     said = f"--ignore-region {picture}: {height} x {width} pixels"
     require(

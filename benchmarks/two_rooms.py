@@ -1,0 +1,212 @@
+r"""Two rooms and a door: does the agent get from the one into the other? Beside it chance, and planners that know more.
+
+  python -m benchmarks.two_rooms --output-dir runs/benchmarks/two_rooms
+
+For each seed: clips of strolls, an encoder, caches, a predictor, by the commands; then episodes that nothing was chosen
+by. `truth` plans with the rules themselves. `through`: first plans whose path, read off imagined embeddings by a probe
+for this purpose, leads through the door. `results.json` has success with Wilson's 95 % interval by planner and seed,
+errors of rollouts relative to copying, and CPU-seconds of training and of an episode.
+"""
+
+import resource
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.common import HORIZONS, SeedOptions, at_horizons, curves, markdown, run, train, write_results
+from data.cache import EmbeddingCache
+from data.two_rooms import ACTION_COLUMNS, DOOR, FPS, STATE_COLUMNS, Layout, TwoRooms, move, write_room_videos
+from data.windows import Windows
+from jepa.config import PositiveInt
+from jepa.planning import CEM, ActionMetric, Plan, Task, Tree
+from jepa.sequence import Sequence
+from pipelines.act import Mind, act, in_short, load_mind
+from pipelines.act import Options as ActOptions
+from pipelines.run.command import run_command
+from pipelines.run.evaluation import Readout, fit_readout
+
+CLIPS, FRAMES = {"train": 1500, "val": 150, "test": 150}, 40
+ENCODER = {
+    "steps": 600, "slow-dimension": 16, "encoder.image-size": (65, 65), "encoder.embedding-dimension": 32,
+    "encoder.pooling": "softmax", "encoder.levels": (-3, -2, -1),
+}  # fmt: skip
+PREDICTOR = {
+    "actions": "action_*", "slow-dimension": 16, "steps": 2000, "batch-size": 512, "rollout-steps": 3,
+    "input-noise": 0.3, "predictor.context": 1, "predictor.width": 256, "predictor.depth": 2,
+    "optimizer.learning-rate": 1e-3,
+}  # fmt: skip
+MEMBERS = 3
+"""Predictors, with seeds of their own, that have to agree."""
+FIRST_EPISODE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Options(SeedOptions):
+    """The two rooms."""
+
+    episodes: PositiveInt = 200
+    """Episodes of the agent, for each seed."""
+    fewer: PositiveInt = 40
+    """Episodes of each planner that it is compared with."""
+    clips: PositiveInt = CLIPS["train"]
+    """Clips to train on."""
+    output_dir: Path = Path("runs/benchmarks/two_rooms")
+    """Where all runs and the results are left."""
+
+
+def main(options: Options) -> None:
+    """The story: clips, training, episodes, a table."""
+    clips, videos = CLIPS | {"train": options.clips}, options.output_dir / "videos"
+    for number, (split, some) in enumerate(clips.items()):
+        write_room_videos(videos / split, min(some, options.clips), FRAMES, seed=number)
+    found = [measure(videos, options.output_dir / f"seed_{seed}", options, seed=seed) for seed in options.seeds]
+    write_results(options.output_dir, found)
+    print(table(found))
+
+
+def measure(videos: Path, folder: Path, options: Options, *, seed: int) -> dict[str, Any]:
+    """All figures of one seed."""
+    before = cpu_seconds()
+    train("pretrain_encoder", folder / "encoder", {"videos": videos / "train", "fps": FPS, "seed": seed}, ENCODER)
+    for split in CLIPS:
+        columns = {"columns": (*STATE_COLUMNS, *ACTION_COLUMNS), "output-dir": folder / "cache" / split}
+        run("cache_embeddings", {"videos": videos / split, "encoder": folder / "encoder/encoder", "fps": FPS}, columns)
+    caches = {"train-cache": folder / "cache/train", "validation-cache": folder / "cache/val"}
+    predictors = tuple(folder / f"predictor_{member}" for member in range(MEMBERS))
+    for member, where in enumerate(predictors):
+        train("train_predictor", where, caches, PREDICTOR, {"seed": MEMBERS * seed + member})
+    trained = cpu_seconds() - before
+    judged = {"cache": folder / "cache/test", "predictor": predictors[0]}
+    run("evaluate_rollout", judged, {"output-dir": folder / "evaluation", "overwrite": True})
+    errors = curves(folder / "evaluation", "relative_to_copy_last")
+    given = ActOptions(predictor=predictors, encoder=folder / "encoder/encoder", cache=folder / "cache/train", films=0)
+    world, fewer = TwoRooms(), options.fewer
+    mind = load_mind(given, world)
+    truth = true_mind(mind, EmbeddingCache(folder / "cache/train"))
+    readout = fit_readout(EmbeddingCache(folder / "cache/train"), STATE_COLUMNS, mind.predictors[0])
+    often = replace(given, planner=CEM(rounds=5), replan=10)
+    contestants = {
+        "agent": (mind, given, options.episodes), "without memory": (mind, replace(given, planner=Forgetful()), fewer),
+        "CEM in embeddings": (mind, often, fewer), "tree, truth": (truth, given, fewer),
+        "CEM, truth": (truth, often, fewer),
+        "chance": (None, given, fewer),
+    }  # fmt: skip
+    planners = {}
+    for name, (who, how, episodes) in contestants.items():
+        there = TrueRooms() if who is truth else world
+        done = [act(there, who, how, seed=FIRST_EPISODE + number) for number in range(episodes)]
+        planners[name] = in_short([episode.result for episode in done])
+        if who is mind:
+            through = [goes_through(mind, readout, episode.imagined, FIRST_EPISODE + number)
+                       for number, episode in enumerate(done)]  # fmt: skip
+            planners[name]["through"] = float(np.mean(through))
+    return {
+        "training_cpu_seconds": trained,
+        "errors": {n: at_horizons(e) for n, e in errors.items()},
+        "planners": planners,
+    }
+
+
+def goes_through(mind: Mind, readout: Readout, imagined: Tensor, seed: int) -> bool:
+    """Whether a path that is read off imagined embeddings (H, D) changes rooms, and only where the door is."""
+    world = TwoRooms()
+    picture, _ = world.reset(seed)
+    if not len(imagined):
+        return False
+    way = readout.probe(mind.predictors[0].standardise(torch.cat([mind.embed(picture)[None], imagined])))[:, :2].numpy()
+    (crossed,) = np.diff(way[:, 0] > world.layout.wall_x).nonzero()
+    heights = (way[crossed, 1] + way[crossed + 1, 1]) / 2
+    return bool(len(crossed) % 2 == 1 and (np.abs(heights - world.layout.door_y) <= DOOR + 1).all())
+
+
+class TrueDynamics:
+    """The rules themselves, as a predictor whose embeddings are states (x, y, wall, door)."""
+
+    fps, latent_dimension, config = FPS, 0, SimpleNamespace(context=1)
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+
+    def fill(self, seen: Sequence) -> Sequence:
+        """Nothing is hidden here."""
+        return seen
+
+    def step(self, newest: Sequence, state: Any, latent: None = None) -> tuple[Tensor, None]:
+        """The state (B, 1, 4) after the newest one."""
+        assert newest.actions is not None
+        states, actions = newest.embeddings[:, -1].double().numpy(), newest.actions[:, -1].double().numpy()
+        moved = move(states[:, :2], actions, Layout(states[:, 2], states[:, 3]), self.generator)
+        return torch.from_numpy(np.concatenate([moved, states[:, 2:]], axis=1)).float()[:, None], None
+
+
+@dataclass(frozen=True)
+class Forgetful(Tree):
+    """The tree, without what the agent remembers."""
+
+    def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
+        """The way, as if nothing had ever been blocked."""
+        return super().search(replace(task, blocked=None), past, generator)
+
+
+class TrueMind(Mind):
+    """A mind that is shown states in place of pictures."""
+
+    def embed(self, picture: np.ndarray) -> Tensor:
+        """The state."""
+        return torch.from_numpy(picture).float()
+
+
+class TrueRooms(TwoRooms):
+    """The rooms, with states in place of pictures."""
+
+    def _moment(self) -> tuple[np.ndarray, dict[str, Any]]:
+        _, info = super()._moment()
+        return info["state"], info | {"goal": np.array([*self.goal, *self.layout])}
+
+
+def true_mind(mind: Mind, cache: EmbeddingCache) -> Mind:
+    """The rules, and distances of positions, as a mind."""
+    windows = Windows(cache, 2, ACTION_COLUMNS)
+    chosen = windows.evenly(5000)
+    states = torch.from_numpy(np.stack([windows.column(chosen, name) for name in STATE_COLUMNS], axis=-1)).float()
+    actions, groups = (
+        windows.actions(chosen),
+        torch.from_numpy(np.unique(windows.video_of(chosen), return_inverse=True)[1]),
+    )
+    assert actions is not None
+    metric = ActionMetric.fit(states[:, 0], states[:, 1], actions[:, 0], groups)
+    predictor: Any = TrueDynamics()
+    return TrueMind([predictor], mind.encoder, metric, mind.space, metric.to_goal)  # type: ignore[arg-type]
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """In Markdown: success by planner and seed, CPU-seconds, first plans through the door; then errors."""
+    rows: list[list[object]] = [["planner", *(f"seed {number}" for number in range(len(found))), "CPU s", "through"]]
+    for name in found[0]["planners"]:
+        runs = [one["planners"][name] for one in found]
+        cells = [f"{100 * one['success']:.1f} % of {one['of']} ({100 * one['low']:.0f} to {100 * one['high']:.0f})"
+                 for one in runs]  # fmt: skip
+        through = [one["through"] for one in runs if "through" in one]
+        rows.append(
+            [name, *cells, float(np.mean([one["seconds"] for one in runs])), np.mean(through) if through else ""]
+        )
+    errors: list[list[object]] = [["error relative to copying", *HORIZONS]]
+    for name in ("rollout", "shuffled_actions", "ridge"):
+        errors.append([name, *np.mean([one["errors"][name] for one in found], axis=0).tolist()])
+    spent = ", ".join(f"{one['training_cpu_seconds']:.0f}" for one in found)
+    return f"{markdown(rows)}\n\n{markdown(errors)}\n\nCPU-seconds of training and caching: {spent}"
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

@@ -1,0 +1,409 @@
+"""Search for actions whose imagined future comes near a goal, and an agent that carries them out.
+
+A planner asks `rollout` what would happen if, and a cost how far from the goal that is. To add one: a dataclass with a
+`kind` and a method `search`, and its name in `Planner`.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from jepa.config import Bounded, Positive, PositiveInt, Share
+from jepa.predictor import Predictor
+from jepa.probe import Probe, fit_probe
+from jepa.rollout import rollout
+from jepa.sequence import Future, Sequence
+
+Cost = Callable[[Tensor], Tensor]
+"""Embeddings (..., *tokens, D) to how far they are from the goal, (...); 0 is there."""
+REFITS, BLOCKED_SHARE = 3, 0.5
+"""Times that an action metric is fitted without moves that were blocked: that miss by more than this share of them."""
+LEAST_MOVE = 0.25
+"""Of the largest action: whether less is blocked cannot be told."""
+SPREAD_OF = 1024
+"""Actions among which the most different moves are found."""
+
+
+@dataclass(frozen=True, eq=False)
+class ActionSpace:
+    """What may be done in a tick: numbers between bounds (A,), of a length, where one is given, at most."""
+
+    low: Tensor
+    high: Tensor
+    longest: float | None = None
+
+    @property
+    def reach(self) -> float:
+        """Length of the largest action."""
+        return float(self.moves(4).norm(dim=1).max())
+
+    def cut(self, actions: Tensor) -> Tensor:
+        """The nearest actions (..., A) that are allowed."""
+        if self.longest is not None:
+            actions = actions * (self.longest / actions.norm(dim=-1, keepdim=True).clamp_min(1e-9)).clamp(max=1)
+        return actions.clamp(self.low, self.high)
+
+    @cache  # noqa: B019 - a space lives as long as the program
+    def moves(self, number: int) -> Tensor:
+        """So many large actions (number, A) that differ as much as possible, the same each time."""
+        ways = torch.randn(SPREAD_OF, len(self.low), generator=torch.Generator().manual_seed(0))
+        ways = ways / (ways.norm(dim=1, keepdim=True) if self.longest else ways.abs().amax(dim=1, keepdim=True))
+        middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
+        ways = self.cut(middle + half * ways if self.longest is None else self.longest * ways)
+        chosen = [0]
+        while len(chosen) < number:  # the one farthest from those before
+            chosen.append(int(torch.cdist(ways, ways[chosen]).amin(dim=1).argmax()))
+        return ways[chosen]
+
+
+@dataclass(frozen=True)
+class ActionMetric:
+    """Positions in units of actions: what is added to them by acting is the action, wherever nothing is in the way.
+
+    So the distance of two positions is how much has to be done, learned without labels.
+    """
+
+    probe: Probe
+
+    @classmethod
+    def fit(cls, before: Tensor, after: Tensor, actions: Tensor, groups: Tensor) -> "ActionMetric":
+        """Ridge regression from changes to actions; of embeddings (N, *tokens, D), actions (N, A) and clips (N,).
+
+        Blocked moves, which change less than was done, are left out: those that miss by far, several times.
+
+        Raises:
+            ValueError: there are fewer than two clips.
+        """
+        changes, kept = after - before, torch.ones(len(actions), dtype=torch.bool)
+        for _ in range(REFITS):
+            probe = fit_probe([(changes[kept], actions[kept], groups[kept])], tuple(before.shape[1:]))
+            missed = (probe(changes) - actions).norm(dim=1)
+            kept = missed < BLOCKED_SHARE * actions.norm(dim=1).clamp_min(1e-9)
+        return cls(probe)
+
+    def position(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (..., *tokens, D) to positions float32 (..., A), up to a constant."""
+        return self.probe(embeddings).float()
+
+    def to_goal(self, goal: Tensor) -> Cost:
+        """The distance from the embedding of a goal, (*tokens, D)."""
+        there = self.position(goal)
+        return lambda embeddings: (self.position(embeddings) - there).norm(dim=-1)
+
+
+class Blocked(NamedTuple):
+    """Where moves were surprisingly blocked."""
+
+    positions: Tensor
+    """(N, A), of an action metric."""
+    directions: Tensor
+    """(N, A), of length 1: where it was expected to go."""
+    radius: float
+
+    def meets(self, way: Tensor) -> Tensor:
+        """Whether ways (B, T, A) do one of these moves again, bool (B,)."""
+        steps = way.diff(dim=1)
+        near = torch.cdist(way[:, :-1], self.positions) < self.radius  # (B, T - 1, N)
+        along = steps / steps.norm(dim=-1, keepdim=True).clamp_min(1e-9) @ self.directions.T
+        return (near & (along > 0.5)).flatten(1).any(dim=1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a planner is given: predictors, what may be done, and where that should lead."""
+
+    predictors: Several[Predictor]
+    """The first imagines; a tree believes a move only where all of them do."""
+    space: ActionSpace
+    cost: Cost
+    metric: ActionMetric
+    near: float
+    """Cost that is good enough."""
+    blocked: Blocked | None = None
+
+    def imagine(self, past: Sequence, actions: Tensor, *, by: int = 0) -> Tensor:
+        """The embeddings (B, H, *tokens, D) that come of actions (B, H, A) after pasts of B clips, or of one."""
+        past = _chosen(past, torch.zeros(len(actions), dtype=torch.long)) if len(past.embeddings) == 1 else past
+        predictor = self.predictors[by]
+        return rollout(predictor, past, Future.ticks(actions.shape[1], predictor.fps, actions))
+
+    def is_free(self, past: Sequence, came: Tensor, actions: Tensor, *, least: float) -> Tensor:
+        """Whether at least this share of each of the actions (B, H, A) is made, and none was blocked before; (B,)."""
+        way = self.metric.position(torch.cat([past.embeddings[:, -1:], came], dim=1))  # (B, H + 1, A)
+        made = (way.diff(dim=1) * actions).sum(dim=-1) / actions.square().sum(dim=-1).clamp_min(1e-9)
+        is_free = made.amin(dim=1) > least
+        return is_free if self.blocked is None else is_free & ~self.blocked.meets(way)
+
+
+class Plan(NamedTuple):
+    """Actions and what is imagined to come of them."""
+
+    actions: Tensor
+    """(H, A); none where nothing is better than to stay."""
+    embeddings: Tensor
+    """(H, *tokens, D)"""
+    cost: float
+    """Of the last embedding."""
+
+
+@dataclass(frozen=True)
+class Tree(Bounded):
+    """Breadth first through all that can be reached: a tree of rollouts, one for each cell of the action metric."""
+
+    kind: ClassVar[str] = "tree"
+    moves: PositiveInt = 16
+    """Actions that are tried from each node, as different as possible."""
+    hold: PositiveInt = 3
+    """Ticks for which each is held."""
+    cell: Positive = 0.5
+    """Sides of cells, as a share of what is reached by one move."""
+    progress: Share = 0.7
+    """Share of an action that has to be made of it in each tick: what is half blocked is the edge of what is known, and
+    a search finds every place where an imagined wall leaks."""
+    nodes: PositiveInt = 4000
+    """Nodes of the tree at most."""
+
+    @torch.no_grad()
+    def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
+        """The way to the node with the least cost, or to the first that is near enough."""
+        moves = task.space.moves(self.moves)
+        held = repeat(moves, "m a -> m hold a", hold=self.hold)
+        side = self.cell * self.hold * float(moves.norm(dim=1).max())
+        start = past.embeddings[0, -1]
+        seen = {self._cell(task.metric.position(start), side)}
+        nodes, costs, frontier, best = [Node(-1, held[0, :0], start[None][:0])], [float(task.cost(start))], [0], 0
+        while len(nodes) < self.nodes and costs[best] > task.near:
+            parents = torch.tensor(frontier).repeat_interleave(len(moves))
+            past = _chosen(past, torch.arange(len(frontier)).repeat_interleave(len(moves)))
+            actions = repeat(held, "m h a -> (n m) h a", n=len(frontier))
+            came = task.imagine(past, actions)  # (nodes x moves, hold, *tokens, D)
+            positions = task.metric.position(came[:, -1])
+            cells = [self._cell(position, side) for position in positions]
+            taken = task.is_free(past, came, actions, least=self.progress)
+            taken &= torch.tensor([cell not in seen for cell in cells])
+            for other in range(1, len(task.predictors)):  # of few that are left
+                (left,) = taken.nonzero(as_tuple=True)
+                if len(left) == 0:
+                    break
+                its = task.imagine(_chosen(past, left), actions[left], by=other)
+                taken[left] = task.is_free(_chosen(past, left), its, actions[left], least=self.progress)
+            chosen = list({cells[index]: index for index in taken.nonzero()[:, 0].tolist()}.values())
+            if not chosen:
+                break
+            seen |= {cells[index] for index in chosen}
+            frontier = list(range(len(nodes), len(nodes) + len(chosen)))
+            nodes += [Node(int(parents[index]), actions[index], came[index]) for index in chosen]
+            costs += task.cost(came[chosen, -1]).tolist()
+            best = min(range(len(costs)), key=costs.__getitem__)
+            past = _continued(_chosen(past, torch.tensor(chosen, dtype=torch.long)), actions[chosen], came[chosen])
+        steps, node = [], best
+        while node >= 0:
+            steps.append(nodes[node])
+            node = nodes[node].parent
+        way = steps[::-1]
+        actions, embeddings = torch.cat([one.actions for one in way]), torch.cat([one.came for one in way])
+        return Plan(actions, embeddings, costs[best])
+
+    def _cell(self, position: Tensor, side: float) -> tuple[int, ...]:
+        return tuple((position / side).floor().int().tolist())
+
+
+class Node(NamedTuple):
+    """A node of a tree: what was done on the way from its parent, (H, A), and what came of it, (H, *tokens, D)."""
+
+    parent: int
+    actions: Tensor
+    came: Tensor
+
+
+def _chosen(past: Sequence, clips: Tensor) -> Sequence:
+    """Some clips of a past, (B, T, *tokens, D), in any number."""
+    assert past.actions is not None
+    return replace(past, embeddings=past.embeddings[clips], actions=past.actions[clips], times=past.times[:1])
+
+
+def _continued(past: Sequence, actions: Tensor, came: Tensor) -> Sequence:
+    """A past of the same length after what came, (B, H, *tokens, D), of actions (B, H, A)."""
+    assert past.actions is not None
+    length = past.embeddings.shape[1]
+    embeddings = torch.cat([past.embeddings, came], dim=1)[:, -length:]
+    # The last embedding's own action is still to come, and is replaced by what is tried.
+    done = torch.cat([past.actions[:, :-1], actions, actions[:, -1:]], dim=1)[:, -length:]
+    return replace(past, embeddings=embeddings, actions=done)
+
+
+@dataclass(frozen=True)
+class CEM(Bounded):
+    """The cross-entropy method: sequences of actions are drawn around the mean of the best of those before."""
+
+    kind: ClassVar[str] = "cem"
+    horizon: PositiveInt = 30
+    """Ticks ahead."""
+    samples: PositiveInt = 200
+    """Sequences that are drawn in each round."""
+    rounds: PositiveInt = 10
+    """Rounds."""
+    elites: PositiveInt = 20
+    """Best sequences that the next round is drawn around."""
+
+    @torch.no_grad()
+    def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
+        """The mean of the last round, by the cost summed over all ticks."""
+        mean, std = _beginning(task.space, self.horizon)
+        for _ in range(self.rounds):
+            actions = _draw(task.space, mean, std, self.samples, generator)
+            total = task.cost(task.imagine(past, actions)).sum(dim=1)
+            best = actions[total.argsort()[: self.elites]]
+            mean, std = best.mean(dim=0), best.std(dim=0)
+        return _plan_of(task, past, mean)
+
+
+@dataclass(frozen=True)
+class MPPI(Bounded):
+    """Model predictive path integral control (Williams et al. 2017): a mean weighted by exp(-cost / temperature)."""
+
+    kind: ClassVar[str] = "mppi"
+    horizon: PositiveInt = 30
+    """Ticks ahead."""
+    samples: PositiveInt = 200
+    """Sequences that are drawn in each round."""
+    rounds: PositiveInt = 10
+    """Rounds."""
+    temperature: Positive = 0.1
+    """In units of the spread of the costs."""
+
+    @torch.no_grad()
+    def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
+        """The mean after the last round, by the cost summed over all ticks."""
+        mean, std = _beginning(task.space, self.horizon)
+        for _ in range(self.rounds):
+            actions = _draw(task.space, mean, std, self.samples, generator)
+            total = task.cost(task.imagine(past, actions)).sum(dim=1)
+            weights = (-(total - total.min()) / (self.temperature * total.std().clamp_min(1e-9))).softmax(dim=0)
+            mean = torch.einsum("n,nha->ha", weights, actions)
+        return _plan_of(task, past, mean)
+
+
+@dataclass(frozen=True)
+class Gradient(Bounded):
+    """Descent on the actions themselves, through the predictor."""
+
+    kind: ClassVar[str] = "gradient"
+    horizon: PositiveInt = 30
+    """Ticks ahead."""
+    starts: PositiveInt = 8
+    """Sequences that are begun with; the best ends."""
+    rounds: PositiveInt = 30
+    """Steps of Adam."""
+    rate: Positive = 0.1
+    """Size of these steps, in units of what may be done."""
+
+    def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
+        """The best sequence, by the cost summed over all ticks."""
+        mean, std = _beginning(task.space, self.horizon)
+        scale = ((task.space.high - task.space.low) / 2).clamp_min(1e-9)
+        free = (_draw(task.space, mean, 0.3 * std, self.starts, generator) / scale).requires_grad_()
+        optimiser = torch.optim.Adam([free], lr=self.rate)
+        with torch.enable_grad():
+            for _ in range(self.rounds):
+                total = task.cost(task.imagine(past, task.space.cut(free * scale))).sum(dim=1)
+                optimiser.zero_grad()
+                total.sum().backward()
+                optimiser.step()
+        return _plan_of(task, past, task.space.cut(free.detach()[int(total.argmin())] * scale))
+
+
+Planner = Tree | CEM | MPPI | Gradient
+
+
+def _beginning(space: ActionSpace, horizon: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the first round, (H, A) each."""
+    middle, half = (space.low + space.high) / 2, (space.high - space.low) / 2
+    return repeat(middle, "a -> h a", h=horizon), repeat(half, "a -> h a", h=horizon)
+
+
+def _draw(space: ActionSpace, mean: Tensor, std: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """Sequences of actions (number, H, A) around a mean."""
+    return space.cut(mean + std * torch.randn(number, *mean.shape, generator=generator))
+
+
+@torch.no_grad()
+def _plan_of(task: Task, past: Sequence, actions: Tensor) -> Plan:
+    """The plan of a sequence of actions (H, A)."""
+    came = task.imagine(past, actions[None])[0]
+    return Plan(actions, came, float(task.cost(came[-1:])))
+
+
+@dataclass
+class Agent:
+    """Acts by plans, notices where what comes is not what was imagined, and plans anew.
+
+    A move after which less than half of the expected way is made was blocked by something that the predictor does not
+    know: it is remembered, and no later plan repeats it.
+    """
+
+    task: Task
+    planner: Planner
+    generator: torch.Generator
+    replan: int = 1_000_000
+    """Ticks after which a plan is made anew, even if all goes well."""
+    plans: list[Plan] = field(default_factory=list)
+    """All plans so far."""
+    surprises: int = 0
+
+    def __post_init__(self) -> None:
+        self._past: Any = None
+        self._queue: list[tuple[Tensor, Tensor]] = []
+        self._expected: Tensor | None = None
+        self._blocked: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def is_near(self) -> bool:
+        """Whether what was seen last is near enough to the goal."""
+        return self._past is not None and float(self.task.cost(self._past.embeddings[0, -1])) <= self.task.near
+
+    @torch.no_grad()
+    def act(self, embedding: Tensor) -> Tensor:
+        """The action (A,) to take now, at an embedding (*tokens, D)."""
+        self._look(embedding[None, None])
+        if not self._queue and not self.is_near:
+            plan = self.planner.search(self.task, self._past, self.generator)
+            self.plans.append(plan)
+            self._queue = list(zip(plan.actions, plan.embeddings, strict=True))[: self.replan]
+        action, self._expected = self._queue.pop(0) if self._queue else self._stay()
+        self._past = self._past.followed_by(action[None, None])
+        return action
+
+    def _look(self, seen: Tensor) -> None:
+        """Take in an embedding (1, 1, *tokens, D); forget the plan where it is not what was expected."""
+        task, fps = self.task, self.task.predictors[0].fps
+        if self._past is None:
+            self._past = Sequence.on_clock(seen, fps, torch.zeros(1, 1, len(task.space.low)))
+            return
+        before, now = task.metric.position(self._past.embeddings[0, -1]), task.metric.position(seen[0, 0])
+        if self._expected is not None:
+            way = task.metric.position(self._expected) - before
+            made = float((now - before) @ way / way.square().sum().clamp_min(1e-9))
+            if made < BLOCKED_SHARE and float(way.norm()) > LEAST_MOVE * task.space.reach:
+                self.surprises += 1
+                self._queue = []
+                self._blocked.append((before, way / way.norm()))
+                positions, directions = (torch.stack(part) for part in zip(*self._blocked, strict=True))
+                self.task = replace(task, blocked=Blocked(positions, directions, task.space.reach))
+        context = task.predictors[0].config.context
+        embeddings = torch.cat([self._past.embeddings, seen], dim=1)[:, -context:]
+        actions = torch.cat([self._past.actions, self._past.actions[:, -1:]], dim=1)[:, -context:]
+        self._past = Sequence.on_clock(embeddings, fps, actions)
+
+    def _stay(self) -> tuple[Tensor, Tensor | None]:
+        """The one action that leads nearest, and nothing that is expected of it."""
+        moves = self.task.space.moves(16)
+        tried = torch.cat([share * moves for share in (0.0, 0.25, 0.5, 1.0)])
+        costs = self.task.cost(self.task.imagine(self._past, tried[:, None])[:, 0])
+        return tried[int(costs.argmin())], None

@@ -1,0 +1,258 @@
+r"""Act in a world: by plans whose imagined future reaches a goal, or at random, to learn from.
+
+  video-jepa act --output-dir recordings --episodes 500
+  video-jepa act --predictor runs/predictor --encoder runs/encoder/encoder --cache cache/train --output-dir runs/act
+
+Without a predictor it strolls. Each episode is left as a video with a table of its actions beside it, which `embed`
+and `train --actions 'action_*'` take. With a predictor it plans to a goal, acts, notices where what comes is not what
+was imagined, and plans anew; it leaves `act.json`, `episodes.csv` and `films/`: what came, the goal, and the real
+frames nearest to what the first plan imagined.
+"""
+
+import csv
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from data.cache import EmbeddingCache
+from data.frames import read_frames
+from data.image_sequence import read_picture
+from data.synthetic import write_table, write_video
+from data.windows import Windows
+from data.worlds import TWO_ROOMS, World, open_world
+from jepa.config import Bounded, NotNegativeInt, Positive, PositiveInt
+from jepa.encoder import Encoder
+from jepa.planning import ActionMetric, ActionSpace, Agent, Cost, Planner, Task, Tree
+from jepa.predictor import Predictor
+from pipelines.run.command import UserError, require, require_one_process, run_command
+from pipelines.run.encoders import load_encoder
+from pipelines.run.evaluation import fit_readout
+from pipelines.run.files import write_json
+from pipelines.run.folder import RunFolder
+from pipelines.run.models import load_predictor, open_cache
+from pipelines.run.searching import Search
+
+PAIRS = 20_000
+"""Steps of a cache that the action metric is fitted on, at most."""
+TURN = 0.2
+"""Share of each action of a stroll that is new."""
+
+
+@dataclass(frozen=True)
+class Options(Bounded):
+    """Act in a world, by plans or at random."""
+
+    env: str = TWO_ROOMS
+    """`two-rooms`, or the name of an environment of gymnasium, such as `package:name/World-v1`."""
+    predictor: tuple[Path, ...] = ()
+    """Run folders of train_predictor, trained with actions; of several, with other seeds, the first imagines, and the
+    tree believes a move only where all of them do. None: a stroll."""
+    encoder: Path | None = None
+    """Folder of the encoder that its embeddings are of."""
+    cache: Path | None = None
+    """Embeddings with actions that it was trained on: distances are measured in what has to be done, learned here."""
+    goal: Path | None = None
+    """A picture of the goal. None: the world's own."""
+    goal_values: tuple[str, ...] = ()
+    """The goal as values of the cache's columns instead, such as `dot_x=40 dot_y=12`."""
+    near: Positive = 1.0
+    """How near is near enough: in largest actions or, where the goal is values, in their units."""
+    episodes: PositiveInt = 10
+    """Episodes."""
+    steps: PositiveInt = 200
+    """Ticks of each."""
+    films: NotNegativeInt = 8
+    """Episodes that a film is made of."""
+    replan: PositiveInt = 1000
+    """Ticks after which a plan is made anew, even where all goes as imagined."""
+    output_dir: Path = Path("runs/act")
+    """Where episodes and results are left."""
+    seed: NotNegativeInt = 0
+    """Seed of the first episode; each has one of its own."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+    planner: Planner = field(default_factory=Tree)
+
+
+class Mind(NamedTuple):
+    """What an agent is made of."""
+
+    predictors: list[Predictor]
+    encoder: Encoder
+    metric: ActionMetric
+    space: ActionSpace
+    cost_of: Callable[[Tensor | None], Cost]
+    """The cost for the embedding of a goal, (*tokens, D), where it is a picture."""
+
+    def embed(self, picture: np.ndarray) -> Tensor:
+        """The embedding (*tokens, D) of a picture, RGB uint8 (H, W, 3)."""
+        frame = torch.from_numpy(picture.copy()).movedim(2, 0)[None]
+        if frame.shape[2:] != self.encoder.image_size:
+            frame = functional.interpolate(frame.float(), self.encoder.image_size, mode="area").round().byte()
+        return self.encoder.embed(frame[None])[0]
+
+
+class Episode(NamedTuple):
+    """What happened."""
+
+    pictures: np.ndarray
+    """uint8 (steps, H, W, 3)"""
+    table: dict[str, np.ndarray]
+    """Actions, each taken after its picture, and the state where the world says it; (steps,) each."""
+    result: dict[str, Any]
+    goal: np.ndarray | None
+    imagined: Tensor
+    """By the first plan, (H, *tokens, D)."""
+
+
+def main(options: Options) -> None:
+    """Open the world, act in each episode, write what happened."""
+    require_one_process()
+    world, folder = open_world(options.env), options.output_dir
+    output = RunFolder(options, "act", ("episodes", "films", "act.json", "episodes.csv"))
+    mind = load_mind(options, world) if options.predictor or options.encoder or options.cache else None
+    output.begin({"env": options.env})
+    results = []
+    for number in tqdm(range(options.episodes), "acting", unit="episode", leave=False):
+        episode = act(world, mind, options, seed=options.seed + number)
+        path = folder / "episodes" / f"episode_{number:05}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        write_video(path, episode.pictures, world.fps)
+        write_table(path.with_suffix(".csv"), episode.table, world.fps)
+        results.append({"episode": number, **episode.result})
+        if mind and options.cache and number < options.films and len(episode.imagined):
+            write_film(folder / "films" / path.name, episode, EmbeddingCache(options.cache), mind.predictors[0])
+    with (folder / "episodes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, results[0])
+        writer.writeheader()
+        writer.writerows(results)
+    said = in_short(results)
+    write_json(folder / "act.json", said | {"episodes": results})
+    output.finish(said)
+    print(f"{options.env}: {said['successes']} of {said['of']} reach the goal, {100 * said['success']:.0f} % "
+          f"({100 * said['low']:.0f} to {100 * said['high']:.0f}), {said['seconds']:.2f} CPU-seconds an episode\n"
+          f"wrote {folder}/episodes, episodes.csv and act.json")  # fmt: skip
+    if not mind:
+        print(f"Next:\n  video-jepa embed --videos {folder}/episodes --columns 'action_*' --encoder ENCODER "
+              f"--fps {world.fps:g} --output-dir cache/train")  # fmt: skip
+
+
+def in_short(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Share of successes with Wilson's 95 % interval, and what an episode took in the mean."""
+    successes = sum(one["is_success"] for one in results)
+    interval = binomtest(successes, len(results)).proportion_ci(method="wilson")
+    means = {name: float(np.mean([one[name] for one in results])) for name in ("plans", "surprises", "seconds")}
+    share = {"success": successes / len(results), "low": interval.low, "high": interval.high}
+    return {"successes": successes, "of": len(results)} | share | means
+
+
+def load_mind(options: Options, world: World) -> Mind:
+    """Everything that a plan takes. Raises `UserError` where it is missing or does not belong together."""
+    if not options.predictor or options.encoder is None or options.cache is None:
+        raise UserError("--predictor, --encoder and --cache belong together: give all three, or none to stroll")
+    predictors, encoder = [load_predictor(folder)[0] for folder in options.predictor], load_encoder(options.encoder)
+    for folder, predictor in zip(options.predictor, predictors, strict=True):
+        cache, found, wanted = open_cache(options.cache, predictor), encoder.fingerprint, predictor.encoder_fingerprint
+        require(found == wanted, f"--encoder {options.encoder} is {found}, and {folder}'s is {wanted}: give that one")
+        taken, given = len(predictor.actions), len(world.low)
+        mend = "train it with this world's"
+        require(taken == given, f"{folder} takes {taken} actions, and {options.env} {given}: {mend}")
+    windows = Windows(cache, 2, predictor.actions)
+    chosen = windows.evenly(PAIRS)
+    pairs, done = torch.from_numpy(windows.take(chosen).numpy()), windows.actions(chosen)
+    if done is None or len(done) == 0:
+        raise UserError(f"{options.cache} has no two embeddings with actions between them")
+    groups = torch.from_numpy(np.unique(windows.video_of(chosen), return_inverse=True)[1])
+    metric = ActionMetric.fit(pairs[:, 0], pairs[:, 1], done[:, 0], groups)
+    space = ActionSpace(torch.tensor(world.low).float(), torch.tensor(world.high).float(), world.longest)
+    if not options.goal_values:
+        return Mind(predictors, encoder.eval(), metric, space, metric.to_goal)  # type: ignore[arg-type]
+    cost = value_cost(options.goal_values, cache, predictor)
+    return Mind(predictors, encoder.eval(), metric, space, lambda _: cost)
+
+
+def value_cost(goal_values: tuple[str, ...], cache: EmbeddingCache, predictor: Predictor) -> Cost:
+    """The distance of what a probe reads off an embedding from wanted values. Raises `UserError`."""
+    try:
+        wanted = {name: float(value) for name, value in (given.split("=") for given in goal_values)}
+    except ValueError as error:
+        raise UserError(f"--goal-values {' '.join(goal_values)}: each must be COLUMN=NUMBER") from error
+    probe, there = fit_readout(cache, tuple(wanted), predictor).probe, torch.tensor(list(wanted.values()))
+    return lambda embeddings: (probe(predictor.standardise(embeddings)) - there).norm(dim=-1).float()
+
+
+def act(world: World, mind: Mind | None, options: Options, *, seed: int) -> Episode:
+    """One episode."""
+    picture, info = world.reset(seed)
+    draws, began = np.random.default_rng(seed), time.process_time()
+    agent, goal = None, info.get("goal")
+    if mind:
+        if options.goal:
+            goal = read_picture(options.goal, "--goal")
+        agent = make_agent(mind, goal, options, seed=seed)
+    pictures, actions, states, action = [], [], [], world.low * 0
+    for _ in range(options.steps):
+        pictures.append(picture)
+        states.append(info.get("state", ()))
+        if agent and mind:
+            action = agent.act(mind.embed(picture)).numpy().astype(float)
+        else:
+            action = stroll(action, world, draws)
+        actions.append(action)
+        picture, info = world.step(action)
+    names = [f"action_{number}" for number in range(len(world.low))]
+    table = dict(zip(names, np.array(actions).T, strict=True)) | dict(
+        zip(world.columns, np.array(states).T, strict=True)
+    )
+    plans, surprises, is_near = (agent.plans, agent.surprises, agent.is_near) if agent else ([], 0, False)
+    result = {
+        "is_success": bool(info.get("is_success", is_near)), "plans": len(plans), "surprises": surprises,
+        "seconds": time.process_time() - began,
+    }  # fmt: skip
+    imagined = plans[0].embeddings if plans else torch.empty(0)
+    return Episode(np.array(pictures), table, result, goal, imagined)
+
+
+def make_agent(mind: Mind, goal: np.ndarray | None, options: Options, *, seed: int) -> Agent:
+    """An agent for a goal: a picture, or values. Raises `UserError` where there is neither."""
+    if options.goal_values:
+        cost, near = mind.cost_of(None), options.near
+    elif goal is not None:
+        cost, near = mind.cost_of(mind.embed(goal)), options.near * mind.space.reach
+    else:
+        raise UserError(f"--env {options.env} shows no goal: give --goal PICTURE or --goal-values")
+    task = Task(mind.predictors, mind.space, cost, metric=mind.metric, near=near)
+    return Agent(task, options.planner, torch.Generator().manual_seed(seed), replan=options.replan)
+
+
+def stroll(before: np.ndarray, world: World, draws: np.random.Generator) -> np.ndarray:
+    """An action at random, not far from the one before; all of the space is drawn from alike in the long run."""
+    half = (world.high - world.low) / 2
+    kick = np.sqrt(1 - (1 - TURN) ** 2) * draws.normal(size=len(half)) * half * 0.7
+    return np.clip((1 - TURN) * before + kick, world.low, world.high)
+
+
+def write_film(path: Path, episode: Episode, cache: EmbeddingCache, predictor: Predictor) -> None:
+    """What came, the goal where it is a picture, and the real frames nearest to what the first plan imagined."""
+    path.parent.mkdir(exist_ok=True)
+    height, width = episode.pictures.shape[1:3]
+    _, rows = Search(cache, mean=predictor.mean, std=predictor.std).near(episode.imagined, 1)
+    nearest = read_frames(cache, rows[:, 0], (height, width)).transpose(0, 2, 3, 1)
+    at = np.minimum(np.arange(len(episode.pictures)), len(nearest) - 1)
+    panels = [episode.pictures, nearest[at]]
+    if episode.goal is not None and episode.goal.shape == episode.pictures.shape[1:]:
+        panels.insert(1, np.broadcast_to(episode.goal, episode.pictures.shape))
+    write_video(path, np.concatenate(panels, axis=2), predictor.fps)
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

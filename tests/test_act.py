@@ -1,0 +1,177 @@
+"""Acting: a stroll is recorded as it was, a small model finds its way, and mistakes are said in one line."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.clock import read_on_clock
+from data.errors import DataError
+from data.sidecar import read_sidecar
+from data.worlds import TWO_ROOMS, WorldError, open_world
+from jepa.encoder import EncoderConfig
+from jepa.expander import ExpanderConfig
+from jepa.networks import MLPConfig
+from jepa.planning import CEM, Tree
+from pipelines import act, cache_embeddings, pretrain_encoder, train_predictor
+from pipelines.run.command import UserError
+
+WORLD = """
+import gymnasium, numpy as np
+
+class Line(gymnasium.Env):
+    '''A bright square on a line; it is pushed.'''
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+    action_space = gymnasium.spaces.Box(-2, 2, (1,), np.float32)
+    observation_space = gymnasium.spaces.Box(0, 1, (1,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at = self.np_random.uniform(4, 28)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.at = float(np.clip(self.at + action[0], 4, 28))
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    def render(self):
+        picture = np.zeros((32, 32, 3), np.uint8)
+        picture[12:20, int(self.at) - 3 : int(self.at) + 4] = 220
+        return picture
+
+class Switch(Line):
+    action_space = gymnasium.spaces.Discrete(3)
+
+gymnasium.register("Line-v0", Line, disable_env_checker=True)
+gymnasium.register("Switch-v0", Switch, disable_env_checker=True)
+"""
+LINE = "small_line_world:Line-v0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "small_line_world.py").write_text(WORLD)
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Recordings, an encoder, caches and a predictor of the line, each by its command."""
+    folder = tmp_path_factory.mktemp("runs")
+    for split, seed in (("train", 0), ("val", 100)):
+        act.main(act.Options(env=LINE, episodes=12, steps=40, seed=seed, output_dir=folder / split))
+    pretrain_encoder.main(
+        pretrain_encoder.Options(
+            videos=(folder / "train/episodes",), output_dir=folder / "encoder", fps=5, steps=60, batch_size=32,
+            encoder=EncoderConfig(image_size=(32, 32), embedding_dimension=8, pooling="softmax"), log_every=60,
+            expander=ExpanderConfig((64, 64)), tracker=("none",),
+        )
+    )  # fmt: skip
+    for split in ("train", "val"):
+        cache_embeddings.main(
+            cache_embeddings.Options(
+                videos=(folder / split / "episodes",), encoder=str(folder / "encoder/encoder"), fps=5,
+                columns=("action_*",), output_dir=folder / "cache" / split,
+            )
+        )  # fmt: skip
+    train_predictor.main(
+        train_predictor.Options(
+            train_cache=folder / "cache/train", validation_cache=folder / "cache/val", actions=("action_*",),
+            output_dir=folder / "predictor", steps=150, log_every=150, rollout_steps=3, tracker=("none",),
+            predictor=MLPConfig(context=2, width=64, depth=1), validation_horizon=5,
+        )
+    )  # fmt: skip
+    return folder
+
+
+def options(runs: Path, tmp_path: Path, **more):
+    mind = {"predictor": (runs / "predictor",), "encoder": runs / "encoder/encoder", "cache": runs / "cache/train"}
+    return act.Options(**{"env": LINE, "episodes": 3, "steps": 25, "output_dir": tmp_path / "act"} | mind | more)
+
+
+def test_a_stroll_is_recorded_as_it_was(tmp_path):
+    act.main(act.Options(episodes=2, steps=15, output_dir=tmp_path / "act", seed=5))
+    path = tmp_path / "act/episodes/episode_00001.mp4"
+    frames = list(read_on_clock(path, (65, 65), fps=10))
+    table = read_sidecar(
+        path, np.array([one.time_s for one in frames]), tolerance_s=0.01,
+        columns=("action_0", "action_1", "dot_x", "dot_y", "wall_x", "door_y"),
+    )  # fmt: skip
+    assert len(frames) == 15
+    # The same world, acted in by what the table says, shows the same.
+    world = open_world(TWO_ROOMS)
+    picture, info = world.reset(6)
+    for frame, row in zip(frames, table, strict=True):
+        np.testing.assert_allclose(row[2:], info["state"], atol=1e-2)
+        assert np.abs(frame.frame.transpose(1, 2, 0).astype(int) - picture).mean() < 4
+        picture, info = world.step(row[:2])
+
+
+def test_an_agent_reaches_a_picture_and_says_how_often(runs, tmp_path, capsys):
+    goal = np.zeros((32, 32, 3), np.uint8)
+    goal[12:20, 22:29] = 220
+    Image.fromarray(goal).save(tmp_path / "goal.png")
+    act.main(options(runs, tmp_path, goal=tmp_path / "goal.png", planner=Tree(hold=2, progress=0.3)))
+    results = json.loads((tmp_path / "act/act.json").read_text())
+    assert results["successes"] == 3, results
+    assert results["low"] < results["success"] == 1.0 == results["high"]
+    rows = list(csv.DictReader((tmp_path / "act/episodes.csv").read_text().splitlines()))
+    assert [row["episode"] for row in rows] == ["0", "1", "2"]
+    assert "3 of 3 reach the goal, 100 %" in capsys.readouterr().out
+    films = list((tmp_path / "act/films").iterdir())
+    assert films
+    for film in films:
+        shown = next(iter(read_on_clock(film, (32, 96), fps=5))).frame
+        assert np.abs(shown[:, :, 32:64].transpose(1, 2, 0).astype(int) - goal).mean() < 6  # the goal is in the middle
+        assert shown[:, :, 64:].max() > 100  # and what is imagined beside it
+
+
+def test_cem_does_so_too(runs, tmp_path):
+    goal = np.zeros((32, 32, 3), np.uint8)
+    goal[12:20, 4:11] = 220
+    Image.fromarray(goal).save(tmp_path / "goal.png")
+    planner = CEM(horizon=10, samples=40, rounds=4, elites=8)
+    act.main(options(runs, tmp_path, goal=tmp_path / "goal.png", planner=planner, replan=5, episodes=2, films=0))
+    assert json.loads((tmp_path / "act/act.json").read_text())["successes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"predictor": ()}, "--predictor, --encoder and --cache belong together"),
+        ({}, "shows no goal: give --goal PICTURE or --goal-values"),
+        ({"goal": Path("nowhere.png")}, "--goal nowhere.png"),
+        ({"goal_values": ("x:3",)}, "each must be COLUMN=NUMBER"),
+        ({"goal_values": ("speed=3",)}, "has no numbers speed"),
+        ({"env": TWO_ROOMS}, "takes 1 actions, and two-rooms 2"),
+    ],
+    ids=["incomplete", "no goal", "no picture", "no number", "no column", "another world"],
+)
+def test_mistakes_are_said(runs, tmp_path, more, said):
+    with pytest.raises((UserError, DataError), match=said):
+        act.main(options(runs, tmp_path, **more))
+    assert not (tmp_path / "act/act.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "said"), [("Nowhere-v7", "cannot make it"), ("small_line_world:Switch-v0", "takes actions of Discrete")]
+)
+def test_worlds_that_cannot_be_acted_in_are_said(env, said):
+    with pytest.raises(WorldError, match=said):
+        open_world(env)
+
+
+def test_without_gymnasium_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(WorldError, match="pip install gymnasium"):
+        open_world("Pendulum-v1")

@@ -1,0 +1,127 @@
+"""Plans reach goals in worlds that are known, and an agent learns where its model is wrong."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jepa.planning import CEM, MPPI, ActionMetric, ActionSpace, Agent, Blocked, Gradient, Planner, Task, Tree
+from jepa.sequence import Sequence
+
+FPS = 10.0
+SPACE = ActionSpace(-torch.ones(2), torch.ones(2), 1.0)
+
+
+class Plane:
+    """A plane without walls; an embedding is three times the place, turned, and a number that says nothing."""
+
+    fps, latent_dimension, config = FPS, 0, SimpleNamespace(context=2)
+
+    def fill(self, seen: Sequence) -> Sequence:
+        return seen
+
+    def step(self, newest: Sequence, state: Any, latent: None = None) -> tuple[Tensor, None]:
+        assert newest.actions is not None
+        return embed(place(newest.embeddings[:, -1]) + newest.actions[:, -1])[:, None], None
+
+
+def embed(places: Tensor) -> Tensor:
+    """(..., 2) -> (..., 3)"""
+    return torch.cat([3 * places.flip(-1), torch.zeros_like(places[..., :1])], dim=-1)
+
+
+def place(embeddings: Tensor) -> Tensor:
+    return embeddings[..., :2].flip(-1) / 3
+
+
+def walled(start: Tensor, action: Tensor) -> Tensor:
+    """A wall at x = 0 with a door at y from 3 to 5."""
+    end = start + action
+    is_blocked = (start[..., 0] < 0) != (end[..., 0] < 0)
+    return torch.where((is_blocked & ((end[..., 1] < 3) | (end[..., 1] > 5)))[..., None], start, end)
+
+
+@pytest.fixture(scope="module")
+def metric() -> ActionMetric:
+    draws = torch.Generator().manual_seed(0)
+    starts, actions = 4 * torch.randn(600, 2, generator=draws), torch.randn(600, 2, generator=draws)
+    ends = torch.where(torch.rand(600, 1, generator=draws) < 0.3, starts, starts + actions)  # three in ten are blocked
+    return ActionMetric.fit(embed(starts), embed(ends), actions, torch.arange(600) % 10)
+
+
+def task(metric: ActionMetric, goal: tuple[float, float], **more: Any) -> Task:
+    predictor: Any = Plane()
+    return Task([predictor], SPACE, metric.to_goal(embed(torch.tensor(goal))), metric=metric, near=0.3, **more)
+
+
+PAST = Sequence.on_clock(embed(torch.zeros(1, 1, 2)), FPS, torch.zeros(1, 1, 2))
+
+
+def test_the_metric_measures_what_has_to_be_done_although_moves_were_blocked(metric: ActionMetric) -> None:
+    ends = embed(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    positions = metric.position(ends)
+    torch.testing.assert_close(positions[1] - positions[0], torch.tensor([3.0, 4.0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(metric.to_goal(ends[1])(ends[0]), torch.tensor(5.0), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "planner", [Tree(), CEM(horizon=12), MPPI(horizon=12), Gradient(horizon=12)], ids=lambda planner: planner.kind
+)
+def test_planners_reach_a_goal_in_the_open(planner: Planner, metric: ActionMetric) -> None:
+    plan = planner.search(task(metric, (4.0, -3.0)), PAST, torch.Generator().manual_seed(0))
+    assert plan.cost < 1.0
+    assert (plan.actions.norm(dim=1) <= 1 + 1e-5).all()
+    torch.testing.assert_close(plan.actions.sum(dim=0), place(plan.embeddings[-1]), atol=1e-3, rtol=0)
+
+
+def test_a_tree_does_not_go_where_it_was_blocked(metric: ActionMetric) -> None:
+    origin = metric.position(embed(torch.zeros(2)))
+    blocked = Blocked(origin[None] + torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), 1.0)
+    for known in (None, blocked):
+        plan = Tree().search(task(metric, (5.0, 0.0), blocked=known), PAST, torch.Generator())
+        way = torch.cat([torch.zeros(1, 2), place(plan.embeddings)])
+        passes = blocked.meets(metric.position(embed(way))[None])
+        assert bool(passes) == (known is None)
+        assert plan.cost < 1.5  # a side of a cell
+
+
+def test_a_tree_that_is_there_stays(metric: ActionMetric) -> None:
+    assert len(Tree().search(task(metric, (0.0, 0.1)), PAST, torch.Generator()).actions) == 0
+
+
+def test_an_agent_finds_the_door_that_its_model_does_not_know(metric: ActionMetric) -> None:
+    at, goal = torch.tensor([-4.0, 0.0]), torch.tensor([4.0, 0.0])
+    agent = Agent(task(metric, (4.0, 0.0)), Tree(hold=1), torch.Generator())
+    for _ in range(150):
+        at = walled(at, agent.act(embed(at)))
+    assert agent.surprises > 0  # it met the wall
+    assert float((at - goal).norm()) < 1.0
+    assert agent.is_near
+
+
+def test_moves_differ_as_much_as_they_can() -> None:
+    moves = SPACE.moves(8)
+    torch.testing.assert_close(moves.norm(dim=1), torch.ones(8))
+    assert float((torch.cdist(moves, moves) + 9 * torch.eye(8)).amin()) > 0.4
+    corners = ActionSpace(torch.tensor([0.0, -2.0]), torch.tensor([1.0, 2.0])).moves(4)
+    assert ((corners >= torch.tensor([0.0, -2.0])) & (corners <= torch.tensor([1.0, 2.0]))).all()
+
+
+def test_a_tree_believes_a_move_where_all_predictors_do(metric: ActionMetric) -> None:
+    class Walled(Plane):
+        def step(self, newest: Sequence, state: Any, latent: None = None) -> tuple[Tensor, None]:
+            assert newest.actions is not None
+            return embed(walled(place(newest.embeddings[:, -1]), newest.actions[:, -1]))[:, None], None
+
+    predictors: list[Any] = [Plane(), Walled()]
+    there = replace(task(metric, (4.0, 0.0)), predictors=predictors)
+    past = Sequence.on_clock(embed(torch.tensor([[[-4.0, 0.0]]])), FPS, torch.zeros(1, 1, 2))
+    plan = Tree(hold=1).search(there, past, torch.Generator())
+    assert plan.cost < 1.0
+    way = torch.cat([torch.tensor([[-4.0, 0.0]]), place(plan.embeddings)])
+    (crossed,) = ((way[:-1, 0] < 0) & (way[1:, 0] >= 0)).nonzero(as_tuple=True)
+    assert len(crossed) == 1
+    assert 3 <= float(way[crossed + 1, 1]) <= 5  # by the door, which the other one alone knows
