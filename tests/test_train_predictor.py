@@ -145,7 +145,13 @@ def test_actions_are_learned_judged_and_asked_for(acted, caches, tmp_path, capsy
                 cache=acted["vector", "test"], predictor=tmp_path / name, output_dir=folder, horizon=3
             )
         )
-        found[name] = json.loads((folder / "rollout.json").read_text())["predictors"]
+        found[name] = json.loads((folder / "rollout.json").read_text())
+    read = found["run"]["inverse_dynamics"]
+    assert 0.3 < read["imagined"] < read["true"]
+    assert 0.95 < read["true"] < 1
+    assert "read off two embeddings: true 0." in capsys.readouterr().out
+    assert found["none"]["inverse_dynamics"] == {}
+    found = {name: results["predictors"] for name, results in found.items()}
     with_actions, without = (found[name]["model"][2]["relative_to_copy_last"] for name in ("run", "none"))
     assert with_actions < 0.2 < 0.8 < without < 1.2 < found["run"]["shuffled_actions"][2]["relative_to_copy_last"]
     assert found["run"]["model"][2]["relative_to_shuffled_actions_high"] < 0.2

@@ -26,8 +26,8 @@ from jepa.sequence import Future, Sequence
 from pipelines.run.command import require
 from pipelines.run.models import find_columns, in_batches, require_changing, require_finite
 
-DETAILED, LIVE_FRAMES, PROBE_FRAMES = 2000, 256, 20_000
-"""Most windows for details; frames to see what moves, to fit a probe on."""
+DETAILED, READ_WINDOWS, LIVE_FRAMES, PROBE_FRAMES = 2000, 500, 256, 20_000
+"""Most windows for details, to read actions off; frames to see what moves, to fit a probe on."""
 REFERENCES = ("copy_last", "ridge", "mean", "shuffled_actions")
 """Forecasts that errors are divided by."""
 Measures = dict[tuple[str, str], Tensor]
@@ -129,9 +129,43 @@ class Evaluation:
             "samples": self.samples,
             "probe_columns": list(columns),
             "useful_horizon": useful,
+            "inverse_dynamics": self.inverse_dynamics() if self.predictor.actions else {},
             "truth": truth,
             "predictors": records,
         }
+
+    @torch.no_grad()
+    def inverse_dynamics(self) -> dict[str, float]:
+        """How well actions are read off two embeddings, one after the other: R² of what came, and of what is imagined.
+
+        By regression on what came in other videos, of which it takes four; without them nothing.
+        """
+        windows, standardise = self.windows, self.predictor.standardise
+        chosen, pairs, done = windows.evenly(READ_WINDOWS), {"true": list[Tensor](), "imagined": list[Tensor]()}, []
+        videos = np.unique(windows.video_of(chosen), return_inverse=True)[1]
+        if videos.max(initial=0) < 3:
+            return {}
+        for _, taken in in_batches(windows, chosen, self.device):
+            batch = self.forecast(taken)
+            for name, came in (("true", batch.came), ("imagined", batch.forecasts["rollout"])):
+                way = torch.cat([standardise(batch.past.embeddings[:, -1:]), came], dim=1)
+                pairs[name].append(torch.cat([way[:, :-1], way.diff(dim=1)], dim=-1).cpu())
+            done.append(batch.future.actions.cpu())  # type: ignore[union-attr]
+        groups = torch.from_numpy(videos).repeat_interleave(self.horizon)
+        seen, actions = (
+            {name: torch.cat(parts).flatten(0, 1) for name, parts in pairs.items()},
+            torch.cat(done).flatten(0, 1),
+        )
+        missed = {name: torch.zeros(actions.shape[1], dtype=torch.float64) for name in seen}
+        for half in (0, 1):
+            mine = groups % 2 == half
+            probe = fit_probe(
+                [(seen["true"][~mine], actions[~mine], groups[~mine] // 2)], tuple(seen["true"].shape[1:])
+            )
+            for name, one in seen.items():
+                missed[name] += (probe(one[mine]) - actions[mine]).square().sum(dim=0)
+        total = (actions - actions.mean(dim=0)).square().sum(dim=0)
+        return {name: float((1 - one / total)[total > 0].mean()) for name, one in missed.items()}
 
     @torch.no_grad()
     def forecast(self, windows: Sequence, others: Tensor | None = None) -> ForecastBatch:

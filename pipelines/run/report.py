@@ -46,6 +46,10 @@ def table(results: Results) -> str:
                 useful = results["useful_horizon"][name]
                 cells.append(f"{'> ' * useful['exceeds_longest']}{useful['time_s']:.3g} s")
             lines.append(_line(name, cells))
+    if read := results["inverse_dynamics"]:
+        lines.append(
+            "R² of actions read off two embeddings: " + ", ".join(f"{one} {r2:.3f}" for one, r2 in read.items())
+        )
     return "\n".join(lines)
 
 
