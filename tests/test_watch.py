@@ -302,5 +302,5 @@ def test_a_run_that_cannot_be_watched_by_is_refused(world, tmp_path):
         ({"surprise": world / "surprise", "encoder": tmp_path / "none"}, "there is no encoder"),
         ({"surprise": world / "surprise", "encoder": tmp_path / "encoder"}, "give that one as --encoder"),
     ):
-        with pytest.raises(UserError, match=reason):
+        with pytest.raises((UserError, VideoError), match=reason):
             watch_by(**options)
