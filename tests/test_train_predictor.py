@@ -194,7 +194,7 @@ def test_a_calibration_of_another_predictor_is_refused(caches, tmp_path):
         train_predictor.main(options(caches, tmp_path / str(seed), seed=seed, steps=2))
     (tmp_path / "0" / "calibration").rename(tmp_path / "aside")
     (tmp_path / "1" / "calibration").rename(tmp_path / "0" / "calibration")
-    with pytest.raises(UserError, match="is that of another predictor: end the training"):
+    with pytest.raises(UserError, match="is that of another predictor, or of another version"):
         load_predictor(tmp_path / "0")
 
 

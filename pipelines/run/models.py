@@ -38,7 +38,8 @@ def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Pr
     def build_calibration(config: dict[str, Any]) -> Calibration:
         require(
             config.get("predictor_fingerprint") == owner,
-            f"{folder}/calibration is that of another predictor: end the training there with --resume, or train anew",
+            f"{folder}/calibration is that of another predictor, or of another version of this program: end "
+            "the training there with --resume, or train anew",
         )
         known = {"predictor_fingerprint", "fitted_on"}
         return Calibration.build(**{name: value for name, value in config.items() if name not in known})
