@@ -36,11 +36,11 @@ ENCODER = {
     "encoder.pooling": "softmax", "encoder.levels": (-3, -2, -1),
 }  # fmt: skip
 PREDICTOR = {
-    "actions": "action_*", "slow-dimension": 16, "steps": 2000, "batch-size": 512, "rollout-steps": 3,
-    "input-noise": 0.3, "predictor.context": 1, "predictor.width": 256, "predictor.depth": 2,
+    "actions": "action_*", "slow-dimension": 16, "steps": 2500, "batch-size": 384, "rollout-steps": 8,
+    "input-noise": 0.5, "predictor.context": 1, "predictor.width": 256, "predictor.depth": 2,
     "optimizer.learning-rate": 1e-3,
 }  # fmt: skip
-MEMBERS = 3
+MEMBERS = 2
 """Predictors, with seeds of their own, that have to agree."""
 FIRST_EPISODE = 1_000_000
 

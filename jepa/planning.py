@@ -152,6 +152,14 @@ class Plan(NamedTuple):
     """Of the last embedding."""
 
 
+class Node(NamedTuple):
+    """A node of a tree: what was done on the way from its parent, (H, A), and what came of it, (H, *tokens, D)."""
+
+    parent: int
+    actions: Tensor
+    came: Tensor
+
+
 @dataclass(frozen=True)
 class Tree(Bounded):
     """Breadth first through all that can be reached: a tree of rollouts, one for each cell of the action metric."""
@@ -163,7 +171,7 @@ class Tree(Bounded):
     """Ticks for which each is held."""
     cell: Positive = 0.5
     """Sides of cells, as a share of what is reached by one move."""
-    progress: Share = 0.7
+    progress: Share = 0.5
     """Share of an action that has to be made of it in each tick: what is half blocked is the edge of what is known, and
     a search finds every place where an imagined wall leaks."""
     nodes: PositiveInt = 4000
@@ -171,28 +179,47 @@ class Tree(Bounded):
 
     @torch.no_grad()
     def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
-        """The way to the node with the least cost, or to the first that is near enough."""
+        """The way to the node with the least cost.
+
+        If no way that is believed leads near enough, the first predictor alone is asked, which may know of a leak, or a
+        door; if none leads nearer than here, it is one to anywhere, to look from there.
+        """
+        nodes, costs = self._grow(task, past, least=self.progress)
+        if min(costs) > task.near:
+            nodes, costs = self._grow(replace(task, predictors=task.predictors[:1]), past, least=-torch.inf)
+        node = min(range(len(costs)), key=costs.__getitem__)
+        if node == 0 and len(nodes) > 1 and costs[0] > task.near:
+            node = int(torch.randint(1, len(nodes), (), generator=generator))
+        steps, cost = [], costs[node]
+        while node >= 0:
+            steps.append(nodes[node])
+            node = nodes[node].parent
+        way = steps[::-1]
+        return Plan(torch.cat([one.actions for one in way]), torch.cat([one.came for one in way]), cost)
+
+    def _grow(self, task: Task, past: Sequence, *, least: float) -> tuple[list[Node], list[float]]:
+        """Nodes, the first of them where it stands, and their costs, until one is near enough or none is new."""
         moves = task.space.moves(self.moves)
         held = repeat(moves, "m a -> m hold a", hold=self.hold)
         side = self.cell * self.hold * float(moves.norm(dim=1).max())
         start = past.embeddings[0, -1]
         seen = {self._cell(task.metric.position(start), side)}
-        nodes, costs, frontier, best = [Node(-1, held[0, :0], start[None][:0])], [float(task.cost(start))], [0], 0
-        while len(nodes) < self.nodes and costs[best] > task.near:
+        nodes, costs, frontier = [Node(-1, held[0, :0], start[None][:0])], [float(task.cost(start))], [0]
+        while len(nodes) < self.nodes and min(costs) > task.near:
             parents = torch.tensor(frontier).repeat_interleave(len(moves))
             past = _chosen(past, torch.arange(len(frontier)).repeat_interleave(len(moves)))
             actions = repeat(held, "m h a -> (n m) h a", n=len(frontier))
             came = task.imagine(past, actions)  # (nodes x moves, hold, *tokens, D)
             positions = task.metric.position(came[:, -1])
             cells = [self._cell(position, side) for position in positions]
-            taken = task.is_free(past, came, actions, least=self.progress)
+            taken = task.is_free(past, came, actions, least=least)
             taken &= torch.tensor([cell not in seen for cell in cells])
             for other in range(1, len(task.predictors)):  # of few that are left
                 (left,) = taken.nonzero(as_tuple=True)
                 if len(left) == 0:
                     break
                 its = task.imagine(_chosen(past, left), actions[left], by=other)
-                taken[left] = task.is_free(_chosen(past, left), its, actions[left], least=self.progress)
+                taken[left] = task.is_free(_chosen(past, left), its, actions[left], least=least)
             chosen = list({cells[index]: index for index in taken.nonzero()[:, 0].tolist()}.values())
             if not chosen:
                 break
@@ -200,26 +227,11 @@ class Tree(Bounded):
             frontier = list(range(len(nodes), len(nodes) + len(chosen)))
             nodes += [Node(int(parents[index]), actions[index], came[index]) for index in chosen]
             costs += task.cost(came[chosen, -1]).tolist()
-            best = min(range(len(costs)), key=costs.__getitem__)
             past = _continued(_chosen(past, torch.tensor(chosen, dtype=torch.long)), actions[chosen], came[chosen])
-        steps, node = [], best
-        while node >= 0:
-            steps.append(nodes[node])
-            node = nodes[node].parent
-        way = steps[::-1]
-        actions, embeddings = torch.cat([one.actions for one in way]), torch.cat([one.came for one in way])
-        return Plan(actions, embeddings, costs[best])
+        return nodes, costs
 
     def _cell(self, position: Tensor, side: float) -> tuple[int, ...]:
         return tuple((position / side).floor().int().tolist())
-
-
-class Node(NamedTuple):
-    """A node of a tree: what was done on the way from its parent, (H, A), and what came of it, (H, *tokens, D)."""
-
-    parent: int
-    actions: Tensor
-    came: Tensor
 
 
 def _chosen(past: Sequence, clips: Tensor) -> Sequence:

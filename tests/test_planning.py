@@ -117,7 +117,7 @@ def test_a_tree_believes_a_move_where_all_predictors_do(metric: ActionMetric) ->
             return embed(walled(place(newest.embeddings[:, -1]), newest.actions[:, -1]))[:, None], None
 
     predictors: list[Any] = [Plane(), Walled()]
-    there = replace(task(metric, (4.0, 0.0)), predictors=predictors)
+    there = replace(task(metric, (4.0, 0.0)), predictors=predictors, near=1.0)
     past = Sequence.on_clock(embed(torch.tensor([[[-4.0, 0.0]]])), FPS, torch.zeros(1, 1, 2))
     plan = Tree(hold=1).search(there, past, torch.Generator())
     assert plan.cost < 1.0
