@@ -91,16 +91,20 @@ def test_objectives_and_their_gradients_are_those_of_float64(objective, features
 @pytest.mark.parametrize(("grid", "weight"), [((0, 0), 1.0), ((2, 3), 0.0)])
 def test_an_encoder_learns_from_frames(grid, weight, tmp_path):
     config = EncoderConfig(image_size=(32, 32), grid=grid, head_widths=(16,), embedding_dimension=8)
-    options = pretrain_encoder.Options(
-        videos=(tmp_path,), encoder=config, prediction_weight=weight
-    )  # fmt: skip
+    options = pretrain_encoder.Options(videos=(tmp_path,), encoder=config, prediction_weight=weight, slow_dimension=2)
     torch.manual_seed(0)
     network = Pretraining(create_encoder(config), options)
-    frames = torch.randint(256, (4, 7, 3, 32, 32), dtype=torch.uint8)
-    expected = [output.detach() for output in network.eval()(frames)[:2]]
+    frames = torch.randint(256, (4, 13, 3, 32, 32), dtype=torch.uint8)
+
+    def embeddings_and_outputs(frames):
+        embeddings, outputs, _ = network(frames)
+        return [output.detach().cpu() for output in (embeddings, *outputs)]
+
+    network.eval()
+    expected = embeddings_and_outputs(frames)
     with on_device() as device:
         network.to(device)
-        found = [output.detach().cpu() for output in network(frames.to(device))[:2]]
+        found = embeddings_and_outputs(frames.to(device))
         generator = torch.Generator(device).manual_seed(0)
         views = Neighbours()(network.train() and frames.to(device), generator)
         _, outputs, error = network(views)
