@@ -50,7 +50,7 @@ def main(options: Options) -> None:
     parts: dict[str, Callable[[], object]] = {
         "copy to the device": lambda: held.to(device, non_blocking=True),
         "views": lambda: same.views(frames, generator),
-        "objective": lambda: pretrain_encoder.loss_of(outputs, None, same, generator).loss.backward(),
+        "objective": lambda: pretrain_encoder.loss_of([outputs], None, same, generator).loss.backward(),
     }
     results = {name: milliseconds(part, options.repeats) for name, part in parts.items()}
     for searched in (False, True):
@@ -77,7 +77,7 @@ def whole_step(
     def step() -> None:
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=kind != "float32"):
             _, outputs, error = learner(same.views(frames, generator))
-        pretrain_encoder.loss_of(outputs.float(), error, same, generator).loss.backward()
+        pretrain_encoder.loss_of(outputs, error, same, generator).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
