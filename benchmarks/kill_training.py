@@ -154,7 +154,9 @@ class Trial:
                 require(not found, f"{self.disturbed} differs: {', '.join(found[:5])}")
                 self.counts["runs compared"] += 1
                 shutil.rmtree(self.disturbed)
-            elif struck:
+            elif (
+                struck and max(self.shown(life), default=0) < self.steps
+            ):  # not while it calibrates, after its last step
                 self.look_into(remaining.pop(0), life)
 
     def start(self, output: Path) -> Life:
