@@ -79,7 +79,10 @@ class GymWorld:
         return self._picture(), info
 
     def _picture(self) -> np.ndarray:
-        picture = np.asarray(self.env.render())
+        try:
+            picture = np.asarray(self.env.render())
+        except Exception as error:  # of the environment's own making, such as a library that is not installed
+            raise WorldError(f"{self.env} cannot be drawn ({' '.join(str(error).split()):.200})") from error
         if picture.ndim != 3 or picture.shape[2] != 3:
             raise WorldError(f"{self.env} draws no picture, but {picture.dtype} {picture.shape}")
         return picture.astype(np.uint8)

@@ -117,6 +117,7 @@ class Episode(NamedTuple):
 def main(options: Options) -> None:
     """Open the world, act in each episode, write what happened."""
     require_one_process()
+    require(not (options.goal and options.goal_values), "--goal and --goal-values are two goals: give one of them")
     world, folder = open_world(options.env), options.output_dir
     output = RunFolder(options, "act", ("episodes", "films", "act.json", "episodes.csv"))
     mind = load_mind(options, world) if options.predictor or options.encoder or options.cache else None

@@ -49,6 +49,11 @@ class Line(gymnasium.Env):
 class Switch(Line):
     action_space = gymnasium.spaces.Discrete(3)
 
+class Dark(Line):
+    def render(self):
+        raise RuntimeError("pygame is not installed")
+
+gymnasium.register("Dark-v0", Dark, disable_env_checker=True)
 gymnasium.register("Line-v0", Line, disable_env_checker=True)
 gymnasium.register("Switch-v0", Switch, disable_env_checker=True)
 """
@@ -151,11 +156,13 @@ def test_cem_does_so_too(runs, tmp_path):
         ({"predictor": ()}, "--predictor, --encoder and --cache belong together"),
         ({}, "shows no goal: give --goal PICTURE or --goal-values"),
         ({"goal": Path("nowhere.png")}, "--goal nowhere.png"),
+        ({"goal": Path("a.png"), "goal_values": ("x=3",)}, "are two goals: give one"),
+        ({"env": "small_line_world:Dark-v0"}, "cannot be drawn .pygame is not installed"),
         ({"goal_values": ("x:3",)}, "each must be COLUMN=NUMBER"),
         ({"goal_values": ("speed=3",)}, "has no numbers speed"),
         ({"env": TWO_ROOMS}, "takes 1 actions, and two-rooms 2"),
     ],
-    ids=["incomplete", "no goal", "no picture", "no number", "no column", "another world"],
+    ids=["incomplete", "no goal", "no picture", "two goals", "dark", "no number", "no column", "another world"],
 )
 def test_mistakes_are_said(runs, tmp_path, more, said):
     with pytest.raises((UserError, DataError), match=said):
