@@ -181,7 +181,7 @@ def true_mind(mind: Mind, cache: EmbeddingCache) -> Mind:
     assert actions is not None
     metric = ActionMetric.fit(states[:, 0], states[:, 1], actions[:, 0], groups)
     predictor: Any = TrueDynamics()
-    return TrueMind([predictor], mind.encoder, metric, mind.space, metric.to_goal)  # type: ignore[arg-type]
+    return TrueMind(*mind._replace(predictors=[predictor], metric=metric))
 
 
 def cpu_seconds() -> float:

@@ -251,44 +251,15 @@ def _continued(past: Sequence, actions: Tensor, came: Tensor) -> Sequence:
 
 
 @dataclass(frozen=True)
-class CEM(Bounded):
-    """The cross-entropy method: sequences of actions are drawn around the mean of the best of those before."""
+class _Sampler(Bounded):
+    """Sequences of actions that are drawn around a mean, in rounds; each says where the next round is drawn."""
 
-    kind: ClassVar[str] = "cem"
     horizon: PositiveInt = 30
     """Ticks ahead."""
     samples: PositiveInt = 200
     """Sequences that are drawn in each round."""
     rounds: PositiveInt = 10
     """Rounds."""
-    elites: PositiveInt = 20
-    """Best sequences that the next round is drawn around."""
-
-    @torch.no_grad()
-    def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
-        """The mean of the last round, by the cost summed over all ticks."""
-        mean, std = _beginning(task.space, self.horizon)
-        for _ in range(self.rounds):
-            actions = _draw(task.space, mean, std, self.samples, generator)
-            total = task.cost(task.imagine(past, actions)).sum(dim=1)
-            best = actions[total.argsort()[: self.elites]]
-            mean, std = best.mean(dim=0), best.std(dim=0)
-        return _plan_of(task, past, mean)
-
-
-@dataclass(frozen=True)
-class MPPI(Bounded):
-    """Model predictive path integral control (Williams et al. 2017): a mean weighted by exp(-cost / temperature)."""
-
-    kind: ClassVar[str] = "mppi"
-    horizon: PositiveInt = 30
-    """Ticks ahead."""
-    samples: PositiveInt = 200
-    """Sequences that are drawn in each round."""
-    rounds: PositiveInt = 10
-    """Rounds."""
-    temperature: Positive = 0.1
-    """In units of the spread of the costs."""
 
     @torch.no_grad()
     def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
@@ -297,9 +268,38 @@ class MPPI(Bounded):
         for _ in range(self.rounds):
             actions = _draw(task.space, mean, std, self.samples, generator)
             total = task.cost(task.imagine(past, actions)).sum(dim=1)
-            weights = (-(total - total.min()) / (self.temperature * total.std().clamp_min(1e-9))).softmax(dim=0)
-            mean = torch.einsum("n,nha->ha", weights, actions)
+            mean, std = self.narrow(actions, total, std)
         return _plan_of(task, past, mean)
+
+    def narrow(self, actions: Tensor, total: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (H, A) of the next round, after actions (N, H, A) of costs (N,) drawn with this one."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CEM(_Sampler):
+    """The cross-entropy method: sequences of actions are drawn around the mean of the best of those before."""
+
+    kind: ClassVar[str] = "cem"
+    elites: PositiveInt = 20
+    """Best sequences that the next round is drawn around."""
+
+    def narrow(self, actions: Tensor, total: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        best = actions[total.argsort()[: self.elites]]
+        return best.mean(dim=0), best.std(dim=0)
+
+
+@dataclass(frozen=True)
+class MPPI(_Sampler):
+    """Model predictive path integral control (Williams et al. 2017): a mean weighted by exp(-cost / temperature)."""
+
+    kind: ClassVar[str] = "mppi"
+    temperature: Positive = 0.1
+    """In units of the spread of the costs."""
+
+    def narrow(self, actions: Tensor, total: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (-(total - total.min()) / (self.temperature * total.std().clamp_min(1e-9))).softmax(dim=0)
+        return torch.einsum("n,nha->ha", weights, actions), std
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,22 @@ frames nearest to what the first plan imagined.
 
 import csv
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from av import VideoFrame
 from scipy.stats import binomtest
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
 from data.cache import EmbeddingCache
 from data.frames import read_frames
 from data.image_sequence import read_picture
 from data.synthetic import write_table, write_video
+from data.video import FrameConverter
 from data.windows import Windows
 from data.worlds import TWO_ROOMS, World, open_world
 from jepa.config import Bounded, NotNegativeInt, Positive, PositiveInt
@@ -90,15 +90,17 @@ class Mind(NamedTuple):
     encoder: Encoder
     metric: ActionMetric
     space: ActionSpace
-    cost_of: Callable[[Tensor | None], Cost]
-    """The cost for the embedding of a goal, (*tokens, D), where it is a picture."""
+    value_cost: Cost | None
+    """The cost where the goal is values, not a picture."""
+    among: Search
+    """The cache, for the real frames nearest to what is imagined."""
+    convert: FrameConverter
+    """Resizes pictures as frames of videos are resized."""
 
     def embed(self, picture: np.ndarray) -> Tensor:
         """The embedding (*tokens, D) of a picture, RGB uint8 (H, W, 3)."""
-        frame = torch.from_numpy(picture.copy()).movedim(2, 0)[None]
-        if frame.shape[2:] != self.encoder.image_size:
-            frame = functional.interpolate(frame.float(), self.encoder.image_size, mode="area").round().byte()
-        return self.encoder.embed(frame[None])[0]
+        frame = self.convert(VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
+        return self.encoder.embed(torch.from_numpy(frame)[None, None])[0]
 
 
 class Episode(NamedTuple):
@@ -130,8 +132,8 @@ def main(options: Options) -> None:
         write_video(path, episode.pictures, world.fps)
         write_table(path.with_suffix(".csv"), episode.table, world.fps)
         results.append({"episode": number, **episode.result})
-        if mind and options.cache and number < options.films and len(episode.imagined):
-            write_film(folder / "films" / path.name, episode, EmbeddingCache(options.cache), mind.predictors[0])
+        if mind and number < options.films and len(episode.imagined):
+            write_film(folder / "films" / path.name, episode, mind.among)
     with (folder / "episodes.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, results[0])
         writer.writeheader()
@@ -169,16 +171,18 @@ def load_mind(options: Options, world: World) -> Mind:
         require(taken == given, f"{folder} takes {taken} actions, and {options.env} {given}: {mend}")
     windows = Windows(cache, 2, predictor.actions)
     chosen = windows.evenly(PAIRS)
-    pairs, done = torch.from_numpy(windows.take(chosen).numpy()), windows.actions(chosen)
+    pairs, done = windows.take(chosen), windows.actions(chosen)
     if done is None or len(done) == 0:
         raise UserError(f"{options.cache} has no two embeddings with actions between them")
     groups = torch.from_numpy(np.unique(windows.video_of(chosen), return_inverse=True)[1])
     metric = ActionMetric.fit(pairs[:, 0], pairs[:, 1], done[:, 0], groups)
     space = ActionSpace(torch.tensor(world.low).float(), torch.tensor(world.high).float(), world.longest)
-    if not options.goal_values:
-        return Mind(predictors, encoder.eval(), metric, space, metric.to_goal)  # type: ignore[arg-type]
-    cost = value_cost(options.goal_values, cache, predictor)
-    return Mind(predictors, encoder.eval(), metric, space, lambda _: cost)
+    cost = value_cost(options.goal_values, cache, predictors[0]) if options.goal_values else None
+    among = Search(cache, mean=predictors[0].mean, std=predictors[0].std)
+    return Mind(
+        predictors, encoder.eval(), metric=metric, space=space, value_cost=cost, among=among,
+        convert=FrameConverter(encoder.image_size),
+    )  # fmt: skip
 
 
 def value_cost(goal_values: tuple[str, ...], cache: EmbeddingCache, predictor: Predictor) -> Cost:
@@ -225,10 +229,10 @@ def act(world: World, mind: Mind | None, options: Options, *, seed: int) -> Epis
 
 def make_agent(mind: Mind, goal: np.ndarray | None, options: Options, *, seed: int) -> Agent:
     """An agent for a goal: a picture, or values. Raises `UserError` where there is neither."""
-    if options.goal_values:
-        cost, near = mind.cost_of(None), options.near
+    if mind.value_cost is not None:
+        cost, near = mind.value_cost, options.near
     elif goal is not None:
-        cost, near = mind.cost_of(mind.embed(goal)), options.near * mind.space.reach
+        cost, near = mind.metric.to_goal(mind.embed(goal)), options.near * mind.space.reach
     else:
         raise UserError(f"--env {options.env} shows no goal: give --goal PICTURE or --goal-values")
     task = Task(mind.predictors, mind.space, cost, metric=mind.metric, near=near)
@@ -242,17 +246,17 @@ def stroll(before: np.ndarray, world: World, draws: np.random.Generator) -> np.n
     return np.clip((1 - TURN) * before + kick, world.low, world.high)
 
 
-def write_film(path: Path, episode: Episode, cache: EmbeddingCache, predictor: Predictor) -> None:
+def write_film(path: Path, episode: Episode, among: Search) -> None:
     """What came, the goal where it is a picture, and the real frames nearest to what the first plan imagined."""
     path.parent.mkdir(exist_ok=True)
     height, width = episode.pictures.shape[1:3]
-    _, rows = Search(cache, mean=predictor.mean, std=predictor.std).near(episode.imagined, 1)
-    nearest = read_frames(cache, rows[:, 0], (height, width)).transpose(0, 2, 3, 1)
+    _, rows = among.near(episode.imagined, 1)
+    nearest = read_frames(among.cache, rows[:, 0], (height, width)).transpose(0, 2, 3, 1)
     at = np.minimum(np.arange(len(episode.pictures)), len(nearest) - 1)
     panels = [episode.pictures, nearest[at]]
     if episode.goal is not None and episode.goal.shape == episode.pictures.shape[1:]:
         panels.insert(1, np.broadcast_to(episode.goal, episode.pictures.shape))
-    write_video(path, np.concatenate(panels, axis=2), predictor.fps)
+    write_video(path, np.concatenate(panels, axis=2), among.cache.provenance.fps)
 
 
 if __name__ == "__main__":
