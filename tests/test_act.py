@@ -122,6 +122,14 @@ def test_a_stroll_is_recorded_as_it_was(tmp_path):
         picture, info = world.step(row[:2])
 
 
+def test_nothing_of_the_run_before_stays_among_the_new_one(tmp_path):
+    for episodes in (3, 1):
+        act.main(act.Options(episodes=episodes, steps=5, output_dir=tmp_path / "act", overwrite=True))
+    assert sorted(path.name for path in (tmp_path / "act/episodes").iterdir()) == [
+        "episode_00000.csv", "episode_00000.mp4",
+    ]  # fmt: skip
+
+
 def test_an_agent_reaches_a_picture_and_says_how_often(runs, tmp_path, capsys):
     goal = np.zeros((32, 32, 3), np.uint8)
     goal[12:20, 22:29] = 220

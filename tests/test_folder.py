@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from pipelines.run.artefacts import load_module, save_artefact
 from pipelines.run.command import Finished, UserError
-from pipelines.run.files import read_json, to_json, write_json
+from pipelines.run.files import WRITTEN, read_json, to_json, write_json
 from pipelines.run.folder import RunFolder
 
 
@@ -335,3 +336,12 @@ def test_overwriting_does_not_enter_runs_and_caches_inside(tmp_path):
     take(run, overwrite=True).begin({})
     assert everything(inner) == before
     assert not (run / "metrics.json").exists()
+
+
+def test_what_commands_leave_is_known_as_theirs():
+    """Else it would stay among the files of the run that replaces theirs."""
+    sources = [path.read_text() for path in Path(__file__).parents[1].glob("pipelines/*.py")]
+    calls = [call for code in sources for call in re.findall(r"(?:RunFolder\(options, |RESULTS = )[^\n]*", code)]
+    names = {name for call in calls for name in re.findall(r"\"(\w+\.(?:json|csv|html))\"", call)}
+    assert {"act.json", "episodes.csv", "events.csv", "imagined.json", "rollout.csv", "surprise.csv"} <= names
+    assert [name for name in sorted(names) if not WRITTEN.fullmatch(name)] == []

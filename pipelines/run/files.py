@@ -25,7 +25,7 @@ MARK = "run.json"
 """The file that says whose a folder is."""
 WRITTEN = re.compile(
     r"(metrics|account|config|rollout|sources|imagined)\.json|report\.html|(curve|videos)\.jsonl|film_\d{3}\.mp4"
-    r"|(rollout|surprise|peaks|found)\.csv|model\.safetensors"
+    r"|(rollout|surprise|peaks|events|found|episodes)\.csv|model\.safetensors|act\.json|episode_\d{5,}\.(mp4|csv)"
     r"|step_\d{8,}\.pt|hparams\.yml|events\.out\.tfevents\..*"
 )
 """Names of the files that commands write, beside pictures."""
