@@ -71,21 +71,31 @@ class GymWorld:
     def reset(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
         """A new episode."""
         _, info = self.env.reset(seed=seed)
-        return self._picture(), info
+        return self._picture(), _known(info)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """What comes of an action; whether the episode is over for the environment makes no difference."""
         _, _, _, _, info = self.env.step(action.astype(self.env.action_space.dtype))
-        return self._picture(), info
+        return self._picture(), _known(info)
 
     def _picture(self) -> np.ndarray:
         try:
             picture = np.asarray(self.env.render())
         except Exception as error:  # of the environment's own making, such as a library that is not installed
             raise WorldError(f"{self.env} cannot be drawn ({' '.join(str(error).split()):.200})") from error
-        if picture.ndim != 3 or picture.shape[2] != 3:
+        if not _is_picture(picture):
             raise WorldError(f"{self.env} draws no picture, but {picture.dtype} {picture.shape}")
         return picture.astype(np.uint8)
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 3 and value.shape[2] == 3
+
+
+def _known(info: dict[str, Any]) -> dict[str, Any]:
+    """What a `World` may say: environments use the same words for other things, such as a goal that is a position."""
+    known = {"goal": info["goal"]} if _is_picture(info.get("goal")) else {}
+    return known | ({"is_success": bool(info["is_success"])} if "is_success" in info else {})
 
 
 def open_world(name: str) -> World:

@@ -35,11 +35,14 @@ class Line(gymnasium.Env):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.at = self.np_random.uniform(4, 28)
-        return np.zeros(1, np.float32), {}
+        return np.zeros(1, np.float32), self.said()
+
+    def said(self):  # words that a world of ours uses for something else
+        return {"state": np.array([self.at, 1.0]), "goal": np.zeros(2)}
 
     def step(self, action):
         self.at = float(np.clip(self.at + action[0], 4, 28))
-        return np.zeros(1, np.float32), 0.0, False, False, {}
+        return np.zeros(1, np.float32), 0.0, False, False, self.said()
 
     def render(self):
         picture = np.zeros((32, 32, 3), np.uint8)
