@@ -2,11 +2,11 @@ r"""Evaluate a predictor: by how much does it beat the trivial guesses, and how 
 
   video-jepa evaluate --cache cache/test --predictor runs/predictor --output-dir runs/evaluation
 
-Leaves `rollout.json`, `rollout.csv` and `rollout.png`: for each forecast and horizon its error, also relative to
-copying the last embedding, to ridge regression and to the mean, with confidence intervals; and for how long it is
-better than the mean. `model` is what the predictor's calibration believes, `rollout` the network alone. With --samples
-also how good sampled futures are; with --probe-cache and --probe-columns also how well true state, columns of the
-caches, can be read off forecasts.
+Leaves `rollout.json` and `rollout.csv`, which `video-jepa report` draws: for each forecast and horizon its error, also
+relative to copying the last embedding, to ridge regression and to the mean, with confidence intervals; and for how long
+it is better than the mean. `model` is what the predictor's calibration believes, `rollout` the network alone. With
+--samples also how good sampled futures are; with --probe-cache and --probe-columns also how well true state, columns of
+the caches, can be read off forecasts.
 """
 
 import math
@@ -16,18 +16,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from accelerate import Accelerator
-from matplotlib.figure import Figure
 
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import require, require_one_process, run_command
 from pipelines.run.devices import require_memory
 from pipelines.run.evaluation import Evaluation, fit_readout
-from pipelines.run.files import SIGNED, write_json
+from pipelines.run.files import write_json
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both, windows_for
-from pipelines.run.report import draw_skill, table, write_table
+from pipelines.run.report import table, write_table
 
-RESULTS = ("rollout.json", "rollout.csv", "rollout.png")
+RESULTS = ("rollout.json", "rollout.csv")
 LEAST_SAMPLES = 19
 """Fewest samples with a central interval of 90 %."""
 
@@ -59,7 +58,7 @@ class Options(Bounded):
 
 
 def main(options: Options) -> None:
-    """Load, forecast and measure, write, draw, print."""
+    """Load, forecast and measure, write, print."""
     both = bool(options.probe_cache) == bool(options.probe_columns)
     require(both, "--probe-cache and --probe-columns belong together: give both or neither")
     enough = options.samples == 0 or options.samples >= LEAST_SAMPLES
@@ -85,9 +84,6 @@ def main(options: Options) -> None:
     with TemporaryDirectory(prefix=".tmp.", dir=folder) as unfinished:
         write_json(Path(unfinished, "rollout.json"), results)
         write_table(results, Path(unfinished, "rollout.csv"))
-        figure = Figure(figsize=(11, 5), layout="constrained")
-        draw_skill(results, figure.subplots())
-        figure.savefig(Path(unfinished, "rollout.png"), dpi=120, metadata=SIGNED)
         # Only now: where the disk is full, the old results stay.
         output.begin(inputs)
         for name in RESULTS:
@@ -99,7 +95,8 @@ def main(options: Options) -> None:
     }
     output.finish({"useful_horizon_s": results["useful_horizon"]["model"]["time_s"]} | errors)
     print(
-        f"wrote {folder}/rollout.json, rollout.csv and rollout.png. Next:\n"
+        f"wrote {folder}/rollout.json and rollout.csv. To see them, and next:\n"
+        f"  video-jepa report --runs {options.predictor} {folder} --output-dir runs/report\n"
         f"  video-jepa surprise --cache {options.cache} --predictor {options.predictor} --output-dir runs/surprise"
     )
 

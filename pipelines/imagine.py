@@ -5,7 +5,7 @@ r"""Films of the imagined future: what came beside what was imagined, decoded, a
 Each film shows a past, darker, and what follows it, in panels: the frames that came; their embeddings, decoded, which
 is the best that the decoder can show; the imagined embeddings, decoded; and the real frames nearest to these. Of a
 predictor with actions, also what the same past leads to with another video's actions and with mean ones. Leaves
-`films/`, `sheet.png` and `imagined.json`. `video-jepa report` plays them.
+`films/` and `imagined.json`. `video-jepa report` plays them.
 """
 
 from dataclasses import dataclass, replace
@@ -28,15 +28,15 @@ from jepa.sequence import Sequence
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import counted, require, require_one_process, run_command
 from pipelines.run.devices import start_accelerator
-from pipelines.run.files import save_picture, write_json
+from pipelines.run.files import write_json
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import in_batches, inputs_of, load_predictor, open_cache, windows_for
 from pipelines.run.searching import Search
 
 CAME, DECODED, IMAGINED, NEAREST = "what came", "its embeddings, decoded", "imagined, decoded", "nearest real frames"
 OTHERS, MEAN = "imagined with another video's actions", "imagined with mean actions"
-PANEL, SHEET_MOMENTS = 160, 6
-"""Longer side of a panel in pixels; moments of a film on the sheet."""
+PANEL = 160
+"""Longer side of a panel in pixels."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def main(options: Options) -> None:
     """Forecast, decode, look for the nearest frames, write films."""
     require_one_process()
     folder, device = options.output_dir, start_accelerator().device
-    output = RunFolder(options, "imagine", ("films", "sheet.png", "imagined.json"))
+    output = RunFolder(options, "imagine", ("films", "imagined.json"))
     predictor, calibration = load_predictor(options.predictor, device)
     decoder = load_decoder(options.decoder, predictor)
     cache, among = open_cache(options.cache, predictor), open_cache(options.among, predictor)
@@ -78,7 +78,7 @@ def main(options: Options) -> None:
     size = fitting_size(Path(cache.clips[0].key.source), cache.provenance, PANEL)
     output.begin(inputs_of(options.predictor, cache))
     (folder / "films").mkdir(exist_ok=True)
-    films, sheet = [], []
+    films = []
     for number, chosen in enumerate(windows.evenly(options.films)[:, None]):
         panels, nearest = dreams.panels(chosen, search, size)
         name, shown = f"film_{number:03}.mp4", [*panels.values()]
@@ -86,14 +86,12 @@ def main(options: Options) -> None:
         rows = [np.concatenate(shown[first : first + 2], axis=2) for first in range(0, len(shown), 2)]
         write_video(folder / "films" / name, np.concatenate(rows, axis=1), predictor.fps)
         times_s = windows.column(chosen, "times_s")[0]
-        films.append({"film": name, "video": windows.videos(chosen)[0], "times_s": times_s} | nearest)
-        films[-1]["panels"] = [*panels]
-        moments = np.linspace(context, len(times_s) - 1, SHEET_MOMENTS).round().astype(int)
-        sheet += [np.concatenate([*panel[moments]], axis=1) for name, panel in panels.items() if name != DECODED]
-    save_picture(folder / "sheet.png", np.concatenate(sheet))
+        found = {"film": name, "video": windows.videos(chosen)[0], "times_s": times_s, **nearest, "panels": [*panels]}
+        films.append(found)
     write_json(folder / "imagined.json", {"fps": predictor.fps, "context": context, "films": films})
     output.finish({"films": len(films)})
-    print(f"wrote {folder}/films, {counted(len(films), 'film')}, sheet.png and imagined.json")
+    print(f"wrote {folder}/imagined.json and films, {counted(len(films), 'film')}. To see them in a page:")
+    print(f"  video-jepa report --runs {options.predictor} {folder} --output-dir runs/report")
 
 
 def load_decoder(folder: Path, predictor: Predictor) -> PictureDecoder:

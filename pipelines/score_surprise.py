@@ -4,12 +4,11 @@ r"""When does a video do what the world model did not expect?
   video-jepa surprise --videos VIDEO... --encoder runs/encoder/encoder --predictor runs/predictor
 
 The second embeds the videos first, into OUTPUT/cache. Leaves `surprise.csv` (a row for each frame with enough past),
-`peaks.csv` (the most surprising moments of each video, with a `rank`), `pictures/NAME.png` (both curves) and
-`peaks/NAME.png` (each peak among the frames around it). Energy is the error of the believed forecast in units of what
-is usual (mean 1), of a grid of tokens at its most surprising places, the highest of which `row` and `column` name and
-the pictures show; the percentile says how much of ordinary video has less. The change cosine says whether things went
-as expected, from 1 by 0 to -1: its mean over seconds notices what goes wrong for longer, such as a film that runs
-backwards.
+`peaks.csv` (the most surprising moments of each video, with a `rank`); `video-jepa report` shows them. Energy is the
+error of the believed forecast in units of what is usual (mean 1), of a grid of tokens at its most surprising places,
+the highest of which `row` and `column` name, while `maps.csv` has the energies of all places at each peak. The
+percentile says how much of ordinary video has less. The change cosine says whether things went as expected, from 1 by 0
+to -1: its mean over seconds notices what goes wrong for longer, such as a film that runs backwards.
 
   video-jepa surprise --cache cache/last_night --normal cache/other_nights --alarms-per-hour 1 --horizons 1 2 3 4
 
@@ -18,20 +17,18 @@ the peak and, of a grid, the cells; and how many false alarms are to be expected
 """
 
 import csv
-import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data.cache import EmbeddingCache, Provenance
-from data.errors import DataError, printable
+from data.cache import EmbeddingCache
+from data.errors import printable
 from data.video import IMAGE_FPS
 from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
 from jepa.calibration import FAR_LEVEL
@@ -50,7 +47,6 @@ from pipelines.run.models import (
     require_no_video_in_both,
     windows_for,
 )
-from pipelines.run.pictures import draw_peaks, draw_surprise, plain
 from pipelines.run.scoring import BOX, PLACE, SPAN, Scorer, Scores, fit_rivals, ignored_places, score_videos
 from pipelines.run.stages import run_stage
 
@@ -84,7 +80,7 @@ class Options(Bounded):
     truth: str = ""
     """Column of the cache that is above 0 where something happened: says which score tells it best."""
     peaks: Annotated[int, Bounds("from 1 to 100", lambda value: 1 <= value <= 100)] = 5
-    """Most surprising moments of each video that are shown."""
+    """Most surprising moments of each video that are listed."""
     normal: Path | None = None
     """Embeddings of ordinary videos that nothing was fitted on, to choose the threshold of alarms by."""
     alarms_per_hour: Positive = 1.0
@@ -94,10 +90,10 @@ class Options(Bounded):
 
 
 def main(options: Options) -> None:
-    """Score each video, say and show what is surprising."""
+    """Score each video, say what is surprising."""
     require_one_process()
     folder, device = options.output_dir, Accelerator().device
-    output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "events.csv", "pictures", "peaks"))
+    output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "maps.csv", "events.csv"))
     require(bool(options.videos) != bool(options.cache), "give --cache, or --videos to embed first")
     predictor, calibration = load_predictor(options.predictor, device)
     farthest = max(options.horizons, default=0)
@@ -114,19 +110,17 @@ def main(options: Options) -> None:
     rivals = find_rivals(options, scorer)
     offsets_s = sorted({clip.key.offset_s for clip in cache.clips})
     output.begin(inputs_of(options.predictor, cache) | {"offsets_s": offsets_s})
-    for name in ("pictures", "peaks"):
-        (folder / name).mkdir(exist_ok=True)
     beside = (*(rivals.names if rivals else ()), *truth)
-    with Tables(folder, alarm, beside, on_grid=len(predictor.shape) > 1) as tables:
+    with Tables(folder, alarm, beside, places=predictor.shape[:-1]) as tables:
         for scores in score_videos(scorer, windows, rivals, columns=truth):
             peaks = scores.peaks(options.peaks)
             tables.write(scores, peaks)
-            show(scores, peaks, folder, cache.provenance)
+            say(scores, peaks[0])
     silent = len({clip.key.source for clip in cache.clips}) - len(tables.levels)
     far = sum(level > FAR_LEVEL for level in tables.levels)
     output.finish({
         "videos": len(tables.levels), "too_short_videos": silent, "far_from_calibration": far,
-        "mean_energy": tables.energy / tables.moments, "events": tables.events if alarm else None,
+        "mean_energy": tables.mean_energy, "events": tables.events if alarm else None,
         "threshold": alarm.threshold if alarm else None,
     } | (areas := tables.areas(*truth) if truth else {}))  # fmt: skip
     for name, area in sorted(areas.items(), key=lambda one: -one[1]):
@@ -140,7 +134,10 @@ def main(options: Options) -> None:
             f"minutes; were they as ordinary as the {60 * alarm.hours:.1f} of {options.normal}, there would be {low} "
             f"to {high}"
         )
-    print(f"wrote {folder}/{', '.join(tables.names)}, and pictures of each video in pictures and peaks")
+    runs = f"--runs {options.predictor} {folder}"
+    print(
+        f"wrote {folder}/{', '.join(tables.writers)}. To see it:\n  video-jepa report {runs} --output-dir runs/report"
+    )
 
 
 def choose_alarm(options: Options, scorer: Scorer, watched: EmbeddingCache) -> Alarm:
@@ -165,41 +162,48 @@ def find_rivals(options: Options, scorer: Scorer) -> Rivals | None:
     return None
 
 
-class Tables(AbstractContextManager["Tables"]):
-    """The tables of a scoring, written video by video, and sums over all."""
+class Tables(ExitStack):
+    """The tables of a scoring, written video by video, and what is summed over all."""
 
-    def __init__(self, folder: Path, alarm: Alarm | None, beside: Sequence[str], *, on_grid: bool) -> None:
-        moment = (*COLUMNS, *PLACE * on_grid)
-        heads = {"surprise.csv": ("video", *moment, *beside), "peaks.csv": ("video", "rank", *moment)}
-        heads |= {"events.csv": ("video", *SPAN, *BOX * on_grid)} if alarm else {}
-        self.alarm, self.names = alarm, list(heads)
-        self.levels, self.moments, self.energy, self.events, self.hours = list[float](), 0, 0.0, 0, 0.0
+    def __init__(self, folder: Path, alarm: Alarm | None, beside: Sequence[str], *, places: Sequence[int]) -> None:
+        super().__init__()
+        moment = (*COLUMNS, *PLACE * bool(places))
+        heads = {"surprise.csv": (*moment, *beside), "peaks.csv": ("rank", *moment)}
+        if places:
+            heads["maps.csv"] = ("rank", *(f"cell_{row}_{column}" for row, column in np.ndindex(*places)))
+        if alarm:
+            heads["events.csv"] = (*SPAN, *BOX * bool(places))
+        self.writers = {name: csv.writer(self.enter_context((folder / name).open("w", newline=""))) for name in heads}
+        for name, writer in self.writers.items():
+            writer.writerow(("video", *heads[name]))
+        self.alarm, self.levels, self.events, self.hours = alarm, list[float](), 0, 0.0
         self.columns: dict[str, list[np.ndarray]] = {name: [] for name in ("energy", *beside)}
-        self.files = [(folder / name).open("w", newline="") for name in heads]
-        self.writers = [csv.writer(file) for file in self.files]
-        for writer, head in zip(self.writers, heads.values(), strict=True):
-            writer.writerow(head)
-
-    def __exit__(self, *error: object) -> None:
-        for file in self.files:
-            file.close()
 
     def write(self, scores: Scores, peaks: list[int]) -> None:
         """Add a video."""
-        surprise, highest, *alarms = self.writers
         video = str(scores.video).encode(errors="backslashreplace").decode()  # names need not be UTF-8
-        beside = [[f"{value:.4g}" for value in scores.beside[name]] for name in scores.beside]
-        surprise.writerows([video, *scores.as_text(place), *(one[place] for one in beside)]
-                           for place in range(len(scores.times_s)))  # fmt: skip
-        highest.writerows([video, rank, *scores.as_text(peak)] for rank, peak in enumerate(peaks, start=1))
+        texts = [scores.as_text(place) for place in range(len(scores.times_s))]
+        beside = [[f"{value:.4g}" for value in values] for values in scores.beside.values()]
         events = find_events(scores.timeline, self.alarm.threshold) if self.alarm else []
-        for writer in alarms:
-            writer.writerows([video, *scores.event_as_text(event)] for event in events)
+        rows: dict[str, Iterable[Sequence[Any]]] = {
+            "surprise.csv": ([*text, *values] for text, *values in zip(texts, *beside, strict=True)),
+            "peaks.csv": ([rank, *texts[peak]] for rank, peak in enumerate(peaks, start=1)),
+            "maps.csv": ([rank, *(f"{cell:.4g}" for cell in scores.maps[peak].flat)]
+                         for rank, peak in enumerate(peaks, start=1)),
+            "events.csv": map(scores.event_as_text, events),
+        }  # fmt: skip
+        for name, writer in self.writers.items():
+            writer.writerows([video, *row] for row in rows[name])
         for name, values in ({"energy": scores.energies} | scores.beside).items():
             self.columns[name].append(values)
         self.levels.append(scores.level)
-        self.moments, self.energy = self.moments + len(scores.times_s), self.energy + float(scores.energies.sum())
         self.events, self.hours = self.events + len(events), self.hours + hours_of([scores.timeline])
+
+    @property
+    def mean_energy(self) -> float:
+        """The mean over all moments."""
+        energies = self.columns["energy"]
+        return sum(float(part.sum()) for part in energies) / sum(map(len, energies))
 
     def areas(self, truth: str) -> dict[str, float]:
         """Areas under the ROC curve over the moments of all videos of which the truth is known."""
@@ -224,26 +228,13 @@ def embed(options: Options, predictor: Predictor) -> Path:
     return cache
 
 
-def show(scores: Scores, peaks: list[int], folder: Path, provenance: Provenance) -> None:
-    """Pictures of a video, and a line on the screen."""
-    name, highest = picture_name(scores.video, folder / "pictures"), peaks[0]
-    draw_surprise(scores, peaks, folder / "pictures" / name)
-    try:
-        draw_peaks(scores, peaks, provenance, folder / "peaks" / name)
-    except (DataError, OSError) as error:  # its scores are there, all the same
-        print(printable(f"no pictures of its peaks: {error}"))
+def say(scores: Scores, highest: int) -> None:
+    """A line on the screen about a video."""
     time_s, energy = scores.times_s[highest], scores.energies[highest]
     said = f"  {scores.video}: most surprising at {time_s:.2f} s (energy {energy:.1f})"
     if scores.level > FAR_LEVEL:
         said += "; its ordinary level is far above what the calibration calls ordinary: percentiles say little of it"
     tqdm.write(printable(said))
-
-
-def picture_name(video: Path, folder: Path) -> str:
-    """A new name for a video's picture, short enough for any file system."""
-    stem = plain(video.stem)[:60]
-    names = (f"{stem}_{number}.png" if number > 1 else f"{stem}.png" for number in count(1))
-    return next(name for name in names if not os.path.lexists(folder / name))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from tyro.conf import Positional
 
 from data.cache import EmbeddingCache
@@ -27,7 +28,6 @@ from data.errors import DataError, printable
 from data.frames import fitting_size, read_frames
 from jepa.config import Bounded
 from pipelines.run.command import UserError, counted, require, require_one_process, run_command
-from pipelines.run.files import save_picture
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import clips_in_short
 from pipelines.run.searching import Search
@@ -160,7 +160,7 @@ def show(cache: EmbeddingCache, rows: np.ndarray, path: Path) -> None:
     except (DataError, OSError) as error:  # the list is there, all the same
         print(printable(f"no pictures: {error}"))
     else:
-        save_picture(path, rearrange(frames, "(n two) m c h w -> (n h) (two m w) c", two=2))
+        Image.fromarray(rearrange(frames, "(n two) m c h w -> (n h) (two m w) c", two=2)).save(path)
 
 
 if __name__ == "__main__":

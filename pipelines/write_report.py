@@ -223,7 +223,8 @@ def read_table(path: Path) -> dict[str, list[Row]]:
 
 def surprise_of(folder: Path, record: dict[str, Any], most: int, *, left: int) -> dict[str, Any]:
     """The most surprising videos with films of `left` bytes of base64 at most, their timelines, peaks and events."""
-    moments, peaks, events = (read_table(folder / f"{name}.csv") for name in ("surprise", "peaks", "events"))
+    names = ("surprise", "peaks", "maps", "events")
+    moments, peaks, maps, events = (read_table(folder / f"{name}.csv") for name in names)
     order = sorted(moments, key=lambda video: -max(row["energy"] for row in moments[video]))
     order, others = order[:most], len(order) - most
     left -= VIDEO_BYTES * len(order)
@@ -237,10 +238,12 @@ def surprise_of(folder: Path, record: dict[str, Any], most: int, *, left: int) -
         tables = {"Event": jumps(its_events, "peak_s", SPAN), "Peak": jumps(peaks[name], "time_s", MOMENT)}
         share = (left - sum(len(video["film"]) for video in videos)) // (len(order) - number)
         film = film_of(name, tables, inputs, length_s=rows[-1]["time_s"], most=share)
+        its_maps = [{"time_s": peak["time_s"], "cells": [value for name, value in cells.items() if name != "rank"]}
+                    for peak, cells in zip(peaks[name], maps.get(name, []), strict=bool(maps))]  # fmt: skip
         parts = np.array_split(np.arange(len(rows)), min(CURVE_POINTS, len(rows)))
         shown = [max((rows[place] for place in part), key=lambda row: row["energy"]) for part in parts]
         videos.append({
-            "name": name, "jumps": tables, **film, "events": its_events,
+            "name": name, "jumps": tables, **film, "events": its_events, "maps": its_maps,
             "moments": {column: [row[column] for row in shown] for column in shown[0]},
             "figure": timeline_figure(shown, peaks[name], its_events, metrics["threshold"]),
         })  # fmt: skip

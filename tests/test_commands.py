@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -253,12 +252,3 @@ def test_freed_memory_is_used_again():
         for kept in (True, False)
     ]
     assert found[0] < 1000, found
-
-
-@pytest.mark.parametrize("name", ["module://nowhere.to.be.found", "nonsense", "agg", ""])
-def test_pictures_need_no_display_and_leave_the_environment_alone(name):
-    code = "import os; import pipelines.run.pictures; print(os.environ['MPLBACKEND'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"MPLBACKEND": name}
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, name), done.stderr

@@ -11,11 +11,11 @@ from nbclient import NotebookClient
 
 from data.cache import EmbeddingCache
 from data.decoder import VideoError
+from data.frames import fitting_size, read_again
 from data.synthetic import BallWorld, write_ball_clip, write_ball_videos, write_video
 from jepa.encoder import EncoderConfig, create_encoder
 from pipelines import cache_embeddings
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.pictures import read_pictures
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 WORLD = BallWorld()
@@ -74,15 +74,14 @@ def test_pictures_are_the_very_frames_that_were_embedded(tmp_path, embed):
     video = write_ball_clip(tmp_path, 0, BallWorld(fps=25, frames=50), seed=1)
     cache, encoder = embed([video], clocks=2)
     rows = np.arange(cache.frames)[::-3]
-    pictures = read_pictures(video, cache.take(rows, "times_s"), cache.provenance, height=32).transpose(0, 3, 1, 2)
+    pictures = read_again(video, cache.take(rows, "times_s"), (32, 32), cache.provenance)
     with torch.no_grad():
-        again = encoder.embed(torch.from_numpy(pictures.copy())[:, None]).numpy()
+        again = encoder.embed(torch.from_numpy(pictures)[:, None]).numpy()
     np.testing.assert_allclose(again, cache.take(rows), rtol=1e-4, atol=1e-5)
     with pytest.raises(VideoError, match=r"there is no frame at 5\.00 s: was it changed"):
-        read_pictures(video, np.array([5.0]), cache.provenance)
+        read_again(video, np.array([5.0]), (32, 32), cache.provenance)
 
 
 def test_pictures_keep_the_shape_of_the_video(tmp_path, make_provenance):
     write_video(tmp_path / "wide.mp4", np.full((8, 36, 64, 3), 90, np.uint8), WORLD.fps)
-    pictures = read_pictures(tmp_path / "wide.mp4", np.array([0.3]), make_provenance(fps=10.0), height=18)
-    assert pictures.shape == (1, 18, 32, 3)
+    assert fitting_size(tmp_path / "wide.mp4", make_provenance(fps=10.0), 32) == (18, 32)

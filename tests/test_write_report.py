@@ -107,10 +107,15 @@ def test_numbers_are_those_of_the_files(world, page):
     assert [{name: float(row[name]) for name in row if name != "video"} for row in events] == video["events"]
     assert events
     assert video["grid"] == [2, 4]
+    tops, maps = (rows_of(world / "surprise" / f"{name}.csv") for name in ("peaks", "maps"))
+    cells = [[float(value) for name, value in row.items() if name.startswith("cell")] for row in maps]
+    assert [(one["time_s"], one["cells"]) for one in video["maps"]] == [
+        (float(row["time_s"]), one) for row, one in zip(tops, cells, strict=True)
+    ]
+    assert [divmod(np.argmax(one), 4) for one in cells] == [(int(row["row"]), int(row["column"])) for row in tops]
     figures = {figure["title"].partition(",")[0]: figure["data"] for figure in page.data("data-figure")}
     _, energy, peaks = figures[""]
     assert energy["y"] == video["moments"]["energy"]
-    tops = rows_of(world / "surprise" / "peaks.csv")
     assert peaks["x"] == [float(row["time_s"]) for row in tops]
     curve = [json.loads(line) for line in (world / "encoder" / "curve.jsonl").read_text().splitlines()]
     ranks = {line["name"].replace(" ", "_"): line for line in figures["Effective rank: 1 is collapse"]}
@@ -329,6 +334,12 @@ def test_clicks_and_keys_show_the_frame_of_their_time(world, browser):
     cell = next(row for row in rows if row["time_s"] == jumps[-1])
     style = browser.run("const one = document.querySelector('i.cell').style; return [one.top, one.left, one.width]")
     assert style == [f"{50 * int(cell['row'])}%", f"{25 * int(cell['column'])}%", "25%"]
+    reddest = browser.run("""
+        const canvas = document.querySelector('.screen canvas'), {width, height} = canvas;
+        const {data} = canvas.getContext('2d').getImageData(0, 0, width, height);
+        const shown = data.filter((_, place) => place % 4 === 3);
+        return shown.indexOf(Math.max(...shown))""")
+    assert divmod(reddest, 4) == (int(cell["row"]), int(cell["column"]))
     browser.run("document.querySelector('.timeline').focus({preventScroll: false})")
     place = [row["time_s"] for row in rows].index(jumps[-1])
     for key, step in (("ArrowLeft", -1), ("ArrowLeft", -2), ("ArrowRight", -1)):

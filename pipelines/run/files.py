@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from data import files
@@ -24,13 +22,11 @@ from pipelines.run.command import UserError
 MARK = "run.json"
 """The file that says whose a folder is."""
 WRITTEN = re.compile(
-    r"(metrics|account|config|rollout|sources|imagined)\.json|report\.html|(curve|videos)\.jsonl|film_\d{3}\.mp4"
-    r"|(rollout|surprise|peaks|events|found|episodes)\.csv|model\.safetensors|act\.json|episode_\d{5,}\.(mp4|csv)"
+    r"(metrics|account|config|rollout|sources|imagined)\.json|report\.html|found\.png|(curve|videos)\.jsonl|film_\d{3}\.mp4"
+    r"|(rollout|surprise|peaks|maps|events|found|episodes)\.csv|model\.safetensors|act\.json|episode_\d{5,}\.(mp4|csv)"
     r"|step_\d{8,}\.pt|hparams\.yml|events\.out\.tfevents\..*"
 )
-"""Names of the files that commands write, beside pictures."""
-SIGNED = {"Software": "video-jepa"}
-"""What pictures say of themselves, by which ours are known."""
+"""Names of the files that commands write."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -99,20 +95,8 @@ def written(path: Path) -> Iterator[Path]:
         if not any((path / name).exists() for name in (MARK, "cache.json")):
             for inner in path.iterdir():
                 yield from written(inner)
-    elif path.is_file() and (WRITTEN.fullmatch(path.name) or (path.suffix == ".png" and _is_signed(path))):
+    elif path.is_file() and WRITTEN.fullmatch(path.name):
         yield path
-
-
-def save_picture(path: Path, pixels: np.ndarray) -> None:
-    """Write a PNG of pixels, uint8 (H, W, 3), that is known as ours."""
-    info = PngInfo()
-    info.add_text(*next(iter(SIGNED.items())))
-    Image.fromarray(pixels).save(path, pnginfo=info)
-
-
-def _is_signed(picture: Path) -> bool:
-    with picture.open("rb") as file:
-        return b"Software\0video-jepa" in file.read(256)
 
 
 def remove_empty(folder: Path) -> None:

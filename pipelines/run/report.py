@@ -1,11 +1,8 @@
-"""Tables and the figure of what `pipelines.run.evaluation` finds."""
+"""Tables of what `pipelines.run.evaluation` finds."""
 
 import csv
 from pathlib import Path
 from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
 
 from pipelines.run.command import counted
 
@@ -59,26 +56,3 @@ def _line(name: str, cells: list[str]) -> str:
 
 def _by_name(results: Results) -> list[tuple[str, list[dict[str, float]]]]:
     return [*results["predictors"].items(), ("truth", results["truth"])]
-
-
-def draw_skill(results: Results, axes: Axes) -> None:
-    """Errors relative to copy-last against the horizon in seconds, with confidence bands."""
-    greys = {"copy_last": "0.5", "mean": "0.2"}
-    for place, (name, records) in enumerate(results["predictors"].items()):
-        times_s, colour = [record["time_s"] for record in records], greys.get(name, f"C{place}")
-        errors, low, high = (
-            [record[f"relative_to_copy_last{end}"] for record in records] for end in ("", "_low", "_high")
-        )
-        width = 2.5 if name == "model" else 1.5
-        axes.plot(times_s, errors, label=name.replace("_", " "), color=colour, linewidth=width)
-        axes.fill_between(times_s, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.axvline(results["useful_horizon"]["model"]["time_s"], color="C0", linewidth=1, linestyle=":")
-    # Logarithmic: extrapolation and the mean are wrong by factors that would flatten the rest on a linear scale.
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("horizon in seconds; dotted: the model is better than the mean until there")
-    axes.set_ylabel("error relative to copying the last embedding")
-    axes.set_title(f"{counted(results['windows'], 'rollout')}; {results['interval']}", fontsize=9)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
