@@ -36,7 +36,7 @@ from jepa.predictor import Predictor
 from pipelines.run.command import UserError, require, require_one_process, run_command
 from pipelines.run.encoders import load_encoder
 from pipelines.run.evaluation import fit_readout
-from pipelines.run.files import write_json
+from pipelines.run.files import read_json, write_json
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import load_predictor, open_cache
 from pipelines.run.searching import Search
@@ -68,7 +68,7 @@ class Options(Bounded):
     """How near is near enough: in largest actions or, where the goal is values, in their units."""
     episodes: PositiveInt = 10
     """Episodes."""
-    steps: PositiveInt = 200
+    ticks: PositiveInt = 200
     """Ticks of each."""
     films: NotNegativeInt = 8
     """Episodes that a film is made of."""
@@ -78,6 +78,8 @@ class Options(Bounded):
     """Where episodes and results are left."""
     seed: NotNegativeInt = 0
     """Seed of the first episode; each has one of its own."""
+    resume: bool = False
+    """Go on after the last episode of an interrupted run."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     planner: Planner = field(default_factory=Tree)
@@ -107,9 +109,9 @@ class Episode(NamedTuple):
     """What happened."""
 
     pictures: np.ndarray
-    """uint8 (steps, H, W, 3)"""
+    """uint8 (ticks, H, W, 3)"""
     table: dict[str, np.ndarray]
-    """Actions, each taken after its picture, and the state where the world says it; (steps,) each."""
+    """Actions, each taken after its picture, and the state where the world says it; (ticks,) each."""
     result: dict[str, Any]
     goal: np.ndarray | None
     imagined: Tensor
@@ -124,22 +126,23 @@ def main(options: Options) -> None:
     output = RunFolder(options, "act", ("episodes", "films", "act.json", "episodes.csv"))
     mind = load_mind(options, world) if options.predictor or options.encoder or options.cache else None
     output.begin({"env": options.env})
-    results = []
-    for number in tqdm(range(options.episodes), "acting", unit="episode", leave=False):
+    record = folder / "act.json"
+    results = read_json(record)["episodes"] if options.resume and record.exists() else []
+    for number in tqdm(range(len(results), options.episodes), "acting", unit="episode", leave=False):
         episode = act(world, mind, options, seed=options.seed + number)
         path = folder / "episodes" / f"episode_{number:05}.mp4"
         path.parent.mkdir(exist_ok=True)
         write_video(path, episode.pictures, world.fps)
         write_table(path.with_suffix(".csv"), episode.table, world.fps)
-        results.append({"episode": number, **episode.result})
         if mind and number < options.films and len(episode.imagined):
             write_film(folder / "films" / path.name, episode, mind.among)
+        results.append({"episode": number, **episode.result})
+        write_json(record, in_short(results) | {"episodes": results})
     with (folder / "episodes.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, results[0])
         writer.writeheader()
         writer.writerows(results)
     said = in_short(results)
-    write_json(folder / "act.json", said | {"episodes": results})
     output.finish(said)
     print(f"{options.env}: {said['successes']} of {said['of']} reach the goal, {100 * said['success']:.0f} % "
           f"({100 * said['low']:.0f} to {100 * said['high']:.0f}), {said['seconds']:.2f} CPU-seconds an episode\n"
@@ -205,7 +208,7 @@ def act(world: World, mind: Mind | None, options: Options, *, seed: int) -> Epis
             goal = read_picture(options.goal, "--goal")
         agent = make_agent(mind, goal, options, seed=seed)
     pictures, actions, states, action = [], [], [], world.low * 0
-    for _ in range(options.steps):
+    for _ in range(options.ticks):
         pictures.append(picture)
         states.append(info.get("state", ()))
         if agent and mind:

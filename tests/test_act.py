@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def runs(tmp_path_factory):
     """Recordings, an encoder, caches and a predictor of the line, each by its command."""
     folder = tmp_path_factory.mktemp("runs")
     for split, seed in (("train", 0), ("val", 100)):
-        act.main(act.Options(env=LINE, episodes=12, steps=40, seed=seed, output_dir=folder / split))
+        act.main(act.Options(env=LINE, episodes=12, ticks=40, seed=seed, output_dir=folder / split))
     pretrain_encoder.main(
         pretrain_encoder.Options(
             videos=(folder / "train/episodes",), output_dir=folder / "encoder", fps=5, steps=60, batch_size=32,
@@ -104,11 +105,11 @@ def runs(tmp_path_factory):
 
 def options(runs: Path, tmp_path: Path, **more):
     mind = {"predictor": (runs / "predictor",), "encoder": runs / "encoder/encoder", "cache": runs / "cache/train"}
-    return act.Options(**{"env": LINE, "episodes": 3, "steps": 25, "output_dir": tmp_path / "act"} | mind | more)
+    return act.Options(**{"env": LINE, "episodes": 3, "ticks": 25, "output_dir": tmp_path / "act"} | mind | more)
 
 
 def test_a_stroll_is_recorded_as_it_was(tmp_path):
-    act.main(act.Options(episodes=2, steps=15, output_dir=tmp_path / "act", seed=5))
+    act.main(act.Options(episodes=2, ticks=15, output_dir=tmp_path / "act", seed=5))
     path = tmp_path / "act/episodes/episode_00001.mp4"
     frames = list(read_on_clock(path, (65, 65), fps=10))
     table = read_sidecar(
@@ -127,10 +128,37 @@ def test_a_stroll_is_recorded_as_it_was(tmp_path):
 
 def test_nothing_of_the_run_before_stays_among_the_new_one(tmp_path):
     for episodes in (3, 1):
-        act.main(act.Options(episodes=episodes, steps=5, output_dir=tmp_path / "act", overwrite=True))
+        act.main(act.Options(episodes=episodes, ticks=5, output_dir=tmp_path / "act", overwrite=True))
     assert sorted(path.name for path in (tmp_path / "act/episodes").iterdir()) == [
         "episode_00000.csv", "episode_00000.mp4",
     ]  # fmt: skip
+
+
+def test_interrupted_it_goes_on_after_the_last_whole_episode(tmp_path, monkeypatch):
+    given = act.Options(env=LINE, episodes=3, ticks=5, output_dir=tmp_path / "whole")
+    act.main(given)
+    given = replace(given, output_dir=tmp_path / "act")
+    write = act.write_video
+
+    def interrupt(path, *rest):
+        if "00001" in path.name:
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(act, "write_video", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        act.main(given)
+    monkeypatch.setattr(act, "write_video", write)
+    with pytest.raises(UserError, match="an unfinished run: add --resume to go on with it"):
+        act.main(given)
+    (first,) = (tmp_path / "act/episodes").glob("*.mp4")
+    before = first.stat()
+    act.main(replace(given, resume=True))
+    assert first.stat() == before
+    for table in ("episode_00000", "episode_00001", "episode_00002"):
+        whole, resumed = (tmp_path / name / f"episodes/{table}.csv" for name in ("whole", "act"))
+        assert whole.read_text() == resumed.read_text()
+    assert len(json.loads((tmp_path / "act/act.json").read_text())["episodes"]) == 3
 
 
 def test_an_agent_reaches_a_picture_and_says_how_often(runs, tmp_path, capsys):

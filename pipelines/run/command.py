@@ -119,7 +119,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         case Interrupted(args=(said, number)):
             return 128 + number, "" if rank else f"\n{said}"
         case KeyboardInterrupt():
-            said = "interrupted: run the same command again to continue, a trainer with --resume"
+            said = "interrupted: run the same command again to continue, with --resume where there is one"
             return 128 + signal.SIGINT, "" if rank else f"\n{said}"
         case ConfigurationError():
             line = f"{_option_of(error.field)} {error.message}"
