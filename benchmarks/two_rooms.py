@@ -42,6 +42,13 @@ PREDICTOR = {
 }  # fmt: skip
 MEMBERS = 2
 """Predictors, with seeds of their own, that have to agree."""
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no slow part": ({"slow-dimension": 0}, {"slow-dimension": 0}),
+    "flattened head": ({"encoder.pooling": "flatten", "encoder.levels": -1}, {}),
+    "one step at a time": ({}, {"rollout-steps": 1}),
+    "no noise": ({}, {"input-noise": 0.0}),
+}
+"""What is trained otherwise to see what it is worth: options of the encoder, and of the predictor."""
 FIRST_EPISODE = 1_000_000
 
 
@@ -55,6 +62,8 @@ class Options(SeedOptions):
     """Episodes of each planner that it is compared with."""
     clips: PositiveInt = CLIPS["train"]
     """Clips to train on."""
+    variants: tuple[str, ...] = ()
+    """Parts that are left out in models of their own, of the first seed, by the names in `VARIANTS`."""
     output_dir: Path = Path("runs/benchmarks/two_rooms")
     """Where all runs and the results are left."""
 
@@ -72,19 +81,13 @@ def main(options: Options) -> None:
 def measure(videos: Path, folder: Path, options: Options, *, seed: int) -> dict[str, Any]:
     """All figures of one seed."""
     before = cpu_seconds()
-    train("pretrain_encoder", folder / "encoder", {"videos": videos / "train", "fps": FPS, "seed": seed}, ENCODER)
-    for split in CLIPS:
-        columns = {"columns": (*STATE_COLUMNS, *ACTION_COLUMNS), "output-dir": folder / "cache" / split}
-        run("cache_embeddings", {"videos": videos / split, "encoder": folder / "encoder/encoder", "fps": FPS}, columns)
-    caches = {"train-cache": folder / "cache/train", "validation-cache": folder / "cache/val"}
-    predictors = tuple(folder / f"predictor_{member}" for member in range(MEMBERS))
-    for member, where in enumerate(predictors):
-        train("train_predictor", where, caches, PREDICTOR, {"seed": MEMBERS * seed + member})
+    embed_rooms(videos, folder, seed=seed)
+    predictors = train_members(folder, folder, seed=seed)
     trained = cpu_seconds() - before
     judged = {"cache": folder / "cache/test", "predictor": predictors[0]}
     run("evaluate_rollout", judged, {"output-dir": folder / "evaluation", "overwrite": True})
     errors = curves(folder / "evaluation", "relative_to_copy_last")
-    given = ActOptions(predictor=predictors, encoder=folder / "encoder/encoder", cache=folder / "cache/train", films=0)
+    given = options_of(folder, predictors)
     world, fewer = TwoRooms(), options.fewer
     mind = load_mind(given, world)
     truth = true_mind(mind, EmbeddingCache(folder / "cache/train"))
@@ -92,6 +95,8 @@ def measure(videos: Path, folder: Path, options: Options, *, seed: int) -> dict[
     often = replace(given, planner=CEM(rounds=5), replan=10)
     contestants = {
         "agent": (mind, given, options.episodes), "without memory": (mind, replace(given, planner=Forgetful()), fewer),
+        "one predictor": (mind._replace(predictors=mind.predictors[:1]), given, fewer),
+        "half blocked is free": (mind, replace(given, planner=Tree(progress=0.0)), fewer),
         "CEM in embeddings": (mind, often, fewer), "tree, truth": (truth, given, fewer),
         "CEM, truth": (truth, often, fewer),
         "chance": (None, given, fewer),
@@ -101,15 +106,47 @@ def measure(videos: Path, folder: Path, options: Options, *, seed: int) -> dict[
         there = TrueRooms() if who is truth else world
         done = [act(there, who, how, seed=FIRST_EPISODE + number) for number in range(episodes)]
         planners[name] = in_short([episode.result for episode in done])
-        if who is mind:
+        if who and who is not truth:
             through = [goes_through(mind, readout, episode.imagined, FIRST_EPISODE + number)
                        for number, episode in enumerate(done)]  # fmt: skip
             planners[name]["through"] = float(np.mean(through))
+    for name in options.variants if seed == options.seeds[0] else ():
+        (encoder, predictor), there = VARIANTS[name], folder / name.replace(" ", "_")
+        embedded = embed_rooms(videos, there, encoder, seed=seed) if encoder else folder
+        others = options_of(embedded, train_members(embedded, there, predictor, seed=seed))
+        its = load_mind(others, world)
+        done = [act(world, its, others, seed=FIRST_EPISODE + number) for number in range(fewer)]
+        planners[name] = in_short([episode.result for episode in done])
     return {
         "training_cpu_seconds": trained,
         "errors": {n: at_horizons(e) for n, e in errors.items()},
         "planners": planners,
     }
+
+
+def embed_rooms(videos: Path, folder: Path, others: dict[str, Any] | None = None, *, seed: int) -> Path:
+    """An encoder, trained with these options in place of the usual ones, and its caches; the folder."""
+    given = {"videos": videos / "train", "fps": FPS, "seed": seed}
+    train("pretrain_encoder", folder / "encoder", given, ENCODER | (others or {}))
+    for split in CLIPS:
+        columns = {"columns": (*STATE_COLUMNS, *ACTION_COLUMNS), "output-dir": folder / "cache" / split}
+        run("cache_embeddings", {"videos": videos / split, "encoder": folder / "encoder/encoder", "fps": FPS}, columns)
+    return folder
+
+
+def train_members(embedded: Path, folder: Path, others: dict[str, Any] | None = None, *, seed: int) -> tuple[Path, ...]:
+    """Predictors on the caches in a folder, with these options in place of the usual ones; their folders."""
+    caches = {"train-cache": embedded / "cache/train", "validation-cache": embedded / "cache/val"}
+    folders = tuple(folder / f"predictor_{member}" for member in range(MEMBERS))
+    for member, where in enumerate(folders):
+        train("train_predictor", where, caches, PREDICTOR | (others or {}), {"seed": MEMBERS * seed + member})
+    return folders
+
+
+def options_of(embedded: Path, predictors: tuple[Path, ...]) -> ActOptions:
+    """How to act with these predictors, and the encoder and the caches in a folder."""
+    encoder, cache = embedded / "encoder/encoder", embedded / "cache/train"
+    return ActOptions(predictor=predictors, encoder=encoder, cache=cache, films=0)
 
 
 def goes_through(mind: Mind, readout: Readout, imagined: Tensor, seed: int) -> bool:
@@ -194,9 +231,10 @@ def table(found: list[dict[str, Any]]) -> str:
     """In Markdown: success by planner and seed, CPU-seconds, first plans through the door; then errors."""
     rows: list[list[object]] = [["planner", *(f"seed {number}" for number in range(len(found))), "CPU s", "through"]]
     for name in found[0]["planners"]:
-        runs = [one["planners"][name] for one in found]
+        runs = [one["planners"][name] for one in found if name in one["planners"]]
         cells = [f"{100 * one['success']:.1f} % of {one['of']} ({100 * one['low']:.0f} to {100 * one['high']:.0f})"
                  for one in runs]  # fmt: skip
+        cells += [""] * (len(found) - len(runs))
         through = [one["through"] for one in runs if "through" in one]
         rows.append(
             [name, *cells, float(np.mean([one["seconds"] for one in runs])), np.mean(through) if through else ""]
