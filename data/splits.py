@@ -12,12 +12,17 @@ HELD_OUT = 0.15
 
 
 def split_videos(videos: Sequence[VideoInfo]) -> dict[str, list[VideoInfo]]:
-    """Videos by split: recordings in the order of their names, the last ones for the test, those before for validation.
+    """Videos by split: by folders, where these are called `train`, `val` and `test`; else by recordings, as follows.
+
+    In the order of their names the last ones are for the test, those before for validation.
 
     Neighbours in that order are often parts of one drive or night, which so stay together. Files of one name in several
     folders are one recording, of several cameras; so are, where there are fewer names than folders, those of a folder.
     Raises `VideoError` where there are fewer than three recordings.
     """
+    own = [next((part for part in video.path.parts[::-1] if part in SPLITS), "") for video in videos]
+    if set(own) == set(SPLITS):
+        return {split: [video for video, its in zip(videos, own, strict=True) if its == split] for split in SPLITS}
     names, folders = {video.path.stem for video in videos}, {video.path.parent for video in videos}
     by_name = len(names) >= len(folders)
 

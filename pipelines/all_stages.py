@@ -2,28 +2,33 @@ r"""From a folder of videos to a page about them, by the commands that one would
 
   video-jepa all VIDEOS --output-dir runs/holiday --open
 
-Looks at all videos, keeps some for validation and some for the test, no recording in two of these, trains an encoder,
-or takes a published one (--encoder timm:vit_small_patch14_dinov2.lvd142m), trains a predictor, judges it, looks for
-what is surprising in the test videos, and leaves `report/report.html`. Each command that it runs is shown: go on from
-there by hand. Interrupted, the same command goes on.
+Looks at all videos, keeps some for validation and some for the test, no recording in two of these (or those in folders
+called `train`, `val` and `test`), trains an encoder, or takes a published one (--encoder
+timm:vit_small_patch14_dinov2.lvd142m), trains a predictor, judges it, looks for what is surprising in the test videos,
+and leaves `report/report.html`. Each command that it runs is shown: go on from there by hand. Interrupted, the same
+command goes on.
 """
 
+import webbrowser
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from tyro.conf import Positional
 
 from data.decoder import Damage
 from data.manifest import check_videos, read_manifest, record_videos
-from data.splits import split_videos
+from data.splits import SPLITS, split_videos
 from data.video import IMAGE_FPS, VideoInfo
 from jepa.config import NotNegativeInt, Positive, PositiveInt
 from jepa.networks import MLPConfig
 from pipelines.run.command import counted, require, require_one_process, run_command
 from pipelines.run.encoders import PublishedOptions
 from pipelines.run.files import write_json
-from pipelines.run.journey import Given, run_journey
+from pipelines.run.options import dashed
+from pipelines.run.stages import run_stage
 
 HORIZON, ROLLOUT, LEAST = 20, 8, 2
 """Ticks that are forecast, and trained on, at most: as many as the usual video allows; and at least."""
@@ -31,7 +36,7 @@ HORIZON, ROLLOUT, LEAST = 20, 8, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Options(PublishedOptions):
-    """From a folder of videos to a page about them."""
+    """Make a page about a folder of videos."""
 
     videos: Positional[tuple[Path, ...]]
     """Folders (searched recursively), video files, folders of images, and manifests."""
@@ -63,36 +68,57 @@ def main(options: Options) -> None:
     """Divide the videos, then run the commands."""
     require_one_process()
     require(bool(options.videos), "no videos are given: name folders, or files")
-    folder, embed = options.output_dir.absolute(), published_options(options)
+    published, folder = published_options(options), options.output_dir.absolute()
     parts = divide(options, folder / "videos")
-    horizon = usual_horizon(parts, options.fps)
-    train = {"steps": options.predictor_steps, "validation-horizon": horizon, "rollout-steps": min(ROLLOUT, horizon)}
-    given: dict[str, Given] = {
-        "train-decoder": {"steps": options.decoder_steps},
-        "embed": embed, "images": (images := {"image-fps": options.image_fps}), "evaluate": {"horizon": horizon},
-        "train": train,
-    }  # fmt: skip
-    if options.encoder is None:
-        given["pretrain"] = {"steps": options.encoder_steps, **images}
-    run_journey(
-        folder, {split: folder / "videos" / f"{split}.jsonl" for split in parts}, given, fps=options.fps,
-        seed=options.seed, columns=options.columns, actions=options.actions, is_opened=options.open,
-    )  # fmt: skip
+    for command, given in stages(options, folder, published, horizon=usual_horizon(parts, options.fps)):
+        run_stage(command, given)
+    page = folder / "report" / "report.html"
+    print(f"\nLook at {page}")
+    if options.open:
+        webbrowser.open(page.as_uri())
 
 
-def published_options(options: Options) -> Given:
+def published_options(options: Options) -> dict[str, Any]:
     """What `embed` is told of a published encoder; nothing where one is trained. Raises `UserError`."""
-    base = PublishedOptions()
-    names = [name for name in PublishedOptions.__dataclass_fields__ if getattr(options, name) != getattr(base, name)]
+    given = {dashed(name): getattr(options, name) for name in PublishedOptions.__dataclass_fields__
+             if getattr(options, name) != getattr(PublishedOptions(), name)}  # fmt: skip
     if options.encoder is None:
-        for name in names:
-            require(False, f"--{name.replace('_', '-')} is for a published encoder: give --encoder, or drop it")
+        require(not given, f"--{next(iter(given), '')} is for a published encoder: give --encoder, or drop it")
         return {}
-    values = {name.replace("_", "-"): getattr(options, name) for name in names}
     if options.encoder_weights:
-        values["encoder-weights"] = options.encoder_weights.absolute()
+        given["encoder-weights"] = options.encoder_weights.absolute()
     is_ours = Path(options.encoder).is_dir()
-    return {"encoder": Path(options.encoder).absolute() if is_ours else options.encoder} | values
+    return {"encoder": Path(options.encoder).absolute() if is_ours else options.encoder} | given
+
+
+def stages(
+    options: Options, folder: Path, published: dict[str, Any], *, horizon: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each command and its options; run again, it goes on or is done anew. All paths are absolute."""
+    videos = {split: folder / "videos" / f"{split}.jsonl" for split in SPLITS}
+    train, validation, test = (folder / "cache" / split for split in SPLITS)
+    encoder, names = train / "encoder", ["predictor", "evaluation", "decoder", "imagined", "surprise"]
+    clock, again = {"fps": options.fps, "image-fps": options.image_fps}, {"seed": options.seed, "resume": True}
+    if options.encoder is None:
+        names, encoder = ["encoder", *names], folder / "encoder" / "encoder"
+        published = {"encoder": encoder}
+        given = {"videos": videos["train"], "output-dir": folder / "encoder", "steps": options.encoder_steps}
+        yield "pretrain", given | clock | again
+    for cache, taken in ((train, published), (validation, {"encoder": encoder}), (test, {"encoder": encoder})):
+        columns = {"columns": (*options.columns, *options.actions), "output-dir": cache}
+        yield "embed", {"videos": videos[cache.name]} | taken | clock | columns
+    known = {"train-cache": train, "validation-cache": validation}
+    given = {"output-dir": folder / "predictor", "steps": options.predictor_steps, "validation-horizon": horizon}
+    yield "train", known | given | {"rollout-steps": min(ROLLOUT, horizon), "actions": options.actions} | again
+    judged = {"cache": test, "predictor": folder / "predictor", "overwrite": True}
+    probe = {"probe-cache": train, "probe-columns": options.columns} if options.columns else {}
+    yield "evaluate", judged | {"output-dir": folder / "evaluation", "horizon": horizon} | probe
+    yield "train-decoder", known | {"output-dir": folder / "decoder", "steps": options.decoder_steps} | again
+    shown = {"among": train, "decoder": folder / "decoder", "output-dir": folder / "imagined", "horizon": horizon}
+    yield "imagine", judged | shown
+    yield "surprise", judged | {"output-dir": folder / "surprise"}
+    runs = tuple(folder / name for name in names)
+    yield "report", {"runs": runs, "output-dir": folder / "report", "overwrite": True}
 
 
 def divide(options: Options, folder: Path) -> dict[str, list[VideoInfo]]:

@@ -2,9 +2,9 @@ r"""The whole journey on videos made here: bouncing balls, from frames to an ima
 
   video-jepa demo
 
-Renders and encodes clips of two balls in front of flickering backgrounds, runs every stage on them by the very
-commands that one runs on one's own videos, films the imagined future beside the real one, and ends with a page about it
-all, `report/report.html`. Interrupted, it goes on where it was.
+Renders clips of two balls in front of flickering backgrounds, and runs `video-jepa all` on them, as one runs it on
+one's own videos: it encodes them, trains, evaluates, films the imagined future beside the real one, and ends with a
+page about it all, `report/report.html`. Interrupted, it goes on where it was.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,7 @@ from pathlib import Path
 from data.synthetic import STATE_COLUMNS, BallWorld, write_ball_videos
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.command import run_command
-from pipelines.run.journey import Given, run_journey
-
-SPLITS = {"train": 0, "val": 1, "test": 2}
-SHOWN_CLIPS = 4
+from pipelines.run.stages import run_stage
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Options(Bounded):
     """Bouncing balls, from videos to an imagined future."""
 
     output_dir: Path = Path("demo")
-    """Where videos, caches, models and pictures are left."""
+    """Where videos, caches and models are left."""
     train_clips: PositiveInt = 1000
     """Clips to train on; a tenth as many, at most 100, are made for validation, and as many again for the test."""
     encoder_steps: PositiveInt = 500
@@ -40,21 +37,16 @@ class Options(Bounded):
 
 
 def main(options: Options) -> None:
-    """Make videos, run the commands on them, look at the imagined future."""
+    """Make videos, run all commands on them."""
     folder, world = options.output_dir.absolute(), BallWorld()
-    videos = {split: folder / "videos" / split for split in SPLITS}
-    for split, number in SPLITS.items():
+    for number, split in enumerate(("train", "val", "test")):
         clips = options.train_clips if split == "train" else min(100, max(10, options.train_clips // 10))
-        write_ball_videos(videos[split], clips, world, seed=3 * options.seed + number)
-
-    given: dict[str, Given] = {
-        "pretrain": {"steps": options.encoder_steps}, "embed": {}, "images": {}, "evaluate": {},
-        "train": {"steps": options.predictor_steps}, "train-decoder": {"steps": options.decoder_steps},
-    }  # fmt: skip
-    run_journey(
-        folder, videos, given, fps=world.fps, seed=options.seed, columns=STATE_COLUMNS,
-        shown=tuple(videos["test"] / f"clip_{number:05d}.mp4" for number in range(SHOWN_CLIPS)), is_opened=options.open,
-    )  # fmt: skip
+        write_ball_videos(folder / "balls" / split, clips, world, seed=3 * options.seed + number)
+    run_stage("all", {
+        "": folder / "balls", "output-dir": folder, "fps": world.fps, "columns": STATE_COLUMNS,
+        "encoder-steps": options.encoder_steps, "predictor-steps": options.predictor_steps,
+        "decoder-steps": options.decoder_steps, "seed": options.seed, "open": options.open,
+    })  # fmt: skip
     print("The same page about your own videos:\n\n  video-jepa all VIDEOS --output-dir runs --open")
 
 

@@ -35,6 +35,10 @@ def test_a_recording_is_in_one_split_only():
     trips = videos(*(f"trip {number}/{side}.mp4" for number in range(4) for side in ("front", "rear", "left")))
     assert len(split_videos(trips)["test"]) == 3
     assert {name.partition("/")[0] for name in names(split_videos(trips)["test"])} == {"trip 3"}
+    own = videos(*(f"{split}/{number}.mp4" for split in ("train", "val", "test") for number in range(2)))
+    assert {split: names(part) for split, part in split_videos(own).items()} == {
+        split: [f"{split}/0.mp4", f"{split}/1.mp4"] for split in ("train", "val", "test")
+    }
 
 
 class Here:

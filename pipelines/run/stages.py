@@ -15,15 +15,16 @@ def run_stage(command: str, options: dict[str, Any]) -> None:
 
     Args:
         command: a word of `video-jepa`.
-        options: by name; True for a switch, a tuple for several values.
+        options: by name, "" for what has none; True for a switch, a tuple for several values; without value none.
 
     Raises:
         UserError: it stopped with an error, which it has explained itself.
     """
     words = [command]
     for name, value in options.items():
-        values = [] if value is True else value if isinstance(value, tuple) else [value]
-        words += [f"--{name}", *map(str, values)]
+        if value is not False and value != ():
+            values = [] if value is True else value if isinstance(value, tuple) else [value]
+            words += [f"--{name}"] * bool(name) + [*map(str, values)]
     print("\n$", printable(shlex.join(["video-jepa", *words])), flush=True)
     # In the folder of our packages, which Python then finds first; all paths are absolute.
     process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *words], cwd=Path(__file__).parents[2])
