@@ -203,15 +203,14 @@ class Tree(Bounded):
         held = repeat(moves, "m a -> m hold a", hold=self.hold)
         side = self.cell * self.hold * float(moves.norm(dim=1).max())
         start = past.embeddings[0, -1]
-        seen = {self._cell(task.metric.position(start), side)}
+        seen = set(self._cells(task.metric.position(start)[None], side))
         nodes, costs, frontier = [Node(-1, held[0, :0], start[None][:0])], [float(task.cost(start))], [0]
         while len(nodes) < self.nodes and min(costs) > task.near:
             parents = torch.tensor(frontier).repeat_interleave(len(moves))
             past = _chosen(past, torch.arange(len(frontier)).repeat_interleave(len(moves)))
             actions = repeat(held, "m h a -> (n m) h a", n=len(frontier))
             came = task.imagine(past, actions)  # (nodes x moves, hold, *tokens, D)
-            positions = task.metric.position(came[:, -1])
-            cells = [self._cell(position, side) for position in positions]
+            cells = self._cells(task.metric.position(came[:, -1]), side)
             taken = task.is_free(past, came, actions, least=least)
             taken &= torch.tensor([cell not in seen for cell in cells])
             for other in range(1, len(task.predictors)):  # of few that are left
@@ -230,8 +229,9 @@ class Tree(Bounded):
             past = _continued(_chosen(past, torch.tensor(chosen, dtype=torch.long)), actions[chosen], came[chosen])
         return nodes, costs
 
-    def _cell(self, position: Tensor, side: float) -> tuple[int, ...]:
-        return tuple((position / side).floor().int().tolist())
+    def _cells(self, positions: Tensor, side: float) -> list[tuple[int, ...]]:
+        """Of positions (N, A)."""
+        return [tuple(cell) for cell in (positions / side).floor().int().tolist()]
 
 
 def _chosen(past: Sequence, clips: Tensor) -> Sequence:
