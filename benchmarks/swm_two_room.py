@@ -35,11 +35,12 @@ from pipelines.run.command import UserError, run_command
 NAME, FPS, STEPS, BUDGET = "swm/TwoRoom-v1", 10, 40, 100
 ENVIRONMENT = f"stable_worldmodel.envs:{NAME}"
 EPISODES = {"train": 600, "val": 60, "test": 60}
-ENCODER = {"steps": 600, "encoder.embedding-dimension": 16, "encoder.pooling": "softmax",
+ENCODER = {"steps": 600, "slow-dimension": 8, "encoder.embedding-dimension": 16, "encoder.pooling": "softmax",
            "encoder.levels": (-3, -2, -1)}  # fmt: skip
 PREDICTOR = {
-    "actions": "action_*", "steps": 2000, "batch-size": 384, "rollout-steps": 8, "input-noise": 0.5,
-    "predictor.context": 1, "predictor.width": 256, "predictor.depth": 2, "optimizer.learning-rate": 1e-3,
+    "actions": "action_*", "slow-dimension": 8, "steps": 2000, "batch-size": 384, "rollout-steps": 8,
+    "input-noise": 0.5, "predictor.context": 1, "predictor.width": 256, "predictor.depth": 2,
+    "optimizer.learning-rate": 1e-3,
 }  # fmt: skip
 LEWM_SIZE, LEWM_BLOCK, LEWM_PAST, LEWM_BATCH, LEWM_WEIGHT = 64, 5, 3, 64, 0.09
 """Sides of its pictures, actions in one of its steps, steps it sees, clips in a batch, weight of SIGReg: as published,
