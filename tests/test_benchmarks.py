@@ -1,5 +1,10 @@
 """What benchmarks work out themselves, beside what the commands report."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +15,16 @@ from data.synthetic import BallWorld, render_balls, simulate_balls, write_ball_v
 from jepa.bootstrap import Bootstrap
 from pipelines.run.command import UserError
 from pipelines.run.files import write_json
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_benchmark_can_be_run_as_a_script_from_anywhere(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    script = [sys.executable, str(ROOT / "benchmarks/robot.py"), "--help"]
+    said = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "--train" in said.stdout, said.stderr
 
 
 def test_a_forecast_is_compared_with_the_best_simple_guess_at_each_horizon(tmp_path):
