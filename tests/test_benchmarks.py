@@ -16,7 +16,6 @@ from jepa.bootstrap import Bootstrap
 from pipelines.run.command import UserError
 from pipelines.run.files import write_json
 
-
 ROOT = Path(__file__).parents[1]
 
 
