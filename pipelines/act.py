@@ -33,7 +33,7 @@ from jepa.config import Bounded, NotNegativeInt, Positive, PositiveInt
 from jepa.encoder import Encoder
 from jepa.planning import ActionMetric, ActionSpace, Agent, Cost, Planner, Task, Tree
 from jepa.predictor import Predictor
-from pipelines.run.command import UserError, require, require_one_process, run_command
+from pipelines.run.command import UserError, require
 from pipelines.run.encoders import load_encoder
 from pipelines.run.evaluation import fit_readout
 from pipelines.run.files import read_json, write_json
@@ -120,7 +120,6 @@ class Episode(NamedTuple):
 
 def main(options: Options) -> None:
     """Open the world, act in each episode, write what happened."""
-    require_one_process()
     require(not (options.goal and options.goal_values), "--goal and --goal-values are two goals: give one of them")
     world, folder = open_world(options.env), options.output_dir
     output = RunFolder(options, "act", ("episodes", "films", "act.json", "episodes.csv"))
@@ -260,7 +259,3 @@ def write_film(path: Path, episode: Episode, among: Search) -> None:
     if episode.goal is not None and episode.goal.shape == episode.pictures.shape[1:]:
         panels.insert(1, np.broadcast_to(episode.goal, episode.pictures.shape))
     write_video(path, np.concatenate(panels, axis=2), among.cache.provenance.fps)
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from accelerate import Accelerator
 
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
-from pipelines.run.command import require, require_one_process, run_command
+from pipelines.run.command import require
 from pipelines.run.devices import require_memory
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.files import write_json
@@ -63,7 +63,6 @@ def main(options: Options) -> None:
     require(both, "--probe-cache and --probe-columns belong together: give both or neither")
     enough = options.samples == 0 or options.samples >= LEAST_SAMPLES
     require(enough, f"--samples is {options.samples}: a central interval of 90 % takes at least {LEAST_SAMPLES}")
-    require_one_process()
     device, folder = Accelerator().device, options.output_dir
     output = RunFolder(options, "evaluate_rollout", RESULTS)
     predictor, calibration = load_predictor(options.predictor, device)
@@ -99,7 +98,3 @@ def main(options: Options) -> None:
         f"  video-jepa report --runs {options.predictor} {folder} --output-dir runs/report\n"
         f"  video-jepa surprise --cache {options.cache} --predictor {options.predictor} --output-dir runs/surprise"
     )
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

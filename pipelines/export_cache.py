@@ -21,7 +21,7 @@ from tyro.conf import Positional
 
 from data.cache import EmbeddingCache
 from jepa.config import Bounded
-from pipelines.run.command import UserError, require, require_one_process, run_command
+from pipelines.run.command import UserError, require
 from pipelines.run.files import to_json, write_json
 
 
@@ -39,7 +39,6 @@ class Options(Bounded):
 
 def main(options: Options) -> None:
     """Clip by clip, in memory for one of them."""
-    require_one_process()
     cache, folder = EmbeddingCache(options.cache), options.output_dir
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(is_free, f"--output-dir {folder} holds something: take a new folder")
@@ -88,7 +87,3 @@ def to_parquet(cache: EmbeddingCache, folder: Path) -> None:
         writer = writer or parquet.ParquetWriter(folder / "embeddings.parquet", table.schema)
         writer.write_table(table)
     writer.close()  # type: ignore[union-attr]  # a cache has clips
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

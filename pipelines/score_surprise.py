@@ -37,7 +37,7 @@ from jepa.metrics import roc_auc
 from jepa.predictor import Predictor
 from jepa.rivals import Rival, Rivals
 from pipelines.run.artefacts import artefact_fingerprint
-from pipelines.run.command import UserError, counted, require, require_one_process, run_command
+from pipelines.run.command import UserError, counted, require
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.models import (
     find_columns,
@@ -91,7 +91,6 @@ class Options(Bounded):
 
 def main(options: Options) -> None:
     """Score each video, say what is surprising."""
-    require_one_process()
     folder, device = options.output_dir, Accelerator().device
     output = RunFolder(options, "score_surprise", ("surprise.csv", "peaks.csv", "maps.csv", "events.csv"))
     require(bool(options.videos) != bool(options.cache), "give --cache, or --videos to embed first")
@@ -235,7 +234,3 @@ def say(scores: Scores, highest: int) -> None:
     if scores.level > FAR_LEVEL:
         said += "; its ordinary level is far above what the calibration calls ordinary: percentiles say little of it"
     tqdm.write(printable(said))
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

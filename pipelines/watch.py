@@ -34,7 +34,7 @@ from jepa.alarms import follow_events
 from jepa.config import Bounded, Positive
 from jepa.encoder import Encoder
 from jepa.sequence import Sequence
-from pipelines.run.command import Interrupted, counted, require, require_one_process, run_command
+from pipelines.run.command import Interrupted, counted, require
 from pipelines.run.devices import start_accelerator
 from pipelines.run.embed import embed_frames, windows_of
 from pipelines.run.encoders import load_encoder
@@ -85,7 +85,6 @@ class Moment(NamedTuple):
 
 def main(options: Options) -> None:
     """Say of each moment how surprising it is, until nothing comes any more."""
-    require_one_process()
     watch = load_watch(options)
     moments, alarms, time_s, begin_s, interrupted = 0, 0, 0.0, math.nan, False
     try:
@@ -177,7 +176,3 @@ def lines(moments: Iterable[Moment], threshold: float) -> Iterator[dict[str, Any
             **dict(zip(PLACE, map(int, cell), strict=False)),
             "alarm": alarm, "latency_s": round(time.monotonic() - moment.seen_s, 3),
         }  # fmt: skip
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

@@ -106,10 +106,10 @@ def test_a_package_that_python_finds_first_is_named(package, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "way", [["pipelines/inspect_folder.py"], ["-m", "pipelines.inspect_folder"], ["-m", "pipelines.cli", "inspect"]]
+    "way", [["pipelines/cache_embeddings.py"], ["-m", "pipelines.cache_embeddings"], ["-m", "pipelines.cli", "embed"]]
 )
-def test_a_clone_has_three_ways_to_a_command(way, tmp_path):
-    command = [sys.executable, *way, tmp_path / "nowhere"]
+def test_a_clone_has_three_ways_to_a_command_that_several_processes_share(way, tmp_path):
+    command = [sys.executable, *way, "--videos", tmp_path / "nowhere", "--output-dir", tmp_path / "cache"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (1, f"error: {tmp_path}/nowhere: no such file or folder\n")
 
@@ -123,7 +123,12 @@ def test_all_commands_are_told_with_one_line_each(capsys, monkeypatch):
     assert set(cli.COMMANDS.values()) == set(COMMANDS)
 
 
-def test_an_unknown_command_is_named(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["video-jepa", "tran"])
-    with pytest.raises(SystemExit, match="error: there is no command tran\nusage: video-jepa COMMAND"):
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("tran", "there is no command tran\nusage: video-jepa COMMAND"), ("surprise", "surprise takes one process: ")],
+)
+def test_what_cannot_be_started_is_named(word, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["video-jepa", word])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=f"error: {said}"):
         cli.main()

@@ -54,11 +54,6 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_one_process() -> None:
-    """Raises `UserError` where several processes were started for a command that is one."""
-    require(int(os.environ.get("WORLD_SIZE", "1")) == 1, "this command takes one process: start it without a launcher")
-
-
 def counted(number: int, noun: str) -> str:
     """A number and its noun: 1 clip, 2 clips."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
