@@ -175,6 +175,8 @@ def test_notebooks_import_and_never_define():
     for notebook in notebooks:
         for cell in json.loads(notebook.read_text())["cells"]:
             lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
+            if lines[:1] and lines[0].startswith("%%writefile"):
+                continue  # a file of its own, as a reader of the notebook would write it
             code = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in lines)
             defined = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
             assert defined == [], notebook
