@@ -19,7 +19,6 @@ from data.cache_writer import CacheWriter, EmbeddedClip
 from data.video import IMAGE_FPS, TRANSFORM
 from jepa.config import Bounded
 from jepa.encoder import EncoderConfig, FrameEncoder
-from pipelines.cli import COMMANDS
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError, require
 from pipelines.run.files import write_json
@@ -77,10 +76,8 @@ def words(*given: object) -> list[str]:
 
 
 def script(command: str) -> list[str]:
-    """The words that start a command, by its module's name, or a script with the command that this runs."""
-    if ".py" in command:
-        return [sys.executable, *command.split()]
-    return [sys.executable, "-m", "pipelines.cli", *(word for word, name in COMMANDS.items() if name == command)]
+    """The words that start a command, by its name, or a script with the command that this runs."""
+    return [sys.executable, *(command.split() if ".py" in command else [f"pipelines/{command}.py"])]
 
 
 def run(command: str, *given: object) -> None:

@@ -144,10 +144,14 @@ class TwoRooms:
     fps, low, high, longest = FPS, -LONGEST * np.ones(2), LONGEST * np.ones(2), LONGEST
     columns = STATE_COLUMNS
 
+    def __init__(self, layout: Layout | None = None) -> None:
+        self.always = layout
+
     def reset(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """A new layout, start and goal; all chance is of the seed."""
+        """A new layout, if it is not always the same, start and goal; all chance is of the seed."""
         self.generator = np.random.default_rng(seed)
         self.layout, to_right = Layout.draw(self.generator), self.generator.random() < 0.5
+        self.layout = self.always or self.layout
         self.position, self.goal = (
             place_in_room(self.layout, is_right, self.generator, margin=2.6) for is_right in (not to_right, to_right)
         )

@@ -33,7 +33,7 @@ from jepa.config import Bounded, NotNegativeInt, Positive, PositiveInt
 from jepa.encoder import Encoder
 from jepa.planning import ActionMetric, ActionSpace, Agent, Cost, Planner, Task, Tree
 from jepa.predictor import Predictor
-from pipelines.run.command import UserError, require
+from pipelines.run.command import UserError, require, run_command
 from pipelines.run.encoders import load_encoder
 from pipelines.run.evaluation import fit_readout
 from pipelines.run.files import read_json, write_json
@@ -259,3 +259,7 @@ def write_film(path: Path, episode: Episode, among: Search) -> None:
     if episode.goal is not None and episode.goal.shape == episode.pictures.shape[1:]:
         panels.insert(1, np.broadcast_to(episode.goal, episode.pictures.shape))
     write_video(path, np.concatenate(panels, axis=2), among.cache.provenance.fps)
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

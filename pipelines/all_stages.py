@@ -24,7 +24,7 @@ from data.splits import SPLITS, split_videos
 from data.video import IMAGE_FPS, VideoInfo
 from jepa.config import NotNegativeInt, Positive, PositiveInt
 from jepa.networks import MLPConfig
-from pipelines.run.command import counted, require
+from pipelines.run.command import counted, require, run_command
 from pipelines.run.encoders import PublishedOptions
 from pipelines.run.files import write_json
 from pipelines.run.options import dashed
@@ -157,3 +157,7 @@ def usual_horizon(parts: dict[str, list[VideoInfo]], fps: float) -> int:
     """Ticks that can be forecast in most videos of each split."""
     usual_s = min(median(video.duration_s for video in part) for part in parts.values())
     return max(LEAST, min(HORIZON, int(usual_s * fps) - MLPConfig().context))
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

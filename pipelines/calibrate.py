@@ -12,7 +12,7 @@ from pathlib import Path
 from data.files import hold, require_no_links
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.command import require
+from pipelines.run.command import require, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.judging import calibrate
 from pipelines.run.models import calibration_artefact, clips_in_short, load_predictor, open_cache, trained_on
@@ -45,3 +45,7 @@ def main(options: Options) -> None:
         calibration, said = calibrate(predictor, before.ridge, cache, horizon=options.horizon)
         save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor, clips))
         print(f"{said}\nwrote {folder}/calibration")
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

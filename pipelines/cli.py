@@ -12,7 +12,6 @@ import base64
 import csv
 import hashlib
 import importlib
-import os
 import re
 import sys
 from importlib.metadata import distributions
@@ -37,8 +36,6 @@ COMMANDS = {
     "report": "write_report",
 }
 """Words and their modules, in the order in which a person needs them."""
-SHARED = ("pretrain", "embed", "train", "train-decoder")
-"""Commands whose work several processes can share; each is a script, too."""
 NAME, PACKAGES = "video-jepa", ("jepa", "data", "pipelines")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,8 +79,6 @@ def main() -> None:
         print(usage())
     elif word not in COMMANDS:
         sys.exit(f"error: there is no command {word}\n{usage()}")
-    elif word not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.exit(f"error: {word} takes one process: start it without a launcher")
     else:
         try:
             command = importlib.import_module(f"pipelines.{COMMANDS[word]}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data.synthetic import STATE_COLUMNS, BallWorld, write_ball_videos
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
+from pipelines.run.command import run_command
 from pipelines.run.stages import run_stage
 
 
@@ -47,3 +48,7 @@ def main(options: Options) -> None:
         "decoder-steps": options.decoder_steps, "seed": options.seed, "open": options.open,
     })  # fmt: skip
     print("The same page about your own videos:\n\n  video-jepa all VIDEOS --output-dir runs --open")
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from accelerate import Accelerator
 
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
-from pipelines.run.command import require
+from pipelines.run.command import require, run_command
 from pipelines.run.devices import require_memory
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.files import write_json
@@ -98,3 +98,7 @@ def main(options: Options) -> None:
         f"  video-jepa report --runs {options.predictor} {folder} --output-dir runs/report\n"
         f"  video-jepa surprise --cache {options.cache} --predictor {options.predictor} --output-dir runs/surprise"
     )
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

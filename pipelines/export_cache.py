@@ -21,7 +21,7 @@ from tyro.conf import Positional
 
 from data.cache import EmbeddingCache
 from jepa.config import Bounded
-from pipelines.run.command import UserError, require
+from pipelines.run.command import UserError, require, run_command
 from pipelines.run.files import to_json, write_json
 
 
@@ -87,3 +87,7 @@ def to_parquet(cache: EmbeddingCache, folder: Path) -> None:
         writer = writer or parquet.ParquetWriter(folder / "embeddings.parquet", table.schema)
         writer.write_table(table)
     writer.close()  # type: ignore[union-attr]  # a cache has clips
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

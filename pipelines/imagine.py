@@ -26,7 +26,7 @@ from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.sequence import Sequence
 from pipelines.run.artefacts import load_module
-from pipelines.run.command import counted, require
+from pipelines.run.command import counted, require, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.files import write_json
 from pipelines.run.folder import RunFolder
@@ -148,3 +148,7 @@ class Dreams:
         sources = [among.clips[clip].key.source for clip in among.clip_of(found)]
         times_s = among.take(found, "times_s").tolist()
         return panels, {"nearest": [*zip(sources, times_s, distances.tolist(), strict=True)]}
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

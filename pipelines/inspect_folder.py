@@ -23,7 +23,7 @@ from data.errors import printable
 from data.manifest import MANIFEST_SUFFIX, Record, examples, index_videos, is_content_of, sort_out
 from data.video import IMAGE_FPS, probe_video
 from jepa.config import Bounded, Positive
-from pipelines.run.command import counted, require
+from pipelines.run.command import counted, require, run_command
 from pipelines.run.files import MARK, flat, read_json, to_json
 
 
@@ -145,3 +145,7 @@ def say(title: str, found: list[str]) -> None:
     """Print some examples."""
     for line in examples(title, found):
         print(line)
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

@@ -37,7 +37,7 @@ from jepa.metrics import roc_auc
 from jepa.predictor import Predictor
 from jepa.rivals import Rival, Rivals
 from pipelines.run.artefacts import artefact_fingerprint
-from pipelines.run.command import UserError, counted, require
+from pipelines.run.command import UserError, counted, require, run_command
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.models import (
     find_columns,
@@ -234,3 +234,7 @@ def say(scores: Scores, highest: int) -> None:
     if scores.level > FAR_LEVEL:
         said += "; its ordinary level is far above what the calibration calls ordinary: percentiles say little of it"
     tqdm.write(printable(said))
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

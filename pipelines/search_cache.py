@@ -27,7 +27,7 @@ from data.cache import EmbeddingCache
 from data.errors import DataError, printable
 from data.frames import fitting_size, read_frames
 from jepa.config import Bounded
-from pipelines.run.command import UserError, counted, require
+from pipelines.run.command import UserError, counted, require, run_command
 from pipelines.run.folder import RunFolder
 from pipelines.run.models import clips_in_short
 from pipelines.run.searching import Search
@@ -160,3 +160,7 @@ def show(cache: EmbeddingCache, rows: np.ndarray, path: Path) -> None:
         print(printable(f"no pictures: {error}"))
     else:
         Image.fromarray(rearrange(frames, "(n two) m c h w -> (n h) (two m w) c", two=2)).save(path)
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

@@ -34,7 +34,7 @@ from jepa.alarms import follow_events
 from jepa.config import Bounded, Positive
 from jepa.encoder import Encoder
 from jepa.sequence import Sequence
-from pipelines.run.command import Interrupted, counted, require
+from pipelines.run.command import Interrupted, counted, require, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.embed import embed_frames, windows_of
 from pipelines.run.encoders import load_encoder
@@ -176,3 +176,7 @@ def lines(moments: Iterable[Moment], threshold: float) -> Iterator[dict[str, Any
             **dict(zip(PLACE, map(int, cell), strict=False)),
             "alarm": alarm, "latency_s": round(time.monotonic() - moment.seen_s, 3),
         }  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

@@ -30,7 +30,7 @@ from data.errors import DataError, printable
 from data.film import make_film
 from data.manifest import Account
 from jepa.config import Bounded, PositiveInt
-from pipelines.run.command import UserError, counted, require
+from pipelines.run.command import UserError, counted, require, run_command
 from pipelines.run.figures import curve_figures, skill_figure, timeline_figure
 from pipelines.run.files import differences, flat, read_json, to_json, write_text
 from pipelines.run.folder import RunFolder, read_mark
@@ -280,3 +280,7 @@ def film_of(name: str, tables: dict[str, Jumps], inputs: Any, *, length_s: float
     if len(encoded) > most:
         return {"film": "", "said": f"the page would weigh more than {MOST_BYTES / 1e6:g} MB", "spans": []}
     return {"film": encoded, "said": said, "spans": spans if said else []}
+
+
+if __name__ == "__main__":
+    run_command(main, Options)

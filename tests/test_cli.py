@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import cli
+from pipelines import cli, score_surprise
+from pipelines.run import command
 from pipelines.run.options import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,10 +107,10 @@ def test_a_package_that_python_finds_first_is_named(package, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "way", [["pipelines/cache_embeddings.py"], ["-m", "pipelines.cache_embeddings"], ["-m", "pipelines.cli", "embed"]]
+    "way", [["pipelines/inspect_folder.py"], ["-m", "pipelines.inspect_folder"], ["-m", "pipelines.cli", "inspect"]]
 )
-def test_a_clone_has_three_ways_to_a_command_that_several_processes_share(way, tmp_path):
-    command = [sys.executable, *way, "--videos", tmp_path / "nowhere", "--output-dir", tmp_path / "cache"]
+def test_a_clone_has_three_ways_to_a_command(way, tmp_path):
+    command = [sys.executable, *way, tmp_path / "nowhere"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (1, f"error: {tmp_path}/nowhere: no such file or folder\n")
 
@@ -123,12 +124,22 @@ def test_all_commands_are_told_with_one_line_each(capsys, monkeypatch):
     assert set(cli.COMMANDS.values()) == set(COMMANDS)
 
 
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [("tran", "there is no command tran\nusage: video-jepa COMMAND"), ("surprise", "surprise takes one process: ")],
-)
-def test_what_cannot_be_started_is_named(word, said, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["video-jepa", word])
+@pytest.mark.parametrize("module", cli.COMMANDS.values())
+def test_every_command_is_a_script_too(module):
+    last = (ROOT / f"pipelines/{module}.py").read_text().splitlines()[-2:]
+    assert last == ['if __name__ == "__main__":', "    run_command(main, Options)"]
+
+
+def test_a_command_that_is_one_process_says_so(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(command, "_leave_at_once", ended.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match=f"error: {said}"):
+    command.run_command(score_surprise.main, score_surprise.Options)
+    assert "error: this command takes one process: start it without a launcher" in capsys.readouterr().err
+    assert ended[0] == 1
+
+
+def test_an_unknown_command_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["video-jepa", "tran"])
+    with pytest.raises(SystemExit, match="error: there is no command tran\nusage: video-jepa COMMAND"):
         cli.main()

@@ -78,7 +78,7 @@ def wait_for_lines(manifest, lines):
 def test_videos_are_counted_and_listed_in_a_manifest(folder, tmp_path, start):
     (folder / "text.mp4").write_text("no video\n" * 50)
     manifest = tmp_path / "out" / "videos.jsonl"
-    status, output, errors = finish(start(folder, manifest, "-m", "pipelines.cli", "inspect"))
+    status, output, errors = finish(start(folder, manifest, ROOT / "pipelines" / "inspect_folder.py"))
     assert status == 0, errors
     lines = output.splitlines()
     assert lines[:2] == [

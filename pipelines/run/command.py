@@ -22,6 +22,8 @@ from pipelines.run.options import dashed, parse
 Options = TypeVar("Options")
 
 SHOWN = 5
+SHARED = ("pretrain_encoder", "cache_embeddings", "train_predictor", "train_decoder")
+"""Commands whose work several processes can share."""
 LOST_CONTACT = re.compile(
     r"connection|broken pipe|pair closure|timed out|timeout|connectFullMesh|failed to recv|ncclRemoteError"
     r"|communicator was aborted",
@@ -81,8 +83,11 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        description = sys.modules[main.__module__].__doc__ or ""
-        main(parse(options_type, Path(inspect.getfile(main)).stem, description=description))
+        description, file = sys.modules[main.__module__].__doc__ or "", Path(inspect.getfile(main))
+        is_one = file.parent.name == "pipelines" and file.stem not in SHARED
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        require(not (is_one and several), "this command takes one process: start it without a launcher")
+        main(parse(options_type, file.stem, description=description))
     except SystemExit:
         raise
     except BaseException as error:
