@@ -1,7 +1,7 @@
 """Alarms: events above a threshold that ordinary video passes as rarely as is asked."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -16,31 +16,20 @@ Timeline = tuple[np.ndarray, np.ndarray]
 """Energies of the moments of a video and their times in seconds, ascending, (N,) each."""
 
 
-class Moment(Protocol):
-    """A moment of a video, and how surprising it was."""
+class Moment(NamedTuple):
+    """A moment of a video, how surprising it was, and its place in the timeline."""
 
-    @property
-    def energy(self) -> float: ...
-    @property
-    def time_s(self) -> float: ...
-
-
-class _Placed(NamedTuple):
     energy: float
     time_s: float
     place: int
 
 
-Of = TypeVar("Of")
-AnyMoment = TypeVar("AnyMoment", bound=Moment)
+class Event(NamedTuple):
+    """Moments that belong together."""
 
-
-class Event(NamedTuple, Generic[Of]):
-    """Moments that belong together, by their places in a timeline, or themselves."""
-
-    first: Of
-    last: Of
-    peak: Of
+    first: Moment
+    last: Moment
+    peak: Moment
 
 
 class Alarm(NamedTuple):
@@ -62,19 +51,18 @@ class Alarm(NamedTuple):
         return int(low), int(high)
 
 
-def find_events(timeline: Timeline, threshold: float) -> list[Event[int]]:
+def find_events(timeline: Timeline, threshold: float) -> list[Event]:
     """Events of a video in the order of time: they begin above the threshold, and end when it is quiet for a while."""
     energies, times_s = timeline
     loud = np.flatnonzero(energies >= RELEASE * threshold)
-    moments = map(_Placed, energies[loud].tolist(), times_s[loud].tolist(), loud.tolist())
-    stretches = {stretch.first.place: stretch for stretch in follow_events(moments, threshold) if stretch}
-    found = [stretch for stretch in stretches.values() if stretch.peak.energy >= threshold]
-    return [Event(first.place, last.place, peak.place) for first, last, peak in found]
+    moments = map(Moment, energies[loud].tolist(), times_s[loud].tolist(), loud.tolist())
+    stretches = {stretch.first: stretch for stretch in follow_events(moments, threshold) if stretch}
+    return [stretch for stretch in stretches.values() if stretch.peak.energy >= threshold]
 
 
-def follow_events(moments: Iterable[AnyMoment], threshold: float) -> Iterator[Event[AnyMoment] | None]:
+def follow_events(moments: Iterable[Moment], threshold: float) -> Iterator[Event | None]:
     """Events while moments come: at each the stretch so far that is, or may yet become, one; None where it is quiet."""
-    stretch: Event[AnyMoment] | None = None
+    stretch: Event | None = None
     for moment in moments:
         if stretch and moment.time_s - stretch.last.time_s > PATIENCE_S:
             stretch = None

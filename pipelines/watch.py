@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from data.errors import printable
 from data.live import watch_on_clock, without_password
 from data.parallel import run_ahead
-from jepa.alarms import follow_events
+from jepa.alarms import Moment, follow_events
 from jepa.config import Bounded, Positive
 from jepa.encoder import Encoder
 from jepa.sequence import Sequence
@@ -72,7 +72,7 @@ class Watch(NamedTuple):
     dtype: torch.dtype
 
 
-class Moment(NamedTuple):
+class Scored(NamedTuple):
     """A moment, scored; `places` are energies of places (*tokens), its frame was decoded at `seen_s` of our clock."""
 
     time_s: float
@@ -128,7 +128,7 @@ def load_watch(options: Options) -> Watch:
     )  # fmt: skip
 
 
-def score(options: Options, watch: Watch) -> Iterator[Moment]:
+def score(options: Options, watch: Watch) -> Iterator[Scored]:
     """Moments of the source, as soon as the frames of their horizons have come."""
     accelerator, encoder, scorer, _, offsets_s, dtype = watch
     frames = watch_on_clock(
@@ -154,18 +154,19 @@ def score(options: Options, watch: Watch) -> Iterator[Moment]:
             while len(recent) > 1 and recent[0][0] < time_s - scorer.smoothing_s + 1e-3:
                 recent.popleft()
             mean = sum(one for _, one in recent) / len(recent)
-            yield Moment(time_s, mean, percentile, float(cosine), places=places.numpy(), seen_s=seen_s)
+            yield Scored(time_s, mean, percentile, float(cosine), places=places.numpy(), seen_s=seen_s)
 
 
-def lines(moments: Iterable[Moment], threshold: float) -> Iterator[dict[str, Any]]:
+def lines(moments: Iterable[Scored], threshold: float) -> Iterator[dict[str, Any]]:
     """What is said of each moment."""
     moments, followed = tee(moments)
+    stretches = follow_events((Moment(one.energy, one.time_s, at) for at, one in enumerate(followed)), threshold)
     seen = loudest = np.zeros(())
-    for moment, stretch in zip(moments, follow_events(followed, threshold), strict=True):
+    for at, (moment, stretch) in enumerate(zip(moments, stretches, strict=True)):
         cell, alarm = np.unravel_index(moment.places.argmax(), moment.places.shape), None
         if stretch:
-            seen = moment.places if stretch.first is moment else np.maximum(seen, moment.places)
-            loudest = seen if stretch.last is moment else loudest
+            seen = moment.places if stretch.first.place == at else np.maximum(seen, moment.places)
+            loudest = seen if stretch.last.place == at else loudest
             if stretch.peak.energy >= threshold:
                 times = [round(one.time_s, 3) for one in stretch]
                 box = box_of(loudest) if cell else ()

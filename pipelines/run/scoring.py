@@ -115,11 +115,11 @@ class Scores:
         cell = np.unravel_index(self.maps[place].argmax(), self.maps.shape[1:]) if self.maps.ndim > 1 else ()
         return [f"{value[place]:.{digits}f}" for value, digits in values] + [str(number) for number in cell]
 
-    def event_as_text(self, event: Event[int]) -> list[str]:
+    def event_as_text(self, event: Event) -> list[str]:
         """When it begins, ends and is highest, how high and, of a grid, the box of the cells that are half as high."""
-        times = [f"{self.times_s[place]:.3f}" for place in event]
-        box = box_of(self.maps[event.first : event.last + 1].max(axis=0)) if self.maps.ndim > 1 else []
-        return [*times, f"{self.energies[event.peak]:.4f}", *map(str, box)]
+        times, stretch = [f"{moment.time_s:.3f}" for moment in event], slice(event.first.place, event.last.place + 1)
+        box = box_of(self.maps[stretch].max(axis=0)) if self.maps.ndim > 1 else []
+        return [*times, f"{event.peak.energy:.4f}", *map(str, box)]
 
     def peaks(self, most: int) -> list[int]:
         """Moments of more energy than all within `reach_s`, the most surprising first.
