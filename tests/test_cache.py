@@ -1,6 +1,8 @@
+import functools
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import signal
 import time
@@ -208,22 +210,14 @@ def test_swapped_shards_are_noticed(tmp_path, write_cache, make_clip):
 
 
 JUNK = (b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe{\xe4", b"[" * 100_000)
-CHANGED_MANIFESTS = (
-    {"clips": {}, "bytes": None}, {"clips": [3]}, {"clips": [["/a.mp4"]]}, {"bytes": float("inf")},
-    {"written_ns": "yesterday"}, {"offsets": {"embeddings": 2048}}, {"frames": -4}, {"frames": 4.5}, {"frames": 10**9},
-    {"place": -8}, {"place": 2048.5}, {"place": 10**30},
+FRAMES, TICKS = ("clips", 0, -2), ("offsets", "ticks")
+CHANGED_MANIFESTS = (  # what stands somewhere in them, and should not
+    (("clips",), None), (("clips",), [3]), (("clips",), [["/a.mp4"]]), (("clips", 1), "abcdefgh"),
+    (("clips", 0, 0), 7), (("clips", 0, 1), 100), (("clips", 0, 2), "1e9"), (("clips", 0, -1), 1.5),
+    *((FRAMES, frames) for frames in (-4, 4.5, True, 10**9, 2**62)), *((TICKS, at) for at in (-8, 2048.5, 10**30)),
+    (("offsets", "embeddings"), 2**62), (("offsets",), {"embeddings": 2048}), (("bytes",), None),
+    (("bytes",), float("inf")), (("written_ns",), "yesterday"),
 )  # fmt: skip
-
-
-def damaged_manifest(manifest, damage):
-    """A manifest with other fields: its own, the frames of its first clip, and where a dataset begins."""
-    if isinstance(damage, bytes):
-        return damage
-    *key, frames, crc32 = manifest["clips"][0]
-    clips = [[*key, damage.get("frames", frames), crc32], *manifest["clips"][1:]]
-    offsets = manifest["offsets"]
-    offsets |= {"ticks": damage.get("place", offsets["ticks"])}
-    return json.dumps(manifest | {"clips": clips, "offsets": offsets} | damage).encode()
 
 
 @pytest.mark.parametrize("damage", [*JUNK, *CHANGED_MANIFESTS], ids=lambda damage: repr(damage)[:60])
@@ -232,7 +226,11 @@ def test_a_damaged_manifest_is_named(tmp_path, write_cache, make_provenance, cli
     (manifest,) = shards(tmp_path, ".json")
     shard = manifest.with_suffix(".h5")
     write_cache(tmp_path, clips[2:], 64)
-    manifest.write_bytes(damaged_manifest(json.loads(manifest.read_text()), damage))
+    if not isinstance(damage, bytes):
+        ((*way, last), value), record = damage, json.loads(manifest.read_text())
+        functools.reduce(operator.getitem, way, record)[last] = value
+        damage = json.dumps(record).encode()
+    manifest.write_bytes(damage)
     message = rf"{shard} has a damaged manifest \(.*\): delete it and {manifest.name}, and embed the videos again"
     uses = EmbeddingCache, lambda at: remaining_clips(at, []), lambda at: CacheWriter(at, make_provenance())
     for use in uses:
@@ -297,9 +295,10 @@ def of_embeddings(dtype, shape):
 
 
 CHANGED_DESCRIPTIONS = (
-    {"format_version": 3}, {"format_version": 99}, {"fps": 0.0}, {"fps": "4"}, {"image_size": 16}, {"window": 0},
-    {"columns": {}}, {"codebook": 7}, of_embeddings("int8", [5]), of_embeddings("float32", [-5]),
-    of_embeddings("float32", ["5"]),
+    {"format_version": 3}, {"format_version": 99}, {"fps": 0.0}, {"fps": "4"}, {"fps": 1e300}, {"image_fps": -1},
+    {"image_size": 16}, {"image_size": [16]}, {"window": 0}, {"window": 1.5}, {"encoder": None}, {"versions": []},
+    {"columns": {}}, {"codebook": 7}, of_embeddings("int8", [5]),
+    *(of_embeddings("float32", shape) for shape in ([-5], ["5"], [], [1] * 70)),
 )  # fmt: skip
 
 
