@@ -170,7 +170,6 @@ def index_videos(
     *,
     look: Callable[[Path, float], VideoInfo] = probe_video,
     image_fps: float = IMAGE_FPS,
-    progress: bool = True,
 ) -> tuple[list[Record], Counter[str]]:
     """Look at all videos under `paths` that no manifest knows, in order of path, and count files as `find_videos`.
 
@@ -215,18 +214,18 @@ def index_videos(
     records = []
     with Path(manifest or os.devnull).open("a", buffering=1) as file:
         looks = map_ahead(record_of, files)
-        for record in tqdm(looks, "looking", len(files), unit="video", leave=False, disable=not progress):
+        for record in tqdm(looks, "looking", len(files), unit="video", leave=False):
             if record.video is None or known.get(record.state) != record.video:
                 file.write(_line(record))
             records.append(record)
-    for at, video in _others_alike(records, progress):
+    for at, video in _others_alike(records):
         records[at] = record_of(video.path, video.whole)
     if manifest is not None:
         _write(manifest, records)
     return records, found
 
 
-def _others_alike(records: list[Record], progress: bool) -> list[tuple[int, VideoInfo]]:
+def _others_alike(records: list[Record]) -> list[tuple[int, VideoInfo]]:
     """Videos that differ from others of the same content, and their places, once all of each has been hashed."""
     contents = Counter(record.video.content for record in records if record.video)
     alike = {at: one.video for at, one in enumerate(records) if one.video and contents[one.video.content] > 1}
@@ -237,7 +236,7 @@ def _others_alike(records: list[Record], progress: bool) -> list[tuple[int, Vide
             return content_of(video.path, of_all=True)
         return ""
 
-    bar = tqdm(map_ahead(whole, new.values()), "comparing", len(new), unit="video", leave=False, disable=not progress)
+    bar = tqdm(map_ahead(whole, new.values()), "comparing", len(new), unit="video", leave=False)
     for (at, video), one in zip(new.items(), bar, strict=True):
         alike[at] = replace(video, whole=one)
         records[at] = replace(records[at], video=alike[at])
@@ -258,7 +257,6 @@ def check_videos(
     manifest: Path | None = None,
     image_fps: float = IMAGE_FPS,
     strict: bool = False,
-    progress: bool = True,
     is_main: bool = True,
 ) -> tuple[list[VideoInfo], Account]:
     """The videos under `paths` that decode and are not slower than the clock, and an account that refuses the others.
@@ -270,7 +268,7 @@ def check_videos(
     if manifest and not is_main:
         records, found = read_manifest(manifest), Counter[str]()
     else:
-        records, found = index_videos(paths, manifest, image_fps=image_fps, progress=progress)
+        records, found = index_videos(paths, manifest, image_fps=image_fps)
     videos, account = sort_out(records, found, fps=fps)
     refused = account.refused
     if refused and (strict or not videos):

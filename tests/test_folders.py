@@ -56,14 +56,14 @@ def test_suffixes_of_all_kinds_of_video_are_looked_at(tmp_path, name):
 @pytest.mark.parametrize(("name", "codec"), [("a.vob", "mpeg2video"), ("a.mxf", "mpeg2video"), ("a.nut", "ffv1")])
 def test_other_suffixes_are_read(tmp_path, encode_video, name, codec):
     encode_video(tmp_path / name, 15, rate=25, codec=codec)
-    ((video,), account) = check_videos([tmp_path], fps=4, progress=False)
+    ((video,), account) = check_videos([tmp_path], fps=4)
     assert (video.path.name, account.refused) == (name, {})
 
 
 def test_what_is_no_video_is_counted_by_suffix(folder):
     for name in ("1.txt", "2.TXT", "3.json", "photo.HEIC", "README", "clip.mp4.part", "a.csv", "lonely.png"):
         put(folder / name)
-    videos, account = check_videos([folder], fps=4, progress=False)
+    videos, account = check_videos([folder], fps=4)
     assert [video.path.name for video in videos] == ["a.mp4"]
     others = {".txt": 2, ".json": 1, ".heic": 1, "without suffix": 1, ".part": 1, ".csv": 1, ".png": 1}
     assert account.found == {"looked at": 1, **others}
@@ -85,7 +85,7 @@ def test_what_nobody_wants_is_not_read_but_counted(folder, video, name, why):
     if why == "ours":
         put(folder / "run" / "run.json", b'{\n  "format": "video-jepa run 1",')
         put(folder / "cache" / "cache.json", b'{"format_version": 5, "encoder": "e", "encoder_fingerprint": "f"}')
-    videos, account = check_videos([folder], fps=4, progress=False)
+    videos, account = check_videos([folder], fps=4)
     assert [video.path for video in videos] == [folder / "a.mp4"]
     assert account.found == {"looked at": 1, why: 1 if why == "hidden" else 3}
     # Named by oneself it is taken; and a mark that somebody else made is none.
@@ -121,15 +121,15 @@ def test_what_cannot_be_looked_at_is_refused_by_name(folder, name, monkeypatch):
             one.bind(name)
     else:
         put(path)
-    _, account = check_videos([folder], fps=4, progress=False)
+    _, account = check_videos([folder], fps=4)
     ((refused, reason),) = account.refused.items()
     assert refused == str(path)
     assert any(word in reason for word in (f"{path}: a dead link, to ", "neither a file nor", "an archive: unpack it"))
     assert account.found == {"looked at": 2}
     with pytest.raises(VideoError):
-        check_videos([folder], fps=4, strict=True, progress=False)
+        check_videos([folder], fps=4, strict=True)
     path.unlink()  # what was refused is tried again
-    assert check_videos([folder], fps=4, progress=False)[1].refused == {}
+    assert check_videos([folder], fps=4)[1].refused == {}
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "folder of images"])
@@ -152,10 +152,10 @@ def test_what_may_not_be_read_is_refused_by_name(folder, what, monkeypatch):
     for name in ("scandir", "listdir"):
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
     monkeypatch.setattr(Path, "open", refusing(Path.open))
-    _, account = check_videos([folder], fps=4, progress=False)
+    _, account = check_videos([folder], fps=4)
     assert account.refused == {str(closed): f"{closed}: permission denied"}
     with pytest.raises(VideoError, match="permission denied"):
-        check_videos([folder], fps=4, strict=True, progress=False)
+        check_videos([folder], fps=4, strict=True)
 
 
 LOOK = """
@@ -164,7 +164,7 @@ from pathlib import Path
 from data.manifest import check_videos
 if os.getuid() == 0:
     os.setuid(65534)
-print(check_videos([Path(sys.argv[1])], fps=4, progress=False)[1])
+print(check_videos([Path(sys.argv[1])], fps=4)[1])
 """
 
 
@@ -203,7 +203,7 @@ def test_links_into_a_store_are_called_by_their_names(tmp_path, video):
 def test_each_dead_link_is_named(folder):
     for name in ("one.mp4", "two.mp4", "three"):
         (folder / name).symlink_to("nowhere")
-    _, account = check_videos([folder], fps=4, progress=False)
+    _, account = check_videos([folder], fps=4)
     assert [Path(path).name for path in account.refused] == ["one.mp4", "three", "two.mp4"]
 
 
@@ -213,7 +213,7 @@ def test_copies_are_one_video_and_counted(folder, video):
         (folder / name).mkdir()
         for index in range(3):
             Image.new("RGB", (8, 8), (red, 0, index)).save(folder / name / f"{index}.png")
-    videos, account = check_videos([folder], fps=4, progress=False)
+    videos, account = check_videos([folder], fps=4)
     assert [video.path.name for video in videos] == ["a.mp4", "frames", "other frames"]
     assert account.doubles == {
         str(folder / "copy.mp4"): str(folder / "a.mp4"),
@@ -251,41 +251,41 @@ def test_what_differs_only_where_content_is_not_hashed_is_no_double(tmp_path, su
     for name, changed_at in (("first", 0), ("first copied", 0), ("second one", 0.3), ("the third one", 0.7)):
         write_raw(folder / f"{name}{suffix}", changed_at)
         if not at_once:
-            check_videos([folder], fps=4, manifest=manifest, progress=False)
-    found = videos, account = check_videos([folder], fps=4, manifest=manifest, progress=False)
+            check_videos([folder], fps=4, manifest=manifest)
+    found = videos, account = check_videos([folder], fps=4, manifest=manifest)
     assert [video.path.stem for video in videos] == ["first", "second one", "the third one"]
     assert len({video.content for video in videos}) == 3
     assert all(is_content_of(video.path, video.content) for video in videos)
     assert [Path(path).stem for path in account.doubles] == ["first copied"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.manifest, "content_of", None)  # what is known is not read again
-        assert check_videos([folder], fps=4, manifest=manifest, progress=False) == found
+        assert check_videos([folder], fps=4, manifest=manifest) == found
 
 
 @pytest.mark.parametrize("at", [0, 0.5, 1])
 def test_a_change_of_content_is_seen_though_size_and_time_are_as_before(tmp_path, video, encode_video, at):
     big = encode_video(tmp_path / "big.avi", 30, rate=10, codec="rawvideo", pixel_format="rgb24")
     manifest = tmp_path / "videos.jsonl"
-    ((before,), _) = index_videos([big], manifest, progress=False)
+    ((before,), _) = index_videos([big], manifest)
     content, status = bytearray(big.read_bytes()), big.stat()
     content[round(at * (len(content) - 1))] ^= 1
     big.write_bytes(content)
     os.utime(big, ns=(status.st_atime_ns, status.st_mtime_ns))
-    ((after,), _) = index_videos([big], manifest, progress=False)
+    ((after,), _) = index_videos([big], manifest)
     assert before.state[:2] == after.state[:2]
     assert (after.video is None) or before.video.content != after.video.content
 
 
 def test_what_was_moved_is_not_counted_again(folder, tmp_path):
     manifest = tmp_path / "videos.jsonl"
-    ((before,), _) = index_videos([folder], manifest, look=count_frames, progress=False)
+    ((before,), _) = index_videos([folder], manifest, look=count_frames)
     (folder / "deep").mkdir()
     (folder / "a.mp4").rename(folder / "deep" / "b.mp4")
 
     def look(path, fps):
         raise AssertionError(path)
 
-    ((after,), _) = index_videos([folder], manifest, look=look, progress=False)
+    ((after,), _) = index_videos([folder], manifest, look=look)
     assert after.video.path == folder / "deep" / "b.mp4"
     assert after.video.content == before.video.content
 
@@ -327,7 +327,7 @@ def test_everything_in_a_random_tree_is_accounted_for(tmp_path, video, seed):
     shutil.copy(video, root / "sure.mp4")
     grow(root, chance, tmp_path)
     files = sum(len(names) for _, _, names in os.walk(root))
-    videos, account = check_videos([root], fps=4, progress=False)
+    videos, account = check_videos([root], fps=4)
     assert account.found.total() == files
     looked_at = {str(video.path) for video in videos} | account.refused.keys() | account.doubles.keys()
     assert looked_at == set(map(str, find_videos([root])[0]))

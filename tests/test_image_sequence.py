@@ -72,7 +72,7 @@ def test_images_lie_on_the_clock(sequence, read_number):
 
 
 def test_images_train(sequence, tmp_path):
-    videos, _ = check_videos([sequence], fps=5, image_fps=10, progress=False)
+    videos, _ = check_videos([sequence], fps=5, image_fps=10)
     clips = next(FrameClips(videos, SIZE, fps=5, batch_size=8, progress=False).batches({}))
     assert clips.frames.shape == (8, 2, 3, *SIZE)
 
@@ -113,7 +113,7 @@ def test_times_in_names_are_those_of_the_images_and_need_no_rate(tmp_path, numbe
 
 def test_several_series_are_refused_and_cost_nobody_else(tmp_path, sequence):
     stereo = write_images(tmp_path / "stereo", [f"{index}_{side}.png" for index in (8, 9) for side in ("l", "r")])
-    videos, account = check_videos([tmp_path], fps=4, progress=False)
+    videos, account = check_videos([tmp_path], fps=4)
     assert [video.path for video in videos] == [sequence]
     assert account.refused == {
         str(stereo): f"{stereo}: the names of its 4 images do not tell one order (8_l.png (2), 8_r.png (2)): "
@@ -294,7 +294,7 @@ def test_an_image_that_may_not_be_read_is_never_committed_as_damage(sequence, tm
 
     monkeypatch.setattr(Path, "read_bytes", failing)
     apart = write_images(tmp_path / "apart", ["1.png", "2.png"])
-    _, account = check_videos([sequence, apart], fps=5, image_fps=10, progress=False)
+    _, account = check_videos([sequence, apart], fps=5, image_fps=10)
     assert account.refused == {str(sequence): f"{sequence}/000000.png: permission denied"}
     task = Task(sequence, [ClipKey(str(sequence), content_of(sequence), 0.0)])
     encoder = create_encoder(EncoderConfig(image_size=(16, 16)))
@@ -341,18 +341,18 @@ def test_a_zip_is_refused_and_listed_and_hides_nothing_beside_it(tmp_path):
     archive = folder / "images.ZIP"
     with zipfile.ZipFile(archive, "w") as file:
         file.write(folder / "1.png", "1.png")
-    videos, account = check_videos([tmp_path], fps=4, progress=False)
+    videos, account = check_videos([tmp_path], fps=4)
     assert [video.path for video in videos] == [folder]
     assert list(account.refused) == [str(archive)]
     with pytest.raises(VideoError, match=r"images\.ZIP: an archive: unpack it"):
-        check_videos([archive], fps=4, progress=False)
+        check_videos([archive], fps=4)
 
 
 def test_a_changed_image_changes_the_sequence(tmp_path):
     folder = write_images(tmp_path / "frames", [f"{index:06d}.png" for index in range(40)])
 
     def index():
-        ((record,), _) = index_videos([folder], tmp_path / "manifest.jsonl", look=count_frames, progress=False)
+        ((record,), _) = index_videos([folder], tmp_path / "manifest.jsonl", look=count_frames)
         return record
 
     before = index()
@@ -373,7 +373,7 @@ def test_another_rate_is_another_index(tmp_path):
         return count_frames(path, image_fps)
 
     for image_fps in (10, 10, 30, 30, 29.97, 29.97):
-        ((record,), _) = index_videos([folder], manifest, look=look, image_fps=image_fps, progress=False)
+        ((record,), _) = index_videos([folder], manifest, look=look, image_fps=image_fps)
         assert record.video.average_fps == image_fps
     assert rates == [10, 30, 29.97]
 
@@ -389,6 +389,6 @@ def test_another_rate_is_another_look_only_where_names_are_no_times(names, looks
         seen.append(path)
         return probe_video(path, image_fps)
 
-    index_videos([folder], tmp_path / "m.jsonl", look=count_frames, image_fps=25.0, progress=False)
-    index_videos([folder], tmp_path / "m.jsonl", look=look, image_fps=5.0, progress=False)
+    index_videos([folder], tmp_path / "m.jsonl", look=count_frames, image_fps=25.0)
+    index_videos([folder], tmp_path / "m.jsonl", look=look, image_fps=5.0)
     assert len(seen) == looks

@@ -1,3 +1,5 @@
+import json
+import math
 import os
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def test_one_file_by_several_names_is_one_video(folder, tmp_path, monkeypatch):
 def test_a_single_file_is_taken_as_it_is_named(folder):
     # A name that is not known as a video's: the person asked for it, so the decoder decides.
     (folder / "b.mp4").rename(folder / "clip.dat")
-    videos, _ = check_videos([folder / "clip.dat"], fps=4, progress=False)
+    videos, _ = check_videos([folder / "clip.dat"], fps=4)
     assert [video.path for video in videos] == [folder / "clip.dat"]
 
 
@@ -56,20 +58,20 @@ def test_where_there_is_nothing_it_is_said(folder, tmp_path):
 def test_unusable_files_are_refused_and_the_others_used_unless_strict(folder):
     (folder / "text.mp4").write_text("no video\n" * 50)
     (folder / "deep" / "empty.mp4").touch()
-    videos, account = check_videos([folder], fps=4, progress=False)
+    videos, account = check_videos([folder], fps=4)
     assert [video.path.name for video in videos] == ["a.MKV", "b.mp4", "c.mov"]
     assert set(account.refused) == {str(folder / "text.mp4"), str(folder / "deep" / "empty.mp4")}
     assert "not a readable video" in account.refused[str(folder / "text.mp4")]
     with pytest.raises(VideoError, match=r"empty\.mp4: not a readable video \(.*\) \(and 1 more\)$"):
-        check_videos([folder], fps=4, strict=True, progress=False)
+        check_videos([folder], fps=4, strict=True)
     with pytest.raises(VideoError, match=r"text\.mp4: not a readable video \([^(]*\)$"):
-        check_videos([folder / "text.mp4"], fps=4, progress=False)
+        check_videos([folder / "text.mp4"], fps=4)
 
 
 def test_a_video_slower_than_the_clock_is_refused(folder, encode_video):
-    assert len(check_videos([folder], fps=10, progress=False)[0]) == 3  # as fast as the clock
+    assert len(check_videos([folder], fps=10)[0]) == 3  # as fast as the clock
     slow = encode_video(folder / "slow.mp4", 8, rate=2)
-    videos, account = check_videos([folder], fps=5, progress=False)
+    videos, account = check_videos([folder], fps=5)
     assert len(videos) == 3
     assert list(account.refused) == [str(slow)]
     # The last frame of an mp4 may be shown for longer or shorter: its average rate is not exactly 2.
@@ -98,7 +100,7 @@ def index(folder, manifest):
     """Index the folder; the records by name."""
 
     def run(look=count_frames):
-        records, _ = index_videos([folder], manifest, look=look, progress=False)
+        records, _ = index_videos([folder], manifest, look=look)
         assert [record.state.path for record in records] == sorted(record.state.path for record in records)
         assert read_manifest(manifest) == records
         return {Path(record.state.path).name: record for record in records}
@@ -109,12 +111,12 @@ def index(folder, manifest):
 def test_paths_are_absolute_and_as_they_were_given(folder, manifest, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(folder)
-    records, _ = index_videos([Path("link")], manifest, progress=False)
+    records, _ = index_videos([Path("link")], manifest)
     assert [record.state.path for record in records] == [
         str(tmp_path / "link" / name) for name in ("a.MKV", "b.mp4", "deep/er/c.mov")
     ]
     monkeypatch.chdir("/")
-    assert len(check_videos([manifest], fps=4, progress=False)[0]) == 3
+    assert len(check_videos([manifest], fps=4)[0]) == 3
 
 
 def test_a_second_look_decodes_nothing(index, looks, folder, manifest):
@@ -126,7 +128,7 @@ def test_a_second_look_decodes_nothing(index, looks, folder, manifest):
     looks.clear()
     assert index() == before
     known = [record.video for record in before.values() if record.video]
-    assert check_videos([folder], fps=4, manifest=manifest, progress=False)[0] == known
+    assert check_videos([folder], fps=4, manifest=manifest)[0] == known
     assert set(looks) == {"text.mp4"}  # what was refused is tried again
     assert manifest.read_text() == written
     looks.clear()
@@ -168,14 +170,23 @@ def test_a_line_that_was_cut_off_is_looked_at_again(index, looks, manifest):
 
 HEADER = b'{"format": "video-jepa manifest", "version": 3}\n'
 FOREIGN = [b"", b"{}\n", b"[1, 2]\n", b"hello\n", b"\xff\xfe\x00\n", HEADER.replace(b"3", b"2")]
-DAMAGED = [b"{", b"", b"7", b"null", b"[]", b'"text"', b"{}", b'{"path": "/a", "size_bytes": 1}']
+DAMAGED = [b"{", b"", b"7", b"null", b"[]", b"[" * 100_000, b'"text"', b"{}", b'{"path": "/a", "size_bytes": 1}']
+HOSTILE = [
+    {"duration_s": math.inf}, {"duration_s": -1}, {"average_fps": math.nan}, {"height": 10**30}, {"width": "4"},
+    {"keyframes_s": ["a"]}, {"keyframes_s": [1e300]}, {"gaps_s": [[0, None]]}, {"codec": None}, {"path": 7},
+    {"code": "print()"},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [*FOREIGN, *(HEADER + line + b"\n" for line in DAMAGED)])
+@pytest.mark.parametrize(
+    "content", [*FOREIGN, *(HEADER + line + b"\n" for line in DAMAGED), *HOSTILE], ids=lambda one: repr(one)[:60]
+)
 def test_a_foreign_or_damaged_file_is_no_manifest(index, manifest, content):
-    manifest.parent.mkdir()
+    index()
+    if isinstance(content, dict):  # a line in which a video has other values
+        content = HEADER + json.dumps(json.loads(manifest.read_text().splitlines()[1]) | content).encode() + b"\n"
     manifest.write_bytes(content)
-    for use in (index, lambda: check_videos([manifest], fps=4, progress=False)):
+    for use in (index, lambda: check_videos([manifest], fps=4)):
         with pytest.raises(VideoError, match=r"videos\.jsonl: not a manifest of videos, or damaged \(") as caught:
             use()
         assert "\n" not in str(caught.value)
@@ -186,13 +197,13 @@ def test_a_manifest_stands_for_a_folder(index, looks, folder, manifest, tmp_path
     (folder / "text.mp4").write_text("no video\n" * 50)
     index()
     looks.clear()
-    videos, account = check_videos([manifest], fps=4, progress=False)
+    videos, account = check_videos([manifest], fps=4)
     assert [video.path.name for video in videos] == ["a.MKV", "b.mp4", "c.mov"]
     assert all(video.frames == 15 for video in videos)
     assert list(account.refused) == [str(folder / "text.mp4")]
     # Beside a file, and the folder that it describes: each file once, and what is known is not looked at again.
     more = encode_video(tmp_path / "more.mp4", np.arange(7) / 10)
-    videos, _ = check_videos([manifest, more, folder], fps=4, progress=False)
+    videos, _ = check_videos([manifest, more, folder], fps=4)
     assert [video.path.name for video in videos] == ["more.mp4", "a.MKV", "b.mp4", "c.mov"]
     assert sorted(looks) == ["more.mp4", "text.mp4", "text.mp4"]
 
@@ -201,7 +212,7 @@ def test_a_manifest_whose_files_are_others_now(index, folder, manifest, encode_v
     index()
     encode_video(folder / "b.mp4", np.arange(20) / 10)
     (folder / "deep" / "er" / "c.mov").unlink()
-    videos, account = check_videos([manifest], fps=4, progress=False)
+    videos, account = check_videos([manifest], fps=4)
     assert [(video.path.name, video.frames) for video in videos] == [("a.MKV", 15), ("b.mp4", None)]
     assert list(account.refused) == [str(folder / "deep/er/c.mov")]
     assert "no such file" in account.refused[str(folder / "deep/er/c.mov")]
