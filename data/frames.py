@@ -39,10 +39,8 @@ def read_frames(cache: EmbeddingCache, rows: np.ndarray, size: FrameSize) -> np.
         VideoError: as `read_again`.
     """
     flat, frames = rows.ravel(), np.empty((rows.size, 3, *size), np.uint8)
-    videos, times_s = (
-        np.array([clip.key.source for clip in cache.clips])[cache.clip_of(flat)],
-        cache.take(flat, "times_s"),
-    )
+    videos = np.array([clip.key.source for clip in cache.clips])[cache.clip_of(flat)]
+    times_s = cache.take(flat, "times_s")
 
     def fill(video: str) -> None:
         (places,) = (videos == video).nonzero()
