@@ -17,11 +17,10 @@ from data.decoder import SEAM_S, Damage, VideoError
 from data.manifest import check_videos
 from data.video import probe_video
 from tests.conftest import SIZE
-from tests.test_decoder import assert_random_is_sequential, edit, numbers_and_times
+from tests.test_decoder import FRAGMENTS, SILENT, assert_random_is_sequential, edit, numbers_and_times
 from tests.test_video import still
 
 GROUPS = {"g": "20", "bf": "2", "sc_threshold": "0"}
-FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 
 # Which of a picture's rows and columns are swapped, then mirrored, by (a, b, c, d) of an mp4's matrix.
 UPRIGHT = {
@@ -146,9 +145,7 @@ def boxes(content):
 
 @pytest.mark.parametrize(("first", "last"), [(0, 5), (2, 5), (3, 4)])
 def test_fragments_from_the_middle_are_whole(tmp_path, encode_video, read_number, first, last):
-    video = encode_video(
-        tmp_path / "a.mp4", 100, options={"g": "20", "bf": "0", "sc_threshold": "0"}, container_options=FRAGMENTS
-    )
+    video = encode_video(tmp_path / "a.mp4", 100, options=GROUPS | {"bf": "0"}, container_options=FRAGMENTS)
     kinds = list(boxes(video.read_bytes()))
     head = [box for kind, box in kinds if kind in (b"ftyp", b"moov")]
     fragments = [box for kind, box in kinds if kind in (b"moof", b"mdat")]
@@ -163,11 +160,7 @@ def test_fragments_from_the_middle_are_whole(tmp_path, encode_video, read_number
 @pytest.mark.parametrize("rate", [10, 60])
 @pytest.mark.parametrize(
     ("name", "codec", "options"),
-    [
-        ("a.h264", "libx264", {"bf": "2"}),
-        ("a.hevc", "libx265", {"x265-params": "log-level=none"}),
-        ("a.m4v", "mpeg4", {}),
-    ],
+    [("a.h264", "libx264", {"bf": "2"}), ("a.hevc", "libx265", {"x265-params": SILENT}), ("a.m4v", "mpeg4", {})],
 )
 def test_a_stream_without_a_container_has_the_rate_that_it_says(tmp_path, encode_video, name, codec, options, rate):
     video = encode_video(tmp_path / name, 60, codec=codec, options=options, rate=rate)

@@ -245,13 +245,10 @@ def test_what_cannot_be_built_names_the_field_and_the_mend(changes, complaint):
 @pytest.mark.parametrize(
     ("backbone", "size"),
     [
-        ("vit_tiny_patch16_224", (8, 8)),
-        ("vgg11", (16, 16)),
-        ("vgg11", (48, 48)),
-        ("levit_128s", (70, 70)),
+        ("vit_tiny_patch16_224", (8, 8)), ("vgg11", (16, 16)), ("vgg11", (48, 48)), ("levit_128s", (70, 70)),
         ("bat_resnext26ts", (64, 64)),
     ],
-)
+)  # fmt: skip
 def test_what_a_backbone_does_not_take_is_one_line_at_the_first_frame(backbone, size):
     with pytest.raises(
         ConfigurationError, match=r"image_size is \d+ \d+, .*take 2\d\d 2\d\d, which it was made for"

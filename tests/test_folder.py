@@ -14,7 +14,7 @@ from torch import nn
 from pipelines.run.artefacts import load_module, save_artefact
 from pipelines.run.command import Finished, UserError
 from pipelines.run.files import WRITTEN, read_json, to_json, write_json
-from pipelines.run.folder import RunFolder
+from pipelines.run.folder import RunFolder, read_mark
 
 
 @dataclass(frozen=True)
@@ -213,12 +213,19 @@ def test_a_command_that_cannot_resume_begins_anew(tmp_path):
     assert everything(tmp_path) == {"run.json", "metrics.json"}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"format": "other"}', "\xff"])
-def test_a_damaged_mark_is_one_line(run, content):
-    (run / "run.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match=r"run\.json") as raised:
-        take(run, overwrite=True)
-    assert "\n" not in str(raised.value)
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"[]", b"{", b"[" * 100_000, b"\xff", {"finished": 1}, {"command": None}, {"inputs": []}, {"options": "none"},
+     {"format": "video-jepa run 0"}, {"format": "other"}],
+    ids=lambda damage: repr(damage)[:40],
+)  # fmt: skip
+def test_a_damaged_mark_is_one_line(run, damage):
+    why = "" if isinstance(damage, bytes) else " is damaged, or of another version"
+    (run / "run.json").write_bytes(damage if not why else json.dumps(read_json(run / "run.json") | damage).encode())
+    for use in (lambda: take(run, overwrite=True), lambda: take(run, resume=True), lambda: read_mark(run)):
+        with pytest.raises(UserError, match=rf"run\.json{why}") as raised:
+            use()
+        assert "\n" not in str(raised.value)
     assert (run / "model" / "model.safetensors").exists()
 
 
