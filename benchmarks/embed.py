@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.common import shared
 from data.cache import ClipKey, Column, Provenance
 from data.cache_writer import CacheWriter
-from data.manifest import content_of
+from data.content import content_of
 from data.parallel import stream_ahead
 from data.video import IMAGE_FPS, TRANSFORM
 from jepa.config import Bounded, Positive, PositiveInt

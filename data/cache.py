@@ -94,7 +94,7 @@ class ClipKey(NamedTuple):
     source: str
     """Absolute path of the video, when it was seen last."""
     content: str
-    """What tells the video from all others (`data.manifest.content_of`)."""
+    """What tells the video from all others (`data.content.content_of`)."""
     offset_s: float
     """Shift of the clock in seconds: one video on two clocks makes two clips."""
 

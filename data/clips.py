@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.account import Account
 from data.clock import read_on_clock
 from data.decoder import LONGEST_S, Damage, VideoError
-from data.manifest import Account
 from data.parallel import map_ahead, stream_ahead
 from data.video import FrameSize, VideoInfo
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from data.account import listed
 from data.decoder import VideoError
-from data.errors import printable
 from data.image_sequence import FEWEST_IMAGES, is_image
 
 VIDEO_NAMES = """
@@ -32,7 +32,6 @@ HIDDEN = re.compile(
 """Names that begin with a dot, and those of folders that systems and storage devices make for themselves."""
 MARKS = {"run.json": b'"video-jepa run', "cache.json": b'"encoder_fingerprint"'}
 """Files that say that this product wrote a folder, and what stands near their beginning."""
-SHOWN = 10
 
 
 def find_videos(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
@@ -54,12 +53,6 @@ def find_videos(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
             raise VideoError(f"{path}: no videos in this folder, and no folder of images; there is {there}")
         found += new
     return sorted(videos), found
-
-
-def listed(counts: Counter[str]) -> str:
-    """Counts in words, the largest first: "12 .txt, 3 hidden"."""
-    more = [f"{len(counts) - SHOWN} other kinds"] if len(counts) > SHOWN else []
-    return ", ".join([f"{count:,} {printable(name)}" for name, count in counts.most_common(SHOWN)] + more)
 
 
 def _search(root: Path, videos: list[Path], known: set[str]) -> Counter[str]:

@@ -1,37 +1,34 @@
-"""Folders of videos as a checked list, what was refused and why; and the account of a run.
+"""Folders of videos as a checked list, what was refused and why.
 
 A manifest is a file of JSON lines: the first names the format, each other one tells about a file: where it lies, its
 size and times of change, and either what is known of the video or why it was refused. Lines are appended as files are
 looked at, so that nothing is lost if the process dies; what is known is not looked at again, wherever it was moved.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data.decoder import Damage, VideoError
-from data.errors import printable
+from data.account import Account
+from data.content import content_of
+from data.decoder import VideoError
 from data.files import whole_file
-from data.folders import ARCHIVE, find_videos, listed
+from data.folders import ARCHIVE, find_videos
 from data.image_sequence import TIMES_IN_NAMES, is_image
 from data.parallel import map_ahead
 from data.video import IMAGE_FPS, VideoInfo, probe_video
 
 MANIFEST_SUFFIX = ".jsonl"
 FORMAT = {"format": "video-jepa manifest", "version": 3}
-EXAMPLES = 10
 LARGEST_NUMBER = 1e9
 """No video has a size, a rate, or a time in seconds beyond."""
-STRETCH, STRETCH_OF_IMAGE, DIGITS = 1 << 15, 1 << 10, 32
-"""Bytes at the beginning, in the middle and at the end of a file by which its content is told, of images fewer."""
 
 
 class FileState(NamedTuple):
@@ -52,65 +49,6 @@ class Record:
     refused: str = ""
 
 
-@dataclass
-class Account:
-    """What was found, and videos read, refused and damaged in a run: said at its end, and left in its folder."""
-
-    found: Counter[str] = field(default_factory=Counter)
-    """Numbers of files of each kind, as `find_videos` counts them."""
-    read_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of video that were read."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Reasons why files were not read at all."""
-    doubles: dict[str, str] = field(default_factory=dict)
-    """Videos whose content is that of another one, which stands for both."""
-    assumed: dict[str, str] = field(default_factory=dict)
-    """What was taken for granted of videos that do not say it."""
-    damaged: dict[str, Damage] = field(default_factory=dict)
-    """Faults inside files that were read."""
-
-    def add(self, path: Path | str, seconds: float, damage: Damage) -> None:
-        """Add a video that was read, or a part of one."""
-        self.read_s[str(path)] = self.read_s.get(str(path), 0.0) + seconds
-        if damage:
-            self.damaged.setdefault(str(path), Damage()).add(damage)
-
-    def merge(self, others: "Iterable[Account]") -> None:
-        """Add what other processes of the same run did."""
-        for other in others:
-            for path, seconds in other.read_s.items():
-                self.add(path, seconds, other.damaged.get(path, Damage()))
-            self.refused |= other.refused
-
-    def __str__(self) -> str:
-        minutes = sum(self.read_s.values()) / 60
-        corrupt = sum(damage.corrupt_frames for damage in self.damaged.values())
-        text = (
-            f"read {len(self.read_s):,} videos, {minutes:,.1f} minutes; refused {len(self.refused):,}; "
-            f"doubles {len(self.doubles):,}; damaged {len(self.damaged):,}, {corrupt:,} corrupt frames left out"
-        )
-        more = self.faults | {"damaged": [f"{path}: {damage}" for path, damage in self.damaged.items()]}
-        return "\n".join([*self.listing, text, *(line for title in more for line in examples(title, more[title]))])
-
-    @property
-    def listing(self) -> list[str]:
-        """What was found, in one line, none where nobody has looked; and what was assumed."""
-        found = [f"found {self.found.total():,} files: {listed(self.found)}"] if self.found else []
-        return found + examples("assumed", [f"{path}: {what}" for path, what in self.assumed.items()])
-
-    @property
-    def faults(self) -> dict[str, list[str]]:
-        """What was not read, and why."""
-        doubles = [f"{path}: the same as {other}" for path, other in self.doubles.items()]
-        return {"refused": list(self.refused.values()), "doubles": doubles}
-
-
-def examples(title: str, reasons: list[str]) -> list[str]:
-    """A line for each of the first, and one for all others."""
-    more = [f"and {len(reasons) - EXAMPLES:,} more"] if len(reasons) > EXAMPLES else []
-    return [f"  {title}: {printable(reason)}" for reason in reasons[:EXAMPLES] + more]
-
-
 def file_state(path: Path) -> FileState:
     """A video as it lies on disk now, or `OSError`; a change of any of its images changes a folder."""
     files = [path.stat()]
@@ -119,36 +57,6 @@ def file_state(path: Path) -> FileState:
             files += [image.stat()] if is_image(image.name) else []
     changed_ns = max(max(file.st_mtime_ns, file.st_ctime_ns) for file in files)
     return FileState(str(path), sum(file.st_size for file in files[1:] or files), changed_ns)
-
-
-def content_of(path: Path, *, of_all: bool = False, stretch: int = STRETCH) -> str:
-    """What tells a video from others wherever it lies, or `OSError`: a hash.
-
-    It is taken of a file's size and of stretches at its beginning, in its middle and at its end, or of all of it, twice
-    as long; of a folder's names of images, and of each image in the same way.
-    """
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for image in sorted(image for image in path.iterdir() if is_image(image.name) and image.is_file()):
-            digest.update(os.fsencode(image.name))
-            with suppress(OSError):  # one image never costs the others
-                digest.update(content_of(image, of_all=of_all, stretch=STRETCH_OF_IMAGE).encode())
-    else:
-        with path.open("rb", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(str(size).encode())
-            for begin in (0, max(0, (size - stretch) // 2), max(0, size - stretch)):
-                file.seek(begin)
-                digest.update(file.read(stretch))
-            if of_all:
-                file.seek(0)
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[: 2 * DIGITS if of_all else DIGITS]
-
-
-def is_content_of(path: Path, content: str) -> bool:
-    """Whether a video holds what it was told by, be it all of it; or `OSError`."""
-    return content_of(path, of_all=len(content) > DIGITS) == content
 
 
 def read_manifest(path: Path) -> list[Record]:

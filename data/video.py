@@ -56,7 +56,7 @@ class VideoInfo:
     damage: str = ""
     """Faults found by counting."""
     content: str = ""
-    """What tells the video from all others, wherever it lies (`data.manifest.content_of`)."""
+    """What tells the video from all others, wherever it lies (`data.content.content_of`)."""
     whole: str = ""
     """The same of all of it, where others were alike."""
 

@@ -27,12 +27,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from data.account import Account
 from data.cache import ClipKey, Column, EmbeddingCache, Provenance
 from data.cache_writer import CacheWriter, remaining_clips
 from data.clock import clock_offsets_s
 from data.errors import DataError
 from data.lerobot import episodes_in, missing_files
-from data.manifest import Account, check_videos
+from data.manifest import check_videos
 from data.sidecar import columns_beside, read_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt

@@ -17,10 +17,12 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from data.account import examples
 from data.cache import EmbeddingCache
+from data.content import is_content_of
 from data.counting import count_frames
 from data.errors import printable
-from data.manifest import MANIFEST_SUFFIX, Record, examples, index_videos, is_content_of, sort_out
+from data.manifest import MANIFEST_SUFFIX, Record, index_videos, sort_out
 from data.video import IMAGE_FPS, probe_video
 from jepa.config import Bounded, Positive
 from pipelines.run.command import counted, require, run_command

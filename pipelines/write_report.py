@@ -25,10 +25,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import escape
 from plotly.offline import get_plotlyjs
 
+from data.account import Account
 from data.decoder import Damage
 from data.errors import DataError, printable
 from data.film import make_film
-from data.manifest import Account
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.command import UserError, counted, require, run_command
 from pipelines.run.figures import curve_figures, skill_figure, timeline_figure

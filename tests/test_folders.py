@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 import data.manifest
+from data.content import is_content_of
 from data.counting import count_frames
 from data.decoder import VideoError
 from data.folders import find_videos
-from data.manifest import check_videos, index_videos, is_content_of
+from data.manifest import check_videos, index_videos
 from pipelines import score_surprise
 from pipelines.run.folder import RunFolder
 

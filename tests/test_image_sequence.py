@@ -15,10 +15,11 @@ from benchmarks.reading import read_clips, read_frames
 from data.cache import ClipKey
 from data.clips import FrameClips
 from data.clock import read_on_clock
+from data.content import content_of
 from data.counting import count_frames
 from data.decoder import Damage, VideoError
 from data.folders import find_videos
-from data.manifest import check_videos, content_of, index_videos
+from data.manifest import check_videos, index_videos
 from data.video import probe_video
 from jepa.encoder import EncoderConfig, create_encoder
 from pipelines.run.embed import Task, decode

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from data.manifest import Account
+from data.account import Account
 from pipelines.run import devices, run
 from pipelines.run.checkpoints import find_fault
 from pipelines.run.command import Finished, Interrupted, UserError, explain, run_command

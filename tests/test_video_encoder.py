@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.cache import ClipKey
 from data.clock import read_on_clock
-from data.manifest import content_of
+from data.content import content_of
 from jepa.components import principal_components
 from jepa.errors import ConfigurationError
 from jepa.video_encoder import load_clip_encoder
