@@ -12,10 +12,11 @@ from pathlib import Path
 from data.files import hold, require_no_links
 from jepa.config import Bounded, PositiveInt
 from pipelines.run.artefacts import save_artefact
+from pipelines.run.caches import clips_in_short
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.judging import calibrate
-from pipelines.run.models import calibration_artefact, clips_in_short, load_predictor, open_cache, trained_on
+from pipelines.run.models import calibration_artefact, load_predictor, open_cache, trained_on
 
 
 @dataclass(frozen=True)

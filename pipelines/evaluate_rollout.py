@@ -18,12 +18,13 @@ from tempfile import TemporaryDirectory
 from accelerate import Accelerator
 
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
+from pipelines.run.caches import require_no_video_in_both
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import require_memory
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.files import write_json
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import inputs_of, load_predictor, open_cache, require_no_video_in_both, windows_for
+from pipelines.run.models import inputs_of, load_predictor, open_cache, windows_for
 from pipelines.run.report import table, write_table
 
 RESULTS = ("rollout.json", "rollout.csv")

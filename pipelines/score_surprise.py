@@ -37,16 +37,10 @@ from jepa.metrics import roc_auc
 from jepa.predictor import Predictor
 from jepa.rivals import Rival, Rivals
 from pipelines.run.artefacts import artefact_fingerprint
+from pipelines.run.caches import require_no_video_in_both
 from pipelines.run.command import UserError, counted, require, run_command
 from pipelines.run.folder import RunFolder, read_mark
-from pipelines.run.models import (
-    find_columns,
-    inputs_of,
-    load_predictor,
-    open_cache,
-    require_no_video_in_both,
-    windows_for,
-)
+from pipelines.run.models import find_columns, inputs_of, load_predictor, open_cache, windows_for
 from pipelines.run.scoring import BOX, PLACE, SPAN, Scorer, Scores, fit_rivals, ignored_places, score_videos
 from pipelines.run.stages import run_stage
 

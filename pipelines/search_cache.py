@@ -27,9 +27,9 @@ from data.cache import EmbeddingCache
 from data.errors import DataError, printable
 from data.frames import fitting_size, read_frames
 from jepa.config import Bounded
+from pipelines.run.caches import clips_in_short
 from pipelines.run.command import UserError, counted, require, run_command
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import clips_in_short
 from pipelines.run.searching import Search
 
 FEW, FEWER = 8, 2

@@ -22,8 +22,8 @@ from data.frames import fitting_size, read_frames
 from jepa.config import PositiveInt, Side
 from jepa.diagnostics import floor_std
 from jepa.picture_decoder import PictureDecoder
+from pipelines.run.caches import clips_in_short, require_finite, require_no_video_in_both
 from pipelines.run.command import run_command
-from pipelines.run.models import clips_in_short, require_finite, require_no_video_in_both
 from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator
 

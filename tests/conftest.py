@@ -17,8 +17,9 @@ from jepa.baselines import Ridge
 from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import save_artefact
+from pipelines.run.caches import clips_in_short
 from pipelines.run.judging import calibrate, measure_embeddings
-from pipelines.run.models import calibration_artefact, clips_in_short
+from pipelines.run.models import calibration_artefact
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (16, 40)

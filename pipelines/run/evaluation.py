@@ -23,8 +23,9 @@ from jepa.probe import FOLDS, Probe, fit_probe
 from jepa.rollout import expected_rollout, rollout
 from jepa.samples import coverage, energy_score, live_features
 from jepa.sequence import Future, Sequence
+from pipelines.run.caches import require_changing, require_finite
 from pipelines.run.command import require
-from pipelines.run.models import find_columns, in_batches, require_changing, require_finite
+from pipelines.run.models import find_columns, in_batches
 
 DETAILED, READ_WINDOWS, LIVE_FRAMES, PROBE_FRAMES = 2000, 500, 256, 20_000
 """Most windows for details, to read actions off; frames to see what moves, to fit a probe on."""

@@ -13,8 +13,9 @@ from jepa.diagnostics import floor_std, prediction_alarms
 from jepa.fitting import Forecasts, cross_fit_blend, fit_calibration, fit_ridge, hold_out, ridge_context
 from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
+from pipelines.run.caches import require_changing, require_finite
 from pipelines.run.command import counted
-from pipelines.run.models import in_batches, require_changing, require_finite, take_windows, windows_for
+from pipelines.run.models import in_batches, take_windows, windows_for
 
 CHOSEN_BY = "validation_relative_to_copy_last"
 """Metric by which the best weights are chosen: the believed forecast's error, mean over horizons."""

@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data.cache import EmbeddingCache
@@ -19,12 +18,10 @@ from jepa.networks import PredictorConfig
 from jepa.predictor import Predictor
 from jepa.sequence import Sequence
 from pipelines.run.artefacts import load_module
-from pipelines.run.command import UserError, counted, require
-from pipelines.run.files import read_json, summary
+from pipelines.run.caches import BATCH_NUMBERS, clips_in_short, require_finite
+from pipelines.run.command import counted, require
+from pipelines.run.files import read_json
 from pipelines.run.folder import read_mark
-
-BATCH_NUMBERS = 32_000_000
-"""Numbers that are held at a time where windows of a cache go by in batches."""
 
 
 def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Predictor, Calibration]:
@@ -114,29 +111,6 @@ def inputs_of(folder: Path, cache: EmbeddingCache) -> dict[str, Any]:
     return {"provenance": cache.provenance, "clips": clips, "calibration": calibration}
 
 
-def clips_in_short(cache: EmbeddingCache) -> str:
-    """The clips of a cache as runs record them: alike where they are the same."""
-    return summary(sorted(clip.key[1:] for clip in cache.clips))
-
-
-def require_no_video_in_both(one: EmbeddingCache, other: EmbeddingCache) -> None:
-    """What is fitted and judged on the same videos flatters. Raises `UserError`."""
-    theirs = {clip.key.content: clip.key.source for clip in other.clips}
-    for clip in one.clips:
-        if (source := theirs.get(clip.key.content)) is not None:
-            also = "" if source == clip.key.source else f", there as {source}"
-            raise UserError(f"{clip.key.source} is in both {one.folder} and {other.folder}{also}: keep videos apart")
-
-
-def require_finite(cache: EmbeddingCache, embeddings: Tensor) -> Tensor:
-    """The same embeddings. Raises `UserError` where they are NaN or infinite."""
-    require(
-        bool(embeddings.isfinite().all()),
-        f"{cache.folder} holds embeddings that are not finite: `video-jepa inspect {cache.folder} --verify` says where",
-    )
-    return embeddings
-
-
 def in_batches(
     windows: Windows, chosen: np.ndarray, device: torch.device, *, copies: int = 8, doing: str = ""
 ) -> Iterator[tuple[slice, Sequence]]:
@@ -148,8 +122,3 @@ def in_batches(
     for start in tqdm(range(0, len(chosen), size), desc=doing, unit="batch", leave=False, disable=not doing):
         part = slice(start, start + size)
         yield part, take_windows(windows, chosen[part], device)
-
-
-def require_changing(cache: EmbeddingCache, changing: bool) -> None:
-    """Raises `UserError` where no embedding of a cache ever changes."""
-    require(changing, f"{cache.folder}: no embedding ever changes, so nothing can beat copying it: bring moving video")

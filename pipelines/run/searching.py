@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data.cache import EmbeddingCache
 from jepa.diagnostics import floor_std
 from jepa.search import nearest
-from pipelines.run.models import BATCH_NUMBERS, require_finite
+from pipelines.run.caches import BATCH_NUMBERS, require_finite
 
 BLOCK = 4096
 """Embeddings that are compared with each other at a time, at most."""
