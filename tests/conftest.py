@@ -1,5 +1,6 @@
 """Fixtures that several test files share. Videos here carry the number of each frame in its pixels."""
 
+import csv
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -14,6 +15,7 @@ import pytest
 from data.cache import ClipKey, Column, Provenance
 from data.cache_writer import CacheWriter, EmbeddedClip
 from jepa.baselines import Ridge
+from jepa.encoder import EncoderConfig, create_encoder
 from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from pipelines.run.artefacts import save_artefact
@@ -39,6 +41,19 @@ def assert_near(found, expected, tolerance=1e-4):
         assert found == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
     else:
         assert found == expected
+
+
+def read_rows(path):
+    """The rows of a table, dictionaries of text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def save_encoder(folder, **config):
+    """An encoder that never trained, saved as a run of `pretrain` leaves it."""
+    encoder = create_encoder(EncoderConfig(**config))
+    save_artefact(folder, "encoder", encoder.config, encoder)
+    return encoder
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,13 @@ from data.cache import CacheError, EmbeddingCache
 from data.clock import read_on_clock
 from data.errors import DataError
 from data.synthetic import BallWorld, write_ball_clip
-from jepa.encoder import EncoderConfig, create_encoder
 from jepa.errors import ConfigurationError
 from pipelines import cache_embeddings
 from pipelines.cache_embeddings import Options
-from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
 from pipelines.run.encoders import PublishedOptions, find_encoder, load_encoder
 from pipelines.run.files import write_json
+from tests.conftest import save_encoder
 
 ROOT = Path(__file__).parent.parent
 CLIPS = 4
@@ -36,8 +35,7 @@ def material(tmp_path_factory):
     (folder / "videos").mkdir()
     for index in range(CLIPS):
         write_ball_clip(folder / "videos", index, BallWorld(size=32, radius=3, frames=60, fps=10), seed=0)
-    encoder = create_encoder(EncoderConfig(embedding_dimension=8, image_size=(32, 32)))
-    save_artefact(folder / "encoder", "encoder", encoder.config, encoder)
+    save_encoder(folder / "encoder", embedding_dimension=8, image_size=(32, 32))
     torch.manual_seed(0)
     safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), folder / "weights.safetensors")
     return folder

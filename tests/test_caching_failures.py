@@ -15,8 +15,7 @@ import pytest
 
 from data.cache import EmbeddingCache
 from data.synthetic import BallWorld, write_ball_clip
-from jepa.encoder import EncoderConfig, create_encoder
-from pipelines.run.artefacts import save_artefact
+from tests.conftest import save_encoder
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -31,8 +30,7 @@ def material(tmp_path_factory):
     world = BallWorld(size=32, radius=3, frames=200, fps=10)
     for index in range(CLIPS):
         write_ball_clip(folder / "videos", index, world, seed=0)
-    encoder = create_encoder(EncoderConfig(embedding_dimension=64, image_size=(32, 32)))
-    save_artefact(folder / "encoder", "encoder", encoder.config, encoder)
+    save_encoder(folder / "encoder", embedding_dimension=64, image_size=(32, 32))
     result = cache(folder, folder / "undisturbed")
     assert result.returncode == 0, result.stderr
     return folder

@@ -1,6 +1,5 @@
 """The command that judges forecasts, on random embeddings and with a predictor that never trained."""
 
-import csv
 import json
 from dataclasses import replace
 
@@ -23,7 +22,7 @@ from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.models import calibration_artefact
-from tests.conftest import assert_near
+from tests.conftest import assert_near, read_rows
 
 CONTEXT, HORIZON = 3, 4
 WINDOW = CONTEXT + HORIZON
@@ -200,8 +199,7 @@ def test_of_few_segments_no_interval_is_claimed(judge, tmp_path, capsys):
         assert record["relative_to_mean_high"] is record["mse_low"] is None
     assert [row["relative_to_mean"] for row in results["predictors"]["mean"]] == [1, 1, 1, 1]
     assert results["useful_horizon"]["mean"]["steps"] == 0
-    with (tmp_path / "out" / "rollout.csv").open() as file:
-        row = next(csv.DictReader(file))
+    row = read_rows(tmp_path / "out" / "rollout.csv")[0]
     assert float(row["mse"]) > 0
     assert row["mse_low"] == row["mse_high"] == ""
     assert "by point estimates" in capsys.readouterr().out
@@ -212,8 +210,7 @@ def test_of_enough_segments_intervals_are_claimed(judge, tmp_path, capsys):
     assert results["interval"] == "95 %, bootstrap over 5 segments of 3.5 s"
     for record in results["predictors"]["model"]:
         assert record["mse_low"] < record["mse"] < record["mse_high"]
-    with (tmp_path / "out" / "rollout.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "out" / "rollout.csv")
     assert float(rows[0]["mse_low"]) > 0
     assert [row["predictor"] for row in rows[::HORIZON]] == [*ROWS, "truth"]
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

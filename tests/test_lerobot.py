@@ -10,9 +10,8 @@ import pytest
 from data.cache import EmbeddingCache
 from data.lerobot import DataSetError, episodes_in, missing_files, read_table
 from data.sidecar import SidecarError, read_sidecar
-from jepa.encoder import EncoderConfig, create_encoder
 from pipelines import cache_embeddings
-from pipelines.run.artefacts import save_artefact
+from tests.conftest import save_encoder
 
 FPS, LENGTHS, CAMERAS = 10, (20, 15, 12), ("observation.images.top", "observation.images.wrist")
 
@@ -105,18 +104,15 @@ def test_a_row_belongs_to_its_frame_whatever_its_own_clock_says(version_2):
     ]  # fmt: skip
 
 
+def embed(videos, folder):
+    save_encoder(folder / "encoder", image_size=(32, 48), embedding_dimension=4)
+    given = {"encoder": str(folder / "encoder"), "output_dir": folder / "cache", "columns": ("action_*",)}
+    cache_embeddings.main(cache_embeddings.Options(videos=(videos,), fps=5.0, **given))
+    return EmbeddingCache(folder / "cache")
+
+
 def test_several_episodes_of_a_video_are_kept_apart_at_their_very_borders(version_3, tmp_path):
-    encoder = create_encoder(EncoderConfig(image_size=(32, 48), embedding_dimension=4))
-    save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
-    options = cache_embeddings.Options(
-        videos=(version_3,),
-        encoder=str(tmp_path / "encoder"),
-        output_dir=tmp_path / "cache",
-        fps=5.0,
-        columns=("action_*",),
-    )
-    cache_embeddings.main(options)
-    cache = EmbeddingCache(tmp_path / "cache")
+    cache = embed(version_3, tmp_path)
     assert len(cache.clips) == len(CAMERAS)
     for clip in cache.clips:
         actions, times_s = cache.take(clip.rows, "action_0"), cache.take(clip.rows, "times_s")
@@ -129,14 +125,7 @@ def test_several_episodes_of_a_video_are_kept_apart_at_their_very_borders(versio
 
 
 def test_what_is_missing_or_odd_is_named(version_2, version_3, tmp_path, capsys):
-    encoder = create_encoder(EncoderConfig(image_size=(32, 48), embedding_dimension=4))
-    save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
-    cache_embeddings.main(
-        cache_embeddings.Options(
-            videos=(version_2,), encoder=str(tmp_path / "encoder"), output_dir=tmp_path / "cache", fps=5.0,
-            columns=("action_*",),
-        )
-    )  # fmt: skip
+    embed(version_2, tmp_path)
     said = capsys.readouterr().out
     assert f"{CAMERAS[1]}/episode_000001.mp4: its data set promises it, and it is not there" in said
     assert "episode_000002.parquet" in said

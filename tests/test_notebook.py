@@ -13,9 +13,8 @@ from data.cache import EmbeddingCache
 from data.decoder import VideoError
 from data.frames import fitting_size, read_again
 from data.synthetic import BallWorld, write_ball_clip, write_ball_videos, write_video
-from jepa.encoder import EncoderConfig, create_encoder
 from pipelines import cache_embeddings
-from pipelines.run.artefacts import save_artefact
+from tests.conftest import save_encoder
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 WORLD = BallWorld()
@@ -26,8 +25,7 @@ def embed(tmp_path):
     """Embed videos by the command; the encoder never trained."""
 
     def run(videos, **changes):
-        encoder = create_encoder(EncoderConfig(embedding_dimension=8, image_size=(32, 32)))
-        save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
+        encoder = save_encoder(tmp_path / "encoder", embedding_dimension=8, image_size=(32, 32))
         options = {"videos": tuple(videos), "encoder": str(tmp_path / "encoder"), "output_dir": tmp_path / "cache"}
         AcceleratorState._reset_state(reset_partial_state=True)
         cache_embeddings.main(cache_embeddings.Options(**options | changes, fps=float(WORLD.fps), dtype="float32"))

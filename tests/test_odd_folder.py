@@ -9,8 +9,7 @@ import pytest
 from benchmarks.odd_folder import add_up, make
 from data.cache import EmbeddingCache
 from data.manifest import read_manifest
-from jepa.encoder import EncoderConfig, create_encoder
-from pipelines.run.artefacts import save_artefact
+from tests.conftest import save_encoder
 from tests.test_commands import call
 
 
@@ -21,8 +20,7 @@ def folder(tmp_path):
 
 
 def test_every_file_of_an_odd_folder_is_accounted_for(folder, tmp_path, capsys):
-    encoder = create_encoder(EncoderConfig(embedding_dimension=8, image_size=(32, 32)))
-    save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
+    save_encoder(tmp_path / "encoder", embedding_dimension=8, image_size=(32, 32))
     call("inspect_folder", f"{folder} --count --manifest {tmp_path}/videos.jsonl")
     call("cache_embeddings", f"--videos {folder} --encoder {tmp_path}/encoder --fps 4 --output-dir {tmp_path}/cache")
     add_up(folder, tmp_path / "cache" / "account.json")

@@ -20,6 +20,7 @@ from pipelines.run import models
 from pipelines.run.command import UserError
 from pipelines.run.models import load_predictor
 from pipelines.run.scoring import Scores
+from tests.conftest import read_rows
 from tests.test_train_predictor import turning
 
 
@@ -52,8 +53,7 @@ def world(tmp_path_factory, make_clip, write_cache, encode_video):
 def score(world, output, **changes):
     values = {"cache": world / "test", "predictor": world / "predictor", "output_dir": output}
     score_surprise.main(score_surprise.Options(**values | changes))
-    with (output / "surprise.csv").open() as table, (output / "peaks.csv").open() as peaks:
-        return list(csv.DictReader(table)), list(csv.DictReader(peaks))
+    return read_rows(output / "surprise.csv"), read_rows(output / "peaks.csv")
 
 
 def test_an_event_is_the_highest_peak_and_its_echo_is_none(world, tmp_path, capsys):
@@ -107,8 +107,7 @@ def test_alarms_are_as_rare_as_is_asked_and_say_from_when_to_when(world, tmp_pat
     made = [make_clip(f"/videos/n_{seed}.mp4", 60, embeddings=turning(60, seed=900 + seed)) for seed in range(10)]
     normal = write_cache(tmp_path / "normal", made)
     score(world, tmp_path / "run", normal=normal, alarms_per_hour=60)
-    with (tmp_path / "run" / "events.csv").open() as file:
-        events = list(csv.DictReader(file))
+    events = read_rows(tmp_path / "run" / "events.csv")
     assert {"event" in row["video"] for row in events} == {True}
     assert float(events[0]["begin_s"]) == float(events[0]["peak_s"]) == 25 / 4
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -1,6 +1,5 @@
 """What is like what in a cache, and how its embeddings are taken out."""
 
-import csv
 import json
 
 import numpy as np
@@ -12,6 +11,7 @@ from data.cache_writer import EmbeddedClip
 from jepa.search import nearest
 from pipelines.run import searching
 from pipelines.run.searching import Search
+from tests.conftest import read_rows
 from tests.test_commands import call, refusal
 
 
@@ -33,11 +33,6 @@ def cache(tmp_path, write_cache):
     worse = np.random.default_rng(9).normal(size=(2, 40, 5)) * 0.1
     walks["copy of 2"], walks["copy of 5"] = (walks["2"] + worse[0] + 3)[6:], (walks["5"] + worse[1] - 2)[:30]
     return write_cache(tmp_path / "cache", [clip(name, walked) for name, walked in walks.items()])
-
-
-def rows_of(folder):
-    with (folder / "found.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("block", [7, 4096])
@@ -67,7 +62,7 @@ def test_where_too_few_are_there_it_says_so():
 
 def test_copies_are_found_and_nothing_else(cache, tmp_path, capsys):
     call("search_cache", f"duplicates --cache {cache} --output-dir {tmp_path}/found")
-    found = rows_of(tmp_path / "found")
+    found = read_rows(tmp_path / "found" / "found.csv")
     pairs = [{row["video"], row["other_video"]} for row in found]
     assert sorted(map(sorted, pairs)) == [["/v/2.mp4", "/v/copy of 2.mp4"], ["/v/5.mp4", "/v/copy of 5.mp4"]]
     for row in found:
@@ -80,12 +75,12 @@ def test_copies_are_found_and_nothing_else(cache, tmp_path, capsys):
 def test_outliers_and_neighbours_are_one_of_each_video(cache, tmp_path):
     opened = EmbeddingCache(cache)
     call("search_cache", f"outliers --cache {cache} --output-dir {tmp_path}/outliers")
-    found = rows_of(tmp_path / "outliers")
+    found = read_rows(tmp_path / "outliers" / "found.csv")
     assert len({row["video"] for row in found}) == len(found) == 9
     scores = [float(row["score"]) for row in found]
     assert scores == sorted(scores, reverse=True)
     call("search_cache", f"neighbours --of 3.mp4@2.6 --cache {cache} --output-dir {tmp_path}/near")
-    found = rows_of(tmp_path / "near")
+    found = read_rows(tmp_path / "near" / "found.csv")
     assert {(row["video"], row["time_s"]) for row in found} == {("/v/3.mp4", "2.500")}
     assert len(found) == 8
     search = Search.within(opened)
@@ -125,8 +120,7 @@ def test_what_is_exported_is_what_is_there_to_the_bit(shape, dtype, tmp_path, ma
     cache = EmbeddingCache(write_cache(tmp_path / "cache", clips, shape=shape, dtype=dtype, columns=column))
     for kind in ("npy", "parquet"):
         call("export_cache", f"{cache.folder} --to {kind} --output-dir {tmp_path}/{kind}")
-    with (tmp_path / "npy" / "rows.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "npy" / "rows.csv")
     table = parquet.read_table(tmp_path / "parquet" / "embeddings.parquet")
     shape = json.loads(table.schema.metadata[b"shape"])
     embeddings = np.stack(table["embedding"].to_numpy(zero_copy_only=False)).reshape(-1, *shape)

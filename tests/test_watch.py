@@ -1,6 +1,5 @@
 """Watching: what is recorded now is scored as it would be afterwards, whatever becomes of the source meanwhile."""
 
-import csv
 import json
 import os
 import shutil
@@ -19,11 +18,10 @@ import pytest
 import torch
 
 from data.decoder import VideoError
-from jepa.encoder import EncoderConfig, create_encoder
 from jepa.networks import TransformerConfig
 from pipelines import cache_embeddings, calibrate, score_surprise, train_predictor, watch
-from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
+from tests.conftest import add_sound, read_rows, save_encoder
 
 RATE, SECONDS = 8, 12
 
@@ -46,8 +44,7 @@ def world(tmp_path_factory, encode_video):
     """A run of surprise with alarms, by a grid of tokens on two clocks; the video that it scored has an event."""
     folder = tmp_path_factory.mktemp("watched")
     torch.manual_seed(0)
-    encoder = create_encoder(EncoderConfig(image_size=(32, 48), grid=(4, 6), embedding_dimension=6))
-    save_artefact(folder / "encoder", "encoder", encoder.config, encoder)
+    save_encoder(folder / "encoder", image_size=(32, 48), grid=(4, 6), embedding_dimension=6)
     for first, (split, videos) in enumerate({"train": 6, "val": 4, "normal": 4, "test": 1}.items()):
         (folder / split).mkdir()
         for number in range(videos):
@@ -89,14 +86,13 @@ def look(world, capsys):
     return look_at
 
 
-def read_rows(path):
-    with path.open() as file:
-        return [{name: float(value) for name, value in row.items() if name != "video"} for row in csv.DictReader(file)]
+def read_numbers(path):
+    return [{name: float(value) for name, value in row.items() if name != "video"} for row in read_rows(path)]
 
 
 def assert_as_scored(lines, world):
     """Scores and events are those of `surprise`."""
-    scored, events = (read_rows(world / "surprise" / name) for name in ("surprise.csv", "events.csv"))
+    scored, events = (read_numbers(world / "surprise" / name) for name in ("surprise.csv", "events.csv"))
     assert len(lines) == len(scored) > 60
     for line, row in zip(lines, scored, strict=True):
         row = {name: value for name, value in row.items() if name not in ("copying", "mahalanobis", "difference")}
@@ -198,7 +194,7 @@ def test_a_stream_that_comes_back_is_watched_on_and_one_that_does_not_is_given_u
     before, after = lines[:again], lines[again:]
     gap_s = after[0]["time_s"] - before[-1]["time_s"]
     assert 1.5 < gap_s < 10  # the past that a forecast takes, and how long the stream was gone
-    scored = read_rows(world / "surprise" / "surprise.csv")
+    scored = read_numbers(world / "surprise" / "surprise.csv")
     for part in (before[:-1], after[:-1]):  # where it breaks off, the last frame is the nearest there is
         assert [line["energy"] for line in part] == pytest.approx(
             [row["energy"] for row in scored[: len(part)]], abs=1e-3, rel=1e-4
@@ -258,11 +254,7 @@ def test_what_cannot_be_watched_is_refused_in_a_line(look, tmp_path):
     (tmp_path / "text.mkv").write_text("no video")
     (tmp_path / "empty.ts").touch()
     with av.open(str(tmp_path / "sound.mkv"), "w") as container:
-        stream = container.add_stream("aac", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        add_sound(container, container.add_stream("aac", rate=8000, layout="mono"), 1)
     for source, reason in (
         (tmp_path / "none.mkv", "none.mkv: no such file"),
         (tmp_path, "not a readable video"),
@@ -291,8 +283,7 @@ def test_a_run_that_cannot_be_watched_by_is_refused(world, tmp_path):
 
     shutil.copytree(world / "predictor", tmp_path / "other")
     calibrate.main(calibrate.Options(tmp_path / "other", world / "cache/normal", horizon=3))
-    encoder = create_encoder(EncoderConfig(image_size=(32, 48), grid=(4, 6), embedding_dimension=6))
-    save_artefact(tmp_path / "encoder", "encoder", encoder.config, encoder)
+    save_encoder(tmp_path / "encoder", image_size=(32, 48), grid=(4, 6), embedding_dimension=6)
     for options, reason in (
         ({"surprise": tmp_path}, "there is no finished run of surprise here"),
         ({"surprise": world / "predictor"}, "there is no finished run of surprise here"),

@@ -1,5 +1,4 @@
 import base64
-import csv
 import importlib
 import io
 import json
@@ -21,6 +20,7 @@ from pipelines.run.files import read_json, to_json
 from pipelines.run.options import parse
 from pipelines.write_report import command_line, film_of
 from tests.browser import Browser
+from tests.conftest import read_rows
 from tests.test_commands import call, refusal
 
 HOSTILE = "a</script><img src=x onerror=document.title=1>&quot;\"'{{ 7 * 7 }}.mp4"
@@ -88,14 +88,9 @@ def page(world):
     return Page(world / "report" / "report.html")
 
 
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def scored(world):
     """A row for each moment; of those that two clocks share the higher one."""
-    rows = sorted(rows_of(world / "surprise" / "surprise.csv"), key=lambda row: float(row["energy"]))
+    rows = sorted(read_rows(world / "surprise" / "surprise.csv"), key=lambda row: float(row["energy"]))
     return sorted({row["time_s"]: row for row in rows}.values(), key=lambda row: float(row["time_s"]))
 
 
@@ -103,11 +98,11 @@ def test_numbers_are_those_of_the_files(world, page):
     (video,) = page.data("data-video")
     rows = scored(world)
     assert {name: [float(row[name]) for row in rows] for name in rows[0] if name != "video"} == video["moments"]
-    events = rows_of(world / "surprise" / "events.csv")
+    events = read_rows(world / "surprise" / "events.csv")
     assert [{name: float(row[name]) for name in row if name != "video"} for row in events] == video["events"]
     assert events
     assert video["grid"] == [2, 4]
-    tops, maps = (rows_of(world / "surprise" / f"{name}.csv") for name in ("peaks", "maps"))
+    tops, maps = (read_rows(world / "surprise" / f"{name}.csv") for name in ("peaks", "maps"))
     cells = [[float(value) for name, value in row.items() if name.startswith("cell")] for row in maps]
     assert [(one["time_s"], one["cells"]) for one in video["maps"]] == [
         (float(row["time_s"]), one) for row, one in zip(tops, cells, strict=True)
