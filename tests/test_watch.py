@@ -211,12 +211,14 @@ def test_ctrl_c_ends_with_a_summary(world, tmp_path):
     path = tmp_path / "grows.mkv"
     path.write_bytes((world / "test" / "0.mkv").read_bytes())
     with start(world, path, "--give-up-after", "600") as process:
-        first = json.loads(process.stdout.readline())
+        lines = [json.loads(process.stdout.readline())]
+        while not lines[-1]["alarm"]:
+            lines.append(json.loads(process.stdout.readline()))
         time.sleep(1)  # it waits for more
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    lines = [first, *map(json.loads, out.splitlines())]
+    lines += map(json.loads, out.splitlines())
     said = f"grows.mkv: {len(lines)} moments scored, the last at {lines[-1]['time_s']:.2f} s; 1 alarm"
     assert err.strip().endswith(said)
 
