@@ -178,9 +178,9 @@ class EmbeddingCache:
         steps = np.diff(self.take(clip.rows, "ticks"))
         if (steps < 1).any() or not np.isfinite(self.take(clip.rows, "times_s")).all():
             raise _damaged(clip.shard, f"holds times of {clip.key.source} that cannot be")
-        is_known = np.all(
-            [np.ones(clip.frames), *(np.isfinite(self.take(clip.rows, name)) for name in columns)], axis=0
-        )
+        is_known = np.ones(clip.frames, bool)
+        for name in columns:
+            is_known &= np.isfinite(self.take(clip.rows, name))
         runs = np.split(clip.rows, np.flatnonzero((steps != 1) | (np.diff(is_known) != 0)) + 1)
         return [run for run in runs if is_known[run[0] - clip.start]]
 

@@ -43,7 +43,8 @@ def read_sidecar(
     path = table_beside(video)
     (clock, *_), rows = _read_table(video, columns)
     if clock == "frame":
-        shown_s = _frame_times_s(video, image_fps)
+        with open_video(video, Damage(), image_fps) as decoder:  # headers lie about times and order
+            shown_s = np.array([time_s for _, time_s in decoder])
         unknown = rows[~np.isin(rows[:, 0], np.arange(len(shown_s))), 0]
         if len(unknown):
             raise SidecarError(
@@ -108,9 +109,3 @@ def _chosen(patterns: Sequence[str], values: Sequence[str], known: Sequence[str]
             raise ValueError(f"there is no column '{pattern}' among {', '.join(known or values)}")
         found += names
     return list(dict.fromkeys(found))
-
-
-def _frame_times_s(video: Path, image_fps: float) -> np.ndarray:
-    """When each frame is shown, float64 (frames,); decoded, because headers lie about times and order."""
-    with open_video(video, Damage(), image_fps) as decoder:
-        return np.array([time_s for _, time_s in decoder])

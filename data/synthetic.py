@@ -161,9 +161,7 @@ def write_ball_clip(folder: Path, index: int, world: BallWorld, *, seed: int) ->
 def state_columns(states: np.ndarray) -> dict[str, np.ndarray]:
     """What `simulate_balls` returned by column, (frames,) each."""
     positions, velocities = (part.reshape(len(states), -1) for part in np.split(states, 2, axis=2))
-    return dict(
-        zip((*STATE_COLUMNS, *VELOCITY_COLUMNS), np.concatenate([positions, velocities], axis=1).T, strict=True)
-    )
+    return dict(zip((*STATE_COLUMNS, *VELOCITY_COLUMNS), np.hstack([positions, velocities]).T, strict=True))
 
 
 def write_table(path: Path, columns: dict[str, np.ndarray], fps: float) -> None:

@@ -161,6 +161,12 @@ def usual_errors(errors: Tensor) -> tuple[Tensor, Tensor]:
     return mean, vectors / values.clamp_min(1e-12) @ vectors.T
 
 
+def energy(errors: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
+    """Squared Mahalanobis distance per feature, (..., D) -> (...)."""
+    centred = errors - mean.to(errors)
+    return (centred @ precision.to(errors) * centred).mean(dim=-1)
+
+
 def most_surprising(energies: Tensor) -> Tensor:
     """The mean of the most surprising places, (B, H, *tokens) -> (B, H): one alone may be noise."""
     places = energies.view(*energies.shape[:2], -1)

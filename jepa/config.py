@@ -44,14 +44,10 @@ def require_fits(name: str, value: Any, hint: Any) -> None:
         check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError as error:
         raise ConfigurationError(name, f"is {value!r:.60}: {error}") from error
-    marks = [mark for inner in (hint, *get_args(hint)) for mark in getattr(inner, "__metadata__", ())]
-    for mark in marks:
-        if isinstance(mark, Bounds) and not all(map(mark.hold, _numbers(value))):
+    numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+    for mark in (mark for inner in (hint, *get_args(hint)) for mark in getattr(inner, "__metadata__", ())):
+        if isinstance(mark, Bounds) and not all(map(mark.hold, numbers)):
             raise ConfigurationError(name, f"is {shown(value)}: it must be {mark.words}")
-
-
-def _numbers(value: Any) -> tuple[float, ...]:
-    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 def shown(value: Any) -> str:

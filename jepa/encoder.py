@@ -200,11 +200,8 @@ class FrameEncoder(Encoder):
         maps = self.backbone.forward_intermediates(
             images, indices=self.levels, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
-        if self.tokens:
-            maps = [resize_map(level, self.config.grid) for level in maps]
-        else:
-            maps = [POOLINGS[self.config.pooling](level) for level in maps]
-        return torch.cat(maps, dim=-1)
+        pool = partial(resize_map, grid=self.config.grid) if self.tokens else POOLINGS[self.config.pooling]
+        return torch.cat([pool(level) for level in maps], dim=-1)
 
 
 def create_encoder(config: EncoderConfig, weights_file: Path | None = None) -> FrameEncoder:

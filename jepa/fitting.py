@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from jepa.baselines import Ridge
-from jepa.calibration import Calibration, most_surprising, usual_errors
+from jepa.calibration import Calibration, energy, most_surprising, usual_errors
 from jepa.samples import central_interval, live_features
 
 MOST_INPUTS = 4096
@@ -142,8 +142,7 @@ def cross_fit_energy(errors: Tensor, parts: list[Tensor]) -> tuple[tuple[Tensor,
     usual_mean, usual_precision = torch.zeros(()), torch.zeros(())
     for chosen in parts:
         mean, precision = usual_errors(errors[~chosen].flatten(0, 1))
-        centred = errors[chosen] - mean
-        energies[chosen] = reduce(centred @ precision * centred, "n p d -> n p", "mean")
+        energies[chosen] = energy(errors[chosen], mean, precision)
         usual_mean, usual_precision = usual_mean + mean / len(parts), usual_precision + precision / len(parts)
     # The mean of the parts' units, not the units of all: a new clip then meets units fitted on as little as were those
     # that each held-out clip met, and few clips make it no less surprising than they were.

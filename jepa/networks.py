@@ -157,7 +157,8 @@ class CausalBlock(nn.Module):
         queries, keys = (apply_rotary(part, positions, context) for part in (queries, keys))
         seen = torch.stack([keys, values])
         seen = seen if memory is None else torch.cat([memory, seen], dim=3)
-        back = steps_back(queries.shape[2], seen.shape[3], hidden.device)
+        steps = torch.arange(seen.shape[3], device=hidden.device)
+        back = steps[-queries.shape[2] :, None] - steps  # how many steps each key is before each query, (T, keys)
         mask = (back.abs() if both_sides else back.where(back >= 0, context)) < context
         dropout = self.config.dropout if self.training else 0.0
         attended = functional.scaled_dot_product_attention(queries, seen[0], seen[1], attn_mask=mask, dropout_p=dropout)
@@ -180,11 +181,6 @@ class Neighbourhood(nn.Module):
         images = rearrange(self.norm(hidden), "(b r c) t w -> (b t) w r c", r=rows, c=columns)
         around = rearrange(self.convolve(images), "(b t) w r c -> (b r c) t w", t=hidden.shape[1])
         return hidden + self.mix(functional.gelu(around))  # type: ignore[no-any-return]
-
-
-def steps_back(queries: int, keys: int, device: torch.device) -> Tensor:
-    """How many steps each key is before each query, the last of whom stand together; int (queries, keys)."""
-    return torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
 
 
 def apply_rotary(channels: Tensor, positions: Tensor, context: int) -> Tensor:

@@ -58,19 +58,16 @@ class Predictor(nn.Module):
         slow: int = 0,
     ) -> None:
         super().__init__()
-        hints = {
-            "shape": tuple[PositiveInt, ...], "fps": Positive, "actions": tuple[str, ...], "slow": NotNegativeInt,
-        }  # fmt: skip
-        for name, value in {"shape": shape, "fps": fps, "actions": actions, "slow": slow}.items():
-            require_fits(name, value, hints[name])
-        require_fits("encoder_fingerprint", encoder_fingerprint, str)
+        for name, value, hint in (
+            ("shape", shape, tuple[PositiveInt, ...]), ("fps", fps, Positive), ("actions", actions, tuple[str, ...]),
+            ("slow", slow, NotNegativeInt), ("encoder_fingerprint", encoder_fingerprint, str),
+        ):  # fmt: skip
+            require_fits(name, value, hint)
         self.config, self.shape, self.fps, self.encoder_fingerprint = config, shape, fps, encoder_fingerprint
         self.actions, self.slow, self.latent_dimension = actions, slow, config.latent_dimension
         dimension = self.shape[-1]
         if slow >= dimension:
-            raise ConfigurationError(
-                "slow_dimension", f"is {slow}, and an embedding has {dimension} numbers: take less"
-            )
+            raise ConfigurationError("slow_dimension", f"is {slow}, and embeddings have {dimension} numbers: take less")
         self.network = config.build(2 * dimension, len(self.shape) == 3, actions=len(actions))
         self.latent_block = LatentBlock(config.width, config.latent_dimension) if config.latent_dimension else None
         self.head = nn.Linear(config.width, dimension - slow)

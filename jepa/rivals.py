@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from jepa.calibration import most_surprising, usual_errors
+from jepa.calibration import energy, most_surprising, usual_errors
 
 Rival = Literal["copying", "mahalanobis", "nearest", "difference"]
 PATCHES, BLOCK = 40_000, 2000
@@ -66,9 +66,3 @@ class Rivals:
             (norms - 2 * part @ self.known.T).amin(dim=1) + part.square().sum(dim=1) for part in rows.split(BLOCK)
         ]
         return torch.cat(blocks).clamp_min(0) / rows.shape[1]
-
-
-def energy(errors: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
-    """Squared Mahalanobis distance per feature, (..., D) -> (...)."""
-    centred = errors - mean.to(errors)
-    return (centred @ precision.to(errors) * centred).mean(dim=-1)

@@ -93,11 +93,7 @@ def test_overwritten_by_another_with_our_name_it_refuses_and_names_it(wheels, en
 def test_a_package_that_python_finds_first_is_named(package, tmp_path):
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").touch()
-    start = [
-        sys.executable,
-        "-c",
-        "import sys; sys.path.append(sys.argv.pop(1)); from pipelines.cli import main; main()",
-    ]
+    start = [sys.executable, "-c", "import sys; sys.path += [sys.argv.pop(1)]; from pipelines.cli import main; main()"]
     command = [*start, ROOT, "--help"]
     ended = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -76,9 +76,7 @@ JOINED = {
 
 
 @pytest.mark.parametrize("name", JOINED)
-def test_recordings_joined_by_cat_go_on_after_a_gap_or_what_is_left_out_is_said(
-    tmp_path, encode_video, read_number, name
-):
+def test_recordings_joined_by_cat_go_on_after_a_gap_or_it_is_said(tmp_path, encode_video, read_number, name):
     codec, container_options, found = JOINED[name]
     parts = []
     for numbers in (range(100), range(100, 250)):

@@ -551,8 +551,6 @@ def test_a_gap_of_years_takes_no_time(tmp_path, encode_video, read_number):
     with av.open(str(video)) as container:
         assert [packet.pts for packet in container.demux(video=0) if packet.size][-1] > 9e10
     timed = list(read_on_clock(video, SIZE, fps=10, offsets_s=[0.0, 0.05], damage=Damage()))
-    assert [(one.clock, read_number(one.frame)) for one in timed if one.clock == 0] == [
-        (0, index) for index in range(5)
-    ]
+    assert [read_number(one.frame) for one in timed if one.clock == 0] == [0, 1, 2, 3, 4]
     assert [one.tick for one in timed if one.clock == 0][3:] == [round(30 * year_s), round(30 * year_s) + 1]
     assert probe_video(video).duration_s == 0

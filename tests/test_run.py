@@ -164,9 +164,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("cut", ["write_json", "save_artefact", "RunFolder.finish"])
-def test_a_run_that_was_killed_while_it_left_its_results_leaves_them_when_resumed(
-    cut, undisturbed, tmp_path, monkeypatch
-):
+def test_a_run_that_was_killed_while_it_left_its_results_leaves_them_resumed(cut, undisturbed, tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 

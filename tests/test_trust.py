@@ -47,9 +47,7 @@ def refuse(number):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_the_work_goes_on_and_it_is_said_once(
-    number, tmp_path, monkeypatch, capsys, write_cache, make_clip
-):
+def test_without_locks_the_work_goes_on_and_this_is_said(number, tmp_path, monkeypatch, capsys, write_cache, make_clip):
     monkeypatch.setattr(data.files.fcntl, "flock", refuse(number))
     take(tmp_path / "run").begin({})
     write_cache(tmp_path / "cache", [make_clip("/a.mp4", 4)])
@@ -305,9 +303,7 @@ def test_a_cache_in_which_time_goes_back_is_one_line(ticks, tmp_path, write_cach
 @pytest.mark.parametrize(
     ("mean", "spread", "is_said"), [(100.0, 0.004, True), (1000.0, 0.5, True), (-30.0, 0.01, True), (0.0, 1.0, False)]
 )
-def test_the_rounding_of_storage_is_measured_and_said(
-    mean, spread, is_said, tmp_path, make_provenance, make_clip, capsys
-):
+def test_the_rounding_of_storage_is_said(mean, spread, is_said, tmp_path, make_provenance, make_clip, capsys):
     with CacheWriter(tmp_path, make_provenance(dtype="float16")) as writer:
         for seed in range(3):
             clip = make_clip(f"/{seed}.mp4", 200, seed=seed)

@@ -52,9 +52,7 @@ def assert_nearest(sampled, times_s, fps, offset_s=0.0):
     ("rate", "fps", "offset_s"),
     [*((rate, fps, 0.007) for rate, fps in RATES), (10, 10, 1 / 20), (30, 30, 1 / 60)],
 )
-def test_constant_rate_gives_the_nearest_frame_to_each_tick(
-    tmp_path, encode_video, on_clock, suffix, rate, fps, offset_s
-):
+def test_constant_rate_gives_each_tick_its_nearest_frame(tmp_path, encode_video, on_clock, suffix, rate, fps, offset_s):
     """Half way between frames too: rounding, to milliseconds in mkv, must not send two ticks to one."""
     video = encode_video(tmp_path / f"even{suffix}", 120, rate=rate, options=LONG_GOP)
     sampled = on_clock(video, fps, offset_s=offset_s)
