@@ -38,12 +38,11 @@ from data.sidecar import columns_beside, read_sidecar
 from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt
 from jepa.encoder import Encoder
-from pipelines.run.artefacts import require_artefact_alone
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
 from pipelines.run.encoders import PublishedOptions, find_encoder, keep_encoder, sample_windows
-from pipelines.run.files import read_json, to_json, versions, write_json
+from pipelines.run.files import read_json, require_artefact_alone, to_json, versions, write_json
 
 OWN_NAMES = ("cache.json", "places.json", "shards", "videos.jsonl", "account.json", "encoder")
 """Names of what a cache's folder holds."""

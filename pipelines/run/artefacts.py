@@ -15,9 +15,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from data.files import to_disk, unfinished
 from jepa.fingerprint import fingerprint
 from pipelines.run.command import UserError, require
-from pipelines.run.files import read_json, to_json, write_json
+from pipelines.run.files import ARTEFACT, read_json, require_artefact_alone, to_json, write_json
 
-NAMES = ("config.json", "model.safetensors")
 LARGEST_HEADER, MOST_PARTS = 1 << 22, 5_000
 """Bytes of a weights file's header and layers of a module at most; the largest models of timm have 1,800."""
 Module = TypeVar("Module", bound=nn.Module)
@@ -48,19 +47,13 @@ def save_artefact(folder: Path, kind: str, config: Any, module: nn.Module) -> No
     to_disk(folder.parent)
 
 
-def require_artefact_alone(folder: Path) -> None:
-    """Raises `UserError` if a folder holds more than an artefact, which would be lost when that is replaced."""
-    others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES) if folder.is_dir() else []
-    require(not others, f"{folder} holds {', '.join(others[:3])}, and is no model: move it, or take another folder")
-
-
 def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Module]) -> Module:
     """The module of an artefact in evaluation mode: every weight is there, none is left over, shapes and types agree.
 
     `build` makes it from its configuration; on the meta device first, where nothing is allocated, so that a hostile
     configuration is found out by the header of the weights. What does not fit is a `UserError`.
     """
-    for name in NAMES:
+    for name in ARTEFACT:
         require((folder / name).is_file(), f"{folder}: there is no {kind} here ({name} is missing)")
     content = read_json(folder / "config.json")
     is_known = {"kind", "config", "fingerprint"} <= content.keys()

@@ -17,16 +17,24 @@ from torch import Tensor
 
 from data import files
 from data.files import whole_file
-from pipelines.run.command import UserError
+from pipelines.run.command import UserError, require
 
 MARK = "run.json"
 """The file that says whose a folder is."""
+ARTEFACT = ("config.json", "model.safetensors")
+"""The files of an artefact."""
 WRITTEN = re.compile(
     r"(metrics|account|config|rollout|sources|imagined)\.json|report\.html|found\.png|(curve|videos)\.jsonl|film_\d{3}\.mp4"
     r"|(rollout|surprise|peaks|maps|events|found|episodes)\.csv|model\.safetensors|act\.json|episode_\d{5,}\.(mp4|csv)"
     r"|step_\d{8,}\.pt|hparams\.yml|events\.out\.tfevents\..*"
 )
 """Names of the files that commands write."""
+
+
+def require_artefact_alone(folder: Path) -> None:
+    """Raises `UserError` if a folder holds more than an artefact, which would be lost when that is replaced."""
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ARTEFACT) if folder.is_dir() else []
+    require(not others, f"{folder} holds {', '.join(others[:3])}, and is no model: move it, or take another folder")
 
 
 def write_json(path: Path, value: Any) -> None:

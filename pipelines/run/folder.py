@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from data.files import hold, require_no_links, sweep
-from pipelines.run.artefacts import require_artefact_alone
 from pipelines.run.command import Finished, UserError, counted, first_few, require
-from pipelines.run.files import MARK, differences, read_json, remove_empty, to_json, versions, write_json, written
+from pipelines.run.files import (
+    MARK,
+    differences,
+    read_json,
+    remove_empty,
+    require_artefact_alone,
+    to_json,
+    versions,
+    write_json,
+    written,
+)
 
 FORMAT = "video-jepa run 1"
 SOURCES = "sources.json"
