@@ -28,6 +28,7 @@ from pipelines.run.command import counted, require, run_command
 from pipelines.run.encoders import PublishedOptions
 from pipelines.run.files import write_json
 from pipelines.run.options import dashed
+from pipelines.run.published import PublishedOptions
 from pipelines.run.stages import run_stage
 
 HORIZON, ROLLOUT, LEAST = 20, 8, 2

@@ -41,8 +41,9 @@ from jepa.encoder import Encoder
 from pipelines.run.command import require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
-from pipelines.run.encoders import PublishedOptions, find_encoder, keep_encoder, sample_windows
+from pipelines.run.encoders import find_encoder, keep_encoder, sample_windows
 from pipelines.run.files import read_json, require_artefact_alone, to_json, versions, write_json
+from pipelines.run.published import PublishedOptions
 
 OWN_NAMES = ("cache.json", "places.json", "shards", "videos.jsonl", "account.json", "encoder")
 """Names of what a cache's folder holds."""

@@ -19,8 +19,9 @@ from jepa.errors import ConfigurationError
 from pipelines import cache_embeddings
 from pipelines.cache_embeddings import Options
 from pipelines.run.command import UserError
-from pipelines.run.encoders import PublishedOptions, find_encoder, load_encoder
+from pipelines.run.encoders import find_encoder, load_encoder
 from pipelines.run.files import write_json
+from pipelines.run.published import PublishedOptions
 from tests.conftest import save_encoder
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,8 @@ from jepa.video_encoder import load_clip_encoder
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.command import UserError
 from pipelines.run.embed import Task, embed_videos
-from pipelines.run.encoders import PublishedOptions, find_encoder, load_encoder
+from pipelines.run.encoders import find_encoder, load_encoder
+from pipelines.run.published import PublishedOptions
 
 SIZE, WINDOW, FPS = 32, 8, 10.0
 transformers = pytest.importorskip("transformers")

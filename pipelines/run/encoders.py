@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from data.decoder import Damage, VideoError
 from data.video import VideoInfo
 from jepa.backbones import build_backbone
 from jepa.components import principal_components
-from jepa.config import Bounded, NotNegativeInt
 from jepa.encoder import Encoder, EncoderConfig, FrameEncoder
 from jepa.errors import ConfigurationError
 from jepa.fingerprint import fingerprint
@@ -26,6 +25,7 @@ from jepa.video_encoder import load_clip_encoder
 from pipelines.run.artefacts import load_module, save_artefact
 from pipelines.run.command import require
 from pipelines.run.files import to_json
+from pipelines.run.published import PublishedOptions
 
 FITTED_FRAMES = 1024
 """Frames (windows, for a clip encoder) that principal components are fitted on, evenly over the videos."""
@@ -35,27 +35,6 @@ TAKEN: dict[str, set[str]] = {
     "a folder": set(),
 }
 """Options that an encoder of each kind takes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedOptions(Bounded):
-    """Options of a published encoder."""
-
-    tokens: Literal["vector", "flat", "grid"] = "vector"
-    """Embeddings of a frame by a published encoder: one, as the encoder itself pools its features; one of a timm
-    model's features of all places, side by side, for --pca; or a grid."""
-    grid: tuple[NotNegativeInt, NotNegativeInt] = (0, 0)
-    """ROWS COLUMNS of the grid. 0 0: those of the feature level."""
-    levels: tuple[int, ...] = ()
-    """Feature levels of a timm model, counted as its `out_indices`. None: its output, or, of a grid, the last."""
-    image_size: tuple[NotNegativeInt, NotNegativeInt] = (0, 0)
-    """HEIGHT WIDTH of the frames for a timm model. 0 0: as it was trained."""
-    window: NotNegativeInt = 0
-    """Frames that a clip encoder sees. 0: as it was trained."""
-    encoder_weights: Path | None = None
-    """File of safetensors with a timm model's weights, where the hub is out of reach."""
-    pca: NotNegativeInt = 0
-    """Principal components to keep of a published encoder's features, fitted on these videos. 0: all features."""
 
 
 def load_encoder(folder: Path) -> Encoder:
