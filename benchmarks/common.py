@@ -16,7 +16,8 @@ import torch
 
 from data.cache import ClipKey, Column, EmbeddingCache, Provenance
 from data.cache_writer import CacheWriter, EmbeddedClip
-from data.video import IMAGE_FPS, TRANSFORM
+from data.picture import IMAGE_FPS
+from data.video import TRANSFORM
 from jepa.config import Bounded
 from jepa.encoder import EncoderConfig, FrameEncoder
 from pipelines.run.artefacts import save_artefact

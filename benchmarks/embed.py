@@ -27,7 +27,8 @@ from data.cache import ClipKey, Column, Provenance
 from data.cache_writer import CacheWriter
 from data.content import content_of
 from data.parallel import stream_ahead
-from data.video import IMAGE_FPS, TRANSFORM
+from data.picture import IMAGE_FPS
+from data.video import TRANSFORM
 from jepa.config import Bounded, Positive, PositiveInt
 from jepa.encoder import EncoderConfig, FrameEncoder, create_encoder
 from pipelines.run.command import run_command

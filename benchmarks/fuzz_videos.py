@@ -36,7 +36,8 @@ from tqdm import tqdm
 from benchmarks.reading import read_clips, read_frames
 from data.clock import read_on_clock
 from data.counting import count_frames
-from data.decoder import Damage, VideoError
+from data.decoder import Damage
+from data.errors import VideoError
 from jepa.config import Bounded, Positive, PositiveInt
 from pipelines.run.command import require, run_command
 from pipelines.run.files import write_json

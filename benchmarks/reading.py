@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data.decoder import Damage
-from data.video import IMAGE_FPS, FrameConverter, FrameSize, open_video
+from data.picture import IMAGE_FPS
+from data.video import FrameConverter, FrameSize, open_video
 
 Clip = tuple[np.ndarray, np.ndarray]
 """Frames uint8 (T, 3, height, width) and their times float64 (T,) in seconds."""

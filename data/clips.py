@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from data.account import Account
 from data.clock import read_on_clock
-from data.decoder import LONGEST_S, Damage, VideoError
+from data.decoder import LONGEST_S, Damage
+from data.errors import VideoError
 from data.parallel import map_ahead, stream_ahead
 from data.video import FrameSize, VideoInfo
 

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.decoder import Damage, Decoder, VideoError
-from data.video import IMAGE_FPS, FrameConverter, FrameSize, NearestFrames, open_video, tolerance_s
+from data.decoder import Damage, Decoder
+from data.errors import VideoError
+from data.picture import IMAGE_FPS
+from data.video import FrameConverter, FrameSize, NearestFrames, open_video, tolerance_s
 
 
 class TimedFrame(NamedTuple):

@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from data.image_sequence import is_image
+from data.picture import is_image
 
 STRETCH, STRETCH_OF_IMAGE, DIGITS = 1 << 15, 1 << 10, 32
 """Bytes at the beginning, in the middle and at the end of a file by which its content is told, of images fewer."""

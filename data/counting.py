@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data.decoder import GAP_PERIODS, Damage, usual_interval
-from data.video import IMAGE_FPS, VideoInfo, open_video, probe_video, tolerance_s
+from data.picture import IMAGE_FPS
+from data.video import VideoInfo, open_video, probe_video, tolerance_s
 
 STEADY_GAP_PERIODS = 1.5
 """At a constant rate a single lost frame can be seen, and is a gap."""

@@ -28,7 +28,8 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from data.errors import DataError
+from data.errors import VideoError
+from data.picture import MOST_PIXELS
 
 SEEKABLE = ("mp4", "matroska")
 """Containers in which a seek was found exact; AVI and MPEG streams lose or misplace frames."""
@@ -41,8 +42,6 @@ ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 NO_RATE = "frames a second, for it says no rate"
 RAW_TIME_BASE = Fraction(1, 1_200_000)
 """The unit in which FFmpeg counts the times of streams without a container, which have none."""
-MOST_PIXELS = 1 << 26
-"""A picture that says it is larger is not decoded: a few bytes may promise gigabytes."""
 WORTH_SKIPPING_S = 0.5  # what lies this near is decoded up to rather than looked up
 MARGINS_S = (1.0, 10.0)  # how much earlier is sought if a seek led too far
 LONGEST_S = 24 * 3600.0  # a header that promises more is not believed
@@ -54,10 +53,6 @@ SEAM_S = 10.0
 """How long after the end of one recording the next one begins that is joined to it: no window reaches across."""
 GAP_PERIODS = 5
 """An interval of more than this many median ones is a gap."""
-
-
-class VideoError(DataError):
-    """An unusable video; the message names the file and the reason."""
 
 
 class _Astray(Exception):

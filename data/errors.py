@@ -1,8 +1,12 @@
-"""The base of all errors that a person reads about data."""
+"""Errors that a person reads about data."""
 
 
 class DataError(Exception):
     """A video, a cache or a table that cannot be used; the message names it, the reason and the mend."""
+
+
+class VideoError(DataError):
+    """An unusable video; the message names the file and the reason."""
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,8 @@ import av
 
 from data.clock import read_on_clock
 from data.decoder import Damage
-from data.video import IMAGE_FPS, probe_video
+from data.picture import IMAGE_FPS
+from data.video import probe_video
 
 TICKS_PER_SECOND = 10_000
 """Finer than containers and tables round times, coarse enough for days in a track's 32 bits."""

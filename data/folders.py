@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.account import listed
-from data.decoder import VideoError
-from data.image_sequence import FEWEST_IMAGES, is_image
+from data.errors import VideoError
+from data.image_sequence import FEWEST_IMAGES
+from data.picture import is_image
 
 VIDEO_NAMES = """
     mp4 m4v mov qt 3gp 3gpp 3g2 mj2 f4v ismv psp mkv webm mk3d avi divx xvid wmv asf dvr-ms wtv flv kux ogv ogm gif

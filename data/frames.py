@@ -7,7 +7,8 @@ from tqdm import tqdm
 
 from data.cache import EmbeddingCache, Provenance
 from data.clock import read_frames_at
-from data.decoder import Damage, VideoError
+from data.decoder import Damage
+from data.errors import VideoError
 from data.parallel import map_ahead
 from data.video import FrameSize, probe_video
 

@@ -9,8 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.clock import TimedFrame, sample
-from data.decoder import EARLY_S, CheckedFile, Damage, Opened, VideoDecoder, VideoError, open_stream
-from data.video import IMAGE_FPS, FrameSize
+from data.decoder import EARLY_S, CheckedFile, Damage, Opened, VideoDecoder, open_stream
+from data.errors import VideoError
+from data.picture import IMAGE_FPS
+from data.video import FrameSize
 
 PROTOCOLS = "crypto,http,httpproxy,https,rtmp,rtmps,rtp,rtsp,srt,tcp,tls,udp"
 """Ways to what an address, or a playlist there, may name: none leads to files."""

@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from data.account import Account
 from data.content import content_of
-from data.decoder import VideoError
+from data.errors import VideoError
 from data.files import whole_file
 from data.folders import ARCHIVE, find_videos
-from data.image_sequence import TIMES_IN_NAMES, is_image
+from data.image_sequence import TIMES_IN_NAMES
 from data.parallel import map_ahead
-from data.video import IMAGE_FPS, VideoInfo, probe_video
+from data.picture import IMAGE_FPS, is_image
+from data.video import VideoInfo, probe_video
 
 MANIFEST_SUFFIX = ".jsonl"
 FORMAT = {"format": "video-jepa manifest", "version": 3}

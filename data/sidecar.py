@@ -19,7 +19,8 @@ from data.decoder import Damage
 from data.errors import DataError
 from data.files import matching
 from data.lerobot import read_table
-from data.video import IMAGE_FPS, open_video
+from data.picture import IMAGE_FPS
+from data.video import open_video
 
 
 class SidecarError(DataError):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import chain, groupby
 
-from data.decoder import VideoError
+from data.errors import VideoError
 from data.video import VideoInfo
 
 SPLITS = ("train", "val", "test")

@@ -18,16 +18,16 @@ from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from data.decoder import Damage, Decoder, VideoDecoder, VideoError
+from data.decoder import Damage, Decoder, VideoDecoder
+from data.errors import VideoError
 from data.image_sequence import ImageSequenceDecoder
+from data.picture import IMAGE_FPS
 
 FrameSize = tuple[int, int]
 """(height, width) in pixels."""
 
 TRANSFORM = "stretched, swscale bilinear (antialiased), upright, bt601 where untagged"
 """What happens to each picture; recorded beside embeddings."""
-IMAGE_FPS = 25.0
-"""Rate of what has no times of its own, such as images, unless another is given."""
 
 
 @dataclass(frozen=True)

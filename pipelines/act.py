@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data.cache import EmbeddingCache
 from data.frames import read_frames
-from data.image_sequence import read_picture
+from data.picture import read_picture
 from data.synthetic import write_table, write_video
 from data.video import FrameConverter
 from data.windows import Windows

@@ -20,8 +20,9 @@ from tyro.conf import Positional
 
 from data.decoder import Damage
 from data.manifest import check_videos, read_manifest, record_videos
+from data.picture import IMAGE_FPS
 from data.splits import SPLITS, split_videos
-from data.video import IMAGE_FPS, VideoInfo
+from data.video import VideoInfo
 from jepa.config import NotNegativeInt, Positive, PositiveInt
 from jepa.networks import MLPConfig
 from pipelines.run.command import counted, require, run_command

@@ -34,8 +34,9 @@ from data.clock import clock_offsets_s
 from data.errors import DataError
 from data.lerobot import episodes_in, missing_files
 from data.manifest import check_videos
+from data.picture import IMAGE_FPS
 from data.sidecar import columns_beside, read_sidecar
-from data.video import IMAGE_FPS, TRANSFORM, VideoInfo
+from data.video import TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt
 from jepa.encoder import Encoder
 from pipelines.run.command import require, run_command

@@ -23,7 +23,8 @@ from data.content import is_content_of
 from data.counting import count_frames
 from data.errors import printable
 from data.manifest import MANIFEST_SUFFIX, Record, index_videos, sort_out
-from data.video import IMAGE_FPS, probe_video
+from data.picture import IMAGE_FPS
+from data.video import probe_video
 from jepa.config import Bounded, Positive
 from pipelines.run.command import counted, require, run_command
 from pipelines.run.files import MARK, flat, read_json, to_json

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data.clips import FrameClips, read_sequences
 from data.manifest import check_videos
-from data.video import IMAGE_FPS
+from data.picture import IMAGE_FPS
 from data.views import Neighbours
 from jepa.batch_norm import synchronise_batch_norm
 from jepa.config import NotNegative, NotNegativeInt, Positive, PositiveInt, SeveralInt

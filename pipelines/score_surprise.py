@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data.cache import EmbeddingCache
 from data.errors import printable
-from data.video import IMAGE_FPS
+from data.picture import IMAGE_FPS
 from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
 from jepa.calibration import FAR_LEVEL
 from jepa.config import Bounded, Bounds, NotNegative, Positive, PositiveInt

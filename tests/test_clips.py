@@ -9,7 +9,7 @@ import torch
 import data.clips
 from data.clips import FrameClips, read_sequences
 from data.counting import count_frames
-from data.decoder import VideoError
+from data.errors import VideoError
 from data.video import probe_video
 
 SIZE = (16, 40)

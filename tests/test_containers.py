@@ -13,7 +13,8 @@ import data.decoder
 from benchmarks.reading import read_frames
 from data.clock import read_on_clock
 from data.counting import count_frames
-from data.decoder import SEAM_S, Damage, VideoError
+from data.decoder import SEAM_S, Damage
+from data.errors import VideoError
 from data.manifest import check_videos
 from data.video import probe_video
 from tests.conftest import SIZE

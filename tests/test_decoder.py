@@ -14,7 +14,8 @@ from PIL import Image
 from benchmarks.reading import read_clips, read_frames
 from data.clock import read_frames_at, read_on_clock
 from data.counting import count_frames
-from data.decoder import Damage, VideoDecoder, VideoError
+from data.decoder import Damage, VideoDecoder
+from data.errors import VideoError
 from data.video import probe_video
 from tests.conftest import add_sound
 

@@ -16,7 +16,7 @@ from PIL import Image
 import data.manifest
 from data.content import is_content_of
 from data.counting import count_frames
-from data.decoder import VideoError
+from data.errors import VideoError
 from data.folders import find_videos
 from data.manifest import check_videos, index_videos
 from pipelines import score_surprise

@@ -17,7 +17,8 @@ from data.clips import FrameClips
 from data.clock import read_on_clock
 from data.content import content_of
 from data.counting import count_frames
-from data.decoder import Damage, VideoError
+from data.decoder import Damage
+from data.errors import VideoError
 from data.folders import find_videos
 from data.manifest import check_videos, index_videos
 from data.video import probe_video

@@ -9,7 +9,8 @@ import pytest
 from data import video
 from data.account import Account
 from data.counting import count_frames
-from data.decoder import Damage, VideoError
+from data.decoder import Damage
+from data.errors import VideoError
 from data.folders import find_videos
 from data.manifest import check_videos, index_videos, read_manifest
 from data.video import probe_video

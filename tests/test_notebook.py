@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from nbclient import NotebookClient
 
 from data.cache import EmbeddingCache
-from data.decoder import VideoError
+from data.errors import VideoError
 from data.frames import fitting_size, read_again
 from data.synthetic import BallWorld, write_ball_clip, write_ball_videos, write_video
 from pipelines import cache_embeddings

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 
 from benchmarks.reading import read_frames
 from data.clock import read_on_clock
-from data.decoder import VideoError
+from data.errors import VideoError
 from data.video import probe_video
 from tests.conftest import add_sound
 from tests.test_decoder import SIZE, uneven_times

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from data.decoder import VideoError
+from data.errors import VideoError
 from jepa.networks import TransformerConfig
 from pipelines import cache_embeddings, calibrate, score_surprise, train_predictor, watch
 from pipelines.run.command import UserError

@@ -27,7 +27,8 @@ from data.cache import ClipKey
 from data.cache_writer import EmbeddedClip
 from data.clock import TimedFrame, read_on_clock
 from data.content import is_content_of
-from data.decoder import Damage, VideoError
+from data.decoder import Damage
+from data.errors import VideoError
 from data.parallel import stream_ahead
 from jepa.encoder import Encoder
 from pipelines.run.devices import ACTIVATIONS, cores_of_this_process, require_memory

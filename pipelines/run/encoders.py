@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.clock import read_frames_at
-from data.decoder import Damage, VideoError
+from data.decoder import Damage
+from data.errors import VideoError
 from data.video import VideoInfo
 from jepa.backbones import build_backbone
 from jepa.components import principal_components

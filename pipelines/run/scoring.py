@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from data.cache import EmbeddingCache
-from data.image_sequence import read_picture
+from data.picture import read_picture
 from data.windows import Windows
 from jepa.alarms import Event, Timeline
 from jepa.calibration import Calibration, Ordinary
