@@ -12,16 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import (
-    Figures,
-    Recipe,
-    SeedOptions,
-    embed,
-    evaluate,
-    forecasts,
-    measure_seeds,
-    train_on,
-)
+from benchmarks.common import Figures, Recipe, SeedOptions, embed, evaluate, forecasts, measure_seeds, train_on
 from data.synthetic import BallWorld, write_ball_videos
 from pipelines.run.command import run_command
 

@@ -158,17 +158,10 @@ def make_provenance():
 
     def make(shape=(5,), dtype="float32", columns=None, **changes):
         fields = {
-            "encoder": "runs/encoder",
-            "encoder_fingerprint": "0123abcd",
-            "fps": 4.0,
-            "image_fps": 25.0,
-            "image_size": (16, 40),
-            "window": 1,
-            "transform": "stretched",
-            "precision": "fp32",
-            "columns": {"embeddings": Column(dtype, tuple(shape)), **(columns or {})},
-            "versions": {"av": "18.1.0"},
-        }
+            "encoder": "runs/encoder", "encoder_fingerprint": "0123abcd", "fps": 4.0, "image_fps": 25.0,
+            "image_size": (16, 40), "window": 1, "transform": "stretched", "precision": "fp32",
+            "columns": {"embeddings": Column(dtype, tuple(shape)), **(columns or {})}, "versions": {"av": "18.1.0"},
+        }  # fmt: skip
         return Provenance(**fields | changes)
 
     return make

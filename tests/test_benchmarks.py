@@ -28,11 +28,8 @@ def test_a_benchmark_can_be_run_as_a_script_from_anywhere(tmp_path):
 
 def test_a_forecast_is_compared_with_the_best_simple_guess_at_each_horizon(tmp_path):
     curves = {
-        "model": np.full(20, 0.5),
-        "copy_last": np.ones(20),
-        "ridge": np.linspace(0.4, 0.8, 20),
-        "mean": np.full(20, 2),
-    }
+        "model": np.full(20, 0.5), "copy_last": np.ones(20), "ridge": np.linspace(0.4, 0.8, 20), "mean": np.full(20, 2),
+    }  # fmt: skip
     records = {name: [{"relative_to_copy_last": value} for value in curve] for name, curve in curves.items()}
     write_json(tmp_path / "rollout.json", {"predictors": records, "truth": [{}]})
     found = common.figures(tmp_path).measures

@@ -7,15 +7,7 @@ from scipy.optimize import minimize
 
 from jepa.baselines import Ridge
 from jepa.calibration import Calibration, Ordinary, most_surprising
-from jepa.fitting import (
-    Forecasts,
-    best_blend,
-    cross_fit_blend,
-    cross_fit_energy,
-    fit_calibration,
-    fit_spread,
-    hold_out,
-)
+from jepa.fitting import Forecasts, best_blend, cross_fit_blend, cross_fit_energy, fit_calibration, fit_spread, hold_out
 from jepa.networks import MLPConfig
 from jepa.predictor import Predictor
 from jepa.rollout import rollout

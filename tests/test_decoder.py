@@ -95,37 +95,26 @@ def test_random_clips_of_the_shared_clips(shared, begun_again, name):
 NINE = {"g": "30", "deadline": "realtime", "cpu-used": "8"}
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 ENCODINGS = [
-    ("b_frames.avi", "libx264", SHORT_GOP),
-    ("raw.h264", "libx264", SHORT_GOP),
-    ("divx.avi", "mpeg4", SHORT_GOP),
-    ("raw.hevc", "libx265", {"x265-params": SILENT}),
-    ("long.mp4", "libx264", {"g": "250", "bf": "3"}),
+    ("b_frames.avi", "libx264", SHORT_GOP), ("raw.h264", "libx264", SHORT_GOP), ("divx.avi", "mpeg4", SHORT_GOP),
+    ("raw.hevc", "libx265", {"x265-params": SILENT}), ("long.mp4", "libx264", {"g": "250", "bf": "3"}),
     *((f"b_frames.{suffix}", "libx264", SHORT_GOP) for suffix in ("mp4", "mkv", "mov", "mts", "flv")),
-    ("fragments.mp4", "libx264", SHORT_GOP),
-    ("old.wmv", "wmv2", {"g": "12"}),
+    ("fragments.mp4", "libx264", SHORT_GOP), ("old.wmv", "wmv2", {"g": "12"}),
     ("programme.mpg", "mpeg2video", {"g": "12", "bf": "2"}),
     *((f"open.{suffix}", "libx264", SHORT_GOP | {"x264-params": "open-gop=1"}) for suffix in ("mp4", "mkv", "ts")),
     *((f"open5.{suffix}", "libx265", {"x265-params": f"open-gop=1:keyint=30:{SILENT}"}) for suffix in ("mp4", "mkv")),
     *((f"open2.{suffix}", "mpeg2video", {"g": "15", "bf": "2"}) for suffix in ("mp4", "ts")),
-    ("open4.mp4", "mpeg4", SHORT_GOP),
-    ("nine.webm", "libvpx-vp9", NINE),
+    ("open4.mp4", "mpeg4", SHORT_GOP), ("nine.webm", "libvpx-vp9", NINE),
     ("eight.webm", "libvpx", {"g": "30", "deadline": "realtime", "auto-alt-ref": "1", "lag-in-frames": "10"}),
-    ("one.mkv", "libsvtav1", {"g": "30", "preset": "13"}),
-    ("motion.avi", "mjpeg", {}),
-    ("motion.mov", "mjpeg", {}),
+    ("one.mkv", "libsvtav1", {"g": "30", "preset": "13"}), ("motion.avi", "mjpeg", {}), ("motion.mov", "mjpeg", {}),
     ("small.GIF", "gif", {}),
-]
+]  # fmt: skip
 PIXELS = [
-    ("alpha.mov", "qtrle", {}, "argb"),
-    ("portable.mov", "png", {}, "rgba"),
+    ("alpha.mov", "qtrle", {}, "argb"), ("portable.mov", "png", {}, "rgba"),
     ("alpha.webm", "libvpx-vp9", NINE | {"auto-alt-ref": "0"}, "yuva420p"),
-    ("ten_bits.mp4", "libx264", {}, "yuv420p10le"),
-    ("ten_bits.mkv", "libx265", {"x265-params": SILENT}, "yuv420p10le"),
-    ("studio.mov", "prores_ks", {}, "yuv422p10le"),
-    ("grey.mkv", "libx264", {}, "gray"),
-    ("planes.avi", "huffyuv", {}, "yuv422p"),
-    ("UPPERCASE.MP4", "libx264", {}, "yuv420p"),
-]
+    ("ten_bits.mp4", "libx264", {}, "yuv420p10le"), ("ten_bits.mkv", "libx265", {"x265-params": SILENT}, "yuv420p10le"),
+    ("studio.mov", "prores_ks", {}, "yuv422p10le"), ("grey.mkv", "libx264", {}, "gray"),
+    ("planes.avi", "huffyuv", {}, "yuv422p"), ("UPPERCASE.MP4", "libx264", {}, "yuv420p"),
+]  # fmt: skip
 PLAIN = {"mjpeg": "yuvj420p", "gif": "rgb8"}
 EVEN = [*((*one, PLAIN.get(one[1], "yuv420p")) for one in ENCODINGS), *PIXELS]
 ON_FRAMES_ALONE = (".avi", ".h264", ".hevc", ".GIF", ".mpg", ".flv", ".wmv", ".mts", "2.mp4", "2.ts", "one.mkv")

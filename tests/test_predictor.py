@@ -10,13 +10,7 @@ import torch.nn.functional as functional
 from jepa.baselines import Ridge
 from jepa.errors import ConfigurationError
 from jepa.fitting import fit_ridge
-from jepa.networks import (
-    MLPConfig,
-    PredictorConfig,
-    TransformerConfig,
-    apply_rotary,
-    last_windows,
-)
+from jepa.networks import MLPConfig, PredictorConfig, TransformerConfig, apply_rotary, last_windows
 from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
 from jepa.sequence import Future, Sequence, line_across

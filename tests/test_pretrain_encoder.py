@@ -21,16 +21,7 @@ from jepa.encoder import EncoderConfig, FrameEncoder
 from jepa.errors import ConfigurationError
 from jepa.expander import ExpanderConfig
 from jepa.objectives import SIGReg, VICReg
-from pipelines.pretrain_encoder import (
-    CONTEXT,
-    Dynamics,
-    Options,
-    Pretraining,
-    diagnose,
-    loss_of,
-    main,
-    make_encoder,
-)
+from pipelines.pretrain_encoder import CONTEXT, Dynamics, Options, Pretraining, diagnose, loss_of, main, make_encoder
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import UserError
 from pipelines.run.run import Run

@@ -147,18 +147,11 @@ STEPS = [
     for dtype in (torch.float32, torch.float64)
 ]
 NORMALISATIONS = [
-    Normalise((5,), 2, 8),
-    Normalise((5,), 4, 3),
-    Normalise((5, 3), 2, 5),
-    Normalise((5, 3, 2), 2, 5),
-    Normalise((5, 3, 2, 2), 2, 1),
-    Normalise((5,), 2, 1),
-    Normalise((5, 3, 2), 2, 5, layer="timm"),
-    Normalise((5,), 2, 5, (("momentum", 0.3), ("eps", 0.1))),
-    Normalise((5,), 2, 5, (("affine", False),)),
-    Normalise((5, 3, 2), 2, 5, dtype=torch.float32),
-    Normalise((5, 3, 2), 2, 5, dtype=torch.bfloat16, autocast=True),
-]
+    Normalise((5,), 2, 8), Normalise((5,), 4, 3), Normalise((5, 3), 2, 5), Normalise((5, 3, 2), 2, 5),
+    Normalise((5, 3, 2, 2), 2, 1), Normalise((5,), 2, 1), Normalise((5, 3, 2), 2, 5, layer="timm"),
+    Normalise((5,), 2, 5, (("momentum", 0.3), ("eps", 0.1))), Normalise((5,), 2, 5, (("affine", False),)),
+    Normalise((5, 3, 2), 2, 5, dtype=torch.float32), Normalise((5, 3, 2), 2, 5, dtype=torch.bfloat16, autocast=True),
+]  # fmt: skip
 ROWS = [Rows(2, 3), Rows(2, 1), Rows(4, 3)]
 CASES = {ranks: [case for case in [*STEPS, *NORMALISATIONS, *ROWS] if case.ranks == ranks] for ranks in (2, 4)}
 

@@ -74,17 +74,10 @@ def caches(tmp_path_factory, make_clip, write_cache):
 
 def options(caches, folder, *, shape="vector", **changes):
     values = {
-        "train_cache": caches[shape, "train"],
-        "validation_cache": caches[shape, "val"],
-        "output_dir": folder,
-        "steps": 12,
-        "batch_size": 8,
-        "rollout_steps": 3,
-        "validation_horizon": 6,
-        "log_every": 6,
-        "tracker": ("none",),
+        "train_cache": caches[shape, "train"], "validation_cache": caches[shape, "val"], "output_dir": folder,
+        "steps": 12, "batch_size": 8, "rollout_steps": 3, "validation_horizon": 6, "log_every": 6, "tracker": ("none",),
         "predictor": NETWORKS["mlp"],
-    }
+    }  # fmt: skip
     return train_predictor.Options(**values | changes)
 
 

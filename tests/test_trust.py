@@ -196,15 +196,12 @@ LYING = json.dumps({"weight": {"dtype": "F32", "shape": [10**6, 10**6], "data_of
 @pytest.mark.parametrize(
     "harm",
     [
-        header(2**60),
-        header(10_000_000, b" " * 10_000_000),
-        header(3, b"{}"),
-        header(len(LYING), LYING + bytes(16)),
+        header(2**60), header(10_000_000, b" " * 10_000_000), header(3, b"{}"), header(len(LYING), LYING + bytes(16)),
         lambda path: save_file({"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)}, path),
         lambda path: path.write_bytes(pickle.dumps({"weight": 1})),
         lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
     ],
-)
+)  # fmt: skip
 def test_hostile_weights_are_one_line(harm, tmp_path):
     save_artefact(tmp_path / "model", "linear", {}, nn.Linear(2, 2))
     harm(tmp_path / "model" / "model.safetensors")

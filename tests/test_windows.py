@@ -109,10 +109,14 @@ def test_windows_are_spaced_evenly_from_the_first_to_the_last(cache, most):
     assert len(set(found.tolist())) == len(found)
 
 
-def test_videos_of_windows_are_named_once(tmp_path, make_clip, write_cache):
-    clips = [make_clip(f"/{name}.mp4", 6, offset_s=offset) for name, offset in (("a", 0.0), ("a", 0.1), ("b", 0.0))]
-    windows = Windows(EmbeddingCache(write_cache(tmp_path, clips)), 5)
-    assert windows.videos(np.arange(6)) == (Path("/a.mp4"), Path("/b.mp4"))
+def test_clocks_of_a_video_are_one_video_which_is_named_once(tmp_path, make_clip, write_cache):
+    made = [make_clip(name, 6, offset_s=offset_s) for name in ("/a.mp4", "/b.mp4") for offset_s in (0.0, 0.1)]
+    windows = Windows(EmbeddingCache(write_cache(tmp_path, made)), length=5)
+    everything = np.arange(len(windows))
+    assert windows.clip_of(everything).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert windows.video_of(everything).tolist() == [0] * 4 + [1] * 4
+    assert windows.video_of(np.array([7, 0])).tolist() == [1, 0]
+    assert windows.videos(everything) == (Path("/a.mp4"), Path("/b.mp4"))
     assert windows.videos(np.array([5, 4])) == (Path("/b.mp4"),)
 
 
@@ -162,15 +166,6 @@ def few(tmp_path, make_clip, write_cache):
     names = [("a", 0.0), ("a", 0.1), ("b", 0.0), ("c", 0.0)]
     clips = [make_clip(f"/{name}.mp4", 40, offset_s=offset_s) for name, offset_s in names]
     return EmbeddingCache(write_cache(tmp_path, clips))
-
-
-def test_clocks_of_a_video_are_one_video(tmp_path, make_clip, write_cache):
-    made = [make_clip(name, 6, offset_s=offset_s) for name in ("/a.mp4", "/b.mp4") for offset_s in (0.0, 0.1)]
-    windows = Windows(EmbeddingCache(write_cache(tmp_path, made)), length=5)
-    everything = np.arange(len(windows))
-    assert windows.clip_of(everything).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert windows.video_of(everything).tolist() == [0] * 4 + [1] * 4
-    assert windows.video_of(np.array([7, 0])).tolist() == [1, 0]
 
 
 def test_segments_are_of_time_and_never_of_two_videos(few):
