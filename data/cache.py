@@ -188,16 +188,14 @@ class EmbeddingCache:
         """Whether a clip still matches its checksum. A flipped bit is read without an error."""
         return checksum(self._gather(clip.rows, name) for name in self._columns) == clip.crc32
 
-    def require_same_space(
-        self, fingerprint: str, fps: float, owner: str, *, shape: tuple[int, ...] | None = None
-    ) -> None:
+    def require_same_space(self, fingerprint: str, fps: float, shape: tuple[int, ...], owner: str) -> None:
         """Raise `CacheError` if a model belongs to other embeddings, or to embeddings of another shape."""
         stored = self.provenance
-        if (stored.encoder_fingerprint, stored.fps, self.shape) != (fingerprint, fps, shape or self.shape):
+        if (stored.encoder_fingerprint, stored.fps, self.shape) != (fingerprint, fps, shape):
             raise CacheError(
                 f"{self.folder} was made by encoder {stored.encoder_fingerprint} at {stored.fps:g} fps with embeddings "
                 f"of shape {self.shape}, but {owner} belongs to encoder {fingerprint} at {fps:g} fps and shape "
-                f"{shape or self.shape}: embed the videos again with that encoder and clock"
+                f"{shape}: embed the videos again with that encoder and clock"
             )
 
     def _gather(self, rows: np.ndarray, name: str) -> np.ndarray:

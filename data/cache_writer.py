@@ -50,14 +50,9 @@ class CacheWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        provenance: Provenance,
-        *,
-        clips_per_shard: int = 64,
-        is_main: bool = True,
+        self, folder: Path, provenance: Provenance, *, clips_per_shard: int = 64, is_main: bool = True,
         places: dict[str, str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder, self.clips_per_shard = folder, clips_per_shard
         self._buffer: list[tuple[ClipKey, dict[str, np.ndarray]]] = []
         self._sums: torch.Tensor | None = None

@@ -33,16 +33,9 @@ def clock_offsets_s(fps: float, clocks: int) -> list[float]:
 
 
 def read_on_clock(
-    path: Path,
-    size: FrameSize,
-    *,
-    fps: float,
-    offsets_s: Sequence[float] = (0.0,),
-    start_s: float = 0.0,
-    end_s: float = math.inf,
-    damage: Damage | None = None,
-    image_fps: float = IMAGE_FPS,
-) -> Iterator[TimedFrame]:
+    path: Path, size: FrameSize, *, fps: float, offsets_s: Sequence[float] = (0.0,), start_s: float = 0.0,
+    end_s: float = math.inf, damage: Damage | None = None, image_fps: float = IMAGE_FPS,
+) -> Iterator[TimedFrame]:  # fmt: skip
     """Yield the frame nearest in time to each tick of a clock: tick k lies at `offset_s + k / fps` seconds.
 
     A tick that has no frame within half a tick is left out, so a gap in the recording is a gap in `tick`; no frame
@@ -85,13 +78,9 @@ def sample(
 
 
 def read_frames_at(
-    path: Path,
-    size: FrameSize,
-    *,
-    times_s: Sequence[float] | np.ndarray,
-    damage: Damage | None = None,
+    path: Path, size: FrameSize, *, times_s: Sequence[float] | np.ndarray, damage: Damage | None = None,
     image_fps: float = IMAGE_FPS,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Frames nearest to given times, decoded in one pass that jumps where that saves work.
 
     The times, (T,) in seconds, may be in any order. Returns frames uint8 (T, 3, height, width) and their own times,

@@ -33,11 +33,7 @@ def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
         average_fps = average_fps if info.assumed else 1 / usual_interval(intervals_s)
     gaps = np.flatnonzero(intervals_s > (STEADY_GAP_PERIODS if is_steady else GAP_PERIODS) * period_s)
     return replace(
-        info,
-        duration_s=times_s[-1] + period_s,
-        average_fps=average_fps,
-        keyframes_s=tuple(keyframes_s) if info.seekable else (),
-        frames=len(times_s),
-        gaps_s=tuple((times_s[at], float(intervals_s[at])) for at in gaps),
-        damage=str(damage),
-    )
+        info, duration_s=times_s[-1] + period_s, average_fps=average_fps,
+        keyframes_s=tuple(keyframes_s) if info.seekable else (), frames=len(times_s),
+        gaps_s=tuple((times_s[at], float(intervals_s[at])) for at in gaps), damage=str(damage),
+    )  # fmt: skip

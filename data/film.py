@@ -20,14 +20,9 @@ CODEC = {"crf": "33", "preset": "veryfast", "bf": "0", "g": "25"}
 
 
 def make_film(
-    path: Path,
-    *,
-    fps: float,
-    offsets_s: Sequence[float],
-    spans_s: Sequence[tuple[float, float]] = ((0.0, math.inf),),
-    image_fps: float = IMAGE_FPS,
-    longest_side: int = 320,
-) -> bytes:
+    path: Path, *, fps: float, offsets_s: Sequence[float], spans_s: Sequence[tuple[float, float]] = ((0.0, math.inf),),
+    image_fps: float = IMAGE_FPS, longest_side: int = 320,
+) -> bytes:  # fmt: skip
     """An MP4 of the frames on clocks, as `read_on_clock` reads them, within spans; between these the picture stands.
 
     The first frame is always there, so that times begin at 0. What is damaged is left out. Raises `VideoError`.

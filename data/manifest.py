@@ -74,12 +74,9 @@ def read_manifest(path: Path) -> list[Record]:
 
 
 def index_videos(
-    paths: Sequence[Path],
-    manifest: Path | None,
-    *,
-    look: Callable[[Path, float], VideoInfo] = probe_video,
+    paths: Sequence[Path], manifest: Path | None, *, look: Callable[[Path, float], VideoInfo] = probe_video,
     image_fps: float = IMAGE_FPS,
-) -> tuple[list[Record], Counter[str]]:
+) -> tuple[list[Record], Counter[str]]:  # fmt: skip
     """Look at all videos under `paths` that no manifest knows, in order of path, and count files as `find_videos`.
 
     `paths` are files, folders, and manifests. `manifest` is made, or brought up to date; None: nothing is written.
@@ -160,14 +157,9 @@ def _why_not(path: Path, error: OSError) -> str:
 
 
 def check_videos(
-    paths: Sequence[Path],
-    *,
-    fps: float,
-    manifest: Path | None = None,
-    image_fps: float = IMAGE_FPS,
-    strict: bool = False,
-    is_main: bool = True,
-) -> tuple[list[VideoInfo], Account]:
+    paths: Sequence[Path], *, fps: float, manifest: Path | None = None, image_fps: float = IMAGE_FPS,
+    strict: bool = False, is_main: bool = True,
+) -> tuple[list[VideoInfo], Account]:  # fmt: skip
     """The videos under `paths` that decode and are not slower than the clock, and an account that refuses the others.
 
     A slower video could not give a frame for each tick. `manifest`, `image_fps` as in `index_videos`. Of several

@@ -75,16 +75,10 @@ def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
             raise VideoError(f"{path}: no frame can be decoded ({reason})")
         height, width = (frame.width, frame.height) if _orientation(frame)[0] else (frame.height, frame.width)
         return VideoInfo(
-            path=path,
-            codec=decoder.codec,
-            height=height,
-            width=width,
-            duration_s=decoder.header_duration_s,
-            average_fps=decoder.average_fps,
-            seekable=bool(decoder.keyframes_s),
-            keyframes_s=decoder.keyframes_s,
+            path=path, codec=decoder.codec, height=height, width=width, duration_s=decoder.header_duration_s,
+            average_fps=decoder.average_fps, seekable=bool(decoder.keyframes_s), keyframes_s=decoder.keyframes_s,
             assumed=decoder.assumed,
-        )
+        )  # fmt: skip
 
 
 def tolerance_s(interval_s: float) -> float:

@@ -63,7 +63,7 @@ def main(options: Options) -> None:
     """Forecast each clip from each of its moments, adapt, compare."""
     predictor, calibration = load_predictor(options.predictor)
     cache = EmbeddingCache(options.cache)
-    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, str(options.predictor))
+    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, predictor.shape, str(options.predictor))
     context, future = predictor.config.context, Future.ticks(options.horizon, predictor.fps)
     windows = Windows(cache, context + options.horizon)
     numbers = np.arange(len(windows))

@@ -48,15 +48,9 @@ class Predictor(nn.Module):
     action_std: Tensor
 
     def __init__(
-        self,
-        config: NetworkConfig,
-        shape: tuple[int, ...],
-        *,
-        fps: float,
-        encoder_fingerprint: str,
-        actions: tuple[str, ...] = (),
-        slow: int = 0,
-    ) -> None:
+        self, config: NetworkConfig, shape: tuple[int, ...], *, fps: float, encoder_fingerprint: str,
+        actions: tuple[str, ...] = (), slow: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         for name, value, hint in (
             ("shape", shape, tuple[PositiveInt, ...]), ("fps", fps, Positive), ("actions", actions, tuple[str, ...]),

@@ -16,14 +16,9 @@ EXPECTED_OF = 16
 
 
 def rollout(
-    predictor: Predictor | Ridge,
-    past: Sequence,
-    future: Future,
-    samples: int = 1,
-    *,
-    generator: torch.Generator | None = None,
-    calibration: Calibration | None = None,
-) -> Tensor:
+    predictor: Predictor | Ridge, past: Sequence, future: Future, samples: int = 1, *,
+    generator: torch.Generator | None = None, calibration: Calibration | None = None,
+) -> Tensor:  # fmt: skip
     """Predict the embeddings after the past, each from the past and the predictions before it.
 
     Networks carry their state along, so a step costs the same however long the rollout. Between two ticks of the clock,

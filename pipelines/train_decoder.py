@@ -61,7 +61,7 @@ def main(options: Options) -> None:
     run = Run(options, "train_decoder", ("decoder",))
     train, validation = EmbeddingCache(options.train_cache), EmbeddingCache(options.validation_cache)
     provenance, encoder = train.provenance, train.provenance.encoder_fingerprint
-    validation.require_same_space(encoder, provenance.fps, "the decoder", shape=train.shape)
+    validation.require_same_space(encoder, provenance.fps, train.shape, "the decoder")
     require_no_video_in_both(train, validation)
     size = fitting_size(Path(train.clips[0].key.source), provenance, options.longest_side)
     known, held_out = read_pairs(train, options.frames, size), read_pairs(validation, HELD_OUT_FRAMES, size)

@@ -272,13 +272,12 @@ def test_other_embeddings_are_not_mixed_in(tmp_path, write_cache, make_provenanc
 
 def test_a_model_of_another_encoder_clock_or_shape_is_refused(tmp_path, write_cache, clips):
     cache = EmbeddingCache(write_cache(tmp_path, clips))
-    cache.require_same_space("0123abcd", 4.0, "the predictor")
-    cache.require_same_space("0123abcd", 4.0, "the predictor", shape=cache.shape)
+    cache.require_same_space("0123abcd", 4.0, cache.shape, "the predictor")
     message = r"made by encoder 0123abcd at 4 fps .* shape \(5,\), but the predictor belongs to encoder "
     for fingerprint, fps, shape in (("ffff", 4.0, (5,)), ("0123abcd", 2.5, (5,)), ("0123abcd", 4.0, (2, 9))):
         ours = rf"{fingerprint} at {fps:g} fps and shape \({', '.join(map(str, shape))},?\): embed the videos again"
         with pytest.raises(CacheError, match=message + ours):
-            cache.require_same_space(fingerprint, fps, "the predictor", shape=shape)
+            cache.require_same_space(fingerprint, fps, shape, "the predictor")
 
 
 def test_no_cache_and_an_empty_cache(tmp_path, make_provenance):

@@ -64,7 +64,7 @@ def calibration_artefact(
 def open_cache(folder: Path, predictor: Predictor) -> EmbeddingCache:
     """A cache of the embeddings that a predictor takes. Raises `CacheError` where it is of others."""
     cache = EmbeddingCache(folder)
-    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, "the predictor", shape=predictor.shape)
+    cache.require_same_space(predictor.encoder_fingerprint, predictor.fps, predictor.shape, "the predictor")
     find_columns(cache, predictor.actions)
     return cache
 
