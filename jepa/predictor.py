@@ -149,10 +149,6 @@ class Predictor(nn.Module):
     def description(self) -> dict[str, Any]:
         """What it is built from, as JSON values: `build_predictor` takes them."""
         return {
-            "predictor": {"kind": self.config.kind, **asdict(self.config)},
-            "shape": list(self.shape),
-            "fps": self.fps,
-            "encoder_fingerprint": self.encoder_fingerprint,
-            "actions": list(self.actions),
-            "slow": self.slow,
-        }
+            "predictor": {"kind": self.config.kind, **asdict(self.config)}, "shape": list(self.shape), "fps": self.fps,
+            "encoder_fingerprint": self.encoder_fingerprint, "actions": list(self.actions), "slow": self.slow,
+        }  # fmt: skip

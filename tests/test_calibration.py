@@ -23,12 +23,9 @@ def clips(number, moments=40, seed=0, unlike=0.3):
     scale = torch.exp(unlike * torch.randn(number, 1, 1, 1, generator=generator)).expand(-1, moments, 3, 4)
     noise = torch.randn(came.shape, generator=generator) * scale.flatten(0, 1) * torch.tensor([0.1, 0.5, 1.0, 2.0])
     return Forecasts(
-        came + 0.3 * noise,
-        came + 0.5 * torch.randn(came.shape, generator=generator),
-        torch.randn(len(came), 1, 4, generator=generator),
-        came,
-        np.repeat(np.arange(number), moments),
-    )
+        came + 0.3 * noise, came + 0.5 * torch.randn(came.shape, generator=generator),
+        torch.randn(len(came), 1, 4, generator=generator), came, np.repeat(np.arange(number), moments),
+    )  # fmt: skip
 
 
 def ridge():
@@ -43,12 +40,9 @@ def test_a_blend_is_the_least_squares_one_on_the_simplex():
     grams = roots @ roots.mT
     for gram, blend in zip(grams, best_blend(grams), strict=True):
         reference = minimize(
-            lambda weights, gram=gram: weights @ gram.numpy() @ weights,
-            np.full(4, 0.25),
-            bounds=[(0, 1)] * 4,
-            constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1},
-            tol=1e-12,
-        )
+            lambda weights, gram=gram: weights @ gram.numpy() @ weights, np.full(4, 0.25), bounds=[(0, 1)] * 4,
+            constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1}, tol=1e-12,
+        )  # fmt: skip
         assert blend.sum().item() == pytest.approx(1)
         assert (blend >= 0).all()
         assert float(blend @ gram @ blend) == pytest.approx(reference.fun, rel=1e-3, abs=1e-6)

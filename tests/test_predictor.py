@@ -30,12 +30,9 @@ def make(name="mlp", tokens=(), actions=0, dimension=5):
     """A predictor that does something: its head is not zero, its standardisation not the identity."""
     torch.manual_seed(0)
     predictor = Predictor(
-        CONFIGS[name],
-        (*tokens, dimension),
-        fps=FPS,
-        encoder_fingerprint="abc",
+        CONFIGS[name], (*tokens, dimension), fps=FPS, encoder_fingerprint="abc",
         actions=tuple(f"action_{number}" for number in range(actions)),
-    )
+    )  # fmt: skip
     torch.nn.init.normal_(predictor.head.weight, std=0.3)
     if actions:
         torch.nn.init.normal_(predictor.network.get_submodule("embed").action_weight, std=0.3)
