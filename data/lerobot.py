@@ -64,9 +64,7 @@ def read_table(video: Path) -> tuple[list[str], np.ndarray] | None:
         names, values = _read_numbers(episode.table, episode.number)
         times_s = episode.begin_s + values[:, names.index("frame_index"), None] / fps
         if len(times_s) == 0 or times_s.max() > episode.end_s:
-            raise ValueError(
-                f"{episode.table}: episode {episode.number} has {len(values)} rows, and ends before the last"
-            )
+            raise ValueError(f"{episode.table}: episode {episode.number} has {len(values)} rows, and ends earlier")
         parts.append(np.concatenate([times_s, values], axis=1))
     if not parts:
         raise ValueError(f"{root / INFO} knows no episode of {video.name}")
@@ -111,11 +109,8 @@ def _all_episodes(root: Path, info: dict[str, Any]) -> Iterator[tuple[str, Episo
         for row in _parquet(path).to_pylist():
             at = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
             for camera in cameras:
-                of = {
-                    name.rpartition("/")[2]: value
-                    for name, value in row.items()
-                    if name.startswith(f"videos/{camera}/")
-                }
+                own = f"videos/{camera}/"
+                of = {name.removeprefix(own): value for name, value in row.items() if name.startswith(own)}
                 video = info["video_path"].format(video_key=camera, **of)
                 table = root / info["data_path"].format(**at)
                 yield video, Episode(row["episode_index"], table, of["from_timestamp"], of["to_timestamp"])

@@ -62,7 +62,5 @@ class Rivals:
     def _nearest(self, rows: Tensor) -> Tensor:
         """Squared distance per feature of each row (N, D) to the nearest that is known, (N,)."""
         norms = self.known.square().sum(dim=1)
-        blocks = [
-            (norms - 2 * part @ self.known.T).amin(dim=1) + part.square().sum(dim=1) for part in rows.split(BLOCK)
-        ]
-        return torch.cat(blocks).clamp_min(0) / rows.shape[1]
+        found = [(norms - 2 * part @ self.known.T).amin(dim=1) + part.square().sum(dim=1) for part in rows.split(BLOCK)]
+        return torch.cat(found).clamp_min(0) / rows.shape[1]

@@ -2,13 +2,16 @@
 
 import json
 import os
+import pickle
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from pipelines.run.artefacts import load_module, save_artefact
@@ -275,6 +278,14 @@ def weighted(module):
     return lambda folder: save_artefact(folder, "linear", {"width": 2}, module)
 
 
+def filed(content):
+    """Other bytes in place of the weights."""
+    return lambda folder: (folder / "model.safetensors").write_bytes(content)
+
+
+LYING = json.dumps({"weight": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 16]}}).encode()
+
+
 @pytest.mark.parametrize(
     ("harm", "complaint"),
     [
@@ -287,6 +298,13 @@ def weighted(module):
         (weighted(nn.Linear(2, 2, bias=False)), r"bias of this linear is missing, its configuration wants \(2,\)"),
         (weighted(nn.Bilinear(2, 2, 2)), r"weight of this linear is \(2, 2, 2\)"),
         (lambda folder: os.truncate(folder / "model.safetensors", 50), "the linear here cannot be loaded"),
+        (filed(struct.pack("<Q", 2**60)), "its header is larger than"),
+        (filed(struct.pack("<Q", 10_000_000) + b" " * 10_000_000), "its header is larger than"),
+        (filed(struct.pack("<Q", 3) + b"{}"), "the linear here cannot be loaded"),
+        (filed(struct.pack("<Q", len(LYING)) + LYING + bytes(16)), "the linear here cannot be loaded"),
+        (filed(save({"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)})), "or torch.int8"),
+        (filed(pickle.dumps({"weight": 1})), "its header is larger than"),
+        (lambda folder: (path := folder / "model.safetensors").unlink() or path.symlink_to("/dev/zero"), "is missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no linear here .model.safetensors is missing"),
         (lambda folder: (folder / "config.json").unlink(), "no linear here .config.json is missing"),
     ],
