@@ -45,8 +45,8 @@ from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, VICReg
 from pipelines.run.command import require, run_command
 from pipelines.run.files import write_json
-from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run
+from pipelines.run.training import OptimizerOptions, RunOptions
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """As in Wu et al. 2018 (arXiv:1805.01978), who take 200 neighbours on ImageNet."""

@@ -24,6 +24,7 @@ from pipelines.run.devices import require_memory
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.files import write_json
 from pipelines.run.folder import RunFolder
+from pipelines.run.memory import require_memory
 from pipelines.run.models import inputs_of, load_predictor, open_cache, windows_for
 from pipelines.run.report import table, write_table
 

@@ -31,10 +31,11 @@ from jepa.expander import Expander, ExpanderConfig
 from jepa.objectives import Objective, Terms, VICReg
 from pipelines.run.artefacts import load_module
 from pipelines.run.command import counted, require, run_command
-from pipelines.run.devices import ACTIVATIONS, cores_of_this_process, main_first, require_memory
+from pipelines.run.devices import ACTIVATIONS, cores_of_this_process, main_first
 from pipelines.run.files import summary
-from pipelines.run.options import OptimizerOptions, RunOptions
+from pipelines.run.memory import require_memory
 from pipelines.run.run import Run
+from pipelines.run.training import OptimizerOptions, RunOptions
 
 CONTEXT, ROLLOUT_STEPS, WIDTH = 4, 8, 512
 """Embeddings that the predictor of joint training starts from, steps of its rollouts, and its width."""

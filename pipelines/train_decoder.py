@@ -24,8 +24,8 @@ from jepa.diagnostics import floor_std
 from jepa.picture_decoder import PictureDecoder
 from pipelines.run.caches import clips_in_short, require_finite, require_no_video_in_both
 from pipelines.run.command import run_command
-from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator
+from pipelines.run.training import OptimizerOptions, RunOptions
 
 CHOSEN_BY = "validation_error"
 """Metric by which the best weights are chosen: squared error, in units of that of the mean picture."""

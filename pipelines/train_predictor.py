@@ -27,11 +27,11 @@ from jepa.samples import energy_score
 from jepa.sequence import Future, Sequence, line_across
 from pipelines.run.caches import clips_in_short, require_no_video_in_both
 from pipelines.run.command import run_command
-from pipelines.run.devices import require_memory
 from pipelines.run.judging import CHOSEN_BY, calibrate, copying_error, fit_ridge_on, judge, measure_embeddings
+from pipelines.run.memory import require_memory
 from pipelines.run.models import calibration_artefact, find_columns, open_cache, windows_for
-from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run, step_generator
+from pipelines.run.training import OptimizerOptions, RunOptions
 
 GROWTH = 0.5
 """Share of the training during which the horizon of rollouts grows."""

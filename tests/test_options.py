@@ -9,7 +9,8 @@ import yaml
 
 from jepa.errors import ConfigurationError
 from pipelines.run.command import explain
-from pipelines.run.options import OptimizerOptions, parse
+from pipelines.run.options import parse
+from pipelines.run.training import OptimizerOptions
 from tests.toy_trainer import Deep, Narrow, Options
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,8 @@ from pipelines.run.checkpoints import find_fault
 from pipelines.run.command import Finished, Interrupted, UserError, explain, run_command
 from pipelines.run.devices import cores_of_this_process, start_accelerator
 from pipelines.run.files import differences, to_json
-from pipelines.run.options import OptimizerOptions
 from pipelines.run.run import Run, decayed_groups, lr_at, step_generator
+from pipelines.run.training import OptimizerOptions
 from tests import toy_trainer
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -27,8 +27,8 @@ from pipelines.cache_embeddings import warn_of_rounding
 from pipelines.run.artefacts import load_module, save_artefact
 from pipelines.run.checkpoints import Checkpoints, find_fault
 from pipelines.run.command import UserError
-from pipelines.run.devices import require_memory
 from pipelines.run.files import write_json
+from pipelines.run.memory import require_memory
 from pipelines.run.models import build_predictor
 from tests.test_folder import take
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from jepa.config import Bounded, Positive, PositiveInt
 from jepa.errors import ConfigurationError
 from pipelines.run.command import run_command
-from pipelines.run.options import OptimizerOptions, RunOptions
 from pipelines.run.run import Run
+from pipelines.run.training import OptimizerOptions, RunOptions
 
 
 @dataclass(frozen=True)

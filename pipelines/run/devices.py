@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import joblib
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -57,13 +56,6 @@ def start_accelerator(
     elif processes == 1 and os.environ.get("OMP_NUM_THREADS") in (None, "1" if launched else None):
         torch.set_num_threads(cores_of_this_process())
     return accelerator
-
-
-def require_memory(numbers: float, option: str) -> None:
-    """Raises `UserError` where so many float32 numbers, which an option asks for, are more than memory can hold now."""
-    size, free = 4 * numbers, psutil.virtual_memory().available
-    message = f"{option} takes some {size / 1e9:,.0f} GB of memory, and {free / 1e9:,.0f} are free: lower it"
-    require(torch.cuda.is_available() or size <= free, message)
 
 
 def cores_of_this_process() -> int:

@@ -31,7 +31,8 @@ from data.decoder import Damage
 from data.errors import VideoError
 from data.parallel import stream_ahead
 from jepa.encoder import Encoder
-from pipelines.run.devices import ACTIVATIONS, cores_of_this_process, require_memory
+from pipelines.run.devices import ACTIVATIONS, cores_of_this_process
+from pipelines.run.memory import require_memory
 
 
 @dataclass(eq=False)

@@ -1,16 +1,15 @@
-"""Options: those that trainers share, and how a command's are read from its command line and from a preset."""
+"""How the options of a command are read from its command line and from a preset."""
 
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
-from jepa.config import Bounded, NotNegative, NotNegativeInt, Positive, PositiveInt
 from jepa.errors import ConfigurationError
 
 Options = TypeVar("Options")
@@ -20,41 +19,6 @@ COMMANDS = [path.stem for path in sorted(Path(__file__).parents[1].glob("[!_]*.p
 MOST_PRESET_BYTES = 1 << 15
 NOT_IN_PRESETS = ("output_dir", "manifest", "overwrite", "resume", "preset")
 """What to write, and over what, is for the command line alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(Bounded):
-    """Options of every trainer, beside `output_dir` and `steps`, for which each has a default of its own."""
-
-    if TYPE_CHECKING:
-        output_dir: Path
-        steps: PositiveInt
-    log_every: PositiveInt = 100
-    """Steps between two entries in the log, each with a check for collapse."""
-    checkpoint_every: PositiveInt = 500
-    """Steps between two saved training states; one is saved every 10 minutes, too."""
-    seed: NotNegativeInt = 0
-    """Seed of the weights, of the order of the data, and of all noise."""
-    tracker: tuple[str, ...] = ("tensorboard",)
-    """Trackers of the curves beside curve.jsonl: tensorboard, wandb, mlflow, ...; or none."""
-    precision: Literal["launched", "fp32", "bf16", "fp16"] = "launched"
-    """Precision of forward and backward passes; weights and statistics stay float32. launched: as accelerate says."""
-    execution: Literal["eager", "compiled", "deterministic"] = "eager"
-    """compiled: by torch.compile, a minute at the start for faster steps. deterministic: equal to the bit on a GPU."""
-    resume: bool = False
-    """Go on with the run in the output folder."""
-    overwrite: bool = False
-    """Replace the run in the output folder."""
-
-
-@dataclass(frozen=True)
-class OptimizerOptions(Bounded):
-    """AdamW: a tenth of the steps warms up, then a cosine leads to 0."""
-
-    learning_rate: Positive = 2e-3
-    """Peak learning rate."""
-    weight_decay: NotNegative = 1e-4
-    """Decay of weights; biases and normalisation layers have none."""
 
 
 def parse(options_type: type[Options], command: str, *, description: str = "") -> Options:

@@ -26,7 +26,7 @@ from pipelines.run.checkpoints import Checkpoints, restoring
 from pipelines.run.command import Interrupted, UserError, first_few
 from pipelines.run.files import to_json, write_json, write_text
 from pipelines.run.folder import RunFolder
-from pipelines.run.options import OptimizerOptions, RunOptions
+from pipelines.run.training import OptimizerOptions, RunOptions
 
 FIRST_ALARM_STEP = 50
 """Before, nothing has had time to spread out, and every run would alarm."""
