@@ -111,7 +111,11 @@ class FrameClips:
         decoded = stream_ahead(partial(self._decoded, unwanted), [plan], workers=1)
         try:
             for epoch, block, blocks, parts in decoded:
-                self._count(parts)
+                for part in parts:
+                    name = part.segment.video.path, part.segment.start_s
+                    if name not in self._counted:
+                        self._counted.add(name)
+                        self.account.add(part.segment.video.path, part.seconds, part.damage)
                 clips = [(part.segment.video.path, clip) for part in parts for clip in part.clips]
                 order = np.random.default_rng([self.seed, epoch, block, self.rank]).permutation(len(clips))
                 for batch in range(first_batch, len(clips) // self.batch_size):
@@ -130,13 +134,6 @@ class FrameClips:
                     )
         finally:
             unwanted.set()  # nobody waits for what is being decoded
-
-    def _count(self, parts: list[Part]) -> None:
-        for part in parts:
-            name = part.segment.video.path, part.segment.start_s
-            if name not in self._counted:
-                self._counted.add(name)
-                self.account.add(part.segment.video.path, part.seconds, part.damage)
 
     def _plan(self, epoch: int, block: int) -> Iterator[tuple[int, int, int, list[Segment]]]:
         """(epoch, block, how many blocks, what is to be in it), without end."""

@@ -82,7 +82,9 @@ def _search(root: Path, videos: list[Path], known: set[str]) -> Counter[str]:
                 mode = entry.stat(follow_symlinks=not why).st_mode
             is_folder = stat.S_ISDIR(mode)
             has_video |= not why and not is_folder and kind in VIDEO_SUFFIXES
-            if is_folder or (not why and _is_worth_a_look(entry.name, kind, mode)):
+            # What is called a video, or must be said to be none; the mode is 0 where the system gives none.
+            is_odd = not mode or (is_image(entry.name) and not stat.S_ISREG(mode)) or ARCHIVE.fullmatch(entry.name)
+            if is_folder or (not why and (kind in VIDEO_SUFFIXES or is_odd)):
                 (todo.append if entry.is_symlink() else todo.appendleft)((entry.path, why))
             elif not why and is_image(entry.name):
                 images.append(kind)
@@ -94,12 +96,6 @@ def _search(root: Path, videos: list[Path], known: set[str]) -> Counter[str]:
         else:
             found.update(images)
     return found
-
-
-def _is_worth_a_look(name: str, kind: str, mode: int) -> bool:
-    """Whether a name is a video's, or it must be said why it is none; the mode is 0 where the system gives none."""
-    is_odd = not mode or (is_image(name) and not stat.S_ISREG(mode)) or ARCHIVE.fullmatch(name)
-    return kind in VIDEO_SUFFIXES or bool(is_odd)
 
 
 def _is_mark(entry: os.DirEntry[str]) -> bool:

@@ -258,15 +258,10 @@ class Run:
         sums = torch.stack([torch.as_tensor(value, device=self.device).float() for value in progress.sums.values()])
         means = self.accelerator.reduce(sums / progress.summed_steps, "mean").tolist()
         entry = {
-            "step": self.step,
-            **metrics,
-            **dict(zip(progress.sums, means, strict=True)),
-            "collapsed": bool(alarms),
-            "samples_per_second": self.samples / self.worked_s,
-            "data_wait_fraction": self.waited_s / self.worked_s,
-            "gradient_norm": float(self.gradient_norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+            "step": self.step, **metrics, **dict(zip(progress.sums, means, strict=True)), "collapsed": bool(alarms),
+            "samples_per_second": self.samples / self.worked_s, "data_wait_fraction": self.waited_s / self.worked_s,
+            "gradient_norm": float(self.gradient_norm), "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }  # fmt: skip
         progress.sums, progress.summed_steps = {}, 0
         progress.curve.append(to_json(entry))
         if self.best is not None:
