@@ -26,7 +26,6 @@ from data.video import VideoInfo
 from jepa.config import NotNegativeInt, Positive, PositiveInt
 from jepa.networks import MLPConfig
 from pipelines.run.command import counted, require, run_command
-from pipelines.run.encoders import PublishedOptions
 from pipelines.run.files import write_json
 from pipelines.run.options import dashed
 from pipelines.run.published import PublishedOptions

@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from jepa.config import Bounded, NotNegativeInt, PositiveInt
 from pipelines.run.caches import require_no_video_in_both
 from pipelines.run.command import require, run_command
-from pipelines.run.devices import require_memory
 from pipelines.run.evaluation import Evaluation, fit_readout
 from pipelines.run.files import write_json
 from pipelines.run.folder import RunFolder
