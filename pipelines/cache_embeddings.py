@@ -102,13 +102,10 @@ def main(options: Options) -> None:
     writer = main_first(
         accelerator,
         lambda: CacheWriter(
-            options.output_dir,
-            provenance,
-            clips_per_shard=options.clips_per_shard,
-            is_main=is_main,
+            options.output_dir, provenance, clips_per_shard=options.clips_per_shard, is_main=is_main,
             places={str(video.path): video.content for video in videos},
         ),
-    )
+    )  # fmt: skip
     read = Account()
     tasks = missing_clips(options, accelerator, videos)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]

@@ -75,16 +75,9 @@ class Chunk(NamedTuple):
 
 
 def embed_videos(
-    accelerator: Accelerator,
-    encoder: Encoder,
-    tasks: Sequence[Task],
-    *,
-    fps: float,
-    image_fps: float,
-    batch_size: int,
-    strict: bool,
-    bar: "tqdm[None]",
-) -> Iterator[Task]:
+    accelerator: Accelerator, encoder: Encoder, tasks: Sequence[Task], *, fps: float, image_fps: float, batch_size: int,
+    strict: bool, bar: "tqdm[None]",
+) -> Iterator[Task]:  # fmt: skip
     """Embed videos, `batch_size` windows at a time, and yield each as it is done, in no particular order.
 
     The encoder is on the accelerator's device. `bar` counts embeddings.

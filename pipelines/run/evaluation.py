@@ -67,15 +67,9 @@ class Evaluation:
     """
 
     def __init__(
-        self,
-        predictor: Predictor,
-        calibration: Calibration,
-        windows: Windows,
-        *,
-        samples: int = 0,
-        readout: Readout | None = None,
-        seed: int = 0,
-    ) -> None:
+        self, predictor: Predictor, calibration: Calibration, windows: Windows, *, samples: int = 0,
+        readout: Readout | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
         self.predictor, self.calibration, self.windows = predictor, calibration, windows
         self.samples, self.readout, self.seed = samples, readout, seed
         self.device = predictor.mean.device
@@ -122,18 +116,12 @@ class Evaluation:
             steps = useful_steps(np.array(relative), np.array(high))
             useful[name] = {"steps": steps, "time_s": steps / fps, "exceeds_longest": steps == horizon}
         return {
-            "fps": fps,
-            "context": self.predictor.config.context,
-            "windows": len(indices),
-            "clips": len(windows.cache.clips),
-            "interval": bootstrap.describe(grouped_by),
-            "samples": self.samples,
-            "probe_columns": list(columns),
-            "useful_horizon": useful,
-            "inverse_dynamics": self.inverse_dynamics() if self.predictor.actions else {},
-            "truth": truth,
+            "fps": fps, "context": self.predictor.config.context, "windows": len(indices),
+            "clips": len(windows.cache.clips), "interval": bootstrap.describe(grouped_by), "samples": self.samples,
+            "probe_columns": list(columns), "useful_horizon": useful,
+            "inverse_dynamics": self.inverse_dynamics() if self.predictor.actions else {}, "truth": truth,
             "predictors": records,
-        }
+        }  # fmt: skip
 
     @torch.no_grad()
     def inverse_dynamics(self) -> dict[str, float]:

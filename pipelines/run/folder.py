@@ -72,9 +72,7 @@ class RunFolder:
             self._require_same_options()
         elif not self.options.overwrite and (finished or hasattr(self.options, "resume")):
             kind, go_on = ("a finished", "") if finished else ("an unfinished", "--resume to go on with it, or ")
-            raise UserError(
-                f"{path} holds {kind} run: add {go_on}--overwrite to replace it, or take another --output-dir"
-            )
+            raise UserError(f"{path} holds {kind} run: add {go_on}--overwrite to replace it, or take another folder")
 
     def _require_same_options(self) -> None:
         changed = differences(self.record["options"], to_json(self.options))
@@ -140,9 +138,7 @@ class RunFolder:
         for name in self.names:
             remove_empty(self.path / name)
         if old:
-            print(
-                f"replacing the run in {self.path}: its {counted(len(old), 'file')} stay in {self.replaced} until then"
-            )
+            print(f"replacing the run {self.path}: its {counted(len(old), 'file')} stay in {self.replaced} until then")
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
