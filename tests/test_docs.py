@@ -10,12 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
+from PIL import Image
 
 from data.cache import EmbeddingCache
+from data.synthetic import write_table, write_video
 from jepa.encoder import EncoderConfig, FrameEncoder
 from pipelines.cli import COMMANDS
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.options import parse
+from tests.test_commands import call
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHER_OPTIONS = {"help", "preset", "cpu", "no_python", "num_processes", "main_process_port"}
@@ -99,3 +104,44 @@ def test_the_page_on_python_runs(workplace):
     assert names["percentile"].min() >= 0
     assert names["percentile"].max() <= 100
     assert names["vectors"].shape == (4, 5)
+
+
+RECIPES = (ROOT / "docs" / "recipes.md").read_text()
+SMALLEST = {
+    "all": "--encoder-steps 2 --predictor-steps 2 --decoder-steps 2",
+    "train": "--steps 2 --predictor.width 16",
+    "surprise": "--alarms-per-hour 10000",
+}
+"""What is added to commands of recipes, so that they take seconds; the later of two options counts."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", re.findall(r"^## (.+)", RECIPES, re.MULTILINE))
+def test_recipes_run_word_by_word_in_their_smallest_form(title, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), "weights.safetensors")
+    published = "timm:test_resnet --encoder-weights weights.safetensors --image-size 64 64"
+    block = re.search(r"```\n(.*?)```", RECIPES.partition(f"## {title}\n")[2], re.DOTALL)[1]
+    for line in block.splitlines():
+        _, command, *words = shlex.split(line)
+        for folder in [words[0]] * (command == "all") + [word for word in words if word.startswith("cctv/")]:
+            film(Path(folder))
+        given = " ".join(words).replace("timm:vit_small_patch14_dinov2.lvd142m", published).replace("15 22", "2 2")
+        call(COMMANDS[command], f"{given.replace('--image-size 224 392', '')} {SMALLEST.get(command, '')}")
+        assert any((tmp_path / words[words.index("--output-dir") + 1]).iterdir())
+
+
+def film(folder):
+    """Six recordings of ten seconds in a new folder, with tables; of a microscope twelve images each."""
+    for number in range(6):
+        draws = np.random.default_rng(number)
+        frames = draws.integers(0, 256, (100, 32, 48, 3), dtype=np.uint8)
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.name == "microscope":
+            (folder / f"well_{number}").mkdir()
+            for index, frame in enumerate(frames[:12]):
+                Image.fromarray(frame).save(folder / f"well_{number}" / f"{index:04}.png")
+        else:
+            table = dict(zip(("speed", "action_0", "action_1"), draws.normal(size=(3, 100)), strict=True))
+            write_video(folder / f"drive_{number}.mp4", frames, 10)
+            write_table(folder / f"drive_{number}.csv", table, 10)
