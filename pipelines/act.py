@@ -258,7 +258,9 @@ def write_film(path: Path, episode: Episode, among: Search) -> None:
     panels = [episode.pictures, nearest[at]]
     if episode.goal is not None and episode.goal.shape == episode.pictures.shape[1:]:
         panels.insert(1, np.broadcast_to(episode.goal, episode.pictures.shape))
-    write_video(path, np.concatenate(panels, axis=2), among.cache.provenance.fps)
+    film = np.concatenate(panels, axis=2)
+    even = film[:, : film.shape[1] // 2 * 2, : film.shape[2] // 2 * 2]  # which every browser plays
+    write_video(path, even, among.cache.provenance.fps)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from pipelines.run.command import UserError, counted, require, run_command
 from pipelines.run.figures import curve_figures, skill_figure, timeline_figure
 from pipelines.run.files import differences, flat, read_json, to_json, write_text
 from pipelines.run.folder import RunFolder, read_mark
-from pipelines.run.maps import map_of
+from pipelines.run.maps import MapKind, map_of
 from pipelines.run.options import as_arguments
 from pipelines.run.report import table
 
@@ -45,6 +45,7 @@ WORDS = {
     "train_decoder": "train-decoder",
     "imagine": "imagine",
     "score_surprise": "surprise",
+    "act": "act",
 }
 """Commands whose runs are shown, in this order."""
 MOST_BYTES, FILM_FRAME_BYTES, VIDEO_BYTES = 25_000_000, 7_000, 150_000
@@ -67,12 +68,14 @@ class Options(Bounded):
     """Write a page about finished runs."""
 
     runs: tuple[Path, ...] = tuple(Path("runs", name) for name in ("encoder", "predictor", "evaluation", "surprise"))
-    """Folders of finished runs of pretrain, train, evaluate, train-decoder, imagine and surprise, each as many as are
-    to be shown."""
+    """Folders of finished runs of pretrain, train, evaluate, train-decoder, imagine, surprise and act, each as many as
+    are to be shown."""
     output_dir: Path = Path("runs/report")
     """Where report.html is left."""
     videos: PositiveInt = 12
     """Videos shown at most, the most surprising first."""
+    map: MapKind = "pca"
+    """How embeddings are laid out in a plane: by two principal components, or by UMAP (video-jepa[umap])."""
     overwrite: bool = False
     """Replace the page in the output folder."""
 
@@ -86,7 +89,15 @@ def main(options: Options) -> None:
         known = record.get("command") in WORDS and record["finished"]
         require(known, f"--runs {folder} holds no finished run of {', '.join(WORDS.values())}: name such folders")
     found.sort(key=lambda run: list(WORDS).index(run[1]["command"]))
-    page: dict[str, Any] = {"runs": [], "curves": [], "skills": [], "maps": [], "dreams": [], "surprises": []}
+    page: dict[str, Any] = {
+        "runs": [],
+        "curves": [],
+        "skills": [],
+        "maps": [],
+        "dreams": [],
+        "surprises": [],
+        "plans": [],
+    }
     left = MOST_BYTES - len(script) - 1_000_000  # for all that is neither library nor film
     for folder, record in found:
         with reading(folder):
@@ -97,7 +108,7 @@ def main(options: Options) -> None:
                 page["skills"].append({"folder": folder, **skill_of(folder)})
                 if (Path(record["options"]["cache"]) / "cache.json").exists():
                     page["maps"].append(
-                        {"folder": record["options"]["cache"], **map_of(Path(record["options"]["cache"]))}
+                        {"folder": record["options"]["cache"], **map_of(Path(record["options"]["cache"]), options.map)}
                     )
                     left -= len(page["maps"][-1]["sheet"]) + VIDEO_BYTES
             if record["command"] == "imagine":
@@ -108,6 +119,10 @@ def main(options: Options) -> None:
                 surprise = surprise_of(folder, record, options.videos, left=left)
                 left -= sum(len(video["film"]) for video in surprise["videos"])
                 page["surprises"].append({"folder": folder, **surprise})
+            if record["command"] == "act":
+                plans = plans_of(folder, most=left // 3)
+                left -= sum(len(film["data"]) for film in plans["films"])
+                page["plans"].append({"folder": folder, **plans})
     text = template.render(page, script=script).encode(errors="backslashreplace").decode()  # names need not be UTF-8
     output.begin({str(folder): record["command"] for folder, record in found})
     write_text(options.output_dir / "report.html", text)
@@ -201,13 +216,25 @@ def skill_of(folder: Path) -> dict[str, Any]:
 def dream_of(folder: Path, most: int) -> dict[str, Any]:
     """Films of what was imagined, as many as weigh at most so much in base64."""
     results = read_json(folder / "imagined.json")
-    films: list[dict[str, Any]] = []
-    for film in results["films"]:
+    return results | films_in(folder, results["films"], most)
+
+
+def plans_of(folder: Path, most: int) -> dict[str, Any]:
+    """How often a goal was reached, each episode, and films, as many as weigh at most so much in base64."""
+    results = read_json(folder / "act.json")
+    named = [one | {"film": f"episode_{one['episode']:05}.mp4"} for one in results["episodes"]]
+    return results | films_in(folder, [one for one in named if (folder / "films" / one["film"]).exists()], most)
+
+
+def films_in(folder: Path, films: list[dict[str, Any]], most: int) -> dict[str, Any]:
+    """Films of a run with their data, as many as weigh at most so much in base64, and what is said of the others."""
+    found: list[dict[str, Any]] = []
+    for film in films:
         data = base64.b64encode((folder / "films" / film["film"]).read_bytes()).decode()
         if (most := most - len(data)) >= 0:
-            films.append(film | {"data": data})
-    left = len(results["films"]) - len(films)
-    return results | {"films": films, "said": f"{counted(left, 'film')} more in {folder}." if left else ""}
+            found.append(film | {"data": data})
+    left = len(films) - len(found)
+    return {"films": found, "said": f"{counted(left, 'film')} more in {folder}." if left else ""}
 
 
 def read_table(path: Path) -> dict[str, list[Row]]:

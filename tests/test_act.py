@@ -18,7 +18,7 @@ from jepa.encoder import EncoderConfig
 from jepa.expander import ExpanderConfig
 from jepa.networks import MLPConfig
 from jepa.planning import CEM, Tree
-from pipelines import act, cache_embeddings, pretrain_encoder, train_predictor
+from pipelines import act, cache_embeddings, pretrain_encoder, train_predictor, write_report
 from pipelines.run.command import UserError
 
 WORLD = """
@@ -178,6 +178,13 @@ def test_an_agent_reaches_a_picture_and_says_how_often(runs, tmp_path, capsys):
         shown = next(iter(read_on_clock(film, (32, 96), fps=5))).frame
         assert np.abs(shown[:, :, 32:64].transpose(1, 2, 0).astype(int) - goal).mean() < 6  # the goal is in the middle
         assert shown[:, :, 64:].max() > 100  # and what is imagined beside it
+    write_report.main(write_report.Options(runs=(tmp_path / "act",), output_dir=tmp_path / "report"))
+    page = (tmp_path / "report/report.html").read_text()
+    assert f"3 of 3 episodes reach the goal: 100 %, and of very many {100 * results['low']:.0f} to 100 %" in page
+    assert page.count("data:video/mp4;base64,") == len(films)
+    assert page.count("reached, ") == len(films)
+    for row in rows:
+        assert f"<td>{float(row['seconds']):.4g}</td>" in page
 
 
 def test_cem_does_so_too(runs, tmp_path):

@@ -134,7 +134,7 @@ def test_recipes_run_word_by_word_in_their_smallest_form(title, tmp_path, monkey
 def film(folder):
     """Six recordings of ten seconds in a new folder, with tables; of a microscope twelve images each."""
     for number in range(6):
-        draws = np.random.default_rng(number)
+        draws = np.random.default_rng([number, *folder.name.encode()])
         frames = draws.integers(0, 256, (100, 32, 48, 3), dtype=np.uint8)
         folder.mkdir(parents=True, exist_ok=True)
         if folder.name == "microscope":

@@ -17,6 +17,7 @@ from data.film import make_film
 from pipelines import write_report
 from pipelines.cli import COMMANDS
 from pipelines.run.files import read_json, to_json
+from pipelines.run.maps import project
 from pipelines.run.options import parse
 from pipelines.write_report import command_line, film_of
 from tests.browser import Browser
@@ -195,6 +196,22 @@ def test_the_map_shows_moments_of_the_cache_with_their_frames(world, page, read_
         thumb = sheet.crop((left, top, left + width, top + height)).resize((80, 32))
         frame = np.abs(shown_at(4) - shown["times_s"][number]).argmin()
         assert read_number(np.asarray(thumb).transpose(2, 0, 1)) == frame
+
+
+@pytest.mark.filterwarnings("ignore")  # of umap-learn's own, such as of TensorFlow, which it finds nowhere
+def test_by_umap_neighbours_lie_together(world, tmp_path, monkeypatch):
+    draws = np.random.default_rng(0)
+    near = np.repeat(np.arange(3), 30)
+    flat = 5 * draws.normal(size=(3, 20))[near] + draws.normal(size=(90, 20))
+    places, said = project(flat, "umap")
+    distances = np.linalg.norm(places[:, None] - places, axis=2)
+    alike = near[:, None] == near
+    assert distances[alike].max() < distances[~alike].min()
+    assert "UMAP" in said
+    assert np.array_equal(project(flat, "umap")[0], places)
+    monkeypatch.setitem(sys.modules, "umap", None)
+    given = f"--runs {world}/evaluation --map umap --output-dir {tmp_path}/report"
+    assert "--map umap takes umap-learn: pip install 'video-jepa[umap]'" in refusal("write_report", given)
 
 
 @pytest.mark.parametrize("spans", [((0.0, np.inf),), ((1.0, 2.0), (1.5, 2.2), (3.0, 3.2))])

@@ -1,9 +1,9 @@
-"""A map of embeddings: two principal components, with what is known of each moment and its picture."""
+"""A map of embeddings in a plane, with what is known of each moment and its picture."""
 
 import base64
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from einops import rearrange
@@ -12,22 +12,24 @@ from PIL import Image
 from data.cache import EmbeddingCache
 from data.errors import DataError
 from data.frames import fitting_size, read_frames
+from pipelines.run.command import UserError
 
+MapKind = Literal["pca", "umap"]
 POINTS, ACROSS, THUMBNAIL = 600, 30, 64
 """Moments on a map, their pictures in a row of the sheet, and the longer side of one in pixels."""
 
 
-def map_of(folder: Path) -> dict[str, Any]:
+def map_of(folder: Path, kind: MapKind = "pca") -> dict[str, Any]:
     """Places of moments, evenly over a cache, what they may be coloured by, and a sheet of their pictures in base64.
 
-    Where videos are gone there are no pictures, and `said` says why. Raises `CacheError`.
+    Where videos are gone there are no pictures, and `said` says why. Raises `CacheError`, and
+    `UserError` where what the map takes is not installed.
     """
     cache = EmbeddingCache(folder)
     rows = cache.rows[np.linspace(0, len(cache.rows) - 1, min(POINTS, len(cache.rows))).astype(int)]
     flat = cache.take(rows).reshape(len(rows), -1)
     flat = (flat - flat.mean(axis=0)) / np.maximum(flat.std(axis=0), 1e-6)
-    left, singular, _ = np.linalg.svd(flat, full_matrices=False)
-    shares = singular**2 / max(float((singular**2).sum()), 1e-12)
+    places, how = project(flat, kind)
     sources = np.array([clip.key.source for clip in cache.clips])[cache.clip_of(rows)]
     colours = {"time in its video": cache.take(rows, "times_s"), "video": np.unique(sources, return_inverse=True)[1]}
     colours |= {name: cache.take(rows, name) for name in cache.provenance.columns if name != "embeddings"}
@@ -40,7 +42,22 @@ def map_of(folder: Path) -> dict[str, Any]:
     except (DataError, OSError) as error:
         said = str(error)
     return {
-        "x": left[:, 0] * singular[0], "y": left[:, 1] * singular[1], "share": float(shares[:2].sum()), "said": said,
+        "x": places[:, 0], "y": places[:, 1], "how": how, "said": said,
         "colours": colours, "names": sources, "times_s": cache.take(rows, "times_s"), "size": size, "across": ACROSS,
         "sheet": base64.b64encode(sheet.getvalue()).decode(),
     }  # fmt: skip
+
+
+def project(flat: np.ndarray, kind: MapKind) -> tuple[np.ndarray, str]:
+    """Places (N, 2) of standardised embeddings (N, D), and how they were found. Raises `UserError`."""
+    if kind == "umap":
+        try:
+            from umap import UMAP
+        except ImportError as error:
+            raise UserError("--map umap takes umap-learn: pip install 'video-jepa[umap]', or --map pca") from error
+        near = UMAP(n_neighbors=min(15, len(flat) - 1), random_state=0, n_jobs=1)  # by one thread: always the same
+        return near.fit_transform(flat), "by UMAP: neighbours are alike; how far apart others lie says little"
+    left, singular, _ = np.linalg.svd(flat, full_matrices=False)
+    shares = singular**2 / max(float((singular**2).sum()), 1e-12)
+    said = f"by their two first principal components, which have {100 * shares[:2].sum():.0f} % of the variance"
+    return left[:, :2] * singular[:2], said
