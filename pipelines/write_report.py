@@ -111,18 +111,15 @@ def main(options: Options) -> None:
                         {"folder": record["options"]["cache"], **map_of(Path(record["options"]["cache"]), options.map)}
                     )
                     left -= len(page["maps"][-1]["sheet"]) + VIDEO_BYTES
-            if record["command"] == "imagine":
-                dream = dream_of(folder, most=left // 3)
-                left -= sum(len(film["data"]) for film in dream["films"])
-                page["dreams"].append({"folder": folder, **dream})
+            if record["command"] in ("imagine", "act"):
+                part, told = ("dreams", dream_of) if record["command"] == "imagine" else ("plans", plans_of)
+                shown = told(folder, most=left // 3)
+                left -= sum(len(film["data"]) for film in shown["films"])
+                page[part].append({"folder": folder, **shown})
             if record["command"] == "score_surprise":
                 surprise = surprise_of(folder, record, options.videos, left=left)
                 left -= sum(len(video["film"]) for video in surprise["videos"])
                 page["surprises"].append({"folder": folder, **surprise})
-            if record["command"] == "act":
-                plans = plans_of(folder, most=left // 3)
-                left -= sum(len(film["data"]) for film in plans["films"])
-                page["plans"].append({"folder": folder, **plans})
     text = template.render(page, script=script).encode(errors="backslashreplace").decode()  # names need not be UTF-8
     output.begin({str(folder): record["command"] for folder, record in found})
     write_text(options.output_dir / "report.html", text)
