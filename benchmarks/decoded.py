@@ -49,7 +49,7 @@ def main(options: Options) -> None:
     decoder, context = load_decoder(options.run / "decoder", predictor), predictor.config.context
     cache = open_cache(options.run / "cache" / "test", predictor)
     windows = windows_for(cache, predictor, context + options.horizon)
-    dreams, chosen = Dreams(predictor, calibration, decoder, windows, seed=0), windows.evenly(options.windows)
+    dreams, chosen = Dreams(predictor, calibration, decoder, windows), windows.evenly(options.windows)
     errors, near = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
     for part, taken in in_batches(windows, chosen, torch.device("cpu"), doing="decoding"):
         real = torch.from_numpy(read_frames(cache, windows.rows(chosen[part])[:, context - 1 :], decoder.size)) / 255

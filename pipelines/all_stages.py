@@ -142,12 +142,9 @@ def divide(options: Options, folder: Path) -> dict[str, list[VideoInfo]]:
         path, contents = folder / f"{split}.jsonl", {video.content for video in part}
         before = {record.video.content for record in read_manifest(path) if record.video} if path.exists() else contents
         others = f"gone: {len(before - contents)}, new: {len(contents - before)}"
-        require(
-            before == contents,
-            f"{folder.parent} was begun with other videos ({others}): take another --output-dir, or go on by hand",
-        )
-    for split, part in parts.items():
-        record_videos(folder / f"{split}.jsonl", part)
+        said = f"{folder.parent} was begun with other videos ({others}): take another --output-dir, or go on by hand"
+        require(before == contents, said)
+        record_videos(path, part)
         minutes = sum(video.duration_s for video in part) / 60
         print(f"{split}: {counted(len(part), 'video')}, {minutes:.1f} minutes, {part[0].path.name} ...")
     write_json(folder / "account.json", account)

@@ -99,25 +99,22 @@ def main(options: Options) -> None:
         columns={"embeddings": Column(options.dtype, encoder.shape), **dict.fromkeys(options.columns, NUMBER)},
         versions=versions(),
     )  # fmt: skip
-    writer = main_first(
-        accelerator,
-        lambda: CacheWriter(
-            options.output_dir, provenance, clips_per_shard=options.clips_per_shard, is_main=is_main,
-            places={str(video.path): video.content for video in videos},
-        ),
+    make_writer = partial(
+        CacheWriter, options.output_dir, provenance, clips_per_shard=options.clips_per_shard, is_main=is_main,
+        places={str(video.path): video.content for video in videos},
     )  # fmt: skip
-    read = Account()
+    writer, read = main_first(accelerator, make_writer), Account()
     tasks = missing_clips(options, accelerator, videos)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
-    durations_s = {str(video.path): video.duration_s for video in videos}
-    expected = round(options.fps * sum(durations_s[str(task.source)] * len(task.keys) for task in mine))
+    durations_s = {video.path: video.duration_s for video in videos}
+    expected = round(options.fps * sum(durations_s[task.source] * len(task.keys) for task in mine))
     bar = tqdm(total=expected or None, unit="frame", desc="embedding", disable=not is_main)
     with writer, bar:
         for task in embed_videos(
             accelerator, encoder, mine, fps=options.fps, image_fps=options.image_fps, batch_size=options.batch_size,
             strict=options.strict, bar=bar,
         ):  # fmt: skip
-            keep(writer, task, options, account=read, duration_s=durations_s[str(task.source)])
+            keep(writer, task, options, account=read, duration_s=durations_s[task.source])
     account.merge(gather_object([read]))
     for path in missing:
         account.refused[str(path)] = f"{path}: its data set promises it, and it is not there"

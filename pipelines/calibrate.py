@@ -39,10 +39,8 @@ def main(options: Options) -> None:
     with hold(folder):
         cache = open_cache(options.cache, predictor)
         clips = clips_in_short(cache)
-        require(
-            clips != trained_on(folder),
-            f"{folder} was trained on {options.cache}, whose errors are not usual ones: take other videos",
-        )
+        said = f"{folder} was trained on {options.cache}, whose errors are not usual ones: take other videos"
+        require(clips != trained_on(folder), said)
         calibration, said = calibrate(predictor, before.ridge, cache, horizon=options.horizon)
         save_artefact(folder / "calibration", *calibration_artefact(calibration, predictor, clips))
         print(f"{said}\nwrote {folder}/calibration")

@@ -44,10 +44,8 @@ def usage() -> str:
     """The commands, each with the first line of its module, which need not be imported for that."""
     modules = {word: Path(__file__).with_name(f"{name}.py").read_text() for word, name in COMMANDS.items()}
     first = {word: (ast.get_docstring(ast.parse(code)) or "").split("\n")[0] for word, code in modules.items()}
-    lines = [f"  {word:13} {line}" for word, line in first.items()]
-    return "\n".join(
-        ["usage: video-jepa COMMAND [OPTIONS]", "", *lines, "", "video-jepa COMMAND --help explains each."]
-    )
+    lines = "\n".join(f"  {word:13} {line}" for word, line in first.items())
+    return f"usage: video-jepa COMMAND [OPTIONS]\n\n{lines}\n\nvideo-jepa COMMAND --help explains each."
 
 
 def check_packages() -> None:

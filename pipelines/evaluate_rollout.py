@@ -13,7 +13,6 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from accelerate import Accelerator
 
@@ -27,7 +26,6 @@ from pipelines.run.memory import require_memory
 from pipelines.run.models import inputs_of, load_predictor, open_cache, windows_for
 from pipelines.run.report import table, write_table
 
-RESULTS = ("rollout.json", "rollout.csv")
 LEAST_SAMPLES = 19
 """Fewest samples with a central interval of 90 %."""
 
@@ -65,7 +63,7 @@ def main(options: Options) -> None:
     enough = options.samples == 0 or options.samples >= LEAST_SAMPLES
     require(enough, f"--samples is {options.samples}: a central interval of 90 % takes at least {LEAST_SAMPLES}")
     device, folder = Accelerator().device, options.output_dir
-    output = RunFolder(options, "evaluate_rollout", RESULTS)
+    output = RunFolder(options, "evaluate_rollout", ("rollout.json", "rollout.csv"))
     predictor, calibration = load_predictor(options.predictor, device)
     cache, readout = open_cache(options.cache, predictor), None
     inputs = inputs_of(options.predictor, cache)
@@ -81,19 +79,14 @@ def main(options: Options) -> None:
     require_memory(4 * numbers, f"--samples {options.samples}")
     judge = Evaluation(predictor, calibration, windows, samples=options.samples, readout=readout, seed=options.seed)
     results = judge.run(most=options.windows)
-    with TemporaryDirectory(prefix=".tmp.", dir=folder) as unfinished:
-        write_json(Path(unfinished, "rollout.json"), results)
-        write_table(results, Path(unfinished, "rollout.csv"))
-        # Only now: where the disk is full, the old results stay.
-        output.begin(inputs)
-        for name in RESULTS:
-            Path(unfinished, name).replace(folder / name)
+    output.begin(inputs)
+    write_json(folder / "rollout.json", results)
+    write_table(results, folder / "rollout.csv")
     print(table(results))
-    errors = {
-        f"relative_to_copy_last_at_{row['horizon']}": row["relative_to_copy_last"]
-        for row in results["predictors"]["model"]
-    }
-    output.finish({"useful_horizon_s": results["useful_horizon"]["model"]["time_s"]} | errors)
+    metrics = {"useful_horizon_s": results["useful_horizon"]["model"]["time_s"]}
+    for row in results["predictors"]["model"]:
+        metrics[f"relative_to_copy_last_at_{row['horizon']}"] = row["relative_to_copy_last"]
+    output.finish(metrics)
     print(
         f"wrote {folder}/rollout.json and rollout.csv. To see them, and next:\n"
         f"  video-jepa report --runs {options.predictor} {folder} --output-dir runs/report\n"

@@ -20,7 +20,7 @@ from data.frames import fitting_size, read_frames
 from data.synthetic import write_video
 from data.windows import Windows
 from jepa.calibration import Calibration
-from jepa.config import Bounded, NotNegativeInt, PositiveInt
+from jepa.config import Bounded, PositiveInt
 from jepa.picture_decoder import PictureDecoder
 from jepa.predictor import Predictor
 from jepa.rollout import rollout
@@ -57,8 +57,6 @@ class Options(Bounded):
     """Films, evenly over the cache."""
     horizon: PositiveInt = 20
     """Steps into the future."""
-    seed: NotNegativeInt = 0
-    """Seed of whose actions are the other ones."""
     overwrite: bool = False
     """Replace the films in the output folder."""
 
@@ -72,7 +70,7 @@ def main(options: Options) -> None:
     cache, among = open_cache(options.cache, predictor), open_cache(options.among, predictor)
     context = predictor.config.context
     windows = windows_for(cache, predictor, context + options.horizon)
-    dreams = Dreams(predictor, calibration, decoder, windows, seed=options.seed)
+    dreams = Dreams(predictor, calibration, decoder, windows)
     search = Search(among, mean=predictor.mean, std=predictor.std)
     size = fitting_size(Path(cache.clips[0].key.source), cache.provenance, PANEL)
     output.begin(inputs_of(options.predictor, cache))
@@ -97,9 +95,8 @@ def load_decoder(folder: Path, predictor: Predictor) -> PictureDecoder:
     """The decoder of a run, where the predictor is. Raises `UserError` where it is of other embeddings."""
     decoder = load_module(folder / "decoder", "picture_decoder", lambda known: PictureDecoder(**known))
     is_same = (decoder.encoder_fingerprint, decoder.shape) == (predictor.encoder_fingerprint, predictor.shape)
-    require(
-        is_same, f"{folder} holds a decoder of another encoder's embeddings than the predictor's: train one on these"
-    )
+    said = f"{folder} holds a decoder of another encoder's embeddings than the predictor's: train one on these"
+    require(is_same, said)
     return decoder.to(predictor.mean.device)
 
 
@@ -107,10 +104,10 @@ class Dreams:
     """What a predictor imagines on windows of a cache, as embeddings and as pictures."""
 
     def __init__(
-        self, predictor: Predictor, calibration: Calibration, decoder: PictureDecoder, windows: Windows, *, seed: int
+        self, predictor: Predictor, calibration: Calibration, decoder: PictureDecoder, windows: Windows
     ) -> None:
         self.predictor, self.calibration, self.decoder, self.windows = predictor, calibration, decoder, windows
-        self.context, self.draws = predictor.config.context, np.random.default_rng(seed)
+        self.context, self.draws = predictor.config.context, np.random.default_rng(0)
 
     @torch.no_grad()
     def futures(self, taken: Sequence, chosen: np.ndarray) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ damage. Of a cache it says what the embeddings are and which videos have changed
 run or a model it says what that says of itself.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from data.cache import EmbeddingCache
 from data.content import is_content_of
 from data.counting import count_frames
 from data.errors import printable
-from data.manifest import MANIFEST_SUFFIX, Record, index_videos, sort_out
+from data.manifest import MANIFEST_SUFFIX, index_videos, sort_out
 from data.picture import IMAGE_FPS
 from data.video import probe_video
 from jepa.config import Bounded, Positive
@@ -65,22 +64,12 @@ def main(options: Options) -> None:
 
 
 def inspect_videos(paths: list[Path], options: Options) -> None:
-    """Look at what is new, say what was found, and leave a manifest."""
+    """Look at what is new, say what there is, and of what is wrong the first few, and leave a manifest."""
     manifest = options.manifest
-    require(
-        manifest is None or manifest.suffix == MANIFEST_SUFFIX,
-        f"--manifest is {manifest}: its name must end in {MANIFEST_SUFFIX}",
-    )
+    is_named = manifest is None or manifest.suffix == MANIFEST_SUFFIX
+    require(is_named, f"--manifest is {manifest}: its name must end in {MANIFEST_SUFFIX}")
     look = count_frames if options.count else probe_video
-    records, found = index_videos(paths, manifest, look=look, image_fps=options.image_fps)
-    print_videos(records, found)
-    if manifest is not None:
-        print(f"wrote {manifest}: all commands take it in place of the videos")
-    require(any(record.video for record in records), f"not one of {counted(len(records), 'file')} can be used")
-
-
-def print_videos(records: list[Record], files: Counter[str]) -> None:
-    """What there is, and of what is wrong the first few."""
+    records, files = index_videos(paths, manifest, look=look, image_fps=options.image_fps)
     videos, account = sort_out(records, files)
     hours, frames = sum(video.duration_s for video in videos) / 3600, sum(video.frames or 0 for video in videos)
     found = account.faults
@@ -96,13 +85,15 @@ def print_videos(records: list[Record], files: Counter[str]) -> None:
     print(f"{counted(len(videos), 'video')}, {hours:.2f} h{f', {frames:,} frames' if frames else ''}; {faults}")
     for title, lines in found.items():
         say(title, lines)
+    if manifest is not None:
+        print(f"wrote {manifest}: all commands take it in place of the videos")
+    require(any(record.video for record in records), f"not one of {counted(len(records), 'file')} can be used")
 
 
 def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
-    """Say what the embeddings are and which videos are not what they were; verify them if asked.
+    """Say what the embeddings are and which videos are not what they were.
 
-    Raises:
-        UserError: a clip is not what was written.
+    Verified, if asked, they raise `UserError` where a clip is not what was written.
     """
     gaps = sum(len(cache.unbroken_runs(clip)) - 1 for clip in cache.clips)
     clips, sources = counted(len(cache.clips), "clip"), {clip.key.source for clip in cache.clips}
@@ -118,11 +109,8 @@ def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
         damaged = [one for one in bar if not (cache.is_intact(one) and np.isfinite(cache.clip_embeddings(one)).all())]
         say("damaged", [clip.key.source for clip in damaged])
         files = [f"{shard} {shard.with_suffix('.json')}" for shard in sorted({clip.shard for clip in damaged})]
-        require(
-            not damaged,
-            f"{len(damaged)} of {clips} in {cache.folder} are not what was written: "
-            f"delete {' '.join(files)} and embed the videos again",
-        )
+        said = f"{len(damaged)} of {clips} in {cache.folder} are not what was written"
+        require(not damaged, f"{said}: delete {' '.join(files)} and embed the videos again")
         print(f"  verified: {clips} as written")
 
 

@@ -70,7 +70,7 @@ class Options(RunOptions):
     prediction_weight: NotNegative = 0.0
     """Weight of the error of rollouts on the embeddings, in units of their variance, beside the objective."""
     slow_dimension: NotNegativeInt = 0
-    """So many of the embedding's numbers, its last, are to be alike in frames 16 ticks apart, such as what a room is
+    """Numbers of the embedding, its last ones, that are to be alike in frames 16 ticks apart, such as what a room is
     like; the others, in neighbouring ones, are to say what has changed since then, such as what moves in it."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     expander: ExpanderConfig = field(default_factory=ExpanderConfig)
@@ -100,12 +100,9 @@ def main(options: Options) -> None:
         inputs["initial_encoder"] = encoder.fingerprint
     pixels = options.batch_size * length * math.prod(encoder.image_size)
     require_memory(ACTIVATIONS * 3 * pixels, f"--batch-size {options.batch_size}")
-    run.begin(
-        inputs,
-        f"{encoder.config.backbone}, {options.batch_size} clips of {length} frames in a batch on each",
-        f"{counted(len(videos), 'video')}, {len(account.refused)} refused",
-        sources={video.content: str(video.path) for video in videos},
-    )
+    said = f"{encoder.config.backbone}, {options.batch_size} clips of {length} frames in a batch on each; "
+    said += f"{counted(len(videos), 'video')}, {len(account.refused)} refused"
+    run.begin(inputs, said, sources={video.content: str(video.path) for video in videos})
     pretraining = synchronise_batch_norm(Pretraining(encoder, options).to(run.device))
     network = run.prepare(pretraining, options.optimizer)
     clips = FrameClips(
@@ -130,13 +127,11 @@ def main(options: Options) -> None:
 
     account.merge([clips.account])
     counts = {"videos": len(videos), "refused_videos": len(account.refused)}
+    embed = f"video-jepa embed --videos {' '.join(map(str, options.videos))} --encoder {options.output_dir}/encoder"
     run.finish(
-        {"encoder_fingerprint": encoder.fingerprint, **counts},
-        {"encoder": ("encoder", encoder.config, encoder)},
-        account=account,
-        next=f"video-jepa embed --videos {' '.join(map(str, options.videos))} "
-        f"--encoder {options.output_dir}/encoder --fps {options.fps:g} --output-dir cache/train",
-    )
+        {"encoder_fingerprint": encoder.fingerprint, **counts}, {"encoder": ("encoder", encoder.config, encoder)},
+        account=account, next=f"{embed} --fps {options.fps:g} --output-dir cache/train",
+    )  # fmt: skip
 
 
 def loss_of(outputs: list[Tensor], error: Tensor | None, options: Options, generator: torch.Generator) -> Terms:
@@ -157,19 +152,12 @@ def loss_of(outputs: list[Tensor], error: Tensor | None, options: Options, gener
 
 
 def make_encoder(options: Options) -> FrameEncoder:
-    """A new encoder, or the one to go on from.
-
-    Raises:
-        ConfigurationError: it cannot be built, or does not take frames of this size.
-        UserError: there is no encoder to go on from, or it comes with a configuration that was also given.
-    """
+    """A new encoder, or the one to go on from. Raises `ConfigurationError` and `UserError`."""
     if options.initial_encoder is None:
         encoder = create_encoder(options.encoder)
     else:
-        require(
-            options.encoder == EncoderConfig(),
-            "--initial-encoder brings its own configuration: drop the options --encoder.*",
-        )
+        said = "--initial-encoder brings its own configuration: drop the options --encoder.*"
+        require(options.encoder == EncoderConfig(), said)
         encoder = load_module(options.initial_encoder, "encoder", lambda config: FrameEncoder(EncoderConfig(**config)))
     # What its backbone refuses is said before anything begins.
     encoder.train().embed(torch.zeros(1, 1, 3, *encoder.image_size))

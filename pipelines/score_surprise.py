@@ -36,15 +36,13 @@ from jepa.config import Bounded, Bounds, NotNegative, Positive, PositiveInt
 from jepa.metrics import roc_auc
 from jepa.predictor import Predictor
 from jepa.rivals import Rival, Rivals
-from pipelines.run.artefacts import artefact_fingerprint
 from pipelines.run.caches import require_no_video_in_both
 from pipelines.run.command import UserError, counted, require, run_command
+from pipelines.run.files import read_json
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.models import find_columns, inputs_of, load_predictor, open_cache, windows_for
-from pipelines.run.scoring import BOX, PLACE, SPAN, Scorer, Scores, fit_rivals, ignored_places, score_videos
+from pipelines.run.scoring import BOX, DIGITS, PLACE, SPAN, Scorer, Scores, fit_rivals, ignored_places, score_videos
 from pipelines.run.stages import run_stage
-
-COLUMNS = ("time_s", "energy", "percentile", "change_cosine")
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,9 @@ def main(options: Options) -> None:
     require(bool(options.videos) != bool(options.cache), "give --cache, or --videos to embed first")
     predictor, calibration = load_predictor(options.predictor, device)
     farthest = max(options.horizons, default=0)
-    require(
-        0 < farthest <= calibration.horizon,
-        f"--horizons are {options.horizons}, and the calibration knows what is usual from 1 to {calibration.horizon} "
-        "ticks ahead: give such, or run video-jepa calibrate with a larger horizon",
-    )
+    known = f"the calibration knows what is usual from 1 to {calibration.horizon} ticks ahead"
+    mend = "give such, or run video-jepa calibrate with a larger horizon"
+    require(0 < farthest <= calibration.horizon, f"--horizons are {options.horizons}, and {known}: {mend}")
     ignored = ignored_places(options.ignore_region, predictor) if options.ignore_region else None
     scorer = Scorer(predictor, calibration, options.horizons, ignored, smoothing_s=options.smoothing)
     cache = open_cache(options.cache or embed(options, predictor), predictor)
@@ -122,15 +118,13 @@ def main(options: Options) -> None:
         print(f"{counted(silent, 'video')} without {windows.length} frames in a row: not scored")
     if alarm:
         low, high = alarm.expected(tables.hours)
-        print(
-            f"{counted(tables.events, 'event')} of an energy above {alarm.threshold:.2f} in {60 * tables.hours:.1f} "
-            f"minutes; were they as ordinary as the {60 * alarm.hours:.1f} of {options.normal}, there would be {low} "
-            f"to {high}"
+        events = f"{counted(tables.events, 'event')} of an energy above {alarm.threshold:.2f}"
+        were = (
+            f"were they as ordinary as the {60 * alarm.hours:.1f} of {options.normal}, there would be {low} to {high}"
         )
-    runs = f"--runs {options.predictor} {folder}"
-    print(
-        f"wrote {folder}/{', '.join(tables.writers)}. To see it:\n  video-jepa report {runs} --output-dir runs/report"
-    )
+        print(f"{events} in {60 * tables.hours:.1f} minutes; {were}")
+    print(f"wrote {folder}/{', '.join(tables.writers)}. To see it:")
+    print(f"  video-jepa report --runs {options.predictor} {folder} --output-dir runs/report")
 
 
 def choose_alarm(options: Options, scorer: Scorer, watched: EmbeddingCache) -> Alarm:
@@ -160,7 +154,7 @@ class Tables(ExitStack):
 
     def __init__(self, folder: Path, alarm: Alarm | None, beside: Sequence[str], *, places: Sequence[int]) -> None:
         super().__init__()
-        moment = (*COLUMNS, *PLACE * bool(places))
+        moment = (*DIGITS, *PLACE * bool(places))
         heads = {"surprise.csv": (*moment, *beside), "peaks.csv": ("rank", *moment)}
         if places:
             heads["maps.csv"] = ("rank", *(f"cell_{row}_{column}" for row, column in np.ndindex(*places)))
@@ -210,10 +204,9 @@ def embed(options: Options, predictor: Predictor) -> Path:
     """The cache of the videos in the output folder, in which what is there already is not embedded again."""
     cache, encoder, fps = (options.output_dir / "cache").absolute(), options.encoder, predictor.fps
     if (folder := Path(encoder)).is_dir():  # a published one is known when it has been fetched
-        found, wanted = artefact_fingerprint(folder), predictor.encoder_fingerprint
-        require(
-            found == wanted, f"--encoder {encoder} is encoder {found}, and the predictor's is {wanted}: take that one"
-        )
+        found, wanted = read_json(folder / "config.json").get("fingerprint"), predictor.encoder_fingerprint
+        said = f"--encoder {encoder} is encoder {found}, and the predictor's is {wanted}: take that one"
+        require(found == wanted, said)
         encoder = str(folder.absolute())
     videos = tuple(path.absolute() for path in options.videos)
     given = {"videos": videos, "encoder": encoder, "fps": fps, "image-fps": options.image_fps, "output-dir": cache}

@@ -7,9 +7,8 @@ and predictor learn nothing from it. The videos must still be where they were. L
 `curve.jsonl` and tracker logs. Ctrl-C saves; the same command with --resume goes on.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +21,9 @@ from data.frames import fitting_size, read_frames
 from jepa.config import PositiveInt, Side
 from jepa.diagnostics import floor_std
 from jepa.picture_decoder import PictureDecoder
-from pipelines.run.caches import clips_in_short, require_finite, require_no_video_in_both
+from pipelines.run.caches import learned_from, require_finite
 from pipelines.run.command import run_command
-from pipelines.run.run import Run, step_generator
+from pipelines.run.run import Run
 from pipelines.run.training import OptimizerOptions, RunOptions
 
 CHOSEN_BY = "validation_error"
@@ -62,14 +61,11 @@ def main(options: Options) -> None:
     train, validation = EmbeddingCache(options.train_cache), EmbeddingCache(options.validation_cache)
     provenance, encoder = train.provenance, train.provenance.encoder_fingerprint
     validation.require_same_space(encoder, provenance.fps, train.shape, "the decoder")
-    require_no_video_in_both(train, validation)
+    inputs, sources = learned_from(train, validation)
     size = fitting_size(Path(train.clips[0].key.source), provenance, options.longest_side)
     known, held_out = read_pairs(train, options.frames, size), read_pairs(validation, HELD_OUT_FRAMES, size)
-    run.begin(
-        {"provenance": provenance, "train": clips_in_short(train), "validation": clips_in_short(validation)},
-        f"pictures of {size[0]} x {size[1]}; {len(known.pictures):,} frames of {len(train.clips):,} clips",
-        sources={clip.key.content: clip.key.source for cache in (train, validation) for clip in cache.clips},
-    )
+    seen = f"pictures of {size[0]} x {size[1]}; {len(known.pictures):,} frames of {len(train.clips):,} clips"
+    run.begin(inputs, seen, sources=sources)
     decoder = PictureDecoder(train.shape, size, width=options.width, encoder_fingerprint=encoder)
     flat, pictures = known.embeddings.flatten(0, -2), known.pictures.split(256)
     decoder.mean.copy_(flat.mean(dim=0))
@@ -78,7 +74,7 @@ def main(options: Options) -> None:
     network = run.prepare(decoder, options.optimizer, clip_norm=1.0)
     best = run.keep_best(decoder, CHOSEN_BY)
 
-    for _, batch in run.steps(lambda place: draw_batches(known, options, rank=run.rank, place=place)):
+    for _, batch in run.draws(partial(draw_batch, known, options.batch_size)):
         run.update((network(batch.embeddings) - batch.pictures.float() / 255).square().mean(), {})
         if run.due:
             run.log({CHOSEN_BY: relative_error(decoder, held_out)}, show=(CHOSEN_BY,))
@@ -91,11 +87,10 @@ def main(options: Options) -> None:
 
 
 class Batch(NamedTuple):
-    """Embeddings float32 (B, *tokens, D), frames uint8 (B, 3, H, W), and where the next batch begins."""
+    """Embeddings float32 (B, *tokens, D) and their frames uint8 (B, 3, H, W)."""
 
     embeddings: Tensor
     pictures: Tensor
-    place: dict[str, int]
 
 
 def read_pairs(cache: EmbeddingCache, most: int, size: tuple[int, int]) -> Batch:
@@ -103,15 +98,13 @@ def read_pairs(cache: EmbeddingCache, most: int, size: tuple[int, int]) -> Batch
     most = min(most, cache.frames, max(1, MOST_NUMBERS // int(np.prod(cache.shape))))
     rows = cache.rows[np.linspace(0, cache.frames - 1, most).astype(int)]
     embeddings = require_finite(cache, torch.from_numpy(cache.take(rows)))
-    return Batch(embeddings, torch.from_numpy(read_frames(cache, rows, size)), {})
+    return Batch(embeddings, torch.from_numpy(read_frames(cache, rows, size)))
 
 
-def draw_batches(known: Batch, options: Options, *, rank: int, place: dict[str, int]) -> Iterator[Batch]:
-    """Endless pairs drawn uniformly; each batch is a function of seed, step and rank."""
-    for step in count(place.get("step", 0)):
-        generator = step_generator(options.seed, step, rank, torch.device("cpu"))
-        chosen = torch.randint(len(known.embeddings), (options.batch_size,), generator=generator)
-        yield Batch(known.embeddings[chosen], known.pictures[chosen], {"step": step + 1})
+def draw_batch(known: Batch, size: int, generator: torch.Generator) -> Batch:
+    """Pairs drawn uniformly."""
+    chosen = torch.randint(len(known.embeddings), (size,), generator=generator)
+    return Batch(known.embeddings[chosen], known.pictures[chosen])
 
 
 @torch.no_grad()

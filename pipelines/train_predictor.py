@@ -8,9 +8,8 @@ the same command with --resume goes on.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +24,12 @@ from jepa.predictor import Predictor
 from jepa.rollout import rollout
 from jepa.samples import energy_score
 from jepa.sequence import Future, Sequence, line_across
-from pipelines.run.caches import clips_in_short, require_no_video_in_both
+from pipelines.run.caches import learned_from
 from pipelines.run.command import run_command
 from pipelines.run.judging import CHOSEN_BY, calibrate, copying_error, fit_ridge_on, judge, measure_embeddings
 from pipelines.run.memory import require_memory
 from pipelines.run.models import calibration_artefact, find_columns, open_cache, windows_for
-from pipelines.run.run import Run, step_generator
+from pipelines.run.run import Run
 from pipelines.run.training import OptimizerOptions, RunOptions
 
 GROWTH = 0.5
@@ -54,7 +53,7 @@ class Options(RunOptions):
     actions: tuple[str, ...] = ()
     """Columns of both caches that are actions, by name or pattern such as `action_*`; none: video alone."""
     slow_dimension: NotNegativeInt = 0
-    """So many of an embedding's numbers, its last, are copied, not predicted: those that `pretrain` made slow."""
+    """Numbers of an embedding, its last ones, that are copied, not predicted: those that `pretrain` made slow."""
     steps: PositiveInt = 800
     """Optimiser steps."""
     batch_size: PositiveInt = 128
@@ -79,7 +78,7 @@ def main(options: Options) -> None:
         actions=find_columns(train, options.actions), slow=options.slow_dimension,
     )  # fmt: skip
     validation = open_cache(options.validation_cache, predictor)
-    require_no_video_in_both(train, validation)
+    inputs, sources = learned_from(train, validation)
     measure_embeddings(predictor, train)
     context = options.predictor.context
     windows = windows_for(train, predictor, context + options.rollout_steps)
@@ -88,17 +87,14 @@ def main(options: Options) -> None:
     rollouts = max(options.batch_size, math.prod(crop)) * options.rollout_steps
     require_memory(8 * rollouts * network.width * network.depth, f"--batch-size {options.batch_size}")
     ridge = fit_ridge_on(train, held_out, predictor)
-    run.begin(
-        {"provenance": provenance, "train": clips_in_short(train), "validation": clips_in_short(validation)},
-        f"{len(windows):,} windows of {len(train.clips)} clips, validated on {len(validation.clips)} clips",
-        sources={clip.key.content: clip.key.source for cache in (train, validation) for clip in cache.clips},
-    )
+    seen = f"{len(windows):,} windows of {len(train.clips)} clips, validated on {len(validation.clips)} clips"
+    run.begin(inputs, seen, sources=sources)
     losses = run.prepare(Losses(predictor, copying_error(windows, predictor)), options.optimizer, clip_norm=1.0)
     best = run.keep_best(predictor, CHOSEN_BY)
     if not best.metrics:
         best.consider(0, judge(predictor, ridge, held_out)[0])  # copying and ridge regression, before the first step
 
-    for step, batch in run.steps(lambda place: draw_batches(windows, options, crop=crop, rank=run.rank, place=place)):
+    for step, batch in run.draws(partial(draw_batch, windows, options.batch_size, crop)):
         chance, (past, future) = run.generator(step), batch.windows.tensor_split([context], dim=1)
         noise = torch.randn(past.shape, generator=chance, device=past.device)
         past = past + options.input_noise * predictor.change_std * predictor.std * noise
@@ -118,12 +114,10 @@ def main(options: Options) -> None:
         print(said)
         artefacts = {
             "predictor": ("predictor", predictor.description(), predictor),
-            "calibration": calibration_artefact(calibration, predictor, clips_in_short(validation)),
+            "calibration": calibration_artefact(calibration, predictor, inputs["validation"]),
         }
-    evaluate = (
-        f"video-jepa evaluate --cache CACHE_OF_TEST --predictor {options.output_dir} --output-dir runs/evaluation"
-    )
-    run.finish({"encoder_fingerprint": encoder}, artefacts, next=evaluate)
+    evaluate = "video-jepa evaluate --cache CACHE_OF_TEST --output-dir runs/evaluation --predictor"
+    run.finish({"encoder_fingerprint": encoder}, artefacts, next=f"{evaluate} {options.output_dir}")
 
 
 class Batch(NamedTuple):
@@ -135,22 +129,16 @@ class Batch(NamedTuple):
     """float32 (B, context + rollout steps, A), where the predictor takes any."""
     videos: tuple[Path, ...]
     """Videos that the windows are from, each once."""
-    place: dict[str, int]
-    """Where the next batch begins."""
 
 
-def draw_batches(
-    windows: Windows, options: Options, *, crop: list[int], rank: int, place: dict[str, int]
-) -> Iterator[Batch]:
-    """Endless windows drawn uniformly; each batch is a function of seed, step and rank."""
-    for step in count(place.get("step", 0)):
-        generator = step_generator(options.seed, step, rank, torch.device("cpu"))
-        chosen = windows.sample(max(1, options.batch_size // math.prod(crop)), generator)
-        taken = windows.take(chosen)
-        for axis, side in enumerate(crop, start=2):
-            first = torch.randint(taken.shape[axis] - side + 1, (), generator=generator)
-            taken = taken.narrow(axis, int(first), side)
-        yield Batch(taken, windows.actions(chosen), windows.videos(chosen), {"step": step + 1})
+def draw_batch(windows: Windows, size: int, crop: list[int], generator: torch.Generator) -> Batch:
+    """Windows drawn uniformly, of grids cropped ones, so that there are `size` of places."""
+    chosen = windows.sample(max(1, size // math.prod(crop)), generator)
+    taken = windows.take(chosen)
+    for axis, side in enumerate(crop, start=2):
+        first = torch.randint(taken.shape[axis] - side + 1, (), generator=generator)
+        taken = taken.narrow(axis, int(first), side)
+    return Batch(taken, windows.actions(chosen), windows.videos(chosen))
 
 
 def draw_hidden(shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -40,7 +40,7 @@ from pipelines.run.encoders import load_encoder
 from pipelines.run.files import read_json
 from pipelines.run.folder import read_mark
 from pipelines.run.models import load_predictor
-from pipelines.run.scoring import BOX, PLACE, SPAN, Scorer, box_of, ignored_places
+from pipelines.run.scoring import BOX, DIGITS, PLACE, SPAN, Scorer, box_of, ignored_places
 
 AHEAD = 8
 """Ticks that are decoded ahead at most."""
@@ -171,8 +171,7 @@ def lines(moments: Iterable[Scored], threshold: float) -> Iterator[dict[str, Any
                 box = box_of(loudest) if cell else ()
                 alarm = dict(zip((*SPAN, *BOX), (*times, round(stretch.peak.energy, 4), *box), strict=False))
         yield {
-            "time_s": round(moment.time_s, 3), "energy": round(moment.energy, 4),
-            "percentile": round(moment.percentile, 1), "change_cosine": round(moment.change_cosine, 3),
+            **{name: round(getattr(moment, name), digits) for name, digits in DIGITS.items()},
             **dict(zip(PLACE, map(int, cell), strict=False)),
             "alarm": alarm, "latency_s": round(time.monotonic() - moment.seen_s, 3),
         }  # fmt: skip

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from markupsafe import escape
 from plotly.offline import get_plotlyjs
 
@@ -30,8 +30,8 @@ from data.decoder import Damage
 from data.errors import DataError, printable
 from data.film import make_film
 from jepa.config import Bounded, PositiveInt
-from pipelines.run.command import UserError, counted, require, run_command
-from pipelines.run.figures import curve_figures, skill_figure, timeline_figure
+from pipelines.cli import COMMANDS
+from pipelines.run.command import UserError, counted, first_few, require, run_command
 from pipelines.run.files import differences, flat, read_json, to_json, write_text
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.maps import MapKind, map_of
@@ -39,13 +39,7 @@ from pipelines.run.options import as_arguments
 from pipelines.run.report import table
 
 WORDS = {
-    "pretrain_encoder": "pretrain",
-    "train_predictor": "train",
-    "evaluate_rollout": "evaluate",
-    "train_decoder": "train-decoder",
-    "imagine": "imagine",
-    "score_surprise": "surprise",
-    "act": "act",
+    COMMANDS[word]: word for word in ("pretrain", "train", "evaluate", "train-decoder", "imagine", "surprise", "act")
 }
 """Commands whose runs are shown, in this order."""
 MOST_BYTES, FILM_FRAME_BYTES, VIDEO_BYTES = 25_000_000, 7_000, 150_000
@@ -55,12 +49,7 @@ AROUND_S = 5.0
 CURVE_POINTS = 2000
 """Moments of a timeline at most."""
 
-SPAN, MOMENT = ("energy", "begin_s", "end_s"), ("energy", "percentile", "change_cosine")
-"""What tables say of an event and of a peak."""
-
 Row = dict[str, float]
-Jumps = tuple[list[tuple[float, list[float]]], tuple[str, ...]]
-"""Times to jump to with what is said of each, energy first, and the names of that."""
 
 
 @dataclass(frozen=True)
@@ -89,38 +78,16 @@ def main(options: Options) -> None:
         known = record.get("command") in WORDS and record["finished"]
         require(known, f"--runs {folder} holds no finished run of {', '.join(WORDS.values())}: name such folders")
     found.sort(key=lambda run: list(WORDS).index(run[1]["command"]))
-    page: dict[str, Any] = {
-        "runs": [],
-        "curves": [],
-        "skills": [],
-        "maps": [],
-        "dreams": [],
-        "surprises": [],
-        "plans": [],
-    }
-    left = MOST_BYTES - len(script) - 1_000_000  # for all that is neither library nor film
+    names = ("runs", "curves", "skills", "maps", "dreams", "plans", "surprises")
+    page: dict[str, Any] = {name: [] for name in names}
     for folder, record in found:
+        left = MOST_BYTES - len(script) - 1_000_000 - len(json.dumps(to_json(page)))  # and a million for its own words
         with reading(folder):
             page["runs"].append(describe(folder, record))
-            if record["command"] in ("pretrain_encoder", "train_predictor"):
-                page["curves"].append({"folder": folder, **collapse_of(folder)})
-            if record["command"] == "evaluate_rollout":
-                page["skills"].append({"folder": folder, **skill_of(folder)})
-                if (Path(record["options"]["cache"]) / "cache.json").exists():
-                    page["maps"].append(
-                        {"folder": record["options"]["cache"], **map_of(Path(record["options"]["cache"]), options.map)}
-                    )
-                    left -= len(page["maps"][-1]["sheet"]) + VIDEO_BYTES
-            if record["command"] in ("imagine", "act"):
-                part, told = ("dreams", dream_of) if record["command"] == "imagine" else ("plans", plans_of)
-                shown = told(folder, most=left // 3)
-                left -= sum(len(film["data"]) for film in shown["films"])
-                page[part].append({"folder": folder, **shown})
-            if record["command"] == "score_surprise":
-                surprise = surprise_of(folder, record, options.videos, left=left)
-                left -= sum(len(video["film"]) for video in surprise["videos"])
-                page["surprises"].append({"folder": folder, **surprise})
-    text = template.render(page, script=script).encode(errors="backslashreplace").decode()  # names need not be UTF-8
+            for name, part in parts_of(folder, record, options, left=left):
+                page[name].append({"folder": folder} | part)
+    with reading(first_few(options.runs)):
+        text = template.render(page, script=script).encode(errors="backslashreplace").decode()  # names may be no UTF-8
     output.begin({str(folder): record["command"] for folder, record in found})
     write_text(options.output_dir / "report.html", text)
     videos = [video for surprise in page["surprises"] for video in surprise["videos"]]
@@ -136,18 +103,41 @@ def page_template() -> tuple[Any, str]:
     """The page to fill in, and the plotting library that goes into it."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.globals["counted"] = counted
+    environment.filters["number"] = lambda value: "-" if value is None else f"{value:.3f}"  # undefined, or known
     environment.filters["data"] = lambda value: escape(json.dumps(to_json(value)))
     return environment.get_template("report.html"), get_plotlyjs()
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
+def reading(runs: Path | str) -> Iterator[None]:
     """Damage to what a run has left is one line."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, TemplateError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--runs {folder} is not as its run left it ({said}): restore it, or run it again") from error
+        raise UserError(f"--runs {runs} is not as its run left it ({said}): restore it, or run it again") from error
+
+
+def parts_of(
+    folder: Path, record: dict[str, Any], options: Options, *, left: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the page shows of a run, with the names of the parts, in `left` bytes."""
+    match record["command"]:
+        case "pretrain_encoder" | "train_predictor":
+            lines = (folder / "curve.jsonl").read_text().splitlines()
+            yield "curves", {"curve": [*map(json.loads, lines)], "metrics": read_json(folder / "metrics.json")}
+        case "evaluate_rollout":
+            results = read_json(folder / "rollout.json")
+            yield "skills", {"results": results, "text": table(results)}
+            if ((cache := Path(record["options"]["cache"])) / "cache.json").exists():
+                yield "maps", {"folder": cache} | map_of(cache, options.map)
+        case "imagine":
+            yield "dreams", dream_of(folder, most=left // 3)
+        case "act":
+            yield "plans", plans_of(folder, most=left // 3)
+        case "score_surprise":
+            yield "surprises", surprise_of(folder, record, options.videos, left=left)
 
 
 def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -171,12 +161,10 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 def command_line(record: dict[str, Any]) -> str:
     """The command that a run was started by, with the options that are not the default."""
     kind = import_module(f"pipelines.{record['command']}").Options
-    defaults = {
+    defaults = to_json({
         one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(kind)
-    }
-    changed = differences(
-        to_json(defaults), to_json(defaults) | record["options"] | {"overwrite": False, "resume": False}
-    )
+    })  # fmt: skip
+    changed = differences(defaults, defaults | record["options"] | {"overwrite": False, "resume": False})
     given = {name: now for name, _, now in changed if not (now is None or now is False)}
     return shlex.join(["video-jepa", WORDS[record["command"]], *as_arguments(given)])
 
@@ -186,28 +174,6 @@ def account_of(folder: Path) -> str:
     known = read_json(folder / "account.json")
     damaged = {path: Damage(**faults) for path, faults in known.pop("damaged").items()}
     return str(Account(found=Counter(known.pop("found")), damaged=damaged, **known))
-
-
-def collapse_of(folder: Path) -> dict[str, Any]:
-    """Curves of a training, and whether it collapsed."""
-    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-    metrics = read_json(folder / "metrics.json")
-    step, alarms = metrics["first_collapse_step"], "; ".join(metrics["collapse_alarms"])
-    said = f"No collapse in {curve[-1]['step']:,} steps." if step is None else f"Collapse at step {step:,}: {alarms}."
-    return {"said": said, "collapsed": step is not None, "figures": curve_figures(curve, step)}
-
-
-def skill_of(folder: Path) -> dict[str, Any]:
-    """Errors of all forecasts relative to copying, by horizon."""
-    results = read_json(folder / "rollout.json")
-    useful = results["useful_horizon"]["model"]
-    for records in (*results["predictors"].values(), results["truth"]):  # null is what could not be computed
-        records[:] = [{name: math.nan if value is None else value for name, value in row.items()} for row in records]
-    said = f"The forecast is better than the mean for {'> ' * useful['exceeds_longest']}{useful['time_s']:.3g} s, of"
-    return {
-        "said": f"{said} {counted(results['windows'], 'rollout')}; intervals: {results['interval']}.",
-        "figure": skill_figure(results), "results": results, "text": table(results),
-    }  # fmt: skip
 
 
 def dream_of(folder: Path, most: int) -> dict[str, Any]:
@@ -249,7 +215,7 @@ def surprise_of(folder: Path, record: dict[str, Any], most: int, *, left: int) -
     names = ("surprise", "peaks", "maps", "events")
     moments, peaks, maps, events = (read_table(folder / f"{name}.csv") for name in names)
     order = sorted(moments, key=lambda video: -max(row["energy"] for row in moments[video]))
-    order, others = order[:most], len(order) - most
+    order = order[:most]
     left -= VIDEO_BYTES * len(order)
     inputs, metrics = record["inputs"], read_json(folder / "metrics.json")
     shape = inputs["provenance"]["columns"]["embeddings"]["shape"]
@@ -258,38 +224,29 @@ def surprise_of(folder: Path, record: dict[str, Any], most: int, *, left: int) -
         # Clocks may share a frame: it is as surprising as it is to the more surprised of them.
         highest = {row["time_s"]: row for row in sorted(moments[name], key=lambda row: row["energy"])}
         rows, its_events = sorted(highest.values(), key=lambda row: row["time_s"]), events.get(name, [])
-        tables = {"Event": jumps(its_events, "peak_s", SPAN), "Peak": jumps(peaks[name], "time_s", MOMENT)}
+        energies = {row["peak_s"]: row["energy"] for row in its_events}
+        energies |= {row["time_s"]: row["energy"] for row in peaks[name]}
         share = (left - sum(len(video["film"]) for video in videos)) // (len(order) - number)
-        film = film_of(name, tables, inputs, length_s=rows[-1]["time_s"], most=share)
-        its_maps = [{"time_s": peak["time_s"], "cells": [value for name, value in cells.items() if name != "rank"]}
-                    for peak, cells in zip(peaks[name], maps.get(name, []), strict=bool(maps))]  # fmt: skip
+        film = film_of(name, energies, inputs, length_s=rows[-1]["time_s"], most=share)
+        cells = [[value for name, value in row.items() if name != "rank"] for row in maps.get(name, [])]
         parts = np.array_split(np.arange(len(rows)), min(CURVE_POINTS, len(rows)))
         shown = [max((rows[place] for place in part), key=lambda row: row["energy"]) for part in parts]
         videos.append({
-            "name": name, "jumps": tables, **film, "events": its_events, "maps": its_maps,
+            "name": name, **film, "events": its_events, "peaks": peaks[name], "maps": cells,
             "moments": {column: [row[column] for row in shown] for column in shown[0]},
-            "figure": timeline_figure(shown, peaks[name], its_events, metrics["threshold"]),
         })  # fmt: skip
-    events_said = "" if metrics["events"] is None else (
-        f" {counted(metrics['events'], 'event')} of an energy above {metrics['threshold']:.2f}."
-    )  # fmt: skip
-    more = f" Shown are the {len(videos)} with the highest." if others > 0 else ""
-    said = f"Energy in {counted(len(moments), 'video')}: mean {metrics['mean_energy']:.2f}, of ordinary video 1."
-    return {"said": said + events_said + more, "videos": videos, "grid": shape[:2] if len(shape) == 3 else []}
+    return {"metrics": metrics, "videos": videos, "grid": shape[:2] if len(shape) == 3 else []}
 
 
-def jumps(rows: list[Row], time: str, columns: tuple[str, ...]) -> Jumps:
-    """A table whose rows lead to a time."""
-    return [(row[time], [row[column] for column in columns]) for row in rows], columns
+def film_of(name: str, energies: dict[float, float], inputs: Any, *, length_s: float, most: int) -> dict[str, Any]:
+    """The film of a video in base64, empty where there is none, its spans if it is not whole, and a remark.
 
-
-def film_of(name: str, tables: dict[str, Jumps], inputs: Any, *, length_s: float, most: int) -> dict[str, Any]:
-    """The film of a video in base64, empty where there is none, its spans if it is not whole, and a remark."""
+    If it is not, it is of what is around the times with the highest energies.
+    """
     provenance, offsets_s = inputs["provenance"], inputs["offsets_s"]
     rate = provenance["fps"] * len(offsets_s)
     spans, said = [(0.0, math.inf)], ""
     if length_s * rate * FILM_FRAME_BYTES > most:
-        energies = {time_s: row[0] for rows, _ in tables.values() for time_s, row in rows}
         kept = sorted(energies, key=lambda time_s: -energies[time_s])
         kept = kept[: max(1, int(most / (2 * AROUND_S * rate * FILM_FRAME_BYTES)))]
         spans = [(max(0.0, time_s - AROUND_S), time_s + AROUND_S) for time_s in kept]

@@ -175,8 +175,7 @@ def test_another_encoder_is_refused_and_finished_results_are_kept(judge, tmp_pat
     monkeypatch.setattr(evaluate_rollout, "write_table", full)
     with pytest.raises(OSError, match="No space"):
         judge([40], windows=3, overwrite=True)
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
-    assert json.loads((tmp_path / "out" / "rollout.json").read_text()) == results
+    assert json.loads((tmp_path / "out" / ".replaced" / "rollout.json").read_text()) == results
 
 
 @pytest.mark.parametrize(

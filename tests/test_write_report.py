@@ -105,26 +105,16 @@ def test_numbers_are_those_of_the_files(world, page):
     assert video["grid"] == [2, 4]
     tops, maps = (read_rows(world / "surprise" / f"{name}.csv") for name in ("peaks", "maps"))
     cells = [[float(value) for name, value in row.items() if name.startswith("cell")] for row in maps]
-    assert [(one["time_s"], one["cells"]) for one in video["maps"]] == [
-        (float(row["time_s"]), one) for row, one in zip(tops, cells, strict=True)
-    ]
+    assert video["maps"] == cells
+    assert [{name: float(row[name]) for name in row if name != "video"} for row in tops] == video["peaks"]
     assert [divmod(np.argmax(one), 4) for one in cells] == [(int(row["row"]), int(row["column"])) for row in tops]
-    figures = {figure["title"].partition(",")[0]: figure["data"] for figure in page.data("data-figure")}
-    _, energy, peaks = figures[""]
-    assert energy["y"] == video["moments"]["energy"]
-    assert peaks["x"] == [float(row["time_s"]) for row in tops]
-    curve = [json.loads(line) for line in (world / "encoder" / "curve.jsonl").read_text().splitlines()]
-    ranks = {line["name"].replace(" ", "_"): line for line in figures["Effective rank: 1 is collapse"]}
-    assert {name for name in curve[0] if name.endswith("_rank")} == ranks.keys()
-    for name, line in ranks.items():
-        assert (line["x"], line["y"]) == ([entry["step"] for entry in curve], [entry[name] for entry in curve])
-    forecasts = read_json(world / "evaluation" / "rollout.json")["predictors"]
-    skill = figures["Error relative to copying the last embedding"]
-    assert [line["name"].replace(" ", "_") for line in skill[::2]] == list(forecasts)
-    for line, band, records in zip(skill[::2], skill[1::2], forecasts.values(), strict=True):
-        assert line["y"] == [record["relative_to_copy_last"] for record in records]
-        low, high = ([record[f"relative_to_copy_last_{end}"] for record in records] for end in ("low", "high"))
-        assert band["y"] == high + low[::-1]
+    curves = [
+        [json.loads(line) for line in (world / name / "curve.jsonl").read_text().splitlines()]
+        for name in ("encoder", "predictor")
+    ]
+    assert page.data("data-curve") == curves
+    assert "".join(page.text).count("No collapse in 4 steps.") == 2
+    assert page.data("data-skill") == [read_json(world / "evaluation" / "rollout.json")["predictors"]]
     dreams = read_json(world / "imagined" / "imagined.json")
     shown = [{name: film[name] for name in ("times_s", "nearest")} for film in dreams["films"]]
     assert [{name: one[name] for name in ("times_s", "nearest")} for one in page.data("data-dream")] == shown
@@ -234,10 +224,10 @@ def test_a_film_shows_each_frame_of_the_clocks_at_its_own_time(encode_video, tmp
 def test_of_a_long_video_what_is_around_its_highest_moments_is_shown(encode_video, tmp_path):
     path = encode_video(tmp_path / "long.mp4", 600, rate=10)
     inputs = {"provenance": {"fps": 10, "image_fps": 25}, "offsets_s": [0]}
-    tables = {"Event": ([(20.0, [1.0])], ()), "Peak": ([(2.0, [3.0]), (40.0, [2.0]), (20.0, [1.0])], ())}
-    whole = film_of(str(path), tables, inputs, length_s=60, most=600 * 7000)
+    energies = {20.0: 1.0, 2.0: 3.0, 40.0: 2.0}
+    whole = film_of(str(path), energies, inputs, length_s=60, most=600 * 7000)
     assert (whole["spans"], whole["said"]) == ([], "")
-    part = film_of(str(path), tables, inputs, length_s=60, most=200 * 7000)
+    part = film_of(str(path), energies, inputs, length_s=60, most=200 * 7000)
     assert part["spans"] == [(0, 7), (35, 45)]
     assert part["said"].startswith("only 5 s around 2 moments")
     with av.open(io.BytesIO(base64.b64decode(part["film"]))) as film:
@@ -264,6 +254,10 @@ def test_what_cannot_be_shown_is_refused_in_one_line(world, tmp_path):
         (broken / name).write_bytes((world / "evaluation" / name).read_bytes())
     (broken / "rollout.json").write_text('{"predictors": 3}')
     assert "is not as its run left it" in refusal("write_report", f"--runs {broken} {to}")
+    for name in ("run.json", "surprise.csv", "peaks.csv"):
+        (broken / name).write_bytes((world / "surprise" / name).read_bytes())
+    (broken / "metrics.json").write_text('{"events": null, "threshold": null, "videos": 1, "mean_energy": "high"}')
+    assert f"--runs {broken} is not as its run left it (TypeError" in refusal("write_report", f"--runs {broken} {to}")
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +283,28 @@ def test_a_browser_shows_the_page_without_an_error(world, browser, width, scheme
     assert browser.run("return document.documentElement.scrollWidth") <= width
     assert browser.run("return document.title") == "video-jepa report"  # the name is hostile
     assert browser.errors == []
+
+
+def test_what_is_drawn_is_what_the_files_say(world, browser):
+    browser.open(world / "report" / "report.html")
+    figures = browser.run("""
+        const names = ['.skill', '.timeline', '[aria-label^="Effective rank"]'];
+        const lines = names.map((name) => document.querySelector(name).figure.data);
+        return lines.map((all) => all.map(({name, x, y}) => [name.replaceAll(' ', '_'), x, y]))""")
+    skill, (_, energy, peaks), ranks = figures
+    rows, tops = scored(world), read_rows(world / "surprise" / "peaks.csv")
+    assert energy[1:] == [[float(row[name]) for row in rows] for name in ("time_s", "energy")]
+    assert peaks[1:] == [[float(row[name]) for row in tops] for name in ("time_s", "energy")]
+    curve = [json.loads(line) for line in (world / "encoder" / "curve.jsonl").read_text().splitlines()]
+    assert {name for name in curve[0] if name.endswith("_rank")} == {name for name, *_ in ranks}
+    for name, *line in ranks:
+        assert line == [[entry["step"] for entry in curve], [entry[name] for entry in curve]]
+    forecasts = read_json(world / "evaluation" / "rollout.json")["predictors"]
+    assert [name for name, *_ in skill[::2]] == list(forecasts)
+    for line, band, records in zip(skill[::2], skill[1::2], forecasts.values(), strict=True):
+        assert line[2] == [record["relative_to_copy_last"] for record in records]
+        low, high = ([record[f"relative_to_copy_last_{end}"] for record in records] for end in ("low", "high"))
+        assert band[2] == high + low[::-1]
 
 
 def test_a_film_is_scrubbed_by_keys(world, browser):

@@ -79,11 +79,6 @@ def load_module(folder: Path, kind: str, build: Callable[[dict[str, Any]], Modul
         raise UserError(f"{folder}: the {kind} here cannot be loaded ({reason}): copy or make it again") from error
 
 
-def artefact_fingerprint(folder: Path) -> str:
-    """The fingerprint that an artefact says it has, which loading it compares. Raises `UserError`."""
-    return str(read_json(folder / "config.json").get("fingerprint"))
-
-
 def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in a file, as its header says; safetensors compares that with the file's size."""
     with weights.open("rb") as file:

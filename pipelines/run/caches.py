@@ -1,5 +1,7 @@
 """What commands ask of caches, whatever they do with them."""
 
+from typing import Any
+
 from torch import Tensor
 
 from data.cache import EmbeddingCache
@@ -15,6 +17,14 @@ def clips_in_short(cache: EmbeddingCache) -> str:
     return summary(sorted(clip.key[1:] for clip in cache.clips))
 
 
+def learned_from(train: EmbeddingCache, validation: EmbeddingCache) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a run learns from, for its record, and the videos, paths by content. Raises `UserError` if they overlap."""
+    require_no_video_in_both(train, validation)
+    clips = {"train": clips_in_short(train), "validation": clips_in_short(validation)}
+    sources = {clip.key.content: clip.key.source for cache in (train, validation) for clip in cache.clips}
+    return {"provenance": train.provenance, **clips}, sources
+
+
 def require_no_video_in_both(one: EmbeddingCache, other: EmbeddingCache) -> None:
     """What is fitted and judged on the same videos flatters. Raises `UserError`."""
     theirs = {clip.key.content: clip.key.source for clip in other.clips}
@@ -26,10 +36,8 @@ def require_no_video_in_both(one: EmbeddingCache, other: EmbeddingCache) -> None
 
 def require_finite(cache: EmbeddingCache, embeddings: Tensor) -> Tensor:
     """The same embeddings. Raises `UserError` where they are NaN or infinite."""
-    require(
-        bool(embeddings.isfinite().all()),
-        f"{cache.folder} holds embeddings that are not finite: `video-jepa inspect {cache.folder} --verify` says where",
-    )
+    where = f"`video-jepa inspect {cache.folder} --verify` says where"
+    require(bool(embeddings.isfinite().all()), f"{cache.folder} holds embeddings that are not finite: {where}")
     return embeddings
 
 

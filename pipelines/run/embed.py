@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,13 +64,10 @@ class Task:
         ]
 
 
-class Chunk(NamedTuple):
-    """Some consecutive ticks of a video."""
-
-    task: Task
-    windows: list[tuple[np.ndarray, ...]]
-    """Frames that the encoder sees of a tick, each uint8 (3, H, W), the last one the tick's own."""
-    is_last: bool
+Window = tuple[np.ndarray, ...]
+"""Frames that the encoder sees of a tick, each uint8 (3, H, W), the last one the tick's own."""
+Chunk = tuple[Task, list[Window], bool]
+"""Windows of some consecutive ticks of a video, and whether they are its last."""
 
 
 def embed_videos(
@@ -80,10 +76,8 @@ def embed_videos(
 ) -> Iterator[Task]:  # fmt: skip
     """Embed videos, `batch_size` windows at a time, and yield each as it is done, in no particular order.
 
-    The encoder is on the accelerator's device. `bar` counts embeddings.
-
-    Raises:
-        VideoError: with `strict`, a video cannot be read or is damaged; otherwise its task says what was wrong.
+    The encoder is on the accelerator's device. `bar` counts embeddings. Where a video cannot be read or is damaged its
+    task says what was wrong, but with `strict` that is a `VideoError`.
     """
     decode_one = partial(decode, encoder=encoder, fps=fps, image_fps=image_fps, chunk_size=batch_size, strict=strict)
     chunks = stream_ahead(decode_one, tasks, workers=cores_of_this_process(), at_once=2)
@@ -115,7 +109,7 @@ def decode(
 ) -> Iterator[Chunk]:
     """All windows of a video on its clocks, a chunk at a time, so that a video may be longer than memory."""
     offsets_s = [key.offset_s for key in task.keys]
-    waiting: list[tuple[np.ndarray, ...]] = []
+    waiting: list[Window] = []
     last_time_s = -np.inf
     damage = None if strict else task.damage
     try:
@@ -125,7 +119,7 @@ def decode(
         for (_, time_s, tick, clock), window in windows_of(frames, encoder.window, clocks=len(offsets_s)):
             if encoder.window > 1 or time_s > last_time_s:
                 if len(waiting) == chunk_size:
-                    yield Chunk(task, waiting, is_last=False)
+                    yield task, waiting, False
                     waiting = []
                 waiting.append(window)
                 last_time_s = time_s
@@ -137,13 +131,11 @@ def decode(
         if strict:
             raise
         task.refused = str(error)
-    yield Chunk(task, waiting, is_last=True)
+    yield task, waiting, True
 
 
-def windows_of(
-    frames: Iterable[TimedFrame], length: int, *, clocks: int
-) -> Iterator[tuple[TimedFrame, tuple[np.ndarray, ...]]]:
-    """Each tick's frame, and those that the encoder sees of it, the last one its own.
+def windows_of(frames: Iterable[TimedFrame], length: int, *, clocks: int) -> Iterator[tuple[TimedFrame, Window]]:
+    """Each tick's frame, and those that the encoder sees of it.
 
     A window is consecutive ticks of one clock; before the first one, and after a gap, that tick's frame is repeated.
     """

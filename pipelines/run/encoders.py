@@ -39,20 +39,15 @@ TAKEN: dict[str, set[str]] = {
 
 
 def load_encoder(folder: Path) -> Encoder:
-    """The encoder that `pretrain_encoder` or `cache_embeddings` left, in evaluation mode.
-
-    Raises:
-        UserError: there is none, it is damaged, or something else.
-    """
+    """The encoder that `pretrain_encoder` or `cache_embeddings` left, in evaluation mode. Raises `UserError`."""
     return load_module(folder, "encoder", Encoder.build)
 
 
 def find_encoder(name: str, options: PublishedOptions) -> Encoder:
     """The encoder `timm:MODEL`, `hf:MODEL`, or in a folder of ours; in evaluation mode, published ones without a head.
 
-    Raises:
-        ConfigurationError: the encoder cannot be had, or does not take what it is asked for.
-        UserError: the folder holds no encoder, or something is asked for that it does not take.
+    Raises `ConfigurationError` where it cannot be had, and `UserError` where something is asked for that it does not
+    take, or the folder holds no encoder.
     """
     source, _, model = name.partition(":")
     kind = source if source in TAKEN and model else "a folder"
@@ -96,19 +91,15 @@ def keep_encoder(
 ) -> Encoder:
     """Leave a published encoder without a head in a folder, or take the same one that is there.
 
-    So many principal components of `windows`, uint8 (n, window, 3, H, W) each, become its head; none if 0.
-
-    Raises:
-        UserError: the folder holds another encoder.
-        ConfigurationError: there are fewer components than are wanted.
+    So many principal components of `windows`, uint8 (n, window, 3, H, W) each, become its head; none if 0. Raises
+    `UserError` where the folder holds another one, `ConfigurationError` where there are fewer components.
     """
     if (folder / "config.json").exists():
         kept = load_encoder(folder).to(accelerator.device)
         is_same = to_json(kept.config) == to_json(replace(encoder.config, embedding_dimension=components))
-        require(
-            is_same and fingerprint(kept.backbone.state_dict(), {}) == fingerprint(encoder.backbone.state_dict(), {}),
-            f"{folder} holds another encoder than the one asked for: take another --output-dir, or --encoder {folder}",
-        )
+        is_same &= fingerprint(kept.backbone.state_dict(), {}) == fingerprint(encoder.backbone.state_dict(), {})
+        mend = f"take another --output-dir, or --encoder {folder}"
+        require(is_same, f"{folder} holds another encoder than the one asked for: {mend}")
         return kept
     if components:
         bar = tqdm(windows, desc=f"principal components of {FITTED_FRAMES:,} frames", unit="batch", leave=False)

@@ -55,15 +55,9 @@ class ForecastBatch(NamedTuple):
 
 
 class Evaluation:
-    """A predictor and how far to believe it, judged on the windows of a context and a horizon.
+    """A predictor and how far to believe it, judged on windows of its context and the ticks that are forecast.
 
-    Args:
-        predictor: the predictor.
-        calibration: its calibration.
-        windows: of its context and the ticks that are forecast.
-        samples: futures that are drawn for each window, or none.
-        readout: what is read off forecasts.
-        seed: of the samples and of the bootstrap.
+    Of each so many samples are drawn, and what `readout` reads is read off; the seed is theirs and the bootstrap's.
     """
 
     def __init__(
@@ -85,10 +79,8 @@ class Evaluation:
     def run(self, *, most: int = 20_000, resamples: int = 1000) -> dict[str, Any]:
         """All that is said of the predictor, as JSON values; NaN where a number is not defined.
 
-        At most so many windows are forecast, evenly over all.
-
-        Raises:
-            UserError: embeddings are not finite or never change, or the cache lacks a column.
+        At most so many windows are forecast, evenly over all. Raises `UserError` where embeddings are not finite or
+        never change, or the cache lacks a column.
         """
         windows, fps, horizon = self.windows, self.predictor.fps, self.horizon
         indices = windows.evenly(most)
@@ -115,11 +107,11 @@ class Evaluation:
             relative, high = ([row[f"relative_to_mean{end}"] for row in rows] for end in ("", "_high"))
             steps = useful_steps(np.array(relative), np.array(high))
             useful[name] = {"steps": steps, "time_s": steps / fps, "exceeds_longest": steps == horizon}
+        read = self.inverse_dynamics() if self.predictor.actions else {}
         return {
             "fps": fps, "context": self.predictor.config.context, "windows": len(indices),
             "clips": len(windows.cache.clips), "interval": bootstrap.describe(grouped_by), "samples": self.samples,
-            "probe_columns": list(columns), "useful_horizon": useful,
-            "inverse_dynamics": self.inverse_dynamics() if self.predictor.actions else {}, "truth": truth,
+            "probe_columns": list(columns), "useful_horizon": useful, "inverse_dynamics": read, "truth": truth,
             "predictors": records,
         }  # fmt: skip
 
@@ -141,16 +133,13 @@ class Evaluation:
                 pairs[name].append(torch.cat([way[:, :-1], way.diff(dim=1)], dim=-1).cpu())
             done.append(batch.future.actions.cpu())  # type: ignore[union-attr]
         groups = torch.from_numpy(videos).repeat_interleave(self.horizon)
-        seen, actions = (
-            {name: torch.cat(parts).flatten(0, 1) for name, parts in pairs.items()},
-            torch.cat(done).flatten(0, 1),
-        )
+        seen = {name: torch.cat(parts).flatten(0, 1) for name, parts in pairs.items()}
+        actions = torch.cat(done).flatten(0, 1)
         missed = {name: torch.zeros(actions.shape[1], dtype=torch.float64) for name in seen}
         for half in (0, 1):
             mine = groups % 2 == half
-            probe = fit_probe(
-                [(seen["true"][~mine], actions[~mine], groups[~mine] // 2)], tuple(seen["true"].shape[1:])
-            )
+            others = (seen["true"][~mine], actions[~mine], groups[~mine] // 2)
+            probe = fit_probe([others], tuple(seen["true"].shape[1:]))
             for name, one in seen.items():
                 missed[name] += (probe(one[mine]) - actions[mine]).square().sum(dim=0)
         total = (actions - actions.mean(dim=0)).square().sum(dim=0)

@@ -51,10 +51,8 @@ class RunFolder:
         self.has_begun = "inputs" in self.record  # a start that failed protects nothing
         names = {path.name for path in self.path.glob("[!.]*") if path.suffix not in (".log", ".out")}
         others = [] if self.has_begun else sorted(names - BEFORE)
-        require(
-            not others,
-            f"--output-dir {self.path} holds {', '.join(others[:3])}, and no run of {command}: take another one",
-        )
+        said = f"--output-dir {self.path} holds {', '.join(others[:3])}, and no run of {command}: take another one"
+        require(not others, said)
         self.path.mkdir(parents=True, exist_ok=True)
         require_no_links(self.path, (*self.names, self.replaced.name))
         for model in self.path.glob("*/model.safetensors"):
@@ -80,11 +78,9 @@ class RunFolder:
             raise Finished(f"{self.path} is finished: nothing to do")
         for name, was, now in changed:
             more = name == "steps" and now > was
-            require(
-                more or bool(MAY_CHANGE.fullmatch(name)),
-                f"{self.path} was started with {name} = {was}, not {now}: resume with the same options (--steps may be "
-                "raised), or add --overwrite to start again",
-            )
+            mend = "resume with the same options (--steps may be raised), or add --overwrite to start again"
+            said = f"{self.path} was started with {name} = {was}, not {now}: {mend}"
+            require(more or bool(MAY_CHANGE.fullmatch(name)), said)
             if more or name.endswith("learning_rate"):
                 print(f"resuming with {name} = {now} instead of {was}: the learning rate follows the new schedule")
 

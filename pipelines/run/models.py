@@ -33,11 +33,9 @@ def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Pr
     owner = fingerprint(predictor.state_dict(), predictor.description())
 
     def build_calibration(config: dict[str, Any]) -> Calibration:
-        require(
-            config.get("predictor_fingerprint") == owner,
-            f"{folder}/calibration is that of another predictor, or of another version of this program: end "
-            "the training there with --resume, or train anew",
-        )
+        said = f"{folder}/calibration is that of another predictor, or of another version of this program"
+        mend = "end the training there with --resume, or train anew"
+        require(config.get("predictor_fingerprint") == owner, f"{said}: {mend}")
         known = {"predictor_fingerprint", "fitted_on"}
         return Calibration.build(**{name: value for name, value in config.items() if name not in known})
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.run.command import counted
+from pipelines.run.files import to_json
 
 Results = dict[str, Any]
 MEASURES = {
@@ -23,7 +24,7 @@ def write_table(results: Results, path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
-        writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
+        writer.writerows(to_json(rows))
 
 
 def table(results: Results) -> str:
@@ -38,15 +39,15 @@ def table(results: Results) -> str:
         rows = {name: records for name, records in _by_name(results) if measure in records[0]}
         lines += [title] * bool(rows)
         for name, records in rows.items():
-            cells = [f"{records[step - 1][measure]:.3f}".replace("nan", "-") for step in shown]
+            values = to_json([records[step - 1][measure] for step in shown])
+            cells = ["-" if value is None else f"{value:.3f}" for value in values]
             if measure == "relative_to_copy_last":
                 useful = results["useful_horizon"][name]
                 cells.append(f"{'> ' * useful['exceeds_longest']}{useful['time_s']:.3g} s")
             lines.append(_line(name, cells))
     if read := results["inverse_dynamics"]:
-        lines.append(
-            "R² of actions read off two embeddings: " + ", ".join(f"{one} {r2:.3f}" for one, r2 in read.items())
-        )
+        said = ", ".join(f"{one} {r2:.3f}" for one, r2 in read.items())
+        lines.append(f"R² of actions read off two embeddings: {said}")
     return "\n".join(lines)
 
 

@@ -8,8 +8,9 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,14 +37,8 @@ SHARED = 2**32 - 1
 """A rank that there is not, for the random numbers that all of them share."""
 
 
-class Batch(Protocol):
-    """A named tuple of tensors, the first with a row for each sample, and where in the data the next batch begins."""
-
-    @property
-    def place(self) -> dict[str, int]: ...
-
-
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
+AnyBatch = TypeVar("AnyBatch", bound=tuple[Any, ...])
+"""A named tuple of tensors, the first with a row for each sample, and `place`, where the next batch begins, if any."""
 
 
 @dataclass
@@ -192,7 +187,7 @@ class Run:
                 # Dropout and the like: as random as they were, however often the run was interrupted.
                 torch.manual_seed(self.generator(self.step).initial_seed())
                 yield self.step, batch
-                self.progress.place = dict(batch.place)
+                self.progress.place = dict(getattr(batch, "place", {}))
                 self.bar.update()
                 self._after_step()
         finally:
@@ -200,6 +195,15 @@ class Run:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.bar.close()
         ahead.close()  # type: ignore[attr-defined]
+
+    def draws(self, draw: Callable[[torch.Generator], AnyBatch]) -> Iterator[tuple[int, AnyBatch]]:
+        """As `steps`, of batches without a place: each is drawn by the randomness of its step on this rank."""
+
+        def batches(_: dict[str, int]) -> Iterator[AnyBatch]:
+            for step in count(self.step):
+                yield draw(step_generator(self.options.seed, step, self.rank, torch.device("cpu")))
+
+        return self.steps(batches)
 
     def _feed(self, batches: Iterable[AnyBatch]) -> Iterator[AnyBatch]:
         """Batches in memory from which a GPU copies while it computes; for the thread that reads ahead."""

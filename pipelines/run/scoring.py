@@ -75,6 +75,8 @@ class Scorer:
         return energies, change_cosine(expected, seen, last)[:, 0], maps.mean(dim=1)
 
 
+DIGITS = {"time_s": 3, "energy": 4, "percentile": 1, "change_cosine": 3}
+"""What is said of a moment, with how many decimals."""
 SPAN = ("begin_s", "end_s", "peak_s", "energy")
 PLACE, BOX = ("row", "column"), ("first_row", "first_column", "last_row", "last_column")
 """What is said of an event and, of a grid, of the highest cell and of the box around an event's."""
@@ -111,9 +113,9 @@ class Scores:
 
     def as_text(self, place: int) -> list[str]:
         """Time in seconds, energy, percentile, change cosine and, of a grid, the highest cell, as tables have them."""
-        values = (self.times_s, 3), (self.energies, 4), (self.percentiles, 1), (self.cosines, 3)
+        values = zip((self.times_s, self.energies, self.percentiles, self.cosines), DIGITS.values(), strict=True)
         cell = np.unravel_index(self.maps[place].argmax(), self.maps.shape[1:]) if self.maps.ndim > 1 else ()
-        return [f"{value[place]:.{digits}f}" for value, digits in values] + [str(number) for number in cell]
+        return [*(f"{value[place]:.{digits}f}" for value, digits in values), *map(str, cell)]
 
     def event_as_text(self, event: Event) -> list[str]:
         """When it begins, ends and is highest, how high and, of a grid, the box of the cells that are half as high."""
@@ -150,27 +152,20 @@ def score_videos(
         rows = windows.rows(chosen)[:, scorer.moment]
         times_s = cache.take(rows, "times_s")
         chosen, rows, times_s = (part[times_s.argsort(kind="stable")] for part in (chosen, rows, times_s))
-        parts, beside = [], dict[str, list[Tensor]]()
+        parts = []
         for _, taken in in_batches(windows, chosen, device):
-            parts.append([part.cpu() for part in scorer(taken)])
-            for name, part in rivals(scorer.predictor.standardise(taken.embeddings)).items() if rivals else ():
-                beside.setdefault(name, []).append(part.cpu())
-        energies, cosines, maps = (torch.cat(part) for part in zip(*parts, strict=True))
+            simple = rivals(scorer.predictor.standardise(taken.embeddings)) if rivals else {}
+            parts.append([part.cpu() for part in (*scorer(taken), *simple.values())])
+        energies, cosines, maps, *others = (torch.cat(part) for part in zip(*parts, strict=True))
+        named = zip(rivals.names if rivals else (), others, strict=True)
+        beside = {name: trailing_mean(value.numpy(), times_s, scorer.smoothing_s) for name, value in named}
         yield Scores(
-            video=windows.videos(chosen)[0],
-            times_s=times_s,
-            energies=trailing_mean(energies.double().numpy(), times_s, scorer.smoothing_s),
-            percentiles=scorer.ordinary.percentile(energies).numpy(),
-            cosines=cosines.double().numpy(),
-            maps=maps.numpy(),
-            level=scorer.ordinary.level(energies.double()),
+            windows.videos(chosen)[0], times_s, trailing_mean(energies.double().numpy(), times_s, scorer.smoothing_s),
+            percentiles=scorer.ordinary.percentile(energies).numpy(), cosines=cosines.double().numpy(),
+            maps=maps.numpy(), level=scorer.ordinary.level(energies.double()),
             reach_s=(windows.length - 1) / scorer.predictor.fps + scorer.smoothing_s,
-            beside={
-                name: trailing_mean(torch.cat(parts).numpy(), times_s, scorer.smoothing_s)
-                for name, parts in beside.items()
-            }
-            | {name: cache.take(rows, name) for name in columns},
-        )
+            beside=beside | {name: cache.take(rows, name) for name in columns},
+        )  # fmt: skip
 
 
 def trailing_mean(values: np.ndarray, times_s: np.ndarray, seconds: float) -> np.ndarray:
@@ -184,9 +179,8 @@ def trailing_mean(values: np.ndarray, times_s: np.ndarray, seconds: float) -> np
 def fit_rivals(names: tuple[Rival, ...], scorer: Scorer, ordinary: EmbeddingCache) -> Rivals:
     """Simple scores, by what is usual in a cache of ordinary videos."""
     windows, predictor = windows_for(ordinary, scorer.predictor, scorer.length), scorer.predictor
-    chosen = windows.evenly(
-        min(MOST_WINDOWS, max(64, MOST_NUMBERS // (windows.length * int(np.prod(predictor.shape)))))
-    )
+    numbers = windows.length * int(np.prod(predictor.shape))
+    chosen = windows.evenly(min(MOST_WINDOWS, max(64, MOST_NUMBERS // numbers)))
     parts = [predictor.standardise(taken.embeddings) for _, taken in in_batches(windows, chosen, predictor.mean.device)]
     context = predictor.config.context
     return Rivals(names, torch.cat(parts), context=context, ahead=scorer.horizons, ignored=scorer.ignored)
@@ -202,9 +196,8 @@ def ignored_places(picture: Path, predictor: Predictor) -> Tensor:
     white = read_picture(picture, "--ignore-region").mean(axis=2) > 127  # (height, width)
     height, width = white.shape
     said = f"--ignore-region {picture}: {height} x {width} pixels"
-    require(
-        height >= rows and width >= columns, f"{said} are fewer than the {rows} x {columns} places: draw on a frame"
-    )
+    is_enough = height >= rows and width >= columns
+    require(is_enough, f"{said} are fewer than the {rows} x {columns} places: draw on a frame")
     ignored = adaptive_avg_pool2d(torch.from_numpy(white)[None].float(), (rows, columns))[0] > 0.5
     share = f"cover {int(ignored.sum())} of {ignored.numel()} places for the most part"
     require(0 < int(ignored.sum()) < ignored.numel(), f"{said} {share}: white is what is ignored")

@@ -11,14 +11,11 @@ from pipelines.run.command import require
 
 
 def run_stage(command: str, options: dict[str, Any]) -> None:
-    """Show a command and run it, its messages on this screen; Ctrl-C reaches both, and we wait for it to save.
+    """Show a command, a word of `video-jepa`, and run it, its messages on this screen.
 
-    Args:
-        command: a word of `video-jepa`.
-        options: by name, "" for what has none; True for a switch, a tuple for several values; without value none.
-
-    Raises:
-        UserError: it stopped with an error, which it has explained itself.
+    Options come by name, "" for what has none: True for a switch, a tuple for several values, False and () for none.
+    Ctrl-C reaches both, and we wait for it to save. Raises `UserError` where it stopped with an error, which it has
+    explained itself.
     """
     words = [command]
     for name, value in options.items():
