@@ -4,18 +4,18 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from jepa.errors import ConfigurationError
 
 
-class Bounds(NamedTuple):
+class Bounds:
     """The range of a number, in words and as a test; NaN lies in no range."""
 
-    words: str
-    hold: Callable[[float], bool]
+    def __init__(self, words: str, hold: Callable[[float], bool]) -> None:
+        self.words, self.hold = words, hold  # no fields: options are counted by these
 
 
 LARGEST, LARGEST_INT = sys.float_info.max, 2**32 - 1

@@ -152,7 +152,11 @@ def loss_of(outputs: list[Tensor], error: Tensor | None, options: Options, gener
 
 
 def make_encoder(options: Options) -> FrameEncoder:
-    """A new encoder, or the one to go on from. Raises `ConfigurationError` and `UserError`."""
+    """A new encoder, or the one to go on from.
+
+    Raises `ConfigurationError` where it cannot be built, or does not take frames of this size, and `UserError` where
+    there is none to go on from, or it comes with a configuration that was also given.
+    """
     if options.initial_encoder is None:
         encoder = create_encoder(options.encoder)
     else:
