@@ -21,10 +21,9 @@ from benchmarks.driving import RECORDINGS, cut_recording
 from benchmarks.robot import Options as RobotOptions
 from benchmarks.robot import divide
 from data.cache import EmbeddingCache
-from data.windows import group_windows
 from jepa.bootstrap import Bootstrap
 from pipelines.run.command import run_command
-from pipelines.run.evaluation import Evaluation
+from pipelines.run.evaluation import Evaluation, group_windows
 from pipelines.run.models import in_batches, load_predictor, windows_for
 
 SECONDS, NAMES = (1, 2, 3), ("model", "ridge", "copy_last")

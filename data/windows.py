@@ -13,9 +13,6 @@ from torch import Tensor
 
 from data.cache import CacheError, EmbeddingCache
 
-ENOUGH_VIDEOS = 20
-"""Number of videos from which on the bootstrap resamples videos instead of segments of them."""
-
 
 class Windows:
     """All windows of `length` embeddings, numbered through; within a clip in the order of time.
@@ -102,19 +99,3 @@ class Windows:
         if ((indices < 0) | (indices >= len(self))).any():
             raise IndexError(f"there are {len(self)} windows, numbered from 0")
         return np.searchsorted(self._ends, indices, side="right")
-
-
-def group_windows(windows: Windows, indices: np.ndarray) -> tuple[np.ndarray, str]:
-    """Groups of windows to be resampled together.
-
-    Neighbouring frames are nearly equal; to count them one by one would flatter every result. So windows of a video
-    are together or, where there are fewer than `ENOUGH_VIDEOS`, of a segment that is twice as long as a window. Returns
-    int64 (N,), numbered from 0, and what they are: "videos" or "segments of 6 s".
-    """
-    names, videos = np.unique(windows.video_of(indices), return_inverse=True)
-    if len(names) >= ENOUGH_VIDEOS:
-        return videos, "videos"
-    segment_s = 2 * windows.length / windows.cache.provenance.fps
-    segments = windows.cache.take(windows.rows(indices)[:, 0], "times_s") // segment_s
-    _, groups = np.unique(np.stack([videos, segments]), axis=1, return_inverse=True)
-    return groups.ravel(), f"segments of {segment_s:.3g} s"

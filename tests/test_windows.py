@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data.cache import CacheError, Column, EmbeddingCache
-from data.windows import Windows, group_windows
+from data.windows import Windows
+from pipelines.run.evaluation import group_windows
 
 
 @pytest.fixture

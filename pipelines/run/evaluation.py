@@ -14,7 +14,7 @@ from einops import reduce
 from torch import Tensor
 
 from data.cache import EmbeddingCache
-from data.windows import Windows, group_windows
+from data.windows import Windows
 from jepa.bootstrap import Bootstrap, divide, r2, reading_moments, useful_steps
 from jepa.calibration import Calibration
 from jepa.metrics import squared_error
@@ -29,6 +29,8 @@ from pipelines.run.models import find_columns, in_batches
 
 DETAILED, READ_WINDOWS, LIVE_FRAMES, PROBE_FRAMES = 2000, 500, 256, 20_000
 """Most windows for details, to read actions off; frames to see what moves, to fit a probe on."""
+ENOUGH_VIDEOS = 20
+"""Number of videos from which on the bootstrap resamples videos instead of segments of them."""
 REFERENCES = ("copy_last", "ridge", "mean", "shuffled_actions")
 """Forecasts that errors are divided by."""
 Measures = dict[tuple[str, str], Tensor]
@@ -256,3 +258,19 @@ def make_records(
                 relative = divide(resampled, bootstrap.means(other))
                 put(name, f"relative_to_{to}", divide(point, other.mean(axis=0, dtype=float)), relative)
     return records
+
+
+def group_windows(windows: Windows, indices: np.ndarray) -> tuple[np.ndarray, str]:
+    """Groups of windows to be resampled together.
+
+    Neighbouring frames are nearly equal; to count them one by one would flatter every result. So windows of a video
+    are together or, where there are fewer than `ENOUGH_VIDEOS`, of a segment that is twice as long as a window. Returns
+    int64 (N,), numbered from 0, and what they are: "videos" or "segments of 6 s".
+    """
+    names, videos = np.unique(windows.video_of(indices), return_inverse=True)
+    if len(names) >= ENOUGH_VIDEOS:
+        return videos, "videos"
+    segment_s = 2 * windows.length / windows.cache.provenance.fps
+    segments = windows.cache.take(windows.rows(indices)[:, 0], "times_s") // segment_s
+    _, groups = np.unique(np.stack([videos, segments]), axis=1, return_inverse=True)
+    return groups.ravel(), f"segments of {segment_s:.3g} s"
