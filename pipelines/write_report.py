@@ -71,7 +71,6 @@ class Options(Bounded):
 
 def main(options: Options) -> None:
     """Read the runs, cut the films, write the page."""
-    template, script = page_template()
     output = RunFolder(options, "write_report", ("report.html",))
     found = [(folder, read_mark(folder)) for folder in options.runs]
     for folder, record in found:
@@ -79,15 +78,22 @@ def main(options: Options) -> None:
         require(known, f"--runs {folder} holds no finished run of {', '.join(WORDS.values())}: name such folders")
     found.sort(key=lambda run: list(WORDS).index(run[1]["command"]))
     names = ("runs", "curves", "skills", "maps", "dreams", "plans", "surprises")
-    page: dict[str, Any] = {name: [] for name in names}
+    page, script = {name: list[Any]() for name in names}, get_plotlyjs()
     for folder, record in found:
         left = MOST_BYTES - len(script) - 1_000_000 - len(json.dumps(to_json(page)))  # and a million for its own words
         with reading(folder):
             page["runs"].append(describe(folder, record))
             for name, part in parts_of(folder, record, options, left=left):
                 page[name].append({"folder": folder} | part)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.globals["counted"] = counted
+    environment.filters["number"] = lambda value: "-" if value is None else f"{value:.3f}"  # undefined, or known
+    environment.filters["data"] = lambda value: escape(json.dumps(to_json(value)))
     with reading(first_few(options.runs)):
-        text = template.render(page, script=script).encode(errors="backslashreplace").decode()  # names may be no UTF-8
+        text = environment.get_template("report.html").render(page, script=script)
+    text = text.encode(errors="backslashreplace").decode()  # names need not be UTF-8
     output.begin({str(folder): record["command"] for folder, record in found})
     write_text(options.output_dir / "report.html", text)
     videos = [video for surprise in page["surprises"] for video in surprise["videos"]]
@@ -97,16 +103,6 @@ def main(options: Options) -> None:
         if not video["film"]:
             print(printable(f"  no film of {video['name']}: {video['said']}"))
     print(f"wrote {options.output_dir}/report.html, {len(text) / 1e6:.1f} MB, with {counted(films, 'film')}: open it")
-
-
-def page_template() -> tuple[Any, str]:
-    """The page to fill in, and the plotting library that goes into it."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.globals["counted"] = counted
-    environment.filters["number"] = lambda value: "-" if value is None else f"{value:.3f}"  # undefined, or known
-    environment.filters["data"] = lambda value: escape(json.dumps(to_json(value)))
-    return environment.get_template("report.html"), get_plotlyjs()
 
 
 @contextmanager
