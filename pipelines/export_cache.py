@@ -1,10 +1,11 @@
-r"""Take embeddings out of a cache, for other tools, as they are: a table of Parquet, or an array of NumPy.
+r"""Take embeddings out of a cache, for other tools, as they are: a table of Parquet or Lance, or an array of NumPy.
 
   video-jepa export cache/test --to parquet --output-dir exported
 
 parquet, which takes `pip install 'video-jepa[parquet]'`: `embeddings.parquet`, a row for each embedding with video,
 content, time, tick and columns, the embedding as a list of float32, its shape and the cache's provenance in the file's
-metadata. npy: `embeddings.npy`, float32 (rows, *tokens, D), the rest in `rows.csv` and `provenance.json`.
+metadata. lance, which takes `video-jepa[lance]`: the same table as `embeddings.lance`. npy: `embeddings.npy`, float32
+(rows, *tokens, D), the rest in `rows.csv` and `provenance.json`. docs/python.md shows the way back into a cache.
 """
 
 import csv
@@ -12,6 +13,8 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +36,7 @@ class Options(Bounded):
     """The cache."""
     output_dir: Path = Path("exported")
     """Where the files are left; a new or empty folder."""
-    to: Literal["parquet", "npy"] = "parquet"
+    to: Literal["parquet", "lance", "npy"] = "parquet"
     """Kind of the files."""
 
 
@@ -42,7 +45,10 @@ def main(options: Options) -> None:
     cache, folder = EmbeddingCache(options.cache), options.output_dir
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(is_free, f"--output-dir {folder} holds something: take a new folder")
-    (to_parquet if options.to == "parquet" else to_npy)(cache, folder)
+    if options.to == "npy":
+        to_npy(cache, folder)
+    else:
+        to_table(cache, folder, options.to)
     print(f"wrote {folder}: {cache.frames:,} embeddings of shape {cache.shape}")
 
 
@@ -72,21 +78,31 @@ def to_npy(cache: EmbeddingCache, folder: Path) -> None:
     write_json(folder / "provenance.json", cache.provenance)
 
 
-def to_parquet(cache: EmbeddingCache, folder: Path) -> None:
-    """One table, a group of rows for each clip. Raises `UserError` where pyarrow is missing."""
+def to_table(cache: EmbeddingCache, folder: Path, kind: str) -> None:
+    """One table, clip after clip. Raises `UserError` where what writes it is missing."""
     try:
         import pyarrow
-        from pyarrow import parquet
+
+        library = import_module("lance" if kind == "lance" else "pyarrow.parquet")
     except ImportError as error:
-        raise UserError("--to parquet takes pyarrow: pip install 'video-jepa[parquet]', or --to npy") from error
-    said, writer = {"shape": json.dumps(cache.shape), "provenance": json.dumps(to_json(cache.provenance))}, None
+        raise UserError(f"--to {kind} takes more: pip install 'video-jepa[{kind}]', or --to npy") from error
+    said = {"shape": json.dumps(cache.shape), "provenance": json.dumps(to_json(cache.provenance))}
+    tables = (
+        pyarrow.table(
+            columns | {"embedding": pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), math.prod(cache.shape))}
+        ).replace_schema_metadata(said)
+        for columns, embeddings in columns_of(cache)
+    )
+    first = next(tables)  # a cache has clips
     folder.mkdir(parents=True, exist_ok=True)
-    for columns, embeddings in columns_of(cache):
-        lists = pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), math.prod(cache.shape))
-        table = pyarrow.table(columns | {"embedding": lists}).replace_schema_metadata(said)
-        writer = writer or parquet.ParquetWriter(folder / "embeddings.parquet", table.schema)
-        writer.write_table(table)
-    writer.close()  # type: ignore[union-attr]  # a cache has clips
+    if kind == "lance":
+        batches = (batch for table in chain([first], tables) for batch in table.to_batches())
+        reader = pyarrow.RecordBatchReader.from_batches(first.schema, batches)
+        library.write_dataset(reader, folder / "embeddings.lance")
+    else:
+        with library.ParquetWriter(folder / "embeddings.parquet", first.schema) as writer:
+            for table in chain([first], tables):
+                writer.write_table(table)
 
 
 if __name__ == "__main__":

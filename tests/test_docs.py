@@ -90,6 +90,7 @@ def workplace(tmp_path, monkeypatch, make_clip, write_cache, save_model):
     encoder = FrameEncoder(EncoderConfig(image_size=(32, 32), embedding_dimension=5))
     (tmp_path / "runs" / "encoder").mkdir()
     save_artefact(tmp_path / "runs" / "encoder" / "encoder", "encoder", encoder.config, encoder)
+    call("export_cache", f"{cache} --to lance --output-dir exported")
     return tmp_path
 
 
@@ -104,6 +105,13 @@ def test_the_page_on_python_runs(workplace):
     assert names["percentile"].min() >= 0
     assert names["percentile"].max() <= 100
     assert names["vectors"].shape == (4, 5)
+    again = EmbeddingCache(workplace / "cache" / "again")
+    assert again.provenance == names["cache"].provenance
+    assert [clip.key for clip in again.clips] == [clip.key for clip in names["cache"].clips]
+    for ours, theirs in zip(again.clips, names["cache"].clips, strict=True):
+        assert again.clip_embeddings(ours).tobytes() == names["cache"].clip_embeddings(theirs).tobytes()
+        for name in ("times_s", "ticks"):
+            assert again.take(ours.rows, name).tobytes() == names["cache"].take(theirs.rows, name).tobytes()
 
 
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()

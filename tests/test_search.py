@@ -118,20 +118,24 @@ def test_what_is_exported_is_what_is_there_to_the_bit(shape, dtype, tmp_path, ma
         one.columns["embeddings"] = one.columns["embeddings"].astype(dtype)
     column = dict.fromkeys(("speed", "tick"), Column("float64"))
     cache = EmbeddingCache(write_cache(tmp_path / "cache", clips, shape=shape, dtype=dtype, columns=column))
-    for kind in ("npy", "parquet"):
+    for kind in ("npy", "parquet", "lance"):
         call("export_cache", f"{cache.folder} --to {kind} --output-dir {tmp_path}/{kind}")
     rows = read_rows(tmp_path / "npy" / "rows.csv")
-    table = parquet.read_table(tmp_path / "parquet" / "embeddings.parquet")
-    shape = json.loads(table.schema.metadata[b"shape"])
-    embeddings = np.stack(table["embedding"].to_numpy(zero_copy_only=False)).reshape(-1, *shape)
-    wanted = cache.take(cache.rows)
-    assert np.load(tmp_path / "npy" / "embeddings.npy").tobytes() == embeddings.tobytes() == wanted.tobytes()
-    for ours, theirs in {"time_s": "times_s", "tick": "ticks", "speed": "speed", "own_tick": "tick"}.items():
-        values = cache.take(cache.rows, theirs)
-        np.testing.assert_array_equal([float(row[ours]) for row in rows], values)
-        np.testing.assert_array_equal(table[ours].to_numpy(), values)
-    sources = [cache.clips[clip].key.source for clip in cache.clip_of(cache.rows)]
-    assert [row["video"] for row in rows] == table["video"].to_pylist() == sources
-    said = json.loads(table.schema.metadata[b"provenance"])
-    assert said == json.loads((tmp_path / "npy" / "provenance.json").read_text())
-    assert said["encoder_fingerprint"] == cache.provenance.encoder_fingerprint
+    tables = [
+        parquet.read_table(tmp_path / "parquet" / "embeddings.parquet"),
+        pytest.importorskip("lance").dataset(tmp_path / "lance" / "embeddings.lance").to_table(),
+    ]
+    for table in tables:
+        shape = json.loads(table.schema.metadata[b"shape"])
+        embeddings = np.stack(table["embedding"].to_numpy(zero_copy_only=False)).reshape(-1, *shape)
+        wanted = cache.take(cache.rows)
+        assert np.load(tmp_path / "npy" / "embeddings.npy").tobytes() == embeddings.tobytes() == wanted.tobytes()
+        for ours, theirs in {"time_s": "times_s", "tick": "ticks", "speed": "speed", "own_tick": "tick"}.items():
+            values = cache.take(cache.rows, theirs)
+            np.testing.assert_array_equal([float(row[ours]) for row in rows], values)
+            np.testing.assert_array_equal(table[ours].to_numpy(), values)
+        sources = [cache.clips[clip].key.source for clip in cache.clip_of(cache.rows)]
+        assert [row["video"] for row in rows] == table["video"].to_pylist() == sources
+        said = json.loads(table.schema.metadata[b"provenance"])
+        assert said == json.loads((tmp_path / "npy" / "provenance.json").read_text())
+        assert said["encoder_fingerprint"] == cache.provenance.encoder_fingerprint
