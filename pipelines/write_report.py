@@ -36,6 +36,7 @@ from pipelines.run.files import differences, flat, read_json, to_json, write_tex
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.maps import MapKind, map_of
 from pipelines.run.options import as_arguments
+from pipelines.run.recording import import_rerun, write_recording
 from pipelines.run.report import table
 
 WORDS = {
@@ -65,13 +66,16 @@ class Options(Bounded):
     """Videos shown at most, the most surprising first."""
     map: MapKind = "pca"
     """How embeddings are laid out in a plane: by two principal components, or by UMAP (video-jepa[umap])."""
+    rerun: bool = False
+    """Leave the films and timelines as report.rrd, too, for the viewer Rerun (video-jepa[rerun])."""
     overwrite: bool = False
     """Replace the page in the output folder."""
 
 
 def main(options: Options) -> None:
     """Read the runs, cut the films, write the page."""
-    output = RunFolder(options, "write_report", ("report.html",))
+    rerun = import_rerun() if options.rerun else None
+    output = RunFolder(options, "write_report", ("report.html", "report.rrd"))
     found = [(folder, read_mark(folder)) for folder in options.runs]
     for folder, record in found:
         known = record.get("command") in WORDS and record["finished"]
@@ -96,6 +100,8 @@ def main(options: Options) -> None:
     text = text.encode(errors="backslashreplace").decode()  # names need not be UTF-8
     output.begin({str(folder): record["command"] for folder, record in found})
     write_text(options.output_dir / "report.html", text)
+    if rerun is not None:
+        write_recording(rerun, options.output_dir / "report.rrd", page)
     videos = [video for surprise in page["surprises"] for video in surprise["videos"]]
     films = sum(bool(video["film"]) for video in videos)
     output.finish({"bytes": len(text.encode()), "videos": len(videos), "films": films})

@@ -2,7 +2,9 @@ import base64
 import importlib
 import io
 import json
+import re
 import shlex
+import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -19,6 +21,7 @@ from pipelines.cli import COMMANDS
 from pipelines.run.files import read_json, to_json
 from pipelines.run.maps import project
 from pipelines.run.options import parse
+from pipelines.run.recording import import_rerun, write_recording
 from pipelines.write_report import command_line, film_of
 from tests.browser import Browser
 from tests.conftest import read_rows
@@ -199,9 +202,32 @@ def test_by_umap_neighbours_lie_together(world, tmp_path, monkeypatch):
     assert distances[alike].max() < distances[~alike].min()
     assert "UMAP" in said
     assert np.array_equal(project(flat, "umap")[0], places)
+    call("write_report", f"--runs {world}/evaluation --rerun --output-dir {tmp_path}/recorded")
+    assert {"report.html", "report.rrd"} < {path.name for path in (tmp_path / "recorded").iterdir()}
     monkeypatch.setitem(sys.modules, "umap", None)
     given = f"--runs {world}/evaluation --map umap --output-dir {tmp_path}/report"
     assert "--map umap takes umap-learn: pip install 'video-jepa[umap]'" in refusal("write_report", given)
+
+
+def test_a_recording_has_films_with_their_timelines(tmp_path, encode_video, monkeypatch):
+    shown_s = shown_at(0)
+    encode_video(tmp_path / "seen.mp4", shown_s)
+    film = base64.b64encode(make_film(tmp_path / "seen.mp4", fps=8, offsets_s=(0.0,))).decode()
+    moments = {"time_s": [0.5, 0.625], "energy": [1.0, 7.0], "percentile": [50.0, 99.0]}
+    videos = [{"name": HOSTILE, "film": film, "moments": moments}, {"name": "gone", "film": "", "moments": moments}]
+    page = {"surprises": [{"videos": videos}], "dreams": [{"films": [{"video": HOSTILE, "data": film}]}]}
+    write_recording(import_rerun(), tmp_path / "report.rrd", page)
+    told = subprocess.run(
+        [sys.executable, "-m", "rerun", "rrd", "print", "-v", tmp_path / "report.rrd"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    chunks = re.findall(r" with (\d+) rows .+? - /surprise/.+?/(\w+) - data columns", told)
+    assert [name for _, name in chunks] == ["film", *["energy", "percentile"] * 2, "film"], told
+    assert [int(rows) for rows, _ in chunks][1:] == [2, 2, 2, 2, 1]
+    assert int(chunks[0][0]) > 20  # frames that are shown at their times
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    refused = refusal("write_report", f"--rerun --output-dir {tmp_path}/report")
+    assert "--rerun takes rerun-sdk: pip install 'video-jepa[rerun]'" in refused
 
 
 @pytest.mark.parametrize("spans", [((0.0, np.inf),), ((1.0, 2.0), (1.5, 2.2), (3.0, 3.2))])

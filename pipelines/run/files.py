@@ -24,7 +24,7 @@ MARK = "run.json"
 ARTEFACT = ("config.json", "model.safetensors")
 """The files of an artefact."""
 WRITTEN = re.compile(
-    r"(metrics|account|config|rollout|sources|imagined)\.json|report\.html|found\.png|(curve|videos)\.jsonl|film_\d{3}\.mp4"
+    r"(metrics|account|config|rollout|sources|imagined)\.json|report\.(html|rrd)|found\.png|(curve|videos)\.jsonl|film_\d{3}\.mp4"
     r"|(rollout|surprise|peaks|maps|events|found|episodes)\.csv|model\.safetensors|act\.json|episode_\d{5,}\.(mp4|csv)"
     r"|step_\d{8,}\.pt|hparams\.yml|events\.out\.tfevents\..*"
 )
