@@ -123,6 +123,7 @@ def main(options: Options) -> None:
         weighted = {f"weighted_{name}": term for name, term in terms.weighted.items()}
         run.update(terms.loss, {**terms.unweighted, **weighted}, batch.videos)
         if run.due:
+            run.show("views", frames[:8, :2].flatten(0, 1))
             run.log(*diagnose(pretraining, watched), show=("loss", *terms.unweighted))
 
     account.merge([clips.account])

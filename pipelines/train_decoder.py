@@ -77,9 +77,11 @@ def main(options: Options) -> None:
     for _, batch in run.draws(partial(draw_batch, known, options.batch_size)):
         run.update((network(batch.embeddings) - batch.pictures.float() / 255).square().mean(), {})
         if run.due:
+            run.show("true above, decoded below", true_and_decoded(decoder, held_out))
             run.log({CHOSEN_BY: relative_error(decoder, held_out)}, show=(CHOSEN_BY,))
 
     best.restore()
+    run.show("embeddings", held_out.pictures / 255, held_out.embeddings)
     run.finish(
         {"encoder_fingerprint": encoder}, {"decoder": ("picture_decoder", decoder.description(), decoder)},
         next=f"video-jepa imagine --cache CACHE_OF_TEST --decoder {options.output_dir} --output-dir runs/imagined",
@@ -105,6 +107,14 @@ def draw_batch(known: Batch, size: int, generator: torch.Generator) -> Batch:
     """Pairs drawn uniformly."""
     chosen = torch.randint(len(known.embeddings), (size,), generator=generator)
     return Batch(known.embeddings[chosen], known.pictures[chosen])
+
+
+@torch.no_grad()
+def true_and_decoded(decoder: PictureDecoder, held_out: Batch) -> Tensor:
+    """Eight frames, evenly over those held out, above what is decoded of them, in [0, 1] (8, 3, 2 H, W)."""
+    some = torch.linspace(0, len(held_out.pictures) - 1, 8).long()
+    decoded = decoder(held_out.embeddings[some].to(decoder.mean.device)).cpu()
+    return torch.cat([held_out.pictures[some] / 255, decoded], dim=2)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,6 +72,13 @@ def test_an_encoder_is_left_with_all_terms_of_its_loss(options, encoder, objecti
     assert metrics["steps"] == 6
     assert len((options.output_dir / "curve.jsonl").read_text().splitlines()) == 2
     assert len(json.loads((options.output_dir / "account.json").read_text())["read_s"]) == 6
+
+
+def test_tensorboard_shows_the_views(options):
+    main(replace(options, tracker=("tensorboard",)))
+    events = EventAccumulator(str(options.output_dir / "logs" / "pretrain_encoder"), {"images": 0}).Reload()
+    assert events.Tags()["images"] == ["views"]
+    assert [one.step for one in events.Images("views")] == [3, 6]
 
 
 @pytest.mark.parametrize("prediction_weight", [0.0, 2.0])

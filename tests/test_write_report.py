@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.cache import EmbeddingCache
 from data.clock import read_on_clock
@@ -58,7 +59,7 @@ def world(tmp_path_factory, encode_video):
     judge = f"--cache {cache}/test --predictor {folder}/predictor"
     call("evaluate_rollout", f"{judge} --output-dir {folder}/evaluation --horizon 4")
     call("score_surprise", f"{judge} --output-dir {folder}/surprise --normal {cache}/normal --alarms-per-hour 3000")
-    call("train_decoder", f"{caches} --output-dir {folder}/decoder --longest-side 32 {common}")
+    call("train_decoder", f"{caches} --output-dir {folder}/decoder --longest-side 32 {common} --tracker tensorboard")
     given = f"--decoder {folder}/decoder --among {cache}/train --horizon 4 --films 2 --output-dir {folder}/imagined"
     call("imagine", f"{judge} {given}")
     names = ("surprise", "encoder", "predictor", "evaluation", "decoder", "imagined")
@@ -189,6 +190,18 @@ def test_the_map_shows_moments_of_the_cache_with_their_frames(world, page, read_
         thumb = sheet.crop((left, top, left + width, top + height)).resize((80, 32))
         frame = np.abs(shown_at(4) - shown["times_s"][number]).argmin()
         assert read_number(np.asarray(thumb).transpose(2, 0, 1)) == frame
+
+
+def test_tensorboard_shows_what_is_decoded_and_the_embeddings_with_their_pictures(world):
+    logs = world / "decoder" / "logs" / "train_decoder"
+    events = EventAccumulator(str(logs), {"images": 0}).Reload()
+    assert events.Tags()["images"] == ["true above, decoded below"]
+    assert len(events.Images("true above, decoded below")) == 2
+    rows = np.loadtxt(next(logs.rglob("tensors.tsv")))
+    cache = EmbeddingCache(world / "cache" / "val")
+    np.testing.assert_allclose(rows, cache.take(cache.rows).reshape(cache.frames, -1), atol=1e-5)
+    with Image.open(next(logs.rglob("sprite.png"))) as sprite:
+        assert sprite.width == 32 * np.ceil(np.sqrt(cache.frames))
 
 
 @pytest.mark.filterwarnings("ignore")  # of umap-learn's own, such as of TensorFlow, which it finds nowhere

@@ -26,7 +26,7 @@ ARTEFACT = ("config.json", "model.safetensors")
 WRITTEN = re.compile(
     r"(metrics|account|config|rollout|sources|imagined)\.json|report\.(html|rrd)|found\.png|(curve|videos)\.jsonl|film_\d{3}\.mp4"
     r"|(rollout|surprise|peaks|maps|events|found|episodes)\.csv|model\.safetensors|act\.json|episode_\d{5,}\.(mp4|csv)"
-    r"|step_\d{8,}\.pt|hparams\.yml|events\.out\.tfevents\..*"
+    r"|step_\d{8,}\.pt|hparams\.yml|tensors\.tsv|sprite\.png|projector_config\.pbtxt|events\.out\.tfevents\..*"
 )
 """Names of the files that commands write."""
 

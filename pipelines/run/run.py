@@ -17,6 +17,7 @@ import torch
 import torch.distributed as distributed
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data._utils.pin_memory import pin_memory
 from tqdm import tqdm
 
@@ -280,6 +281,17 @@ class Run:
             self.accelerator.log(entry, step=self.step)
             self.bar.set_postfix({name: f"{entry[name]:.4g}" for name in show if name in entry})
         self._count_anew()
+
+    def show(self, name: str, pictures: Tensor, embeddings: Tensor | None = None) -> None:
+        """Pictures (N, 3, H, W) in [0, 1] for TensorBoard, where that is a tracker; with embeddings its projector."""
+        if self.is_main and "tensorboard" in self.options.tracker:
+            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+            pictures = pictures.detach().float().clamp(0, 1).cpu()
+            if embeddings is None:
+                writer.add_images(name, pictures, self.step)
+            else:
+                thumbnails = functional.interpolate(pictures, (32, 32))
+                writer.add_embedding(embeddings.flatten(1), label_img=thumbnails, global_step=self.step, tag=name)
 
     def _count_anew(self) -> None:
         """Rates are those of training and of waiting for data: validation and logging do not count."""
