@@ -140,14 +140,14 @@ def test_recipes_run_word_by_word_in_their_smallest_form(title, tmp_path, monkey
 
 
 def film(folder):
-    """Six recordings of ten seconds in a new folder, with tables; of a microscope twelve images each."""
+    """Six recordings of ten seconds in a new folder, with tables; of a microscope forty images each."""
     for number in range(6):
         draws = np.random.default_rng([number, *folder.name.encode()])
         frames = draws.integers(0, 256, (100, 32, 48, 3), dtype=np.uint8)
         folder.mkdir(parents=True, exist_ok=True)
         if folder.name == "microscope":
             (folder / f"well_{number}").mkdir()
-            for index, frame in enumerate(frames[:12]):
+            for index, frame in enumerate(frames[:40]):
                 Image.fromarray(frame).save(folder / f"well_{number}" / f"{index:04}.png")
         else:
             table = dict(zip(("speed", "action_0", "action_1"), draws.normal(size=(3, 100)), strict=True))
