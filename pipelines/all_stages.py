@@ -9,6 +9,7 @@ and leaves `report/report.html`. Each command that it runs is shown: go on from 
 command goes on.
 """
 
+import math
 import webbrowser
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from pipelines.run.stages import run_stage
 
 HORIZON, ROLLOUT, LEAST = 20, 8, 2
 """Ticks that are forecast, and trained on, at most: as many as the usual video allows; and at least."""
+PAIRS, SURE = 128, 0.8
+"""Pairs of neighbouring frames in a batch of `pretrain`; share of a folder's that are taken for sure to be there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,8 @@ def main(options: Options) -> None:
     require(bool(options.videos), "no videos are given: name folders, or files")
     published, folder = published_options(options), options.output_dir.absolute()
     parts = divide(options, folder / "videos")
-    for command, given in stages(options, folder, published, horizon=usual_horizon(parts, options.fps)):
+    horizon = usual_horizon(parts, options.fps)
+    for command, given in stages(options, folder, published, horizon=horizon, batch=batch_of(parts, options.fps)):
         run_stage(command, given)
     page = folder / "report" / "report.html"
     print(f"\nLook at {page}")
@@ -92,7 +96,7 @@ def published_options(options: Options) -> dict[str, Any]:
 
 
 def stages(
-    options: Options, folder: Path, published: dict[str, Any], *, horizon: int
+    options: Options, folder: Path, published: dict[str, Any], *, horizon: int, batch: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each command and its options; run again, it goes on or is done anew. All paths are absolute."""
     videos = {split: folder / "videos" / f"{split}.jsonl" for split in SPLITS}
@@ -103,7 +107,7 @@ def stages(
         names, encoder = ["encoder", *names], folder / "encoder" / "encoder"
         published = {"encoder": encoder}
         given = {"videos": videos["train"], "output-dir": folder / "encoder", "steps": options.encoder_steps}
-        yield "pretrain", given | clock | again
+        yield "pretrain", given | clock | again | ({"batch-size": batch} if batch < PAIRS else {})
     for cache, taken in ((train, published), (validation, {"encoder": encoder}), (test, {"encoder": encoder})):
         columns = {"columns": (*options.columns, *options.actions), "output-dir": cache}
         yield "embed", {"videos": videos[cache.name]} | taken | clock | columns
@@ -155,6 +159,12 @@ def usual_horizon(parts: dict[str, list[VideoInfo]], fps: float) -> int:
     """Ticks that can be forecast in most videos of each split."""
     usual_s = min(median(video.duration_s for video in part) for part in parts.values())
     return max(LEAST, min(HORIZON, int(usual_s * fps) - MLPConfig().context))
+
+
+def batch_of(parts: dict[str, list[VideoInfo]], fps: float) -> int:
+    """Pairs in a batch: fewer than usual, a power of two, where a folder is so small that it has not as many."""
+    pairs = SURE * sum(video.duration_s * fps - 1 for video in parts["train"])
+    return min(PAIRS, 2 ** int(math.log2(max(2.0, pairs))))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,17 @@ def test_one_command_leads_from_a_folder_to_a_page_and_goes_on(tmp_path, monkeyp
     assert "was begun with other videos (gone: 1, new: 0)" in refusal("all_stages", line)
 
 
+def test_few_images_are_enough_for_smaller_batches(tmp_path, monkeypatch):
+    write_ball_videos(tmp_path / "clips", 3, BallWorld(size=32, radius=3, frames=25, fps=8), seed=1)
+    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(Popen=Here))
+    monkeypatch.setattr(Here, "words", [])
+    monkeypatch.setattr(Here, "dies", 2)
+    with pytest.raises(KeyboardInterrupt):  # after the encoder is trained, in the next command
+        call("all_stages", f"{tmp_path}/clips --output-dir {tmp_path}/runs --fps 8 --encoder-steps 2")
+    assert read_json(tmp_path / "runs" / "encoder" / "run.json")["options"]["batch_size"] == 16
+    assert read_json(tmp_path / "runs" / "encoder" / "run.json")["finished"]
+
+
 def test_slips_are_one_line(tmp_path):
     to = f"--output-dir {tmp_path}/runs"
     assert "no videos are given" in refusal("all_stages", to)
