@@ -64,7 +64,7 @@ def read_table(video: Path) -> tuple[list[str], np.ndarray] | None:
         names, values = _read_numbers(episode.table, episode.number)
         times_s = episode.begin_s + values[:, names.index("frame_index"), None] / fps
         if len(times_s) == 0 or times_s.max() > episode.end_s:
-            raise ValueError(f"{episode.table}: episode {episode.number} has {len(values)} rows, and ends earlier")
+            raise ValueError(f"{episode.table}: episode {episode.number} has {len(values)} rows, not one a frame")
         parts.append(np.concatenate([times_s, values], axis=1))
     if not parts:
         raise ValueError(f"{root / INFO} knows no episode of {video.name}")

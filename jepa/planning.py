@@ -230,7 +230,7 @@ class Tree(Bounded):
         return nodes, costs
 
     def _cells(self, positions: Tensor, side: float) -> list[tuple[int, ...]]:
-        """Of positions (N, A)."""
+        """The cell, `side` wide, in which each of positions (N, A) lies."""
         return [tuple(cell) for cell in (positions / side).floor().int().tolist()]
 
 

@@ -38,7 +38,7 @@ from pipelines.run.encoders import load_encoder
 from pipelines.run.evaluation import fit_readout
 from pipelines.run.files import read_json, write_json
 from pipelines.run.folder import RunFolder
-from pipelines.run.models import load_predictor, open_cache
+from pipelines.run.models import load_predictor, open_cache, owner_of
 from pipelines.run.searching import Search
 
 PAIRS = 20_000
@@ -124,7 +124,10 @@ def main(options: Options) -> None:
     world, folder = open_world(options.env), options.output_dir
     output = RunFolder(options, "act", ("episodes", "films", "act.json", "episodes.csv"))
     mind = load_mind(options, world) if options.predictor or options.encoder or options.cache else None
-    output.begin({"env": options.env})
+    inputs: dict[str, Any] = {"env": options.env}
+    if mind:  # another one must not go on with what this one began
+        inputs |= {"encoder": mind.encoder.fingerprint, "predictors": [*map(owner_of, mind.predictors)]}
+    output.begin(inputs)
     record = folder / "act.json"
     results = read_json(record)["episodes"] if options.resume and record.exists() else []
     for number in tqdm(range(len(results), options.episodes), "acting", unit="episode", leave=False):
@@ -217,9 +220,8 @@ def act(world: World, mind: Mind | None, options: Options, *, seed: int) -> Epis
         actions.append(action)
         picture, info = world.step(action)
     names = [f"action_{number}" for number in range(len(world.low))]
-    table = dict(zip(names, np.array(actions).T, strict=True)) | dict(
-        zip(world.columns, np.array(states).T, strict=True)
-    )
+    columns = (*names, *world.columns), (*np.array(actions).T, *np.array(states).T)
+    table = dict(zip(*columns, strict=True))
     plans, surprises, is_near = (agent.plans, agent.surprises, agent.is_near) if agent else ([], 0, False)
     result = {
         "is_success": bool(info.get("is_success", is_near)), "plans": len(plans), "surprises": surprises,

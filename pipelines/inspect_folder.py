@@ -93,7 +93,7 @@ def inspect_videos(paths: list[Path], options: Options) -> None:
 def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
     """Say what the embeddings are and which videos are not what they were.
 
-    Verified, if asked, they raise `UserError` where a clip is not what was written.
+    With `verify`, raises `UserError` where a clip is not what was written.
     """
     gaps = sum(len(cache.unbroken_runs(clip)) - 1 for clip in cache.clips)
     clips, sources = counted(len(cache.clips), "clip"), {clip.key.source for clip in cache.clips}

@@ -119,10 +119,9 @@ def main(options: Options) -> None:
     if alarm:
         low, high = alarm.expected(tables.hours)
         events = f"{counted(tables.events, 'event')} of an energy above {alarm.threshold:.2f}"
-        were = (
-            f"were they as ordinary as the {60 * alarm.hours:.1f} of {options.normal}, there would be {low} to {high}"
-        )
-        print(f"{events} in {60 * tables.hours:.1f} minutes; {were}")
+        ordinary = f"the {60 * alarm.hours:.1f} of {options.normal}"
+        print(f"{events} in {60 * tables.hours:.1f} minutes; were they as ordinary as {ordinary}, there would be "
+              f"{low} to {high}")  # fmt: skip
     print(f"wrote {folder}/{', '.join(tables.writers)}. To see it:")
     print(f"  video-jepa report --runs {options.predictor} {folder} --output-dir runs/report")
 

@@ -132,7 +132,7 @@ class Batch(NamedTuple):
 
 
 def draw_batch(windows: Windows, size: int, crop: list[int], generator: torch.Generator) -> Batch:
-    """Windows drawn uniformly, of grids cropped ones, so that there are `size` of places."""
+    """Windows drawn uniformly; of grids fewer, each cropped, so that places of all together are `size`."""
     chosen = windows.sample(max(1, size // math.prod(crop)), generator)
     taken = windows.take(chosen)
     for axis, side in enumerate(crop, start=2):

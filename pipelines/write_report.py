@@ -13,7 +13,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
@@ -43,8 +43,8 @@ WORDS = {
     COMMANDS[word]: word for word in ("pretrain", "train", "evaluate", "train-decoder", "imagine", "surprise", "act")
 }
 """Commands whose runs are shown, in this order."""
-MOST_BYTES, FILM_FRAME_BYTES, VIDEO_BYTES = 25_000_000, 7_000, 150_000
-"""Weight of the page, of a frame of a film at worst, in base64, and of the numbers of a video."""
+MOST_BYTES, FILM_FRAME_BYTES, VIDEO_BYTES, CELL_BYTES = 25_000_000, 7_000, 150_000, 10
+"""Weight of the page, of a frame of a film at worst, in base64, of the numbers of a video, and of one of its maps'."""
 AROUND_S = 5.0
 """Of a video that is too long for the page, so much is shown on either side of a moment."""
 CURVE_POINTS = 2000
@@ -83,15 +83,14 @@ def main(options: Options) -> None:
     found.sort(key=lambda run: list(WORDS).index(run[1]["command"]))
     names = ("runs", "curves", "skills", "maps", "dreams", "plans", "surprises")
     page, script = {name: list[Any]() for name in names}, get_plotlyjs()
+    left = MOST_BYTES - len(script) - 1_000_000  # a million for its own words
     for folder, record in found:
-        left = MOST_BYTES - len(script) - 1_000_000 - len(json.dumps(to_json(page)))  # and a million for its own words
         with reading(folder):
-            page["runs"].append(describe(folder, record))
-            for name, part in parts_of(folder, record, options, left=left):
+            for name, part in parts_of(folder, record, options, left):
                 page[name].append({"folder": folder} | part)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+                left -= len(json.dumps(to_json(part)))
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.globals["counted"] = counted
     environment.filters["number"] = lambda value: "-" if value is None else f"{value:.3f}"  # undefined, or known
     environment.filters["data"] = lambda value: escape(json.dumps(to_json(value)))
@@ -121,10 +120,9 @@ def reading(runs: Path | str) -> Iterator[None]:
         raise UserError(f"--runs {runs} is not as its run left it ({said}): restore it, or run it again") from error
 
 
-def parts_of(
-    folder: Path, record: dict[str, Any], options: Options, *, left: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def parts_of(folder: Path, record: dict[str, Any], options: Options, left: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the page shows of a run, with the names of the parts, in `left` bytes."""
+    yield "runs", describe(folder, record)
     match record["command"]:
         case "pretrain_encoder" | "train_predictor":
             lines = (folder / "curve.jsonl").read_text().splitlines()
@@ -135,7 +133,8 @@ def parts_of(
             if ((cache := Path(record["options"]["cache"])) / "cache.json").exists():
                 yield "maps", {"folder": cache} | map_of(cache, options.map)
         case "imagine":
-            yield "dreams", dream_of(folder, most=left // 3)
+            results = read_json(folder / "imagined.json")
+            yield "dreams", results | films_in(folder, results["films"], left // 3)
         case "act":
             yield "plans", plans_of(folder, most=left // 3)
         case "score_surprise":
@@ -153,7 +152,7 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     accounts = {title: account_of(path) for title, path in read.items() if (path / "account.json").is_file()}
     facts = {"seed": options.get("seed"), "steps": options.get("steps"), "commit": record["code"]}
     return {
-        "folder": folder, "word": WORDS[record["command"]], "line": command_line(record), "accounts": accounts,
+        "word": WORDS[record["command"]], "line": command_line(record), "accounts": accounts,
         "facts": {name: value for name, value in facts.items() if value is not None},
         "versions": {"machine": record["machine"], **record["versions"]},
         "inputs": flat(record["inputs"]), "metrics": flat(read_json(folder / "metrics.json")),
@@ -178,12 +177,6 @@ def account_of(folder: Path) -> str:
     return str(Account(found=Counter(known.pop("found")), damaged=damaged, **known))
 
 
-def dream_of(folder: Path, most: int) -> dict[str, Any]:
-    """Films of what was imagined, as many as weigh at most so much in base64."""
-    results = read_json(folder / "imagined.json")
-    return results | films_in(folder, results["films"], most)
-
-
 def plans_of(folder: Path, most: int) -> dict[str, Any]:
     """How often a goal was reached, each episode, and films, as many as weigh at most so much in base64."""
     results = read_json(folder / "act.json")
@@ -202,23 +195,31 @@ def films_in(folder: Path, films: list[dict[str, Any]], most: int) -> dict[str, 
     return {"films": found, "said": f"{counted(left, 'film')} more in {folder}." if left else ""}
 
 
-def read_table(path: Path) -> dict[str, list[Row]]:
-    """Rows of a CSV of numbers, by video; none where there is no such file."""
-    found: dict[str, list[Row]] = {}
+def rows_of(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a CSV, one at a time; none where there is no such file."""
     if path.exists():
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                found.setdefault(row.pop("video"), []).append({name: float(value) for name, value in row.items()})
+            yield from csv.DictReader(file)
+
+
+def read_table(path: Path, videos: Container[str]) -> dict[str, list[Row]]:
+    """Rows of a CSV of numbers by video, of these videos alone: a table may be of thousands."""
+    found: dict[str, list[Row]] = {}
+    for row in rows_of(path):
+        if (video := row.pop("video")) in videos:
+            found.setdefault(video, []).append({name: float(value) for name, value in row.items()})
     return found
 
 
 def surprise_of(folder: Path, record: dict[str, Any], most: int, *, left: int) -> dict[str, Any]:
     """The most surprising videos with films of `left` bytes of base64 at most, their timelines, peaks and events."""
+    tops: dict[str, float] = {}
+    for row in rows_of(folder / "surprise.csv"):
+        tops[row["video"]] = max(float(row["energy"]), tops.get(row["video"], 0.0))
+    order = sorted(tops, key=lambda video: -tops[video])[:most]
     names = ("surprise", "peaks", "maps", "events")
-    moments, peaks, maps, events = (read_table(folder / f"{name}.csv") for name in names)
-    order = sorted(moments, key=lambda video: -max(row["energy"] for row in moments[video]))
-    order = order[:most]
-    left -= VIDEO_BYTES * len(order)
+    moments, peaks, maps, events = (read_table(folder / f"{name}.csv", order) for name in names)
+    left -= VIDEO_BYTES * len(order) + CELL_BYTES * sum(len(row) for rows in maps.values() for row in rows)
     inputs, metrics = record["inputs"], read_json(folder / "metrics.json")
     shape = inputs["provenance"]["columns"]["embeddings"]["shape"]
     videos: list[dict[str, Any]] = []

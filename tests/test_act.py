@@ -161,6 +161,24 @@ def test_interrupted_it_goes_on_after_the_last_whole_episode(tmp_path, monkeypat
     assert len(json.loads((tmp_path / "act/act.json").read_text())["episodes"]) == 3
 
 
+def test_another_predictor_does_not_go_on_with_the_episodes_of_one(runs, tmp_path):
+    given = options(runs, tmp_path, episodes=2, ticks=3, goal_values=("action_0=0",))
+    act.main(replace(given, episodes=1, films=0))
+    mark = tmp_path / "act/run.json"
+    record = json.loads(mark.read_text())
+    record |= {"finished": False, "options": record["options"] | {"episodes": 2, "films": given.films}}
+    (before,) = record["inputs"]["predictors"]
+    mark.write_text(json.dumps(record | {"inputs": record["inputs"] | {"predictors": ["0123"]}}))
+    with pytest.raises(UserError, match=f"began with .*0123.*, which is now .*{before}"):
+        act.main(replace(given, resume=True))
+    assert len(json.loads((tmp_path / "act/act.json").read_text())["episodes"]) == 1
+    mark.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="ticks = 3, not 4: resume with the same options, or add --overwrite"):
+        act.main(replace(given, resume=True, ticks=4))
+    act.main(replace(given, resume=True))
+    assert len(json.loads((tmp_path / "act/act.json").read_text())["episodes"]) == 2
+
+
 def test_an_agent_reaches_a_picture_and_says_how_often(runs, tmp_path, capsys):
     goal = np.zeros((32, 32, 3), np.uint8)
     goal[12:20, 22:29] = 220

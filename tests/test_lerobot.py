@@ -134,7 +134,7 @@ def test_what_is_missing_or_odd_is_named(version_2, version_3, tmp_path, capsys)
         read_sidecar(video, np.arange(3.0), columns=("speed",), tolerance_s=1)
     long = version_2 / f"videos/chunk-000/{CAMERAS[0]}/episode_000000.mp4"
     write_parquet(version_2 / "data/chunk-000/episode_000000.parquet", rows_of(0, 25))
-    with pytest.raises(SidecarError, match="episode 0 has 25 rows, and ends earlier"):
+    with pytest.raises(SidecarError, match="episode 0 has 25 rows, not one a frame"):
         read_sidecar(long, np.arange(3.0), columns=("action_0",), tolerance_s=1)
 
 

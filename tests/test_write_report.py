@@ -23,7 +23,7 @@ from pipelines.run.files import read_json, to_json
 from pipelines.run.maps import project
 from pipelines.run.options import parse
 from pipelines.run.recording import import_rerun, write_recording
-from pipelines.write_report import command_line, film_of
+from pipelines.write_report import command_line, film_of, read_table
 from tests.browser import Browser
 from tests.conftest import read_rows
 from tests.test_commands import call, refusal
@@ -176,6 +176,7 @@ def test_films_of_the_imagined_show_what_came_and_the_nearest_real_frames(world,
 def test_the_map_shows_moments_of_the_cache_with_their_frames(world, page, read_number):
     (shown,) = page.data("data-map")
     cache = EmbeddingCache(world / "cache" / "test")
+    assert [given["value"] for tag, given in page.elements if tag == "option"] == list(shown["colours"])
     assert shown["names"] == [f"{world}/test/{HOSTILE}"] * cache.frames
     assert shown["times_s"] == shown["colours"]["time in its video"] == cache.take(cache.rows, "times_s").tolist()
     embeddings = cache.take(cache.rows).reshape(cache.frames, -1)
@@ -272,6 +273,13 @@ def test_of_a_long_video_what_is_around_its_highest_moments_is_shown(encode_vide
     with av.open(io.BytesIO(base64.b64decode(part["film"]))) as film:
         shown = [float(frame.pts * frame.time_base) for frame in film.decode(video=0)]
     assert shown == [tick / 10 for tick in range(600) if tick < 70 or 350 <= tick < 450]
+
+
+def test_of_a_table_only_the_videos_that_are_shown_are_held(tmp_path):
+    path = tmp_path / "peaks.csv"
+    path.write_text("video,rank,energy\na,1,3.5\nb,1,nan\nb,2,7\na,2,3\n")
+    assert read_table(path, ["a"]) == {"a": [{"rank": 1, "energy": 3.5}, {"rank": 2, "energy": 3}]}
+    assert read_table(tmp_path / "events.csv", ["a"]) == {}
 
 
 def test_what_finds_no_room_is_left_out_and_said(world, tmp_path, monkeypatch, capsys):

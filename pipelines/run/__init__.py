@@ -1,1 +1,1 @@
-"""What commands share: options, the folder, the run of a trainer, the one embedder, tables and figures."""
+"""What commands share: options, the folder, the run of a trainer, the one embedder, tables and the map."""

@@ -59,7 +59,7 @@ class ForecastBatch(NamedTuple):
 class Evaluation:
     """A predictor and how far to believe it, judged on windows of its context and the ticks that are forecast.
 
-    Of each so many samples are drawn, and what `readout` reads is read off; the seed is theirs and the bootstrap's.
+    Of each window `samples` futures are drawn; `readout` reads off forecasts; `seed` is that of samples and bootstrap.
     """
 
     def __init__(

@@ -78,7 +78,8 @@ class RunFolder:
             raise Finished(f"{self.path} is finished: nothing to do")
         for name, was, now in changed:
             more = name == "steps" and now > was
-            mend = "resume with the same options (--steps may be raised), or add --overwrite to start again"
+            raised = " (--steps may be raised)" if hasattr(self.options, "steps") else ""
+            mend = f"resume with the same options{raised}, or add --overwrite to start again"
             said = f"{self.path} was started with {name} = {was}, not {now}: {mend}"
             require(more or bool(MAY_CHANGE.fullmatch(name)), said)
             if more or name.endswith("learning_rate"):
@@ -91,10 +92,8 @@ class RunFolder:
         """
         if self.has_begun and self.resume:
             for name, was, now in differences(self.record["inputs"], to_json(inputs)):
-                raise UserError(
-                    f"{self.path} began with {name} = {was}, which is now {now}{self._others(sources or {})}: "
-                    "resume with the same data, or add --overwrite to start again"
-                )
+                said = f"{self.path} began with {name} = {was}, which is now {now}{self._others(sources or {})}"
+                raise UserError(f"{said}: resume with the same data, or add --overwrite to start again")
         elif self.has_begun:
             # A kill must not leave half of the old run under the mark of the new one.
             write_json(self.path / MARK, {**self.record, "finished": False})

@@ -30,7 +30,7 @@ def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Pr
     Raises `UserError` where they are not there, are damaged, or do not belong together.
     """
     predictor = load_module(folder / "predictor", "predictor", build_predictor)
-    owner = fingerprint(predictor.state_dict(), predictor.description())
+    owner = owner_of(predictor)
 
     def build_calibration(config: dict[str, Any]) -> Calibration:
         said = f"{folder}/calibration is that of another predictor, or of another version of this program"
@@ -41,6 +41,11 @@ def load_predictor(folder: Path, device: torch.device | str = "cpu") -> tuple[Pr
 
     calibration = load_module(folder / "calibration", "calibration", build_calibration)
     return predictor.to(device), calibration.to(device)
+
+
+def owner_of(predictor: Predictor) -> str:
+    """The fingerprint of a predictor, of its weights and its description."""
+    return fingerprint(predictor.state_dict(), predictor.description())
 
 
 def build_predictor(description: dict[str, Any]) -> Predictor:
@@ -55,7 +60,7 @@ def calibration_artefact(
     calibration: Calibration, predictor: Predictor, fitted_on: str
 ) -> tuple[str, dict[str, Any], Calibration]:
     """Kind, configuration and module of a calibration's artefact: whose it is, and on which clips it was fitted."""
-    owner = {"predictor_fingerprint": fingerprint(predictor.state_dict(), predictor.description())}
+    owner = {"predictor_fingerprint": owner_of(predictor)}
     return "calibration", calibration.description() | owner | {"fitted_on": fitted_on}, calibration
 
 
