@@ -89,7 +89,7 @@ def _read_table(video: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], 
             raise OSError("it is no file")  # a pipe would be waited for
         # "-sig": spreadsheets put an invisible mark before the name of the first column.
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, skipinitialspace=True)
             known = reader.fieldnames or []
             clock = "time_s" if "time_s" in known else "frame"
             values = [name for name in known if name not in ("time_s", "frame")]

@@ -18,10 +18,13 @@ def split_videos(videos: Sequence[VideoInfo]) -> dict[str, list[VideoInfo]]:
 
     Neighbours in that order are often parts of one drive or night, which so stay together. Files of one name in several
     folders are one recording, of several cameras; so are, where there are fewer names than folders, those of a folder.
-    Raises `VideoError` where there are fewer than three recordings.
+    Raises `VideoError` where there are fewer than three recordings, or a video lies beside all three folders.
     """
     own = [next((part for part in video.path.parts[::-1] if part in SPLITS), "") for video in videos]
-    if set(own) == set(SPLITS):
+    if {*own, ""} == {*SPLITS, ""}:
+        if "" in own:
+            stray = videos[own.index("")].path
+            raise VideoError(f"{stray} is in none of the folders train, val and test that others are in: move it there")
         return {split: [video for video, its in zip(videos, own, strict=True) if its == split] for split in SPLITS}
     names, folders = {video.path.stem for video in videos}, {video.path.parent for video in videos}
     by_name = len(names) >= len(folders)

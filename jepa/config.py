@@ -15,7 +15,7 @@ class Bounds:
     """The range of a number, in words and as a test; NaN lies in no range."""
 
     def __init__(self, words: str, hold: Callable[[float], bool]) -> None:
-        self.words, self.hold = words, hold  # no fields: options are counted by these
+        self.words, self.hold = words, hold
 
 
 LARGEST, LARGEST_INT = sys.float_info.max, 2**32 - 1

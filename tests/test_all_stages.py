@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from data.errors import VideoError
 from data.manifest import read_manifest
 from data.splits import split_videos
 from data.synthetic import BallWorld, write_ball_videos
@@ -39,6 +40,8 @@ def test_a_recording_is_in_one_split_only():
     assert {split: names(part) for split, part in split_videos(own).items()} == {
         split: [f"{split}/0.mp4", f"{split}/1.mp4"] for split in ("train", "val", "test")
     }
+    with pytest.raises(VideoError, match=r"stray\.mp4 is in none of the folders train, val and test"):
+        split_videos([*own, *videos("stray.mp4")])
 
 
 class Here:

@@ -24,6 +24,7 @@ NAN = np.nan
         (TABLE, [0.04, 0.06, 0.2, 0.45, 0.5, 0.75, 0.0], 0.25, [10, 11, 12, 12, 13, 13, 10]),
         ("time_s,speed\n0.5,7\n", [0.4, 0.5, 0.6], 0.11, [7, 7, 7]),  # a single row serves both sides
         ("time_s,speed\n0.5,7\n0.0,5\n0.2,6\n", [0.0, 0.21, 0.5], 0.1, [5, 6, 7]),  # in no order
+        ("time_s, speed\n0.5, 7\n", [0.5], 0.1, [7]),  # a blank after each comma
         # Before its first row, after its last one, and where it pauses, a table says nothing.
         ("time_s,speed\n1.0,5\n1.1,6\n2.0,7\n", [0.0, 0.9, 1.06, 1.5, 1.9, 2.3], 0.125, [NAN, 5, 6, NAN, 7, NAN]),
     ],
