@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.errors import VideoError
 
@@ -56,6 +56,8 @@ def read_picture(path: Path, option: str) -> np.ndarray:
     """The picture that an option names, uint8 (height, width, 3). Raises `VideoError` where it cannot be read."""
     try:
         return read_image(path)
+    except UnidentifiedImageError as error:
+        raise VideoError(f"{option} {path}: not a readable picture: give one of {', '.join(FORMATS)}") from error
     except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
         reason = getattr(error, "strerror", None) or error
         raise VideoError(f"{option} {path}: not a readable picture ({reason})") from error

@@ -1,6 +1,8 @@
 """Worlds to act in: the two rooms, and any environment of gymnasium that draws pictures."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -60,42 +62,70 @@ class GymWorld:
         try:
             self.env: Any = gymnasium.make(name, render_mode="rgb_array")
         except Exception as error:  # of the environment's own making
-            reason = " ".join(str(error).split()) or repr(error)
-            raise WorldError(f"world {name}: gymnasium cannot make it ({reason:.200})") from error
+            raise WorldError(f"world {name}: gymnasium cannot make it ({_reason(error)})") from error
         space = self.env.action_space
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
+        is_row = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0
+        if not is_row or not space.is_bounded():
             raise WorldError(f"world {name} takes actions of {space}: they must be bounded numbers in a row")
-        self.low, self.high = space.low.astype(float), space.high.astype(float)
-        self.fps = float(self.env.metadata.get("render_fps") or 10)
+        self.name, self.low, self.high = name, space.low.astype(float), space.high.astype(float)
+        rate = self.env.metadata.get("render_fps") or 10
+        if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise WorldError(f"world {name} has render_fps = {rate!r}: it must be pictures per second")
+        self.fps = float(rate)
+        self.shape: tuple[int, ...] = ()  # of the pictures of this episode
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
         """A new episode."""
-        _, info = self.env.reset(seed=seed)
+        with self._said("begin anew"):
+            _, info = self.env.reset(seed=seed)
+        self.shape = ()
         return self._picture(), _known(info)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """What comes of an action; whether the episode is over for the environment makes no difference."""
-        _, _, _, _, info = self.env.step(action.astype(self.env.action_space.dtype))
+        with self._said("take a step"):
+            _, _, _, _, info = self.env.step(action.astype(self.env.action_space.dtype))
         return self._picture(), _known(info)
 
     def _picture(self) -> np.ndarray:
-        try:
+        with self._said("be drawn"):
             picture = np.asarray(self.env.render())
-        except Exception as error:  # of the environment's own making, such as a library that is not installed
-            raise WorldError(f"{self.env} cannot be drawn ({' '.join(str(error).split()):.200})") from error
         if not _is_picture(picture):
-            raise WorldError(f"{self.env} draws no picture, but {picture.dtype} {picture.shape}")
-        return picture.astype(np.uint8)
+            what = f"{picture.dtype} {picture.shape}"
+            raise WorldError(f"world {self.name} draws no picture, but {what}: it must be uint8 (H, W, 3)")
+        if self.shape not in ((), picture.shape):
+            changed = f"{self.shape} and then {picture.shape}"
+            raise WorldError(f"world {self.name} draws pictures {changed} in one episode: they must be of one size")
+        self.shape = picture.shape
+        return picture.copy()  # it may draw the next one into the same memory
+
+    @contextmanager
+    def _said(self, what: str) -> Iterator[None]:
+        """An error of the environment's own making, such as a library that is not installed, is one line."""
+        try:
+            yield
+        except Exception as error:
+            raise WorldError(f"world {self.name} cannot {what} ({_reason(error)}): mend it, or take another") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of whatever kind in one line."""
+    return f"{' '.join(str(error).split()) or repr(error):.200}"
 
 
 def _is_picture(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == 3 and value.shape[2] == 3
+    """RGB uint8 (H, W, 3): of other numbers nobody knows what is white."""
+    shown = isinstance(value, np.ndarray) and value.ndim == 3 and value.shape[2] == 3 and value.size > 0
+    return shown and value.dtype == np.uint8
 
 
-def _known(info: dict[str, Any]) -> dict[str, Any]:
+def _known(info: Any) -> dict[str, Any]:
     """What a `World` may say: environments use the same words for other things, such as a goal that is a position."""
-    known = {"goal": info["goal"]} if _is_picture(info.get("goal")) else {}
-    return known | ({"is_success": bool(info["is_success"])} if "is_success" in info else {})
+    said = info if isinstance(info, dict) else {}
+    known = {"goal": said["goal"]} if _is_picture(said.get("goal")) else {}
+    success = np.asarray(said.get("is_success"))
+    is_one = success.size == 1 and success.dtype.kind in "biuf"
+    return known | ({"is_success": bool(success.item())} if is_one else {})
 
 
 def open_world(name: str) -> World:

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.cache import EmbeddingCache
+from data.errors import DataError, printable
 from data.frames import read_frames
 from data.picture import read_picture
 from data.synthetic import write_table, write_video
@@ -79,7 +80,7 @@ class Options(Bounded):
     seed: NotNegativeInt = 0
     """Seed of the first episode; each has one of its own."""
     resume: bool = False
-    """Go on after the last episode of an interrupted run."""
+    """Go on after the last episode of an interrupted run or, with more episodes, of a finished one."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     planner: Planner = field(default_factory=Tree)
@@ -98,6 +99,12 @@ class Mind(NamedTuple):
     """The cache, for the real frames nearest to what is imagined."""
     convert: FrameConverter
     """Resizes pictures as frames of videos are resized."""
+    goal: np.ndarray | None
+    """A picture, RGB uint8 (H, W, 3), where one is given; else the world's own is the goal."""
+
+    def goal_in(self, info: dict[str, Any]) -> np.ndarray | None:
+        """The picture to reach in an episode of which a world says this."""
+        return info.get("goal") if self.goal is None else self.goal
 
     def embed(self, picture: np.ndarray) -> Tensor:
         """The embedding (*tokens, D) of a picture, RGB uint8 (H, W, 3)."""
@@ -123,13 +130,17 @@ def main(options: Options) -> None:
     require(not (options.goal and options.goal_values), "--goal and --goal-values are two goals: give one of them")
     world, folder = open_world(options.env), options.output_dir
     output = RunFolder(options, "act", ("episodes", "films", "act.json", "episodes.csv"))
-    mind = load_mind(options, world) if options.predictor or options.encoder or options.cache else None
+    plans = options.predictor or options.encoder or options.cache or options.goal or options.goal_values
+    mind = load_mind(options, world) if plans else None
+    _, info = world.reset(options.seed)  # what cannot be drawn, or shows no goal, begins no run
+    if mind:
+        make_agent(mind, info, options, seed=options.seed)
+    record = folder / "act.json"
+    results = read_results(record) if options.resume and record.exists() else []
     inputs: dict[str, Any] = {"env": options.env}
     if mind:  # another one must not go on with what this one began
         inputs |= {"encoder": mind.encoder.fingerprint, "predictors": [*map(owner_of, mind.predictors)]}
     output.begin(inputs)
-    record = folder / "act.json"
-    results = read_json(record)["episodes"] if options.resume and record.exists() else []
     for number in tqdm(range(len(results), options.episodes), "acting", unit="episode", leave=False):
         episode = act(world, mind, options, seed=options.seed + number)
         path = folder / "episodes" / f"episode_{number:05}.mp4"
@@ -137,7 +148,10 @@ def main(options: Options) -> None:
         write_video(path, episode.pictures, world.fps)
         write_table(path.with_suffix(".csv"), episode.table, world.fps)
         if mind and number < options.films and len(episode.imagined):
-            write_film(folder / "films" / path.name, episode, mind.among)
+            try:
+                write_film(folder / "films" / path.name, episode, mind.among)
+            except DataError as error:  # such as of videos that are gone: what happened is there, all the same
+                tqdm.write(printable(f"no film of episode {number}: {error}"))
         results.append({"episode": number, **episode.result})
         write_json(record, in_short(results) | {"episodes": results})
     with (folder / "episodes.csv").open("w", newline="") as file:
@@ -154,6 +168,19 @@ def main(options: Options) -> None:
               f"--fps {world.fps:g} --output-dir cache/train")  # fmt: skip
 
 
+def read_results(record: Path) -> list[dict[str, Any]]:
+    """What is known of the episodes so far. Raises `UserError` where it is damaged."""
+    results: Any = read_json(record).get("episodes")
+    wanted = {"is_success": bool, "plans": int, "surprises": int, "seconds": float}
+    is_whole = isinstance(results, list) and all(
+        isinstance(one, dict) and one.keys() == {"episode", *wanted} and one["episode"] == number
+        and all(isinstance(one[name], kind) for name, kind in wanted.items())
+        for number, one in enumerate(results)
+    )  # fmt: skip
+    require(is_whole, f"{record} is damaged: restore it, or add --overwrite to start again")
+    return results
+
+
 def in_short(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Share of successes with Wilson's 95 % interval, and what an episode took in the mean."""
     successes = sum(one["is_success"] for one in results)
@@ -166,7 +193,8 @@ def in_short(results: list[dict[str, Any]]) -> dict[str, Any]:
 def load_mind(options: Options, world: World) -> Mind:
     """Everything that a plan takes. Raises `UserError` where it is missing or does not belong together."""
     if not options.predictor or options.encoder is None or options.cache is None:
-        raise UserError("--predictor, --encoder and --cache belong together: give all three, or none to stroll")
+        mend = "give all three, or none, and no goal, to stroll"
+        raise UserError(f"--predictor, --encoder and --cache belong together: {mend}")
     predictors, encoder = [load_predictor(folder)[0] for folder in options.predictor], load_encoder(options.encoder)
     for folder, predictor in zip(options.predictor, predictors, strict=True):
         cache, found, wanted = open_cache(options.cache, predictor), encoder.fingerprint, predictor.encoder_fingerprint
@@ -186,7 +214,7 @@ def load_mind(options: Options, world: World) -> Mind:
     among = Search(cache, mean=predictors[0].mean, std=predictors[0].std)
     return Mind(
         predictors, encoder.eval(), metric=metric, space=space, value_cost=cost, among=among,
-        convert=FrameConverter(encoder.image_size),
+        convert=FrameConverter(encoder.image_size), goal=read_picture(options.goal, "--goal") if options.goal else None,
     )  # fmt: skip
 
 
@@ -204,12 +232,9 @@ def act(world: World, mind: Mind | None, options: Options, *, seed: int) -> Epis
     """One episode."""
     picture, info = world.reset(seed)
     draws, began = np.random.default_rng(seed), time.process_time()
-    agent, goal = None, info.get("goal")
-    if mind:
-        if options.goal:
-            goal = read_picture(options.goal, "--goal")
-        agent = make_agent(mind, goal, options, seed=seed)
-    pictures, actions, states, action = [], [], [], world.low * 0
+    goal = mind.goal_in(info) if mind else None
+    agent = make_agent(mind, info, options, seed=seed) if mind else None
+    pictures, actions, states, action = [], [], [], (world.low + world.high) / 2
     for _ in range(options.ticks):
         pictures.append(picture)
         states.append(info.get("state", ()))
@@ -231,8 +256,9 @@ def act(world: World, mind: Mind | None, options: Options, *, seed: int) -> Epis
     return Episode(np.array(pictures), table, result, goal, imagined)
 
 
-def make_agent(mind: Mind, goal: np.ndarray | None, options: Options, *, seed: int) -> Agent:
+def make_agent(mind: Mind, info: dict[str, Any], options: Options, *, seed: int) -> Agent:
     """An agent for a goal: a picture, or values. Raises `UserError` where there is neither."""
+    goal = mind.goal_in(info)
     if mind.value_cost is not None:
         cost, near = mind.value_cost, options.near
     elif goal is not None:
@@ -245,9 +271,9 @@ def make_agent(mind: Mind, goal: np.ndarray | None, options: Options, *, seed: i
 
 def stroll(before: np.ndarray, world: World, draws: np.random.Generator) -> np.ndarray:
     """An action at random, not far from the one before; all of the space is drawn from alike in the long run."""
-    half = (world.high - world.low) / 2
+    middle, half = (world.low + world.high) / 2, (world.high - world.low) / 2
     kick = np.sqrt(1 - (1 - TURN) ** 2) * draws.normal(size=len(half)) * half * 0.7
-    return np.clip((1 - TURN) * before + kick, world.low, world.high)
+    return np.clip(middle + (1 - TURN) * (before - middle) + kick, world.low, world.high)
 
 
 def write_film(path: Path, episode: Episode, among: Search) -> None:

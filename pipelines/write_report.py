@@ -74,6 +74,7 @@ class Options(Bounded):
 
 def main(options: Options) -> None:
     """Read the runs, cut the films, write the page."""
+    require(bool(options.runs), "--runs names no folder: name those of finished runs")
     rerun = import_rerun() if options.rerun else None
     output = RunFolder(options, "write_report", ("report.html", "report.rrd"))
     found = [(folder, read_mark(folder)) for folder in options.runs]
@@ -103,6 +104,7 @@ def main(options: Options) -> None:
         write_recording(rerun, options.output_dir / "report.rrd", page)
     videos = [video for surprise in page["surprises"] for video in surprise["videos"]]
     films = sum(bool(video["film"]) for video in videos)
+    films += sum(len(part["films"]) for part in page["dreams"] + page["plans"])
     output.finish({"bytes": len(text.encode()), "videos": len(videos), "films": films})
     for video in videos:
         if not video["film"]:

@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,9 +58,40 @@ class Dark(Line):
     def render(self):
         raise RuntimeError("pygame is not installed")
 
-gymnasium.register("Dark-v0", Dark, disable_env_checker=True)
-gymnasium.register("Line-v0", Line, disable_env_checker=True)
-gymnasium.register("Switch-v0", Switch, disable_env_checker=True)
+class Numb(Line):
+    action_space = gymnasium.spaces.Box(-1, 1, (0,), np.float32)
+
+class Still(Line):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": -3}
+
+class Stuck(Line):
+    def reset(self, **more):
+        raise KeyError("no map")
+
+class Jammed(Line):
+    def step(self, action):
+        assert self.at < 0
+        return super().step(action)
+
+class Growing(Line):
+    def render(self):
+        self.drawn = getattr(self, "drawn", 30) + 2
+        return np.zeros((self.drawn, 32, 3), np.uint8)
+
+class Pale(Line):
+    def render(self):
+        return super().render() / 255
+
+class Silent(Line):
+    def said(self):
+        return None
+
+class Torn(Line):
+    def said(self):
+        return {"is_success": np.array([True, False])}
+
+for world in (Dark, Growing, Jammed, Line, Numb, Pale, Silent, Still, Stuck, Switch, Torn):
+    gymnasium.register(f"{world.__name__}-v0", world, disable_env_checker=True)
 """
 LINE = "small_line_world:Line-v0"
 
@@ -173,10 +205,37 @@ def test_another_predictor_does_not_go_on_with_the_episodes_of_one(runs, tmp_pat
         act.main(replace(given, resume=True))
     assert len(json.loads((tmp_path / "act/act.json").read_text())["episodes"]) == 1
     mark.write_text(json.dumps(record))
-    with pytest.raises(UserError, match="ticks = 3, not 4: resume with the same options, or add --overwrite"):
+    with pytest.raises(UserError, match=r"ticks = 3, not 4: .*--episodes may be raised"):
         act.main(replace(given, resume=True, ticks=4))
     act.main(replace(given, resume=True))
     assert len(json.loads((tmp_path / "act/act.json").read_text())["episodes"]) == 2
+
+
+def test_more_episodes_are_added_to_those_of_a_finished_run(tmp_path):
+    given = act.Options(env=LINE, episodes=1, ticks=5, output_dir=tmp_path / "act")
+    act.main(given)
+    first = (tmp_path / "act/episodes/episode_00000.mp4").stat()
+    act.main(replace(given, episodes=3, resume=True))
+    assert (tmp_path / "act/episodes/episode_00000.mp4").stat() == first
+    assert [one["episode"] for one in json.loads((tmp_path / "act/act.json").read_text())["episodes"]] == [0, 1, 2]
+    with pytest.raises(UserError, match="seed = 0, not 1"):
+        act.main(replace(given, episodes=4, seed=1, resume=True))
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["", "[]", "{}", '{"episodes": 3}', '{"episodes": [1]}', '{"episodes": [{"episode": 0}]}',
+     '{"episodes": [{"episode": 1, "is_success": true, "plans": 0, "surprises": 0, "seconds": 0.1}]}',
+     '{"episodes": [{"episode": 0, "is_success": "no", "plans": 0, "surprises": 0, "seconds": 0.1}]}'],
+)  # fmt: skip
+def test_damaged_results_are_said_and_left_as_they_are(tmp_path, left):
+    given = act.Options(env=LINE, episodes=1, ticks=5, output_dir=tmp_path / "act")
+    act.main(given)
+    (tmp_path / "act/act.json").write_text(left)
+    with pytest.raises(UserError, match=r"act/act.json .*: restore it, or"):
+        act.main(replace(given, episodes=2, resume=True))
+    assert (tmp_path / "act/act.json").read_text() == left
+    act.main(replace(given, overwrite=True))
 
 
 def test_an_agent_reaches_a_picture_and_says_how_often(runs, tmp_path, capsys):
@@ -197,12 +256,28 @@ def test_an_agent_reaches_a_picture_and_says_how_often(runs, tmp_path, capsys):
         assert np.abs(shown[:, :, 32:64].transpose(1, 2, 0).astype(int) - goal).mean() < 6  # the goal is in the middle
         assert shown[:, :, 64:].max() > 100  # and what is imagined beside it
     write_report.main(write_report.Options(runs=(tmp_path / "act",), output_dir=tmp_path / "report"))
+    assert f"with {len(films)} films: open it" in capsys.readouterr().out
     page = (tmp_path / "report/report.html").read_text()
     assert f"3 of 3 episodes reach the goal: 100 %, and of very many {100 * results['low']:.0f} to 100 %" in page
     assert page.count("data:video/mp4;base64,") == len(films)
     assert page.count("reached, ") == len(films)
     for row in rows:
         assert f"<td>{float(row['seconds']):.4g}</td>" in page
+
+
+def test_without_the_videos_of_the_cache_there_are_no_films_but_all_else(runs, tmp_path, capsys):
+    goal = np.zeros((32, 32, 3), np.uint8)
+    goal[12:20, 22:29] = 220
+    Image.fromarray(goal).save(tmp_path / "goal.png")
+    planner = Tree(hold=2, progress=0.3)
+    (runs / "train/episodes").rename(runs / "train/elsewhere")
+    try:
+        act.main(options(runs, tmp_path, goal=tmp_path / "goal.png", planner=planner, episodes=2, ticks=4))
+    finally:
+        (runs / "train/elsewhere").rename(runs / "train/episodes")
+    assert capsys.readouterr().out.count("no film of episode ") == 2
+    assert len(json.loads((tmp_path / "act/act.json").read_text())["episodes"]) == 2
+    assert not list((tmp_path / "act").rglob("films/*"))
 
 
 def test_cem_does_so_too(runs, tmp_path):
@@ -218,6 +293,7 @@ def test_cem_does_so_too(runs, tmp_path):
     ("more", "said"),
     [
         ({"predictor": ()}, "--predictor, --encoder and --cache belong together"),
+        ({"predictor": (), "encoder": None, "cache": None, "goal": Path("a.png")}, "or none, and no goal, to stroll"),
         ({}, "shows no goal: give --goal PICTURE or --goal-values"),
         ({"goal": Path("nowhere.png")}, "--goal nowhere.png"),
         ({"goal": Path("a.png"), "goal_values": ("x=3",)}, "are two goals: give one"),
@@ -226,20 +302,65 @@ def test_cem_does_so_too(runs, tmp_path):
         ({"goal_values": ("speed=3",)}, "has no numbers speed"),
         ({"env": TWO_ROOMS}, "takes 1 actions, and two-rooms 2"),
     ],
-    ids=["incomplete", "no goal", "no picture", "two goals", "dark", "no number", "no column", "another world"],
+    ids=[
+        "incomplete",
+        "a stroll to a goal",
+        "no goal",
+        "no picture",
+        "two goals",
+        "dark",
+        "no number",
+        "no column",
+        "another world",
+    ],
 )
 def test_mistakes_are_said(runs, tmp_path, more, said):
     with pytest.raises((UserError, DataError), match=said):
         act.main(options(runs, tmp_path, **more))
-    assert not (tmp_path / "act/act.json").exists()
+    assert not [*(tmp_path / "act").glob("[!.]*")]  # so that the command, mended, may begin
 
 
 @pytest.mark.parametrize(
-    ("env", "said"), [("Nowhere-v7", "cannot make it"), ("small_line_world:Switch-v0", "takes actions of Discrete")]
+    ("env", "said"),
+    [
+        ("Nowhere-v7", "cannot make it"),
+        ("small_line_world:Switch-v0", "takes actions of Discrete"),
+        ("small_line_world:Numb-v0", "must be bounded numbers in a row"),
+        ("small_line_world:Still-v0", "has render_fps = -3: it must be pictures per second"),
+    ],
 )
 def test_worlds_that_cannot_be_acted_in_are_said(env, said):
     with pytest.raises(WorldError, match=said):
         open_world(env)
+
+
+@pytest.mark.parametrize(
+    ("world", "said"),
+    [
+        ("Stuck", "cannot begin anew .'no map'.: mend it, or take another"),
+        ("Jammed", r"cannot take a step .AssertionError\(\).: mend it, or take another"),
+        ("Growing", r"draws pictures .34, 32, 3. and then .36, 32, 3. in one episode: they must be of one size"),
+        ("Pale", r"draws no picture, but float64 .32, 32, 3.: it must be uint8"),
+    ],
+)
+def test_errors_of_a_world_are_said_with_its_name(tmp_path, world, said):
+    with pytest.raises(WorldError, match=f"world small_line_world:{world}-v0 {said}"):
+        act.main(act.Options(env=f"small_line_world:{world}-v0", ticks=5, output_dir=tmp_path / "act"))
+
+
+@pytest.mark.parametrize("world", ["Silent", "Torn"])
+def test_what_a_world_says_besides_need_not_be_understood(tmp_path, world):
+    act.main(act.Options(env=f"small_line_world:{world}-v0", episodes=1, ticks=3, output_dir=tmp_path / "act"))
+    assert json.loads((tmp_path / "act/act.json").read_text())["successes"] == 0
+
+
+def test_a_stroll_draws_from_all_of_the_space_alike():
+    world = SimpleNamespace(low=np.array([2.0, -3.0]), high=np.array([4.0, -1.0]))
+    draws, taken = np.random.default_rng(0), [np.array([3.0, -2.0])]
+    for _ in range(4000):
+        taken.append(act.stroll(taken[-1], world, draws))
+    np.testing.assert_allclose(np.mean(taken, axis=0), [3, -2], atol=0.15)
+    np.testing.assert_allclose([np.min(taken, axis=0), np.max(taken, axis=0)], [world.low, world.high])
 
 
 def test_without_gymnasium_it_is_said_what_to_install(monkeypatch):

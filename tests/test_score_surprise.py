@@ -186,7 +186,7 @@ def test_a_region_that_cannot_be_ignored_is_refused(world, grid_world, tmp_path)
     everything = [(row, column) for row in range(4) for column in range(6)]
     for picture, reason in (
         (tmp_path / "none.png", r"none.png: not a readable picture \(No such file or directory\)"),
-        (tmp_path / "text.png", "text.png: not a readable picture"),
+        (tmp_path / "text.png", "text.png: not a readable picture: give one of AVIF, .*WEBP"),
         (draw(tmp_path / "small.png", (0, 0), size=(3, 60)), "3 x 60 pixels are fewer than the 4 x 6 places"),
         (draw(tmp_path / "black.png"), "cover 0 of 24 places for the most part: white is what is ignored"),
         (draw(tmp_path / "white.png", *everything), "cover 24 of 24"),

@@ -19,6 +19,7 @@ from data.clock import read_on_clock
 from data.film import make_film
 from pipelines import write_report
 from pipelines.cli import COMMANDS
+from pipelines.run.command import UserError
 from pipelines.run.files import read_json, to_json
 from pipelines.run.maps import project
 from pipelines.run.options import parse
@@ -205,6 +206,12 @@ def test_tensorboard_shows_what_is_decoded_and_the_embeddings_with_their_picture
         assert sprite.width == 32 * np.ceil(np.sqrt(cache.frames))
 
 
+def test_one_number_or_one_moment_has_its_place_on_the_map(world, tmp_path):
+    assert project(np.ones((1, 4)), "pca")[0].shape == (1, 2)
+    np.testing.assert_allclose(np.ptp(project(np.array([[-1.0], [0.0], [1.0]]), "pca")[0], axis=0), [2, 0])
+    assert "--runs names no folder" in refusal("write_report", f"--runs --output-dir {tmp_path}/none")
+
+
 @pytest.mark.filterwarnings("ignore")  # of umap-learn's own, such as of TensorFlow, which it finds nowhere
 def test_by_umap_neighbours_lie_together(world, tmp_path, monkeypatch):
     draws = np.random.default_rng(0)
@@ -218,6 +225,8 @@ def test_by_umap_neighbours_lie_together(world, tmp_path, monkeypatch):
     assert np.array_equal(project(flat, "umap")[0], places)
     call("write_report", f"--runs {world}/evaluation --rerun --output-dir {tmp_path}/recorded")
     assert {"report.html", "report.rrd"} < {path.name for path in (tmp_path / "recorded").iterdir()}
+    with pytest.raises(UserError, match="--map umap takes 5 moments, and there are 4: take --map pca"):
+        project(flat[:4], "umap")
     monkeypatch.setitem(sys.modules, "umap", None)
     given = f"--runs {world}/evaluation --map umap --output-dir {tmp_path}/report"
     assert "--map umap takes umap-learn: pip install 'video-jepa[umap]'" in refusal("write_report", given)

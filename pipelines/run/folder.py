@@ -26,10 +26,11 @@ FORMAT = "video-jepa run 1"
 SOURCES = "sources.json"
 BEFORE = {MARK, "videos.jsonl", "cache"}
 """Names of what a start leaves before the run has begun."""
+MORE = {"steps", "episodes"}
 MAY_CHANGE = re.compile(
     r"resume|overwrite|output_dir|tracker|checkpoint_every|log_every|(.*\.)?learning_rate|videos|(train|validation)_cache"
 )
-"""Options that a run may be resumed with another value of, beside more steps; what is learned from is compared."""
+"""Options that a run may be resumed with another value of, beside more of `MORE`; what is learned from is compared."""
 
 
 class RunFolder:
@@ -74,15 +75,15 @@ class RunFolder:
 
     def _require_same_options(self) -> None:
         changed = differences(self.record["options"], to_json(self.options))
-        if self.record["finished"] and "steps" not in [name for name, _, _ in changed]:
+        if self.record["finished"] and not MORE & {name for name, _, _ in changed}:
             raise Finished(f"{self.path} is finished: nothing to do")
         for name, was, now in changed:
-            more = name == "steps" and now > was
-            raised = " (--steps may be raised)" if hasattr(self.options, "steps") else ""
+            more = name in MORE and now > was
+            raised = "".join(f" (--{option} may be raised)" for option in MORE if hasattr(self.options, option))
             mend = f"resume with the same options{raised}, or add --overwrite to start again"
             said = f"{self.path} was started with {name} = {was}, not {now}: {mend}"
             require(more or bool(MAY_CHANGE.fullmatch(name)), said)
-            if more or name.endswith("learning_rate"):
+            if name.endswith("learning_rate") or (more and name == "steps"):
                 print(f"resuming with {name} = {now} instead of {was}: the learning rate follows the new schedule")
 
     def begin(self, inputs: dict[str, Any], sources: dict[str, str] | None = None) -> None:

@@ -12,11 +12,13 @@ from PIL import Image
 from data.cache import EmbeddingCache
 from data.errors import DataError
 from data.frames import fitting_size, read_frames
-from pipelines.run.command import UserError
+from pipelines.run.command import UserError, require
 
 MapKind = Literal["pca", "umap"]
 POINTS, ACROSS, THUMBNAIL = 600, 30, 64
 """Moments on a map, their pictures in a row of the sheet, and the longer side of one in pixels."""
+LEAST = 5
+"""Moments that UMAP finds neighbours among."""
 
 
 def map_of(folder: Path, kind: MapKind = "pca") -> dict[str, Any]:
@@ -55,9 +57,11 @@ def project(flat: np.ndarray, kind: MapKind) -> tuple[np.ndarray, str]:
             from umap import UMAP
         except ImportError as error:
             raise UserError("--map umap takes umap-learn: pip install 'video-jepa[umap]', or --map pca") from error
+        require(len(flat) >= LEAST, f"--map umap takes {LEAST} moments, and there are {len(flat)}: take --map pca")
         near = UMAP(n_neighbors=min(15, len(flat) - 1), random_state=0, n_jobs=1)  # by one thread: always the same
         return near.fit_transform(flat), "by UMAP: neighbours are alike; how far apart others lie says little"
     left, singular, _ = np.linalg.svd(flat, full_matrices=False)
     shares = singular**2 / max(float((singular**2).sum()), 1e-12)
     said = f"by their two first principal components, which have {100 * shares[:2].sum():.0f} % of the variance"
-    return left[:, :2] * singular[:2], said
+    places = left[:, :2] * singular[:2]
+    return np.pad(places, ((0, 0), (0, 2 - places.shape[1]))), said  # one number, or one moment, lies on a line
