@@ -18,10 +18,14 @@ def split_videos(videos: Sequence[VideoInfo]) -> dict[str, list[VideoInfo]]:
 
     Neighbours in that order are often parts of one drive or night, which so stay together. Files of one name in several
     folders are one recording, of several cameras; so are, where there are fewer names than folders, those of a folder.
-    Raises `VideoError` where there are fewer than three recordings, or a video lies beside all three folders.
+    Raises `VideoError` where there are fewer than three recordings, where one of these folders is missing, or a video
+    lies beside them.
     """
     own = [next((part for part in video.path.parts[::-1] if part in SPLITS), "") for video in videos]
-    if {*own, ""} == {*SPLITS, ""}:
+    if len(named := {*own} - {""}) > 1:
+        if missing := [split for split in SPLITS if split not in named]:
+            found = " and ".join(split for split in SPLITS if split in named)
+            raise VideoError(f"there are videos in folders {found}, and none in one called {missing[0]}: bring it, too")
         if "" in own:
             stray = videos[own.index("")].path
             raise VideoError(f"{stray} is in none of the folders train, val and test that others are in: move it there")

@@ -42,6 +42,8 @@ def test_a_recording_is_in_one_split_only():
     }
     with pytest.raises(VideoError, match=r"stray\.mp4 is in none of the folders train, val and test"):
         split_videos([*own, *videos("stray.mp4")])
+    with pytest.raises(VideoError, match=r"in folders train and test, and none in one called val"):
+        split_videos(videos("train/0.mp4", "train/1.mp4", "test/0.mp4", "2.mp4"))
 
 
 class Here:
