@@ -89,7 +89,9 @@ def test_a_published_backbone_gives_what_timm_gives(embed, shared, tokens, tmp_p
             expected = maps.permute(0, 2, 3, 1) if tokens == "grid" else maps.flatten(1)
         else:
             expected = model.forward_head(model.forward_features(images), pre_logits=True)
-    np.testing.assert_allclose(cache.clip_embeddings(cache.clips[0]), expected, rtol=1e-5, atol=1e-5)
+    # Of the largest number: in batches of another size convolutions may sum in another order.
+    largest = float(expected.abs().max())
+    np.testing.assert_allclose(cache.clip_embeddings(cache.clips[0]), expected, rtol=0, atol=1e-5 * largest)
     np.testing.assert_array_equal(cache.take(cache.clips[0].rows, "times_s"), [one.time_s for one in timed])
     # The folder that is left is an encoder like any other.
     assert find_encoder(str(tmp_path / "cache" / "encoder"), PublishedOptions()).fingerprint == (
