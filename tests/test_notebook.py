@@ -55,11 +55,13 @@ def test_the_notebook_runs_and_draws(tmp_path, monkeypatch, embed, save_model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "pictures"), [("collapse", 1), ("your_own_videos", 1), ("surprise", 3), ("make_a_predictor", 1)]
+    ("name", "pictures"),
+    [("collapse", 1), ("your_own_videos", 1), ("surprise", 3), ("make_a_predictor", 1), ("plan_to_a_goal", 1)],
 )
 def test_notebooks_that_train_run_in_few_steps(name, pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("JEPA_NOTEBOOK_FOLDER", str(tmp_path))
     monkeypatch.setenv("JEPA_NOTEBOOK_STEPS", "10")
+    monkeypatch.setenv("JEPA_NOTEBOOK_EPISODES", "1")
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
