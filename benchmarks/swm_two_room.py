@@ -143,7 +143,7 @@ def agent_policy(swm: Any, mind: Mind, options: ActOptions, *, seed: int) -> Any
         def get_action(self, info: dict[str, Any], **_: Any) -> np.ndarray:
             # Taken out: the package leaves it there, and an agent begun anew in each step remembers nothing.
             if self.agent is None or np.any(info.pop("_needs_flush", False)):
-                self.agent = make_agent(mind, goal_of(self.env), options, seed=seed)
+                self.agent = make_agent(mind, {"goal": goal_of(self.env)}, options, seed=seed)
             return self.agent.act(mind.embed(info["pixels"][0, -1])).numpy()[None]
 
     return Policy()
