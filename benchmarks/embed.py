@@ -117,7 +117,7 @@ def decode_all(paths: tuple[Path, ...], encoder: FrameEncoder, options: Options)
         chunks = decode(
             task, encoder=encoder, fps=options.fps, image_fps=IMAGE_FPS, chunk_size=options.batch_size, strict=False
         )
-        return [torch.from_numpy(np.stack(chunk.windows)) for chunk in chunks if chunk.windows]
+        return [torch.from_numpy(np.stack(windows)) for _, windows, _ in chunks if windows]
 
     return list(stream_ahead(decode_one, new_tasks(paths), workers=cores_of_this_process()))
 
