@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -107,6 +108,20 @@ def train(command: str, folder: Path, *given: object) -> None:
     """A trainer, from where it stopped in this folder."""
     if not (folder / "metrics.json").exists():
         run(command, *given, "--output-dir", folder, "--resume")
+
+
+def cpu_seconds_of(folder: Path, work: Callable[[], object]) -> float:
+    """CPU-seconds of the commands in some work, of the first time: what is done already takes none when run again."""
+    spent, before = folder / "cpu_seconds.json", _of_children()
+    work()
+    if not spent.exists():
+        write_json(spent, {"training": _of_children() - before})
+    return float(read_json(spent)["training"])
+
+
+def _of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 # Models

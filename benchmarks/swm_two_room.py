@@ -20,18 +20,16 @@ import av
 import numpy as np
 import torch
 from einops import rearrange
-from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import SeedOptions, at_horizons, curves, markdown, read_json, run, train, write_results
-from benchmarks.two_rooms import cpu_seconds
+from benchmarks.common import SeedOptions, at_horizons, cpu_seconds_of, curves, markdown, run, train, write_results
+from benchmarks.two_rooms import success
 from data.worlds import open_world
 from jepa.config import PositiveInt
-from pipelines.act import Mind, load_mind, make_agent
+from pipelines.act import Mind, load_mind, make_agent, share_of
 from pipelines.act import Options as ActOptions
 from pipelines.run.command import UserError, run_command
-from pipelines.run.files import write_json
 
 NAME, FPS, STEPS, BUDGET = "swm/TwoRoom-v1", 10, 40, 100
 ENVIRONMENT = f"stable_worldmodel.envs:{NAME}"
@@ -70,7 +68,7 @@ def main(options: Options) -> None:
         raise UserError("this takes stable-worldmodel: pip install 'stable-worldmodel[env]'") from error
     found = [measure(swm, options.output_dir / f"seed_{seed}", options, seed=seed) for seed in options.seeds]
     write_results(options.output_dir, found)
-    print(table(found))
+    print(table(found, options.seeds))
 
 
 def measure(swm: Any, folder: Path, options: Options, *, seed: int) -> dict[str, Any]:
@@ -79,18 +77,7 @@ def measure(swm: Any, folder: Path, options: Options, *, seed: int) -> dict[str,
         if not (folder / split / "act.json").exists():
             given = {"episodes": min(some, options.strolls), "ticks": STEPS, "seed": 10_000 * (3 * seed + number)}
             run("act", {"env": ENVIRONMENT, "output-dir": folder / split, "overwrite": True}, given)
-    before = cpu_seconds()
-    videos = folder / "train/episodes"
-    train("pretrain_encoder", folder / "encoder", {"videos": videos, "fps": FPS, "seed": seed}, ENCODER)
-    for split in EPISODES:
-        given = {"videos": folder / split / "episodes", "encoder": folder / "encoder/encoder", "fps": FPS}
-        run("cache_embeddings", given, {"columns": "action_*", "output-dir": folder / "cache" / split})
-    caches = {"train-cache": folder / "cache/train", "validation-cache": folder / "cache/val"}
-    train("train_predictor", folder / "predictor", caches, PREDICTOR, {"seed": seed})
-    spent = folder / "cpu_seconds.json"  # of the first time: what is trained already takes none
-    if not spent.exists():
-        write_json(spent, {"training": cpu_seconds() - before})
-    trained = read_json(spent)["training"]
+    trained = cpu_seconds_of(folder, lambda: train_all(folder, seed=seed))
     judged = {"cache": folder / "cache/test", "predictor": folder / "predictor"}
     run("evaluate_rollout", judged, {"output-dir": folder / "evaluation", "overwrite": True})
     given = ActOptions(
@@ -98,7 +85,7 @@ def measure(swm: Any, folder: Path, options: Options, *, seed: int) -> dict[str,
     )
     planners = {}
     began = time.process_time()
-    model = train_lewm(swm, videos, seconds=trained, seed=seed)
+    model = train_lewm(swm, folder / "train/episodes", seconds=trained, seed=seed)
     lewm_seconds = time.process_time() - began
     contestants = {
         "agent": (agent_policy(swm, load_mind(given, open_world(ENVIRONMENT)), given, seed=seed), options.episodes),
@@ -115,18 +102,25 @@ def measure(swm: Any, folder: Path, options: Options, *, seed: int) -> dict[str,
     }  # fmt: skip
 
 
+def train_all(folder: Path, *, seed: int) -> None:
+    """An encoder, caches and a predictor."""
+    given = {"videos": folder / "train/episodes", "fps": FPS, "seed": seed}
+    train("pretrain_encoder", folder / "encoder", given, ENCODER)
+    for split in EPISODES:
+        given = {"videos": folder / split / "episodes", "encoder": folder / "encoder/encoder", "fps": FPS}
+        run("cache_embeddings", given, {"columns": "action_*", "output-dir": folder / "cache" / split})
+    caches = {"train-cache": folder / "cache/train", "validation-cache": folder / "cache/val"}
+    train("train_predictor", folder / "predictor", caches, PREDICTOR, {"seed": seed})
+
+
 def evaluate(swm: Any, policy: Any, episodes: int, *, seed: int) -> dict[str, Any]:
     """What the package says of a policy."""
     world = swm.World(NAME, num_envs=1, image_shape=(224, 224), max_episode_steps=BUDGET, goal_conditioned=False)
     world.set_policy(policy)
     began = time.process_time()
     told = world.evaluate(episodes=episodes, seed=seed)
-    successes = int(told["episode_successes"].sum())
-    interval = binomtest(successes, episodes).proportion_ci(method="wilson")
-    return {
-        "success": successes / episodes, "of": episodes, "low": interval.low, "high": interval.high,
-        "seconds": (time.process_time() - began) / episodes,
-    }  # fmt: skip
+    seconds = (time.process_time() - began) / episodes
+    return share_of(int(told["episode_successes"].sum()), episodes) | {"seconds": seconds}
 
 
 def goal_of(environments: Any) -> np.ndarray:
@@ -236,14 +230,12 @@ def recordings(videos: Path) -> tuple[Tensor, Tensor]:
     return torch.stack(pixels), torch.stack(actions)
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]], seeds: tuple[int, ...]) -> str:
     """In Markdown: success by planner and seed, and CPU-seconds."""
-    rows: list[list[object]] = [["planner", *(f"seed {number}" for number in range(len(found))), "CPU s an episode"]]
+    rows: list[list[object]] = [["planner", *(f"seed {seed}" for seed in seeds), "CPU s an episode"]]
     for name in found[0]["planners"]:
         runs = [one["planners"][name] for one in found]
-        cells = [f"{100 * one['success']:.1f} % of {one['of']} ({100 * one['low']:.0f} to {100 * one['high']:.0f})"
-                 for one in runs]  # fmt: skip
-        rows.append([name, *cells, float(np.mean([one["seconds"] for one in runs]))])
+        rows.append([name, *map(success, runs), float(np.mean([one["seconds"] for one in runs]))])
     spent = ", ".join(f"{one['training_cpu_seconds']:.0f}" for one in found)
     return f"{markdown(rows)}\n\nCPU-seconds of training and caching: {spent}"
 

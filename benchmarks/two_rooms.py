@@ -8,17 +8,26 @@ for this purpose, leads through the door. `results.json` has success with Wilson
 errors of rollouts relative to copying, and CPU-seconds of training and of an episode.
 """
 
-import resource
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import HORIZONS, SeedOptions, at_horizons, curves, markdown, run, train, write_results
+from benchmarks.common import (
+    HORIZONS,
+    SeedOptions,
+    at_horizons,
+    cpu_seconds_of,
+    curves,
+    markdown,
+    run,
+    train,
+    write_results,
+)
 from data.cache import EmbeddingCache
 from data.two_rooms import ACTION_COLUMNS, DOOR, FPS, STATE_COLUMNS, Layout, TwoRooms, move, write_room_videos
 from data.windows import Windows
@@ -62,7 +71,7 @@ class Options(SeedOptions):
     """Episodes of each planner that it is compared with."""
     clips: PositiveInt = CLIPS["train"]
     """Clips to train on."""
-    variants: tuple[str, ...] = ()
+    variants: tuple[Literal["no slow part", "flattened head", "one step at a time", "no noise"], ...] = ()
     """Parts that are left out in models of their own, of the first seed, by the names in `VARIANTS`."""
     output_dir: Path = Path("runs/benchmarks/two_rooms")
     """Where all runs and the results are left."""
@@ -75,15 +84,13 @@ def main(options: Options) -> None:
         write_room_videos(videos / split, min(some, options.clips), FRAMES, seed=number)
     found = [measure(videos, options.output_dir / f"seed_{seed}", options, seed=seed) for seed in options.seeds]
     write_results(options.output_dir, found)
-    print(table(found))
+    print(table(found, options.seeds))
 
 
 def measure(videos: Path, folder: Path, options: Options, *, seed: int) -> dict[str, Any]:
     """All figures of one seed."""
-    before = cpu_seconds()
-    embed_rooms(videos, folder, seed=seed)
-    predictors = train_members(folder, folder, seed=seed)
-    trained = cpu_seconds() - before
+    predictors = members_in(folder)
+    trained = cpu_seconds_of(folder, lambda: train_members(embed_rooms(videos, folder, seed=seed), folder, seed=seed))
     judged = {"cache": folder / "cache/test", "predictor": predictors[0]}
     run("evaluate_rollout", judged, {"output-dir": folder / "evaluation", "overwrite": True})
     errors = curves(folder / "evaluation", "relative_to_copy_last")
@@ -137,10 +144,14 @@ def embed_rooms(videos: Path, folder: Path, others: dict[str, Any] | None = None
 def train_members(embedded: Path, folder: Path, others: dict[str, Any] | None = None, *, seed: int) -> tuple[Path, ...]:
     """Predictors on the caches in a folder, with these options in place of the usual ones; their folders."""
     caches = {"train-cache": embedded / "cache/train", "validation-cache": embedded / "cache/val"}
-    folders = tuple(folder / f"predictor_{member}" for member in range(MEMBERS))
-    for member, where in enumerate(folders):
+    for member, where in enumerate(members_in(folder)):
         train("train_predictor", where, caches, PREDICTOR | (others or {}), {"seed": MEMBERS * seed + member})
-    return folders
+    return members_in(folder)
+
+
+def members_in(folder: Path) -> tuple[Path, ...]:
+    """Where the predictors are."""
+    return tuple(folder / f"predictor_{member}" for member in range(MEMBERS))
 
 
 def options_of(embedded: Path, predictors: tuple[Path, ...]) -> ActOptions:
@@ -221,19 +232,18 @@ def true_mind(mind: Mind, cache: EmbeddingCache) -> Mind:
     return TrueMind(*mind._replace(predictors=[predictor], metric=metric))
 
 
-def cpu_seconds() -> float:
-    """Of all processes that this one has waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def success(planner: dict[str, Any]) -> str:
+    """A cell of a table: the share of successes and Wilson's interval, per cent."""
+    low, high = (f"{100 * planner[end]:.0f}" for end in ("low", "high"))
+    return f"{100 * planner['success']:.1f} % of {planner['of']} ({low} to {high})"
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]], seeds: tuple[int, ...]) -> str:
     """In Markdown: success by planner and seed, CPU-seconds, first plans through the door; then errors."""
-    rows: list[list[object]] = [["planner", *(f"seed {number}" for number in range(len(found))), "CPU s", "through"]]
+    rows: list[list[object]] = [["planner", *(f"seed {seed}" for seed in seeds), "CPU s", "through"]]
     for name in found[0]["planners"]:
         runs = [one["planners"][name] for one in found if name in one["planners"]]
-        cells = [f"{100 * one['success']:.1f} % of {one['of']} ({100 * one['low']:.0f} to {100 * one['high']:.0f})"
-                 for one in runs]  # fmt: skip
+        cells = [*map(success, runs)]
         cells += [""] * (len(found) - len(runs))
         through = [one["through"] for one in runs if "through" in one]
         rows.append(

@@ -183,11 +183,15 @@ def read_results(record: Path) -> list[dict[str, Any]]:
 
 def in_short(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Share of successes with Wilson's 95 % interval, and what an episode took in the mean."""
-    successes = sum(one["is_success"] for one in results)
-    interval = binomtest(successes, len(results)).proportion_ci(method="wilson")
     means = {name: float(np.mean([one[name] for one in results])) for name in ("plans", "surprises", "seconds")}
-    share = {"success": successes / len(results), "low": interval.low, "high": interval.high}
-    return {"successes": successes, "of": len(results)} | share | means
+    return share_of(sum(one["is_success"] for one in results), len(results)) | means
+
+
+def share_of(successes: int, of: int) -> dict[str, Any]:
+    """The share of successes with Wilson's 95 % interval."""
+    interval = binomtest(successes, of).proportion_ci(method="wilson")
+    ends = {"low": float(interval.low), "high": float(interval.high)}
+    return {"successes": successes, "of": of, "success": successes / of} | ends
 
 
 def load_mind(options: Options, world: World) -> Mind:

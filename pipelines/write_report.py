@@ -190,9 +190,9 @@ def films_in(folder: Path, films: list[dict[str, Any]], most: int) -> dict[str, 
     """Films of a run with their data, as many as weigh at most so much in base64, and what is said of the others."""
     found: list[dict[str, Any]] = []
     for film in films:
-        data = base64.b64encode((folder / "films" / film["film"]).read_bytes()).decode()
-        if (most := most - len(data)) >= 0:
-            found.append(film | {"data": data})
+        path = folder / "films" / film["film"]
+        if (most := most - 4 * math.ceil(path.stat().st_size / 3)) >= 0:
+            found.append(film | {"data": base64.b64encode(path.read_bytes()).decode()})
     left = len(films) - len(found)
     return {"films": found, "said": f"{counted(left, 'film')} more in {folder}." if left else ""}
 
