@@ -139,12 +139,17 @@ def test_names_are_data_and_nothing_lies_outside_the_page(world, page):
     assert f"{world}/test/{HOSTILE}" in text
     assert "notes <b>.mp4" in text  # of the account: refused
     assert "refused 1" in text
-    assert (
-        text.index("What was trained")
-        < text.index("Did training")
-        < text.index("How good")
-        < text.index("What surprised")
+    order = (
+        "No training collapsed",
+        "What does it imagine",
+        "What surprised it?",
+        "How good is the forecast",
+        "Did training",
     )
+    places = [text.index(one) for one in (*order, "What was trained")]
+    assert places == sorted(places)
+    first = read_rows(world / "surprise" / "peaks.csv")[0]
+    assert f"Most surprising: {first['video']} at {float(first['time_s']):.2f} s" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("run", ["encoder", "predictor", "evaluation", "decoder", "imagined", "surprise"])
