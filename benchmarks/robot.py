@@ -28,7 +28,8 @@ from pipelines.run.models import in_batches, load_predictor, windows_for
 FPS, SECONDS = 5.0, (1, 2)
 HELD_OUT, PART = 8, 7
 PUBLISHED = {"encoder": "timm:tf_efficientnet_lite0", "tokens": "flat", "levels": 3, "image-size": (64, 80), "pca": 8}
-TRAINED = {"encoder.image-size": (64, 80), "encoder.embedding-dimension": 16, "steps": 300, "batch-size": 128}
+TRAINED = {"encoder.image-size": (64, 80), "encoder.embedding-dimension": 16, "slow-dimension": 8, "steps": 300,
+           "encoder.pooling": "softmax", "encoder.levels": (-3, -2, -1), "batch-size": 128}  # fmt: skip
 PREDICTOR = {"rollout-steps": 10, "validation-horizon": 10, "steps": 300, "log-every": 50, "predictor.context": 4,
              "predictor.width": 256, "predictor.depth": 2}  # fmt: skip
 
