@@ -34,7 +34,7 @@ from data.picture import MOST_PIXELS
 SEEKABLE = ("mp4", "matroska")
 """Containers in which a seek was found exact; AVI and MPEG streams lose or misplace frames."""
 EXACT = (*SEEKABLE, "mxf", "ogg")
-"""Containers whose durations are exact, where the rate is constant."""
+"""Containers whose durations are exact, where the rate is constant; an ASF's is where a stream is alone, in order."""
 ENDS_EARLY = ("mp4", "flv", "asf")
 """Containers of which FFmpeg reads the first recording alone, where several are joined to one file."""
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -47,12 +47,10 @@ MARGINS_S = (1.0, 10.0)  # how much earlier is sought if a seek led too far
 LONGEST_S = 24 * 3600.0  # a header that promises more is not believed
 EARLY_S = 0.5
 """A video that ends this much before its header's time is cut off; a frame, where rate and header are exact."""
-BACK_S = 0.5
-"""Times that jump back by more than this are another recording's; by less, a picture is out of order."""
+BACK_S = 0.5  # times that jump back by more than this are another recording's; by less, a picture is out of order
 SEAM_S = 10.0
 """How long after the end of one recording the next one begins that is joined to it: no window reaches across."""
-GAP_PERIODS = 5
-"""An interval of more than this many median ones is a gap."""
+GAP_PERIODS = 5  # an interval of more than this many median ones is a gap
 
 
 class _Astray(Exception):
@@ -137,14 +135,10 @@ class VideoDecoder(Decoder):
         self.header_duration_s, self.is_promise = _header_duration_s(self.container, self.stream)
         self.first_pts = self.stream.start_time if _is(self.container, SEEKABLE) else None
         self.is_avi = _is(self.container, ("avi",))
-        self.read_until = 0
-        """Where the last packet ended that was read, in bytes."""
-        self.begin_s = 0.0
-        """When the recording begins that is read now, of those that are joined to this file."""
-        self.reached_s: float | None = None
-        """Time of the last frame that was given, or to be skipped to."""
-        self.skipped_to_s: float | None = None
-        """Time that was skipped to, until a frame has been given."""
+        self.read_until = 0  # where the last packet ended that was read, in bytes
+        self.begin_s = 0.0  # when the recording begins that is read now, of those that are joined to this file
+        self.reached_s: float | None = None  # time of the last frame that was given, or to be skipped to
+        self.skipped_to_s: float | None = None  # time that was skipped to, until a frame has been given
         self.frames = self._decode()
 
     def _open_stream(self, **options: str) -> "Opened":
@@ -308,8 +302,10 @@ class VideoDecoder(Decoder):
         end_s, promised_s = self.run.end_s, self.header_duration_s
         if self.first_pts is not None and self.stream.start_time is not None:  # the frames before could not be decoded
             promised_s -= self._seconds(self.first_pts - self.stream.start_time)
-        is_constant = _is(self.container, EXACT) and self.stream.average_rate in (None, self.stream.base_rate)
-        tolerance_s = self.period_s + 1e-3 if is_constant else EARLY_S + 2 * self.period_s
+        is_lone = len(self.container.streams) == 1 and not self.stream.codec_context.has_b_frames
+        is_exact = _is(self.container, (*EXACT, "asf") if is_lone else EXACT)
+        is_exact &= self.stream.average_rate in (None, self.stream.base_rate)
+        tolerance_s = self.period_s + 1e-3 if is_exact else EARLY_S + 2 * self.period_s
         if self.is_promise and end_s < promised_s - tolerance_s:
             self.note(f"ends at {end_s:.2f} s, its header promises {promised_s:.2f} s")
         elif reason := _odd_end(self.path, self.read_until, _is(self.container, ENDS_EARLY)):
@@ -354,8 +350,7 @@ class VideoDecoder(Decoder):
 class _Pictures(set[int]):
     """Times of coded pictures whose frames are to come: FFmpeg drops what it cannot decode of HEVC without a word."""
 
-    first_pts = math.inf
-    """The first keyframe's; what is shown before it may need frames that are not there."""
+    first_pts = math.inf  # the first keyframe's; what is shown before it may need frames that are not there
 
     def coded(self, packet: "Packet[VideoStream]") -> None:
         if packet.pts is not None and not packet.is_discard:
@@ -375,14 +370,10 @@ class _Pictures(set[int]):
 class _Run:
     """Decoding from one place on, the beginning or a keyframe."""
 
-    keyframe_pts: int | None = None
-    """Time of the keyframe: what is shown before it needs frames that are not there."""
-    previous_s: float | None = None
-    """Time of the last frame that was good."""
-    end_s: float = 0.0
-    """Until when it is shown."""
-    misplaced: int = 0
-    """How many frames after it had earlier times."""
+    keyframe_pts: int | None = None  # time of the keyframe: what is shown before it needs frames that are not there
+    previous_s: float | None = None  # time of the last frame that was good
+    end_s: float = 0.0  # until when it is shown
+    misplaced: int = 0  # how many frames after it had earlier times
     pictures: _Pictures = field(default_factory=_Pictures)
 
 
@@ -413,12 +404,9 @@ class CheckedFile(FileIO):
 class _Index(NamedTuple):
     """What a container says of all of a stream."""
 
-    keyframes_s: tuple[float, ...] = ()
-    """Times at which decoding can begin; none where it cannot begin in the middle."""
-    begin: int = 0
-    """The first picture's time of decoding, in ticks."""
-    fps: float = 0.0
-    """One over the usual interval; 0 where it does not tell of each picture."""
+    keyframes_s: tuple[float, ...] = ()  # times at which decoding can begin; none where it cannot begin in the middle
+    begin: int = 0  # the first picture's time of decoding, in ticks
+    fps: float = 0.0  # one over the usual interval; 0 where it does not tell of each picture
 
 
 @lru_cache

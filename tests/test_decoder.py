@@ -355,6 +355,20 @@ def test_a_truncated_video_is_reported(tmp_path, encode_video, read_number, suff
     assert_random_is_sequential(cut, damage=Damage())
 
 
+def test_what_a_flipped_byte_costs_an_asf_at_its_end_is_said(tmp_path, encode_video):
+    """FFmpeg passes over the rest of a packet whose payload it does not understand."""
+    content = encode_video(tmp_path / "a.wmv", 60, codec="wmv2", options={"g": "12"}).read_bytes()
+    (tmp_path / "a.wmv").write_bytes(content)
+    assert not count_frames(tmp_path / "a.wmv").damage
+    found = []
+    for at in range(len(content) - 3200, len(content), 25):
+        (tmp_path / "a.wmv").write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :])
+        info = count_frames(tmp_path / "a.wmv")
+        found += [info] if 40 < info.frames < 59 and not info.gaps_s else []
+    assert len(found) > 3
+    assert all(f"ends at {info.duration_s:.2f} s, its header promises 2.40 s" in info.damage for info in found)
+
+
 def test_times_that_run_backwards_are_left_out(tmp_path, encode_video, read_number):
     video = even(encode_video, tmp_path / "even.mkv", 40)
     backwards = tmp_path / "backwards.mkv"
