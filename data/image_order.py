@@ -19,40 +19,51 @@ UNITS_NS = {"hour": 3600 * 10**9, "minute": 60 * 10**9, "second": 10**9, "milli"
 PERIODS_NS = {unit: [UNITS_NS[coarser]] for unit, coarser in pairwise(reversed(UNITS_NS))}
 PERIODS_NS |= {"hour": [12 * UNITS_NS["hour"], 24 * UNITS_NS["hour"]], "micro": [UNITS_NS["milli"], UNITS_NS["second"]]}
 """After how long a number of a unit, the coarsest of a name, begins again."""
+DAY_NS = 24 * UNITS_NS["hour"]
 NUMBER = re.compile(r"(?P<number>(?<![^\W_]|[ )])-\d+|\d+)")  # a minus behind a letter, a digit or a space is none
-_DAY = r"(?<!\d)(?P<year>(?:19|20)\d\d)(?P<a>[-_.]?)(?P<month>0[1-9]|1[0-2])(?P=a)(?P<day>0[1-9]|[12]\d|3[01])"
-_DD, _MM, _YYYY = r"(?P<day>0[1-9]|[12]\d|3[01])", r"(?P<month>0[1-9]|1[0-2])", r"(?P<year>20\d\d)"
+_OF = {"Y": r"(?P<year>(?:19|20)\d\d)", "y": r"(?P<year>\d\d)", "m": r"(?P<month>0[1-9]|1[0-2])"}
+_OF |= {"d": r"(?P<day>0[1-9]|[12]\d|3[01])", "N": r"(?!\d{4}\D?(?:0[1-9]|1[0-2])\D?01)" + _OF["Y"]}  # not ISO's first
+_DAY, *_ = DATES = [
+    rf"(?<!\d){_OF[order[0]]}(?P<a>[-_.]?){_OF[order[1]]}(?P=a){_OF[order[2]]}"
+    for order in ("Ymd", "Ndm", "dmY", "mdY", "ymd", "dmy", "mdy")
+]
 _HOUR, _MINUTE, _SECOND = r"(?P<hour>[01]\d|2[0-3])", r"(?P<minute>[0-5]\d)", r"(?P<second>[0-5]\d)"
 _CLOCK = rf"{_HOUR}(?P<b>[-_.: ]?){_MINUTE}(?P=b){_SECOND}"
 ZONED = re.compile(
     rf"{_CLOCK}(?:[.,]?\d+)?[ _]?(?P<zone>(?:UTC|GMT|\+)[+-]?\d{{1,2}}(?::?[034][05])?|-\d\d:?[034][05])(?!\d)"
 )
+HALF_DAY = re.compile(  # a clock of twelve hours: in English, and in Chinese, Japanese and Korean
+    r"(?:(?P<early>上午|午前|오전)|(?P<late>下午|午後|오후))?\s?"
+    r"(?<!\d)(?<!(?<!\d)(?<!\d[-_.])\d{4}[-_.])(?<!\d{4}[-_.]\d\d[-_.])"  # a day or a month is no hour
+    rf"(?P<hour>1[0-2]|0?[1-9])(?:(?P<b>[-_.: ]?){_MINUTE}(?:(?P=b){_SECOND})?)?(?!\d)"
+    r"(?(early)|(?(late)|[-_\s]?(?P<half>[AaPp])\.?[Mm]\.?(?![A-Za-z])))"
+)
 _EPOCH = r"(?<!\d)(?P<second>1[1-9]\d{8})"  # seconds since 1970, in the years 2004 to 2033
-_PART, _DIGITS = r"(?P<fraction>\d{9}|\d{6}|\d{3})", r"(?P<fraction>\d+)"
-_BEGIN = r"(?<![\d.])(?<!(?<![^\W_])-)"
-_END = r"(?!\d)(?!.*\d\s?[AaPp]\.?[Mm](?![A-Za-z]))"  # half days begin again: they are read as numbers
-_DATED = r"(?<!\d)%s(?P<a>[-_.]?)%s(?P=a)" + rf"{_YYYY}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}"
-DAY_MONTH, MONTH_DAY = _DATED % (_DD, _MM), _DATED % (_MM, _DD)
+_PART, _DIGITS = r"(?P<fraction>\d{9}|\d{6}|\d{3}|(?<=\d{14})\d+)", r"(?P<fraction>\d+)"
+_BEGIN, _END = r"(?<![\d.])(?<!(?<![^\W_])-)", r"(?!\d)"
+DATED = [
+    *(rf"{date}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}" for date in DATES),
+    *(rf"(?!1[1-9]\d{{8}}(?!\d)){date}(?<=\d{{6}}){_HOUR}{_MINUTE}{_END}" for date in DATES),
+    rf"{_DAY}(?<=\d{{8}}){_HOUR}{_END}",
+]
 FORMS = [  # and what is carried into when the finer number is over; evidence for a time: 1 such a carry, 2 others, too
-    (rf"{_DAY}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}", "", 0),
-    *((dates, "", 0) for dates in (DAY_MONTH, MONTH_DAY)),
-    (rf"{_DAY}{_CLOCK}(?<=\d{{14}}){_DIGITS}{_END}", "", 0),
-    (rf"{_EPOCH}(?:[.,]?(?P<fraction>(?<=\D)\d+|\d{{9}}|\d{{6}}|\d{{3}}))?{_END}", "", 0),
-    (rf"{_BEGIN}(?:(?P<milli>\d+)ms|(?P<micro>\d+)[uµμ]s|(?P<minute>\d+)min)(?![a-z])", "", 0),
-    (rf"{_BEGIN}(?:(?P<hour>\d+)h)?(?:(?P<minute>\d+)m)?(?P<second>\d+)(?:\.{_DIGITS})?s(?:ec)?(?![a-z])", "", 0),
-    (rf"{_DAY}(?:(?<=\d{{8}})|\D{{1,4}}(?=\d\d[-_.:h])){_HOUR}[-_.:h]?{_MINUTE}{_END}", "", 0),
-    (rf"{_DAY}{_END}", "", 0),
+    (DATED, "", 0),
+    ([rf"{_EPOCH}(?:[.,]?(?P<fraction>(?<=\D)\d+|\d{{9}}|\d{{6}}|\d{{3}}))?{_END}"], "", 0),
+    ([rf"{_BEGIN}(?:(?P<milli>\d+)ms|(?P<micro>\d+)[uµμ]s|(?P<minute>\d+)min)(?![a-z])"], "", 0),
+    ([rf"{_BEGIN}(?:(?P<hour>\d+)h)?(?:(?P<minute>\d+)m)?(?P<second>\d+)(?:\.{_DIGITS})?s(?:ec)?(?![a-z])"], "", 0),
+    ([rf"{_DAY}\D{{1,4}}(?=\d\d[-_.:h]){_HOUR}[-_.:h]?{_MINUTE}{_END}"], "", 0),
+    ([rf"{date}{_END}" for date in DATES[:4]], "", 0),
     # Two or three numbers, unless the finer one begins at the same place again and again, as frames of scenes do.
-    (rf"^{_HOUR}(?P<b>[-_.:]){_MINUTE}(?P=b){_SECOND}(?:[.,]{_DIGITS})?$", "minute", 0),
-    (rf"^(?P<second>0|[1-9]\d{{0,5}}|\d{{1,6}}(?=\.\d{{3}}))\.{_DIGITS}$", "second", 0),
-    (rf"(?<!\d){_DAY}\D{{0,4}}{_CLOCK}[-_.,]{_DIGITS}{_END}", "second", 1),
-    (rf"(?<!\d){_CLOCK}[-_.,]{_DIGITS}{_END}", "second", 2),
-    (rf"{_DAY}\D{{0,4}}{_HOUR}{_MINUTE}{_END}", "hour", 2),
-    (rf"{_EPOCH}[-_]{_PART}{_END}", "second", 1),
-    (rf"{_BEGIN}(?P<second>\d{{1,6}})\.{_DIGITS}(?!\d|\.\d)", "second", 2),
-    (rf"(?<!\d){_CLOCK}(?:\.{_DIGITS})?{_END}", "minute", 2),
-    (rf"(?<!\d)(?P<minute>\d\d?)[-_.:m]?{_SECOND}{_END}", "minute", 2),
-    (NUMBER.pattern, "", 0),
+    ([rf"^{_HOUR}(?P<b>[-_.:]){_MINUTE}(?P=b){_SECOND}(?:[.,]{_DIGITS})?$"], "minute", 0),
+    ([rf"^(?P<second>0|[1-9]\d{{0,5}}|\d{{1,6}}(?=\.\d{{3}}))\.{_DIGITS}$"], "second", 0),
+    ([rf"(?<!\d){_DAY}\D{{0,4}}{_CLOCK}[-_.,]{_DIGITS}{_END}"], "second", 1),
+    ([rf"(?<!\d){_CLOCK}[-_.,]{_DIGITS}{_END}"], "second", 2),
+    ([rf"{_DAY}\D{{0,4}}{_HOUR}{_MINUTE}{_END}"], "hour", 2),
+    ([rf"{_EPOCH}[-_]{_PART}{_END}"], "second", 1),
+    ([rf"{_BEGIN}(?P<second>\d{{1,6}})\.{_DIGITS}(?!\d|\.\d)"], "second", 2),
+    ([rf"(?<!\d){_CLOCK}(?:\.{_DIGITS})?{_END}"], "minute", 2),
+    ([rf"(?<!\d)(?P<minute>\d\d?)(?P<b>[-_.:m]?){_SECOND}{_END}(?!(?P=b)\d\d(?!\d))"], "minute", 2),
+    ([NUMBER.pattern, *(rf"{form}(?<=\d{{4}}){_END}" for form in (*DATES, _CLOCK, _MINUTE + _SECOND))], "", 0),
 ]
 
 
@@ -62,22 +73,47 @@ def order_of(names: Sequence[str]) -> tuple[list[str], np.ndarray, bool]:
     Times, float64 (T,), begin at 0; of names that are no times in usual steps. `ValueError` where no order is told.
     """
     stems = [splitext(name)[0] for name in names]
+    if len({HALF_DAY.search(stem) is None for stem in stems}) > 1:
+        raise ValueError("some of the names of its images have AM or PM, and some have none: take one clock")
+    stems = [HALF_DAY.sub(_on_24_hours, stem) for stem in stems]
     zones = {match["zone"] for stem in stems for match in ZONED.finditer(stem)}
     if len(zones) > 1:
         raise ValueError(f"the names of its images are of several time zones ({', '.join(sorted(zones))}): take one")
-    for pattern, coarse, evidence in FORMS:
-        if ordered := _ordered(stems, re.compile(pattern), coarse, evidence):
-            times, order = zip(*ordered, strict=True)
-            is_number = pattern == NUMBER.pattern
-            months = _ordered(stems, re.compile(MONTH_DAY), "", 0) if pattern == DAY_MONTH else []
-            if months and [time - months[0][0] for time, _ in months] != [time - times[0] for time in times]:
-                raise ValueError("the names of its images may have the day or the month first: put the year first")
+    for patterns, coarse, evidence in FORMS:
+        readings = [_ordered(stems, re.compile(pattern), coarse, evidence) for pattern in patterns]
+        if any(readings):
+            times, order = zip(*_surest(readings), strict=True)
+            is_number = patterns[0] == NUMBER.pattern
             unit = median_low([other - one for one, other in pairwise(times)]) if is_number else UNITS_NS["second"]
             return [names[at] for at in order], np.array([(time - times[0]) / unit for time in times]), not is_number
     raise ValueError(
         f"the names of its {len(names):,} images do not tell one order ({_series(names)}): "
         "give each series a folder of its own, and each image a number or a time"
     )
+
+
+def _on_24_hours(match: re.Match[str]) -> str:
+    """The same moment on a clock of 24 hours, with seconds."""
+    hour = int(match["hour"]) % 12 + 12 * bool(match["late"] or match["half"] in ("P", "p"))
+    return f"{hour:02}.{match['minute'] or '00'}.{match['second'] or '00'}"
+
+
+def _surest(readings: list[list[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """The first, the usual one, or where that tells nothing the only sure one: even, or going on from day to day.
+
+    Raises `ValueError` where it may be one or the other, as numbers may be that are days of one year in other steps.
+    """
+    usual, sure = readings[0], []
+    apart = {tuple((time - one[0][0], at) for time, at in one): one for one in readings[::-1] if one}
+    for one in (one for one in apart.values() if one is not usual):
+        steps, others = ([other - one for (one, _), (other, _) in pairwise(ordered)] for ordered in (one, usual))
+        are_days = bool(usual) and usual[0][0] < DAY_NS <= one[0][0] and sum(steps) < 366 * DAY_NS
+        is_odd = are_days and len({step / other for step, other in zip(steps, others, strict=True)}) > 1
+        is_even = len(set(steps)) == 1 != len(set(others))
+        sure += [one] * (is_odd or is_even or _goes_on([time for time, _ in one], DAY_NS, 2))
+    if len(apart) > 1 and (bool(sure) if usual else len(sure) != 1):
+        raise ValueError("the names of its images may be times of several kinds: write such as 2024-05-31_23-59-58")
+    return usual or (sure or [*apart.values()])[0]
 
 
 def _ordered(stems: list[str], pattern: re.Pattern[str], coarse: str, evidence: int) -> list[tuple[int, int]]:
@@ -95,40 +131,33 @@ def _ordered(stems: list[str], pattern: re.Pattern[str], coarse: str, evidence: 
         rests = [f"{stems[at][: column[at].start()]}T{stems[at][column[at].end() :]}" for _, at in ordered]
         rests = rests if len(set(rests)) > 1 else []
         numbers = [[int(number) for number in NUMBER.findall(rest)] for rest in rests]
-        if (
-            all(one < other for (one, _), (other, _) in pairwise(ordered))
-            and len({NUMBER.sub("#", rest) for rest in rests}) <= 1
-            and all(one <= other for one, other in pairwise(numbers))
-            and _are_padded_alike(column)
-            and not _begins_again([value for value, _ in ordered], numbers, column[0])
-            and (not coarse or _goes_on([time for time, _ in ordered], UNITS_NS[coarse], evidence))
-        ):
-            return ordered
+        # No digits may have a zero too many: 010 beside 9 may be a tenth, and .10 beside .9 the tenth.
+        given = map(re.Match.groupdict, column)
+        digits = [one.get("number", "").lstrip("-") or (one.get("fraction") or "")[::-1] for one in given]
+        times, shortest = [time for time, _ in ordered], min(map(len, digits))
+        is_padded = any(len(text) > shortest and text.startswith("0") for text in digits)
+        if len(set(times)) == len(times) and numbers == sorted(numbers) and not is_padded:
+            is_one = len({NUMBER.sub("#", rest) for rest in rests}) <= 1 and not _begins_again(times, numbers, column)
+            if is_one and (not coarse or _goes_on(times, UNITS_NS[coarse], evidence)):
+                return ordered
     return []
 
 
 def _value(match: re.Match[str]) -> int:
     """A number, or a time in nanoseconds. Raises `ValueError` if there is no such day."""
-    value = sum(int(match[unit]) * UNITS_NS[unit] for unit in match.re.groupindex.keys() & UNITS_NS if match[unit])
-    if "fraction" in match.re.groupindex:
-        value += int(f"{match['fraction'] or '':0<9.9}")
-    if "year" in match.re.groupindex and match["year"]:
-        value += 24 * UNITS_NS["hour"] * date(*map(int, match.group("year", "month", "day"))).toordinal()
+    groups = match.groupdict()
+    value = sum(int(groups[unit]) * UNITS_NS[unit] for unit in UNITS_NS if groups.get(unit))
+    value += int(f"{groups.get('fraction') or '':0<9.9}")
+    if groups.get("year"):
+        year, month, day = map(int, match.group("year", "month", "day"))
+        value += DAY_NS * date(year + 2000 * (year < 100), month, day).toordinal()
     return value
 
 
-def _are_padded_alike(matches: Sequence[re.Match[str]]) -> bool:
-    """Whether no digits have a zero too many: 010 beside 9 may be a tenth, and .10 beside .9 the tenth."""
-    groups = map(re.Match.groupdict, matches)
-    digits = [one.get("number", "").lstrip("-") or (one.get("fraction") or "")[::-1] for one in groups]
-    shortest = min(map(len, digits))
-    return not any(len(text) > shortest and text.startswith("0") for text in digits)
-
-
-def _begins_again(values: list[int], numbers: list[list[int]], match: re.Match[str]) -> bool:
-    """Raises `ValueError` if a counter or clock may have gone around, or jumps where numbers beside it turn."""
+def _begins_again(values: list[int], numbers: list[list[int]], column: Sequence[re.Match[str]]) -> bool:
+    """Whether this is no clock; `ValueError` if it, or a counter, may have gone around, or jumps where others turn."""
     steps = [other - one for one, other in pairwise(values)]
-    unit = next(unit for unit in ("year", *UNITS_NS) if match.groupdict().get(unit))
+    unit = next(unit for unit in ("year", *UNITS_NS) if column[0].groupdict().get(unit))
     periods = [10 ** len(str(values[-1])), 60] if unit == "number" else PERIODS_NS.get(unit, [])
     periods = [period for period in periods if values[-1] <= 2 * period]
     usual, beside = median_low(steps), list(zip(steps, pairwise(numbers), strict=False))
@@ -138,10 +167,17 @@ def _begins_again(values: list[int], numbers: list[list[int]], match: re.Match[s
         turns = [by for by, (one, other) in beside if any(map(int.__lt__, other, one))]
     least = 0 if unit in ("second", "milli", "micro") else 1 / 2
     around = [period for period in periods if period > values[-1] - values[0] >= period - 2 * usual]
-    is_around = any(max(steps) > max(5 * usual, least * period) for period in around)
+    *others, longest = sorted(steps)
+    is_around = any(longest > max(5 * usual, least * period) for period in around)
+    # Where all else is even, of a clock, a jump tells as well unless it is of two steps: there an image is missing.
+    is_clock = unit != "number" or (usual > 1 and around[-1:] == [60] and {len(match[0]) for match in column} == {2})
+    if around and is_clock and others and others[-1] <= 1.2 * others[0]:
+        is_around |= longest > 2.2 * usual or 1.2 * usual < longest < 1.8 * usual
     if is_around or (periods and max(turns, default=0) > 5 * usual):
         raise ValueError("the names of its images may begin again: put dates before times, and years first")
-    return False
+    # Where hours change alone, they may be days before months and years of two digits.
+    minute = UNITS_NS["minute"]
+    return unit == "hour" and values[0] % minute > 0 == sum(step % minute for step in steps)
 
 
 def _goes_on(times_ns: list[int], coarse_ns: int, evidence: int) -> bool:
