@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import cli, score_surprise
+from pipelines import cli, score_surprise, train_predictor
 from pipelines.run import command
 from pipelines.run.options import COMMANDS
 
@@ -133,6 +133,25 @@ def test_a_command_that_is_one_process_says_so(monkeypatch, capsys):
     command.run_command(score_surprise.main, score_surprise.Options)
     assert "error: this command takes one process: start it without a launcher" in capsys.readouterr().err
     assert ended[0] == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "WORLD_SIZE='two'", "WORLD_SIZE='0'", "WORLD_SIZE=''", "WORLD_SIZE='2'", "WORLD_SIZE='2' RANK='2'", "RANK='x'",
+        "RANK='-1'", "MASTER_PORT='two'", "MASTER_PORT='99999'", "LOCAL_RANK='x'", "LOCAL_RANK='0'",
+        "LOCAL_WORLD_SIZE='0'",
+    ],
+)  # fmt: skip
+def test_variables_that_no_launcher_sets_are_one_line(given, monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(command, "_leave_at_once", ended.append)
+    for one in given.split():
+        monkeypatch.setenv(one.split("=")[0], one.split("'")[1])
+    command.run_command(train_predictor.main, train_predictor.Options)
+    line = capsys.readouterr().err
+    assert (ended[0], line.count("\n")) == (1, 1)
+    assert f"error: {given} in the environment is from no launcher: unset it, or use torchrun\n" in line
 
 
 def test_an_unknown_command_is_named(monkeypatch):

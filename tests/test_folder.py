@@ -189,6 +189,10 @@ def test_a_finished_run_that_is_resumed_has_nothing_to_do_unless_it_gets_more_st
         take(run, resume=True)
     with pytest.raises(UserError, match="steps = 3, not 2"):
         take(run, resume=True, steps=2)
+    with pytest.raises(UserError, match="was started with width = 8, not 9: resume with the same"):
+        take(run, resume=True, width=9)
+    with pytest.raises(Finished, match=r"is finished, with learning_rate = 0\.001, not 0\.1: nothing to do"):
+        take(run, resume=True, learning_rate=0.1)
     with pytest.raises(UserError, match="began with videos = None, which is now 9"):
         take(run, resume=True, steps=4).begin({"videos": "9"})
     assert (run / "metrics.json").exists()

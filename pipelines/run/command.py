@@ -26,7 +26,7 @@ SHARED = ("pretrain_encoder", "cache_embeddings", "train_predictor", "train_deco
 """Commands whose work several processes can share."""
 LOST_CONTACT = re.compile(
     r"connection|broken pipe|pair closure|timed out|timeout|connectFullMesh|failed to recv|ncclRemoteError"
-    r"|communicator was aborted",
+    r"|communicator was aborted|address already in use",
     re.IGNORECASE,
 )
 """The words of gloo, NCCL and the store for another process that has gone, or has not come."""
@@ -85,8 +85,9 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
     try:
         description, file = sys.modules[main.__module__].__doc__ or "", Path(inspect.getfile(main))
         is_one = file.parent.name == "pipelines" and file.stem not in SHARED
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = os.environ.get("WORLD_SIZE", "1") != "1"
         require(not (is_one and several), "this command takes one process: start it without a launcher")
+        _require_launcher()
         main(parse(options_type, file.stem, description=description))
     except SystemExit:
         raise
@@ -95,8 +96,19 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
         if line:
             print(line, file=sys.stderr)
         _leave_at_once(status)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         _leave_at_once(0)  # gloo's threads may abort the interpreter while it shuts down (pytorch/pytorch#179291)
+
+
+def _require_launcher() -> None:
+    """Raises `UserError` where what the environment says of other processes comes from no launcher."""
+    usual = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "1", "LOCAL_RANK": "-1", "LOCAL_WORLD_SIZE": "1"}
+    given = (os.environ.get(name, value) for name, value in usual.items())
+    ranks, rank, port, local, here = (int(one) if re.fullmatch(r"-1|\d{1,5}", one) else -2 for one in given)
+    known = 0 <= rank < ranks and 0 <= port < 1 << 16 and local > -2 and here > 0
+    is_whole = (ranks == 1 and local < 0) or {"WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    said = " ".join(f"{name}='{os.environ[name]}'" for name in usual if name in os.environ)
+    require(known and is_whole, f"{said} in the environment is from no launcher: unset it, or use torchrun")
 
 
 def _keep_freed_memory() -> None:
@@ -110,7 +122,7 @@ def _keep_freed_memory() -> None:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit code and the one line that an error deserves; an error of our own making keeps its traceback."""
-    rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    rank, several = os.environ.get("RANK", "0").removeprefix("0"), os.environ.get("WORLD_SIZE", "1") != "1"
     said = (str(error) or repr(error)).splitlines()[0].removesuffix(".")
     kept = "what was complete before is kept"
     match error:

@@ -9,24 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from data.files import hold, require_no_links, sweep
+from pipelines.run import files
 from pipelines.run.command import Finished, UserError, counted, first_few, require
-from pipelines.run.files import (
-    MARK,
-    differences,
-    read_json,
-    remove_empty,
-    require_artefact_alone,
-    to_json,
-    versions,
-    write_json,
-    written,
-)
+from pipelines.run.files import MARK, differences, to_json, write_json, written
 
 FORMAT = "video-jepa run 1"
 SOURCES = "sources.json"
-BEFORE = {MARK, "videos.jsonl", "cache"}
-"""Names of what a start leaves before the run has begun."""
-MORE = {"steps", "episodes"}
+BEFORE = {MARK, "videos.jsonl", "cache"}  # names of what a start leaves before the run has begun
+MORE, OF_A_CALL = {"steps", "episodes"}, {"resume", "overwrite", "output_dir"}
 MAY_CHANGE = re.compile(
     r"resume|overwrite|output_dir|tracker|checkpoint_every|log_every|(.*\.)?learning_rate|videos|(train|validation)_cache"
 )
@@ -57,7 +47,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         require_no_links(self.path, (*self.names, self.replaced.name))
         for model in self.path.glob("*/model.safetensors"):
-            require_artefact_alone(model.parent)
+            files.require_artefact_alone(model.parent)
         self.release = weakref.finalize(self, hold(self.path).close)
         if self.has_begun:
             self._require_consent()
@@ -74,16 +64,18 @@ class RunFolder:
             raise UserError(f"{path} holds {kind} run: add {go_on}--overwrite to replace it, or take another folder")
 
     def _require_same_options(self) -> None:
-        changed = differences(self.record["options"], to_json(self.options))
-        if self.record["finished"] and not MORE & {name for name, _, _ in changed}:
-            raise Finished(f"{self.path} is finished: nothing to do")
+        changed, finished = differences(self.record["options"], to_json(self.options)), self.record["finished"]
         for name, was, now in changed:
             more = name in MORE and now > was
             raised = "".join(f" (--{option} may be raised)" for option in MORE if hasattr(self.options, option))
             mend = f"resume with the same options{raised}, or add --overwrite to start again"
             said = f"{self.path} was started with {name} = {was}, not {now}: {mend}"
             require(more or bool(MAY_CHANGE.fullmatch(name)), said)
-            if name.endswith("learning_rate") or (more and name == "steps"):
+        if finished and not MORE & {name for name, _, _ in changed}:
+            other = [f"{name} = {was}, not {now}" for name, was, now in changed if name not in OF_A_CALL]
+            raise Finished(f"{', with '.join([f'{self.path} is finished', *other])}: nothing to do")
+        for name, was, now in changed:
+            if name.endswith("learning_rate") or name == "steps":
                 print(f"resuming with {name} = {now} instead of {was}: the learning rate follows the new schedule")
 
     def begin(self, inputs: dict[str, Any], sources: dict[str, str] | None = None) -> None:
@@ -107,7 +99,7 @@ class RunFolder:
 
     def _others(self, sources: dict[str, str]) -> str:
         """Which videos are not those that the run began with."""
-        before = read_json(self.path / SOURCES) if (self.path / SOURCES).exists() else sources
+        before = files.read_json(self.path / SOURCES) if (self.path / SOURCES).exists() else sources
         gone = {str(path) for content, path in before.items() if content not in sources}
         come = {path for content, path in sources.items() if content not in before}
         kinds = {"changed": gone & come, "missing": gone - come, "new": come - gone}
@@ -121,7 +113,7 @@ class RunFolder:
             for file in old:
                 file.unlink()
             print(f"removed {counted(len(old), 'file')} of the run that this one has replaced in {self.path}")
-        remove_empty(self.replaced)
+        files.remove_empty(self.replaced)
         self.release()
 
     def _set_aside(self) -> None:
@@ -132,14 +124,14 @@ class RunFolder:
             place.parent.mkdir(parents=True, exist_ok=True)
             file.replace(place)
         for name in self.names:
-            remove_empty(self.path / name)
+            files.remove_empty(self.path / name)
         if old:
             print(f"replacing the run {self.path}: its {counted(len(old), 'file')} stay in {self.replaced} until then")
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
     """The record of the run in a folder, without `inputs` where none has begun. Raises `UserError` if it is damaged."""
-    record = read_json(folder / MARK) if (folder / MARK).exists() else {"format": FORMAT}
+    record = files.read_json(folder / MARK) if (folder / MARK).exists() else {"format": FORMAT}
     types = {"command": str, "finished": bool, "options": dict, "inputs": dict} if "inputs" in record else {}
     known = record.get("format") == FORMAT and all(isinstance(record.get(name), kind) for name, kind in types.items())
     require(known, f"{folder / MARK} is damaged, or of another version: take another folder")
@@ -153,4 +145,4 @@ def environment() -> dict[str, Any]:
         code = subprocess.check_output(
             [*git, "--always", "--abbrev=40", "--dirty", "--exclude=*"], text=True, stderr=subprocess.DEVNULL
         ).strip()
-    return {"versions": versions(), "machine": platform.platform(), "code": code}
+    return {"versions": files.versions(), "machine": platform.platform(), "code": code}
