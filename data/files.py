@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +28,17 @@ UNFINISHED = re.compile(r"\.tmp\.([0-9a-f]{32}|\w{8})")
 def matching(pattern: str, names: Sequence[str]) -> list[str]:
     """The names that one, or a pattern such as `action_*`, stands for."""
     return [pattern] if pattern in names else fnmatch.filter(names, pattern)
+
+
+def apart(names: Sequence[str], ours: Collection[str]) -> dict[str, str]:
+    """Names of a user's columns by what they are called beside ours, which none may replace: such as `own_video`."""
+    found = {}
+    for name in names:
+        shown = name
+        while shown in ours or (shown != name and shown in names):
+            shown = f"own_{shown}"
+        found[shown] = name
+    return found
 
 
 def unfinished(folder: Path) -> Path:

@@ -23,9 +23,12 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from data.cache import EmbeddingCache
+from data.files import apart
 from jepa.config import Bounded
 from pipelines.run.command import UserError, require, run_command
 from pipelines.run.files import to_json, write_json
+
+OURS = ("video", "content", "clock_offset_s", "time_s", "tick", "embedding")  # a user's column so called is `own_...`
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,8 @@ def main(options: Options) -> None:
 
 def columns_of(cache: EmbeddingCache) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Of each clip its columns by name, (T,) each, and its embeddings, float32 (T, *tokens, D)."""
-    names, ours = {"time_s": "times_s", "tick": "ticks"}, ("video", "content", "clock_offset_s", "time_s", "tick")
-    own = [name for name in cache.provenance.columns if name != "embeddings"]
-    names |= {f"own_{name}" if name in (*ours, "embedding") else name: name for name in own}
+    own = apart([name for name in cache.provenance.columns if name != "embeddings"], OURS)
+    names = {"time_s": "times_s", "tick": "ticks"} | own
     for clip in tqdm(cache.clips, "exporting", unit="clip", leave=False):
         video = clip.key.source.encode(errors="backslashreplace").decode()  # names need not be UTF-8
         key = {"video": video, "content": clip.key.content, "clock_offset_s": clip.key.offset_s}

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data.cache import EmbeddingCache
 from data.errors import printable
+from data.files import apart
 from data.picture import IMAGE_FPS
 from jepa.alarms import Alarm, choose_threshold, find_events, hours_of
 from jepa.calibration import FAR_LEVEL
@@ -95,13 +96,15 @@ def main(options: Options) -> None:
     scorer = Scorer(predictor, calibration, options.horizons, ignored, smoothing_s=options.smoothing)
     cache = open_cache(options.cache or embed(options, predictor), predictor)
     windows, truth = windows_for(cache, predictor, scorer.length), find_columns(cache, filter(None, [options.truth]))
+    require(len(truth) < 2, f"--truth {options.truth} stands for {', '.join(truth)}: name one")
     alarm = choose_alarm(options, scorer, cache) if options.normal else None
     rivals = find_rivals(options, scorer)
     offsets_s = sorted({clip.key.offset_s for clip in cache.clips})
     output.begin(inputs_of(options.predictor, cache) | {"offsets_s": offsets_s})
-    beside = (*(rivals.names if rivals else ()), *truth)
-    with Tables(folder, alarm, beside, places=predictor.shape[:-1]) as tables:
-        for scores in score_videos(scorer, windows, rivals, columns=truth):
+    simple = rivals.names if rivals else ()
+    columns = apart(truth, ("video", *DIGITS, *PLACE, *simple))
+    with Tables(folder, alarm, (*simple, *columns), places=predictor.shape[:-1]) as tables:
+        for scores in score_videos(scorer, windows, rivals, columns=columns):
             peaks = scores.peaks(options.peaks)
             tables.write(scores, peaks)
             say(scores, peaks[0])
@@ -111,7 +114,7 @@ def main(options: Options) -> None:
         "videos": len(tables.levels), "too_short_videos": silent, "far_from_calibration": far,
         "mean_energy": tables.mean_energy, "events": tables.events if alarm else None,
         "threshold": alarm.threshold if alarm else None,
-    } | (areas := tables.areas(*truth) if truth else {}))  # fmt: skip
+    } | (areas := tables.areas(*columns) if columns else {}))  # fmt: skip
     for name, area in sorted(areas.items(), key=lambda one: -one[1]):
         print(f"  area under the ROC curve of {options.truth}: {name.removeprefix('auroc_'):12} {area:.3f}")
     if silent:

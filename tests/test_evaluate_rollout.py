@@ -249,16 +249,16 @@ def test_a_latent_draws_futures_that_calibration_widens(judged_on, make_clip):
 
 
 def with_state(clip, gap=()):
-    """`x`, which is linear in the embeddings, `still`, and `pedal`, which is used in one video alone."""
+    """`x`, which is linear in the embeddings, `still`, and `x_low`, like an interval's end, used in one video alone."""
     x = clip.columns["embeddings"][:, 0].astype(np.float64)
     pedal = x if "52" in clip.key.source else np.full_like(x, 0.1)
     x = x.copy()
     x[list(gap)] = np.nan
-    columns = {"x": x, "still": np.full_like(pedal, 7.0), "pedal": pedal}
+    columns = {"x": x, "still": np.full_like(pedal, 7.0), "x_low": pedal}
     return replace(clip, columns=clip.columns | columns)
 
 
-COLUMNS = {name: Column("float64") for name in ("x", "still", "pedal")}
+COLUMNS = {name: Column("float64") for name in ("x", "still", "x_low")}
 
 
 @pytest.fixture
@@ -273,16 +273,16 @@ def probed(tmp_path, make_clip, write_cache):
 
 
 def test_true_state_is_read_off_what_came_and_less_off_forecasts(probed, judge):
-    results = judge([], lambda _: probed / "test", probe_cache=probed / "probe", probe_columns=("x", "still", "pedal"))
-    assert results["probe_columns"] == ["x", "still", "pedal"]
+    results = judge([], lambda _: probed / "test", probe_cache=probed / "probe", probe_columns=("x", "still", "x_low"))
+    assert results["probe_columns"] == ["x", "still", "x_low"]
     for step in range(HORIZON):
         truth, model = results["truth"][step], results["predictors"]["model"][step]
         assert truth["probe_r2_x"] > 0.99
         assert truth["probe_r2_x_low"] > 0.98
         assert model["probe_r2_x"] < 0.9
         assert truth["probe_r2_still"] is truth["probe_r2_still_low"] is None  # it never varies
-        assert truth["probe_r2"] == pytest.approx((truth["probe_r2_x"] + truth["probe_r2_pedal"]) / 2)
-        assert min(truth["probe_r2_pedal_low"], model["probe_r2_pedal_low"]) > -100
+        assert truth["probe_r2"] == pytest.approx((truth["probe_r2_x"] + truth["probe_r2_own_x_low"]) / 2)
+        assert min(truth["probe_r2_own_x_low_low"], model["probe_r2_own_x_low_low"]) > -100
 
 
 def test_columns_that_are_not_there_are_named(probed, judge):

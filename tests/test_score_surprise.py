@@ -119,6 +119,33 @@ def test_alarms_are_as_rare_as_is_asked_and_say_from_when_to_when(world, tmp_pat
         score(world, tmp_path / "other", normal=world / "test", alarms_per_hour=60)
 
 
+@pytest.mark.parametrize("truth", ["event", "energy", "video", "mahalanobis"])
+def test_what_happened_stands_beside_our_own_columns_whatever_it_is_called(
+    world, tmp_path, make_clip, write_cache, truth
+):
+    happened = np.zeros(40)
+    happened[25:] = 1
+    clip = make_clip("/videos/event.mp4", 40, embeddings=turning(40, seed=7), **{truth: happened})
+    clip.columns["embeddings"][25:] += 1.5
+    folder = write_cache(tmp_path / "cache", [clip], columns={truth: Column("float64")})
+    rows, _ = score(world, tmp_path / "run", cache=folder, truth=truth)
+    ours = ["video", "time_s", "energy", "percentile", "change_cosine", "copying", "mahalanobis", "difference"]
+    shown = truth if truth == "event" else f"own_{truth}"
+    assert list(rows[0]) == [*ours, shown]
+    assert [float(row[shown]) for row in rows] == happened[4:].tolist()
+    assert {row["video"] for row in rows} == {"/videos/event.mp4"}
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["auroc_mahalanobis"] > 0.9
+
+
+def test_one_column_tells_what_happened(world, tmp_path, make_clip, write_cache):
+    columns = {name: np.zeros(40) for name in ("is_a", "is_b")}
+    clip = make_clip("/videos/event.mp4", 40, embeddings=turning(40, seed=7), **columns)
+    folder = write_cache(tmp_path / "cache", [clip], columns=dict.fromkeys(columns, Column("float64")))
+    with pytest.raises(UserError, match=r"--truth is_\* stands for is_a, is_b: name one"):
+        score(world, tmp_path / "run", cache=folder, truth="is_*")
+
+
 @pytest.fixture(scope="module")
 def grid_world(tmp_path_factory, make_clip, write_cache):
     """A predictor of 4 x 6 places, and a cache in which one place changes its ways after 5 s; two clocks take turns."""

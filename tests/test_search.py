@@ -110,13 +110,14 @@ def test_what_is_exported_is_what_is_there_to_the_bit(shape, dtype, tmp_path, ma
     parquet = pytest.importorskip("pyarrow.parquet")
     speeds = np.random.default_rng(0).normal(size=12)
     speeds[3] = np.nan
+    ticks = {"tick": speeds, "own_tick": 2 * speeds}
     clips = [
-        make_clip(f'/v/,"{name}\n.mp4', 12, gaps=[4], shape=shape, speed=speeds * place, tick=speeds)
+        make_clip(f'/v/,"{name}\n.mp4', 12, gaps=[4], shape=shape, speed=speeds * place, **ticks)
         for place, name in enumerate("ab")
     ]
     for one in clips:
         one.columns["embeddings"] = one.columns["embeddings"].astype(dtype)
-    column = dict.fromkeys(("speed", "tick"), Column("float64"))
+    column = dict.fromkeys(("speed", "tick", "own_tick"), Column("float64"))
     cache = EmbeddingCache(write_cache(tmp_path / "cache", clips, shape=shape, dtype=dtype, columns=column))
     for kind in ("npy", "parquet", "lance"):
         call("export_cache", f"{cache.folder} --to {kind} --output-dir {tmp_path}/{kind}")
@@ -130,7 +131,8 @@ def test_what_is_exported_is_what_is_there_to_the_bit(shape, dtype, tmp_path, ma
         embeddings = np.stack(table["embedding"].to_numpy(zero_copy_only=False)).reshape(-1, *shape)
         wanted = cache.take(cache.rows)
         assert np.load(tmp_path / "npy" / "embeddings.npy").tobytes() == embeddings.tobytes() == wanted.tobytes()
-        for ours, theirs in {"time_s": "times_s", "tick": "ticks", "speed": "speed", "own_tick": "tick"}.items():
+        own = {"speed": "speed", "own_own_tick": "tick", "own_tick": "own_tick"}
+        for ours, theirs in {"time_s": "times_s", "tick": "ticks", **own}.items():
             values = cache.take(cache.rows, theirs)
             np.testing.assert_array_equal([float(row[ours]) for row in rows], values)
             np.testing.assert_array_equal(table[ours].to_numpy(), values)

@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.cache import EmbeddingCache
+from data.cache import Column, EmbeddingCache
 from data.clock import read_on_clock
 from data.film import make_film
 from pipelines import write_report
 from pipelines.cli import COMMANDS
 from pipelines.run.command import UserError
 from pipelines.run.files import read_json, to_json
-from pipelines.run.maps import project
+from pipelines.run.maps import map_of, project
 from pipelines.run.options import parse
 from pipelines.run.recording import import_rerun, write_recording
 from pipelines.write_report import command_line, film_of, read_table
@@ -211,13 +211,26 @@ def test_tensorboard_shows_what_is_decoded_and_the_embeddings_with_their_picture
         assert sprite.width == 32 * np.ceil(np.sqrt(cache.frames))
 
 
+def test_a_column_of_a_name_of_ours_is_another_colour(tmp_path, make_clip, write_cache):
+    names = ("video", "own_video", "time in its video", "speed")
+    columns = {name: np.full(9, number, float) for number, name in enumerate(names)}
+    clips = [make_clip(f"/v/{name}.mp4", 9, **columns) for name in "ab"]
+    folder = write_cache(tmp_path / "cache", clips, columns=dict.fromkeys(names, Column("float64")))
+    colours = map_of(folder)["colours"]
+    assert list(colours) == [
+        "time in its video", "video", "own_own_video", "own_video", "own_time in its video", "speed"
+    ]  # fmt: skip
+    assert [*colours["video"]] == [0] * 9 + [1] * 9
+    assert [values[0] for values in colours.values()][2:] == [0, 1, 2, 3]
+
+
 def test_one_number_or_one_moment_has_its_place_on_the_map(world, tmp_path):
     assert project(np.ones((1, 4)), "pca")[0].shape == (1, 2)
     np.testing.assert_allclose(np.ptp(project(np.array([[-1.0], [0.0], [1.0]]), "pca")[0], axis=0), [2, 0])
     assert "--runs names no folder" in refusal("write_report", f"--runs --output-dir {tmp_path}/none")
 
 
-@pytest.mark.filterwarnings("ignore")  # of umap-learn's own, such as of TensorFlow, which it finds nowhere
+@pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")  # which the map takes nothing from
 def test_by_umap_neighbours_lie_together(world, tmp_path, monkeypatch):
     draws = np.random.default_rng(0)
     near = np.repeat(np.arange(3), 30)

@@ -14,6 +14,7 @@ from einops import reduce
 from torch import Tensor
 
 from data.cache import EmbeddingCache
+from data.files import apart
 from data.windows import Windows
 from jepa.bootstrap import Bootstrap, divide, r2, reading_moments, useful_steps
 from jepa.calibration import Calibration
@@ -29,12 +30,9 @@ from pipelines.run.models import find_columns, in_batches
 
 DETAILED, READ_WINDOWS, LIVE_FRAMES, PROBE_FRAMES = 2000, 500, 256, 20_000
 """Most windows for details, to read actions off; frames to see what moves, to fit a probe on."""
-ENOUGH_VIDEOS = 20
-"""Number of videos from which on the bootstrap resamples videos instead of segments of them."""
-REFERENCES = ("copy_last", "ridge", "mean", "shuffled_actions")
-"""Forecasts that errors are divided by."""
-Measures = dict[tuple[str, str], Tensor]
-"""Numbers (B, H, ...) of some windows, by forecast, or `truth`, and measure."""
+ENOUGH_VIDEOS = 20  # number of videos from which on the bootstrap resamples videos instead of segments of them
+REFERENCES = ("copy_last", "ridge", "mean", "shuffled_actions")  # forecasts that errors are divided by
+Measures = dict[tuple[str, str], Tensor]  # numbers (B, H, ...) of some windows, by forecast, or `truth`, and measure
 
 
 class Readout(NamedTuple):
@@ -244,7 +242,8 @@ def make_records(
     for (name, measure), values in measures.items():
         if measure == "moments":
             point, resampled = r2(values.sum(axis=0)), r2(bootstrap.sums(values))  # (H, C), (resamples, H, C)
-            for place, column in enumerate(columns):
+            ends = [f"{column}{end}" for column in columns for end in ("_low", "_high")]
+            for place, column in enumerate(apart(columns, ends)):
                 put(name, f"probe_r2_{column}", point[:, place], resampled[..., place])
             means = divide(np.nansum(point, axis=1), np.isfinite(point).sum(axis=1))
             for record, value in zip(records[name], means, strict=True):

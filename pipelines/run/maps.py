@@ -11,14 +11,14 @@ from PIL import Image
 
 from data.cache import EmbeddingCache
 from data.errors import DataError
+from data.files import apart
 from data.frames import fitting_size, read_frames
 from pipelines.run.command import UserError, require
 
 MapKind = Literal["pca", "umap"]
 POINTS, ACROSS, THUMBNAIL = 600, 30, 64
 """Moments on a map, their pictures in a row of the sheet, and the longer side of one in pixels."""
-LEAST = 5
-"""Moments that UMAP finds neighbours among."""
+LEAST = 5  # moments that UMAP finds neighbours among
 
 
 def map_of(folder: Path, kind: MapKind = "pca") -> dict[str, Any]:
@@ -34,7 +34,8 @@ def map_of(folder: Path, kind: MapKind = "pca") -> dict[str, Any]:
     places, how = project(flat, kind)
     sources = np.array([clip.key.source for clip in cache.clips])[cache.clip_of(rows)]
     colours = {"time in its video": cache.take(rows, "times_s"), "video": np.unique(sources, return_inverse=True)[1]}
-    colours |= {name: cache.take(rows, name) for name in cache.provenance.columns if name != "embeddings"}
+    own = [name for name, column in cache.provenance.columns.items() if column.shape == ()]
+    colours |= {shown: cache.take(rows, name) for shown, name in apart(own, colours).items()}
     sheet, size, said = BytesIO(), (0, 0), ""
     try:
         size = fitting_size(Path(sources[0]), cache.provenance, THUMBNAIL)

@@ -139,11 +139,11 @@ class Scores:
 
 
 def score_videos(
-    scorer: Scorer, windows: Windows, rivals: Rivals | None = None, *, columns: tuple[str, ...] = ()
+    scorer: Scorer, windows: Windows, rivals: Rivals | None = None, *, columns: dict[str, str] | None = None
 ) -> Iterator[Scores]:
     """The scores of each video, one after the other, in memory that does not depend on their number.
 
-    Beside them are those of rivals, and columns of the cache.
+    Beside them are those of rivals, and columns of the cache by what they are called there.
     """
     cache, device = windows.cache, scorer.predictor.mean.device
     numbers = np.arange(len(windows))
@@ -164,7 +164,7 @@ def score_videos(
             percentiles=scorer.ordinary.percentile(energies).numpy(), cosines=cosines.double().numpy(),
             maps=maps.numpy(), level=scorer.ordinary.level(energies.double()),
             reach_s=(windows.length - 1) / scorer.predictor.fps + scorer.smoothing_s,
-            beside=beside | {name: cache.take(rows, name) for name in columns},
+            beside=beside | {shown: cache.take(rows, name) for shown, name in (columns or {}).items()},
         )  # fmt: skip
 
 
