@@ -35,8 +35,7 @@ class Column:
 
     dtype: str
     """Stored type: float16 or float32 for embeddings, float32 or float64 for other columns."""
-    shape: tuple[int, ...] = ()
-    """Shape of a row's value: `(*tokens, D)` for embeddings, `()` for a number."""
+    shape: tuple[int, ...] = ()  # of a row's value: `(*tokens, D)` for embeddings, `()` for a number
 
     def is_valid(self, name: str) -> bool:
         """Whether a cache can hold such a column under such a name."""

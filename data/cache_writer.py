@@ -22,10 +22,8 @@ import torch
 from data.cache import CLOCK, FORMAT_VERSION, CacheError, ClipKey, Provenance, checksum, read_provenance, read_shards
 from data.files import hold, require_no_links, sweep, whole_file
 
-LARGEST_SHARD = 1 << 28
-"""Bytes of embeddings at which a shard is written, however few clips they are: tokens are large."""
-NOT_COMPARED = ("encoder", "versions")
-"""Fields of the provenance in which embeddings of one cache may differ."""
+LARGEST_SHARD = 1 << 28  # bytes of embeddings at which a shard is written, however few clips they are: tokens are large
+NOT_COMPARED = ("encoder", "versions")  # fields of the provenance in which embeddings of one cache may differ
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from data.parallel import map_ahead, stream_ahead
 from data.video import FrameSize, VideoInfo
 
 SEGMENT_S = 60.0
-LONGEST_GROUP_S = 3600.0
-"""Where keyframes are days apart, what follows one by more than this is a gap."""
+LONGEST_GROUP_S = 3600.0  # where keyframes are days apart, what follows one by more than this is a gap
 
 
 class Clips(NamedTuple):
@@ -98,8 +97,7 @@ class FrameClips:
     def __post_init__(self) -> None:
         self.memory_frames = self.memory_bytes / (3 * self.size[0] * self.size[1])
         self.segments = [segment for video in self.videos for segment in self._segments(video)]
-        self.account = Account()
-        """What batches were taken from so far, each segment counted once."""
+        self.account = Account()  # what batches were taken from so far, each segment counted once
         self._counted: set[tuple[Path, float]] = set()
         self._states = {video.path: _state(video.path) for video in self.videos}
 

@@ -9,10 +9,8 @@ from data.decoder import GAP_PERIODS, Damage, usual_interval
 from data.picture import IMAGE_FPS
 from data.video import VideoInfo, open_video, probe_video, tolerance_s
 
-STEADY_GAP_PERIODS = 1.5
-"""At a constant rate a single lost frame can be seen, and is a gap."""
-STEADY_SHARE = 0.8
-"""The rate is constant if this share of the intervals is as long as the median."""
+STEADY_GAP_PERIODS = 1.5  # at a constant rate a single lost frame can be seen, and is a gap
+STEADY_SHARE = 0.8  # the rate is constant if this share of the intervals is as long as the median
 
 
 def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:

@@ -15,6 +15,7 @@ import sys
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,10 +35,8 @@ def apart(names: Sequence[str], ours: Collection[str]) -> dict[str, str]:
     """Names of a user's columns by what they are called beside ours, which none may replace: such as `own_video`."""
     found = {}
     for name in names:
-        shown = name
-        while shown in ours or (shown != name and shown in names):
-            shown = f"own_{shown}"
-        found[shown] = name
+        taken = {*ours, *names} if name in ours else ()
+        found[next(one for times in count() if (one := "own_" * times + name) not in taken)] = name
     return found
 
 

@@ -176,8 +176,7 @@ def _begins_again(values: list[int], numbers: list[list[int]], column: Sequence[
     if is_around or (periods and max(turns, default=0) > 5 * usual):
         raise ValueError("the names of its images may begin again: put dates before times, and years first")
     # Where hours change alone, they may be days before months and years of two digits.
-    minute = UNITS_NS["minute"]
-    return unit == "hour" and values[0] % minute > 0 == sum(step % minute for step in steps)
+    return unit == "hour" and values[0] % UNITS_NS["minute"] > 0 == sum(step % UNITS_NS["minute"] for step in steps)
 
 
 def _goes_on(times_ns: list[int], coarse_ns: int, evidence: int) -> bool:

@@ -21,8 +21,7 @@ Item = TypeVar("Item")
 
 PROTOCOLS = "crypto,http,httpproxy,https,rtmp,rtmps,rtp,rtsp,srt,tcp,tls,udp"
 """Ways to what an address, or a playlist there, may name: none leads to files."""
-PAUSE_S = 0.2
-"""Between two looks whether a file has grown, or a stream is back."""
+PAUSE_S = 0.2  # between two looks whether a file has grown, or a stream is back
 
 
 class GrowingFile(CheckedFile):

@@ -28,8 +28,7 @@ from data.video import VideoInfo, probe_video
 
 MANIFEST_SUFFIX = ".jsonl"
 FORMAT = {"format": "video-jepa manifest", "version": 3}
-LARGEST_NUMBER = 1e9
-"""No video has a size, a rate, or a time in seconds beyond."""
+LARGEST_NUMBER = 1e9  # no video has a size, a rate, or a time in seconds beyond
 
 
 class FileState(NamedTuple):

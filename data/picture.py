@@ -11,10 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.errors import VideoError
 
-MOST_PIXELS = 1 << 26
-"""A picture that says it is larger is not decoded: a few bytes may promise gigabytes."""
-IMAGE_FPS = 25.0
-"""Rate of what has no times of its own, such as images, unless another is given."""
+MOST_PIXELS = 1 << 26  # a picture that says it is larger is not decoded: a few bytes may promise gigabytes
+IMAGE_FPS = 25.0  # rate of what has no times of its own, such as images, unless another is given
 # Read as what they hold, whatever their name says; of other formats some would start programs, as PostScript does.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 IMAGE_NAMES = "avif bmp jfif jp2 jpe jpeg jpg pgm png pnm ppm tga tif tiff webp"

@@ -7,8 +7,7 @@ from data.errors import VideoError
 from data.video import VideoInfo
 
 SPLITS = ("train", "val", "test")
-HELD_OUT = 0.15
-"""Share of the recordings that validation gets, and the test."""
+HELD_OUT = 0.15  # share of the recordings that validation gets, and the test
 
 
 def split_videos(videos: Sequence[VideoInfo]) -> dict[str, list[VideoInfo]]:

@@ -11,8 +11,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor
 
-LIGHT_CELLS = 8
-"""Light and shade are drawn on a grid of this many cells a side and enlarged."""
+LIGHT_CELLS = 8  # light and shade are drawn on a grid of this many cells a side and enlarged
 
 
 @dataclass(frozen=True)

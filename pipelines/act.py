@@ -42,10 +42,8 @@ from pipelines.run.folder import RunFolder
 from pipelines.run.models import load_predictor, open_cache, owner_of
 from pipelines.run.searching import Search
 
-PAIRS = 20_000
-"""Steps of a cache that the action metric is fitted on, at most."""
-TURN = 0.2
-"""Share of each action of a stroll that is new."""
+PAIRS = 20_000  # steps of a cache that the action metric is fitted on, at most
+TURN = 0.2  # share of each action of a stroll that is new
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,8 @@ from pipelines.run.published import PublishedOptions
 
 OWN_NAMES = ("cache.json", "places.json", "shards", "videos.jsonl", "account.json", "encoder")
 """Names of what a cache's folder holds."""
-MOST_ROUNDING = 0.01
-"""Rounding of stored embeddings, as a share of a feature's variance, that nothing is said of."""
-NUMBER = Column("float64")
-"""What a CSV says of a tick."""
+MOST_ROUNDING = 0.01  # rounding of stored embeddings, as a share of a feature's variance, that nothing is said of
+NUMBER = Column("float64")  # what a CSV says of a tick
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,7 @@ from pipelines.run.memory import require_memory
 from pipelines.run.models import inputs_of, load_predictor, open_cache, windows_for
 from pipelines.run.report import table, write_table
 
-LEAST_SAMPLES = 19
-"""Fewest samples with a central interval of 90 %."""
+LEAST_SAMPLES = 19  # fewest samples with a central interval of 90 %
 
 
 @dataclass(frozen=True)

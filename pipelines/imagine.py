@@ -35,8 +35,7 @@ from pipelines.run.searching import Search
 
 CAME, DECODED, IMAGINED, NEAREST = "what came", "its embeddings, decoded", "imagined, decoded", "nearest real frames"
 OTHERS, MEAN = "imagined with another video's actions", "imagined with mean actions"
-PANEL = 160
-"""Longer side of a panel in pixels."""
+PANEL = 160  # longer side of a panel in pixels
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,7 @@ from pipelines.run.training import OptimizerOptions, RunOptions
 
 CONTEXT, ROLLOUT_STEPS, WIDTH = 4, 8, 512
 """Embeddings that the predictor of joint training starts from, steps of its rollouts, and its width."""
-SLOW_TICKS = 16
-"""How far apart the frames are in which what is slow is compared."""
+SLOW_TICKS = 16  # how far apart the frames are in which what is slow is compared
 WATCHED_CLIPS, WATCHED_FRAMES = 16, 16
 """Clips that collapse is looked for in, and their least length."""
 

@@ -32,12 +32,9 @@ from pipelines.run.models import calibration_artefact, find_columns, open_cache,
 from pipelines.run.run import Run
 from pipelines.run.training import OptimizerOptions, RunOptions
 
-GROWTH = 0.5
-"""Share of the training during which the horizon of rollouts grows."""
-CROP = 8
-"""Rows and columns of a grid that a window is cropped to for training, at most."""
-MOST_HIDDEN = 0.75
-"""Share of the tokens of a past that is hidden for training, at most."""
+GROWTH = 0.5  # share of the training during which the horizon of rollouts grows
+CROP = 8  # rows and columns of a grid that a window is cropped to for training, at most
+MOST_HIDDEN = 0.75  # share of the tokens of a past that is hidden for training, at most
 
 
 @dataclass(frozen=True)

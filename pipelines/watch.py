@@ -42,8 +42,7 @@ from pipelines.run.folder import read_mark
 from pipelines.run.models import load_predictor
 from pipelines.run.scoring import BOX, DIGITS, PLACE, SPAN, Scorer, box_of, ignored_places
 
-AHEAD = 8
-"""Ticks that are decoded ahead at most."""
+AHEAD = 8  # ticks that are decoded ahead at most
 
 
 @dataclass(frozen=True)

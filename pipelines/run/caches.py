@@ -8,8 +8,7 @@ from data.cache import EmbeddingCache
 from pipelines.run.command import UserError, require
 from pipelines.run.files import summary
 
-BATCH_NUMBERS = 32_000_000
-"""Numbers that are held at a time where windows of a cache go by in batches."""
+BATCH_NUMBERS = 32_000_000  # numbers that are held at a time where windows of a cache go by in batches
 
 
 def clips_in_short(cache: EmbeddingCache) -> str:

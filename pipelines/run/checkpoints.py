@@ -19,8 +19,7 @@ from data.files import MOST_VALUES, sweep, whole_file
 from pipelines.run.command import UserError, said_by_all
 from pipelines.run.devices import on_main
 
-KEPT = 2
-"""Newest training states that stay."""
+KEPT = 2  # newest training states that stay
 
 
 State = tuple[int, dict[str, Any], dict[str, Any]]

@@ -30,8 +30,7 @@ LOST_CONTACT = re.compile(
     re.IGNORECASE,
 )
 """The words of gloo, NCCL and the store for another process that has gone, or has not come."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-"""Of malloc.h."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|ALLOC_FAILED|std::bad_alloc|size calculation overflowed"
 )
@@ -155,8 +154,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 def _option_of(field: str) -> str:
     """The option on the command line that sets a configuration's field, or the field."""
     given = (word.partition("=")[0] for word in sys.argv if word.startswith("--"))
-    ours = (option for option in given if option[2:].rpartition(".")[2] == dashed(field))
-    return next(ours, field)
+    return next((option for option in given if option[2:].rpartition(".")[2] == dashed(field)), field)
 
 
 def _leave_at_once(status: int) -> NoReturn:

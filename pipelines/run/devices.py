@@ -20,8 +20,7 @@ Result = TypeVar("Result")
 
 LONGEST_WAIT = datetime.timedelta(hours=2)
 """Time that ranks wait for one another; one of them may look at 100,000 videos meanwhile."""
-ACTIVATIONS = 8
-"""Numbers that even a small backbone holds for each pixel and channel, at least."""
+ACTIVATIONS = 8  # numbers that even a small backbone holds for each pixel and channel, at least
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 

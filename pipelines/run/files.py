@@ -19,10 +19,8 @@ from data import files
 from data.files import whole_file
 from pipelines.run.command import UserError, require
 
-MARK = "run.json"
-"""The file that says whose a folder is."""
-ARTEFACT = ("config.json", "model.safetensors")
-"""The files of an artefact."""
+MARK = "run.json"  # the file that says whose a folder is
+ARTEFACT = ("config.json", "model.safetensors")  # the files of an artefact
 WRITTEN = re.compile(
     r"(metrics|account|config|rollout|sources|imagined)\.json|report\.(html|rrd)|found\.png|(curve|videos)\.jsonl|film_\d{3}\.mp4"
     r"|(rollout|surprise|peaks|maps|events|found|episodes)\.csv|model\.safetensors|act\.json|episode_\d{5,}\.(mp4|csv)"

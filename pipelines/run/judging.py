@@ -20,14 +20,12 @@ from pipelines.run.models import in_batches, take_windows, windows_for
 CHOSEN_BY = "validation_relative_to_copy_last"
 """Metric by which the best weights are chosen: the believed forecast's error, mean over horizons."""
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-RIDGE_SAMPLES = 200_000
-"""Windows that ridge regression is fitted on at most, evenly spread, each token counted."""
+RIDGE_SAMPLES = 200_000  # windows that ridge regression is fitted on at most, evenly spread, each token counted
 VALIDATION_NUMBERS, VALIDATION_WINDOWS = 16_000_000, 1024
 """Size of the windows that each validation goes through, and their most."""
 MOST_NUMBERS, MOST_WINDOWS = 32_000_000, 8192
 """Size of the forecasts that a calibration is fitted on, each of its four tensors, and their most."""
-FEW_CLIPS = 20
-"""Clips below which percentiles are called cautious."""
+FEW_CLIPS = 20  # clips below which percentiles are called cautious
 
 
 def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:

@@ -30,12 +30,10 @@ from pipelines.run.files import to_json, write_json, write_text
 from pipelines.run.folder import RunFolder
 from pipelines.run.training import OptimizerOptions, RunOptions
 
-FIRST_ALARM_STEP = 50
-"""Before, nothing has had time to spread out, and every run would alarm."""
+FIRST_ALARM_STEP = 50  # before, nothing has had time to spread out, and every run would alarm
 SAVE_EVERY_S = 600.0
 LONGEST_WARMUP = 500
-SHARED = 2**32 - 1
-"""A rank that there is not, for the random numbers that all of them share."""
+SHARED = 2**32 - 1  # a rank that there is not, for the random numbers that all of them share
 
 
 AnyBatch = TypeVar("AnyBatch", bound=tuple[Any, ...])

@@ -12,8 +12,7 @@ from jepa.diagnostics import floor_std
 from jepa.search import nearest
 from pipelines.run.caches import BATCH_NUMBERS, require_finite
 
-BLOCK = 4096
-"""Embeddings that are compared with each other at a time, at most."""
+BLOCK = 4096  # embeddings that are compared with each other at a time, at most
 
 
 class Search:
