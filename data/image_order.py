@@ -23,7 +23,7 @@ DAY_NS = 24 * UNITS_NS["hour"]
 NUMBER = re.compile(r"(?P<number>(?<![^\W_]|[ )])-\d+|\d+)")  # a minus behind a letter, a digit or a space is none
 _OF = {"Y": r"(?P<year>(?:19|20)\d\d)", "y": r"(?P<year>\d\d)", "m": r"(?P<month>0[1-9]|1[0-2])"}
 _OF |= {"d": r"(?P<day>0[1-9]|[12]\d|3[01])", "N": r"(?!\d{4}\D?(?:0[1-9]|1[0-2])\D?01)" + _OF["Y"]}  # not ISO's first
-_DAY, *_ = DATES = [
+_DAY, *_ = DATES = [  # ISO's first
     rf"(?<!\d){_OF[order[0]]}(?P<a>[-_.]?){_OF[order[1]]}(?P=a){_OF[order[2]]}"
     for order in ("Ymd", "Ndm", "dmY", "mdY", "ymd", "dmy", "mdy")
 ]
@@ -36,12 +36,12 @@ HALF_DAY = re.compile(  # a clock of twelve hours: in English, and in Chinese, J
     r"(?:(?P<early>上午|午前|오전)|(?P<late>下午|午後|오후))?\s?"
     r"(?<!\d)(?<!(?<!\d)(?<!\d[-_.])\d{4}[-_.])(?<!\d{4}[-_.]\d\d[-_.])"  # a day or a month is no hour
     rf"(?P<hour>1[0-2]|0?[1-9])(?:(?P<b>[-_.: ]?){_MINUTE}(?:(?P=b){_SECOND})?)?(?!\d)"
-    r"(?(early)|(?(late)|[-_\s]?(?P<half>[AaPp])\.?[Mm]\.?(?![A-Za-z])))"
+    r"(?(early)|(?(late)|[-_\s]?(?P<half>[AaPp])\.?[Mm]\.?(?![^\W_])))"
 )
 _EPOCH = r"(?<!\d)(?P<second>1[1-9]\d{8})"  # seconds since 1970, in the years 2004 to 2033
 _PART, _DIGITS = r"(?P<fraction>\d{9}|\d{6}|\d{3}|(?<=\d{14})\d+)", r"(?P<fraction>\d+)"
 _BEGIN, _END = r"(?<![\d.])(?<!(?<![^\W_])-)", r"(?!\d)"
-DATED = [
+DATED = [  # to the second, to the minute but for what is Unix time, to the hour
     *(rf"{date}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}" for date in DATES),
     *(rf"(?!1[1-9]\d{{8}}(?!\d)){date}(?<=\d{{6}}){_HOUR}{_MINUTE}{_END}" for date in DATES),
     rf"{_DAY}(?<=\d{{8}}){_HOUR}{_END}",

@@ -213,6 +213,7 @@ def test_half_days_in_other_words_and_without_a_date():
     assert_reads(names, [0, 2, 3605], are_seconds=True)
     names = [f"{(45 + at) // 60 or 12:02}-{(45 + at) % 60:02}-00PM" for at in range(30)]
     assert_reads(names, np.arange(30) * 60, are_seconds=True)
+    assert_reads([f"clip1a.m{number}" for number in (2, 3, 10)], [0, 1, 8], are_seconds=False)  # no half day
     names = [f"shot at 0{hour}.59 {half}M" for half in "AP" for hour in (1, 2)]
     assert_reads(names, [0, 1, 12, 13], are_seconds=False)
 
