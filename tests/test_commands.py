@@ -229,6 +229,13 @@ def test_the_line_of_each_kind_of_error(error, line, monkeypatch):
     assert said.startswith(f"error: {line}")
 
 
+def test_a_port_that_is_taken_is_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, said = explain(RuntimeError("The server socket has failed to listen. message: address already in use"))
+    assert status == 1
+    assert said.endswith("address already in use): what was complete before is kept")
+
+
 FREED = """
 import resource
 import numpy as np
