@@ -72,7 +72,8 @@ class Options(SeedOptions):
     clips: PositiveInt = CLIPS["train"]
     """Clips to train on."""
     variants: tuple[Literal["no slow part", "flattened head", "one step at a time", "no noise"], ...] = ()
-    """Parts that are left out in models of their own, of the first seed, by the names in `VARIANTS`."""
+    """Parts that are left out in models of their own, of the first seed and with one predictor, by the names in
+    `VARIANTS`: these are then measured beside the agent alone, by two predictors and by one, into `variants/`."""
     output_dir: Path = Path("runs/benchmarks/two_rooms")
     """Where all runs and the results are left."""
 
@@ -83,7 +84,7 @@ def main(options: Options) -> None:
     for number, (split, some) in enumerate(clips.items()):
         write_room_videos(videos / split, min(some, options.clips), FRAMES, seed=number)
     found = [measure(videos, options.output_dir / f"seed_{seed}", options, seed=seed) for seed in options.seeds]
-    write_results(options.output_dir, found)
+    write_results(options.output_dir / "variants" if options.variants else options.output_dir, found)
     print(table(found, options.seeds))
 
 
@@ -110,6 +111,8 @@ def measure(videos: Path, folder: Path, options: Options, *, seed: int) -> dict[
     }  # fmt: skip
     planners = {}
     for name, (who, how, episodes) in contestants.items():
+        if options.variants and name not in ("agent", "one predictor"):
+            continue
         there = TrueRooms() if who is truth else world
         done = [act(there, who, how, seed=FIRST_EPISODE + number) for number in range(episodes)]
         planners[name] = in_short([episode.result for episode in done])
@@ -118,9 +121,9 @@ def measure(videos: Path, folder: Path, options: Options, *, seed: int) -> dict[
                        for number, episode in enumerate(done)]  # fmt: skip
             planners[name]["through"] = float(np.mean(through))
     for name in options.variants if seed == options.seeds[0] else ():
-        (encoder, predictor), there = VARIANTS[name], folder / name.replace(" ", "_")
-        embedded = embed_rooms(videos, there, encoder, seed=seed) if encoder else folder
-        others = options_of(embedded, train_members(embedded, there, predictor, seed=seed))
+        (encoder, predictor), where = VARIANTS[name], folder / name.replace(" ", "_")
+        embedded = embed_rooms(videos, where, encoder, seed=seed) if encoder else folder
+        others = options_of(embedded, train_members(embedded, where, predictor, seed=seed, members=1))
         its = load_mind(others, world)
         done = [act(world, its, others, seed=FIRST_EPISODE + number) for number in range(fewer)]
         planners[name] = in_short([episode.result for episode in done])
@@ -141,12 +144,15 @@ def embed_rooms(videos: Path, folder: Path, others: dict[str, Any] | None = None
     return folder
 
 
-def train_members(embedded: Path, folder: Path, others: dict[str, Any] | None = None, *, seed: int) -> tuple[Path, ...]:
+def train_members(
+    embedded: Path, folder: Path, others: dict[str, Any] | None = None, *, seed: int, members: int = MEMBERS
+) -> tuple[Path, ...]:
     """Predictors on the caches in a folder, with these options in place of the usual ones; their folders."""
     caches = {"train-cache": embedded / "cache/train", "validation-cache": embedded / "cache/val"}
-    for member, where in enumerate(members_in(folder)):
+    folders = members_in(folder)[:members]
+    for member, where in enumerate(folders):
         train("train_predictor", where, caches, PREDICTOR | (others or {}), {"seed": MEMBERS * seed + member})
-    return members_in(folder)
+    return folders
 
 
 def members_in(folder: Path) -> tuple[Path, ...]:
