@@ -78,10 +78,12 @@ class ActionMetric:
         Blocked moves, which change less than was done, are left out: those that miss by far, several times.
 
         Raises:
-            ValueError: there are fewer than two clips.
+            ValueError: there are fewer than two clips, or what is done cannot be read off the changes.
         """
         changes, kept = after - before, torch.ones(len(actions), dtype=torch.bool)
         for _ in range(REFITS):
+            if not kept.any():
+                raise ValueError("what is done cannot be read off them: hardly any move changes them as the others do")
             probe = fit_probe([(changes[kept], actions[kept], groups[kept])], tuple(before.shape[1:]))
             missed = (probe(changes) - actions).norm(dim=1)
             kept = missed < BLOCKED_SHARE * actions.norm(dim=1).clamp_min(1e-9)

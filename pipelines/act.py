@@ -210,7 +210,11 @@ def load_mind(options: Options, world: World) -> Mind:
     if done is None or len(done) == 0:
         raise UserError(f"{options.cache} has no two embeddings with actions between them")
     groups = torch.from_numpy(np.unique(windows.video_of(chosen), return_inverse=True)[1])
-    metric = ActionMetric.fit(pairs[:, 0], pairs[:, 1], done[:, 0], groups)
+    try:
+        metric = ActionMetric.fit(pairs[:, 0], pairs[:, 1], done[:, 0], groups)
+    except ValueError as error:
+        mend = "record more episodes, or train an encoder that sees what moves, such as with --slow-dimension"
+        raise UserError(f"{options.cache}: {error}: {mend}") from error
     space = ActionSpace(torch.tensor(world.low).float(), torch.tensor(world.high).float(), world.longest)
     cost = value_cost(options.goal_values, cache, predictors[0]) if options.goal_values else None
     among = Search(cache, mean=predictors[0].mean, std=predictors[0].std)

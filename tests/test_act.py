@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data.clock import read_on_clock
@@ -318,6 +319,13 @@ def test_mistakes_are_said(runs, tmp_path, more, said):
     with pytest.raises((UserError, DataError), match=said):
         act.main(options(runs, tmp_path, **more))
     assert not [*(tmp_path / "act").glob("[!.]*")]  # so that the command, mended, may begin
+
+
+def test_embeddings_that_do_not_tell_what_was_done_are_one_line(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(act.Windows, "actions", lambda self, chosen: torch.ones(len(chosen), self.length, 1))
+    monkeypatch.setattr("jepa.planning.BLOCKED_SHARE", -1.0)
+    with pytest.raises(UserError, match=r"cache.*: what is done cannot be read off them.*record more episodes, or"):
+        act.main(options(runs, tmp_path))
 
 
 @pytest.mark.parametrize(

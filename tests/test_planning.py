@@ -67,6 +67,13 @@ def test_the_metric_measures_what_has_to_be_done_although_moves_were_blocked(met
     torch.testing.assert_close(metric.to_goal(ends[1])(ends[0]), torch.tensor(5.0), atol=0.02, rtol=0)
 
 
+def test_embeddings_that_do_not_tell_what_was_done_are_refused() -> None:
+    draws = torch.Generator().manual_seed(0)
+    before, after, actions = (torch.randn(600, size, generator=draws) for size in (3, 3, 2))
+    with pytest.raises(ValueError, match="what is done cannot be read off"):
+        ActionMetric.fit(before, after, actions, torch.arange(600) % 10)
+
+
 @pytest.mark.parametrize(
     "planner", [Tree(), CEM(horizon=12), MPPI(horizon=12), Gradient(horizon=12)], ids=lambda planner: planner.kind
 )
