@@ -80,7 +80,8 @@ def main(options: Options) -> None:
     show(cache, rows[:SHOWN], folder / "found.png")
     output.finish({"found": len(scores)})
     print("\n".join("  " + ", ".join(line) for line in lines[1:6]))
-    print(f"wrote {folder}/found.csv, {counted(len(scores), 'line')}, and found.png, the first of them")
+    shown = ", and found.png, the first of them" if len(scores) else ": none is found"
+    print(f"wrote {folder}/found.csv, {counted(len(scores), 'line')}{shown}")
 
 
 def find_row(cache: EmbeddingCache, moment: str) -> int:

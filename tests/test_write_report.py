@@ -1,9 +1,11 @@
 import base64
+import csv
 import importlib
 import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -149,7 +151,27 @@ def test_names_are_data_and_nothing_lies_outside_the_page(world, page):
     places = [text.index(one) for one in (*order, "What was trained")]
     assert places == sorted(places)
     first = read_rows(world / "surprise" / "peaks.csv")[0]
-    assert f"Most surprising: {first['video']} at {float(first['time_s']):.2f} s" in " ".join(text.split())
+    told = f"{first['video']} at {float(first['time_s']):.2f} s, of 1 video: energy {float(first['energy']):.2f}, in"
+    kind = "Most surprising" if float(first["percentile"]) >= 95 else "Nothing surprised it; most did"
+    assert f"{kind}: {told}" in " ".join(text.split())
+
+
+def test_a_predictor_that_learned_nothing_and_videos_without_surprise_are_said(world, tmp_path):
+    for name in ("predictor", "surprise"):
+        shutil.copytree(world / name, tmp_path / name)
+    metrics = read_json(world / "predictor" / "metrics.json")
+    (tmp_path / "predictor" / "metrics.json").write_text(json.dumps(metrics | {"best_step": 0}))
+    peaks = tmp_path / "surprise" / "peaks.csv"
+    rows = read_rows(peaks)
+    for shown, percentile in (("Most surprising", "95.0"), ("Nothing surprised it; most did", "94.9")):
+        with peaks.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(row | {"percentile": percentile} for row in rows)
+        call("write_report", f"--runs {tmp_path}/predictor {tmp_path}/surprise --output-dir {tmp_path}/{percentile}")
+        said = " ".join("".join(Page(tmp_path / percentile / "report.html").text).split())
+        assert f"{shown}: " in said
+        assert f"No step of {tmp_path}/predictor was better than none: what it imagines is a simple guess" in said
 
 
 @pytest.mark.parametrize("run", ["encoder", "predictor", "evaluation", "decoder", "imagined", "surprise"])
