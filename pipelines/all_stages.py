@@ -72,11 +72,11 @@ def main(options: Options) -> None:
     """Divide the videos, then run the commands."""
     require(bool(options.videos), "no videos are given: name folders, or files")
     published, folder = published_options(options), options.output_dir.absolute()
-    parts = divide(options, folder / "videos")
-    horizon = usual_horizon(parts, options.fps)
-    for command, given in stages(options, folder, published, horizon=horizon, batch=batch_of(parts, options.fps)):
-        run_stage(command, given)
-    page = folder / "report" / "report.html"
+    parts, page = divide(options, folder / "videos"), folder / "report" / "report.html"
+    horizon, batch = usual_horizon(parts, options.fps), batch_of(parts, options.fps)
+    todo = [*stages(options, folder, published, horizon=horizon, batch=batch)]
+    for number, (command, given) in enumerate(todo, start=1):
+        run_stage(command, given, f"{number} of {len(todo)}: ")
     print(f"\nLook at {page}")
     if options.open:
         webbrowser.open(page.as_uri())

@@ -1,5 +1,6 @@
 """From a folder to a page by one command."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,7 +78,10 @@ def test_one_command_leads_from_a_folder_to_a_page_and_goes_on(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         call("all_stages", line)
     call("all_stages", line)
-    shown = [words.split()[1] for words in capsys.readouterr().out.split("\n$ ")[1:]]
+    shown = re.findall(r"^(\d+) of (\d+): \$ video-jepa (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert [int(number) for number, *_ in shown] == [*range(1, 5), *range(1, 11)]
+    assert {of for _, of, _ in shown} == {"10"}
+    shown = [word for *_, word in shown]
     assert [words[0] for words in Here.words[4:]] == [
         "pretrain", "embed", "embed", "embed", "train", "evaluate", "train-decoder", "imagine", "surprise", "report",
     ]  # fmt: skip

@@ -10,8 +10,8 @@ from data.errors import printable
 from pipelines.run.command import require
 
 
-def run_stage(command: str, options: dict[str, Any]) -> None:
-    """Show a command, a word of `video-jepa`, and run it, its messages on this screen.
+def run_stage(command: str, options: dict[str, Any], which: str = "") -> None:
+    """Show a command, a word of `video-jepa`, and which it is, and run it, its messages on this screen.
 
     Options come by name, "" for what has none: True for a switch, a tuple for several values, False and () for none.
     Ctrl-C reaches both, and we wait for it to save. Raises `UserError` where it stopped with an error, which it has
@@ -22,7 +22,7 @@ def run_stage(command: str, options: dict[str, Any]) -> None:
         if value is not False and value != ():
             values = [] if value is True else value if isinstance(value, tuple) else [value]
             words += [f"--{name}"] * bool(name) + [*map(str, values)]
-    print("\n$", printable(shlex.join(["video-jepa", *words])), flush=True)
+    print(f"\n{which}$", printable(shlex.join(["video-jepa", *words])), flush=True)
     # In the folder of our packages, which Python then finds first; all paths are absolute.
     process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *words], cwd=Path(__file__).parents[2])
     try:
