@@ -36,7 +36,7 @@ from jepa.planning import CEM, ActionMetric, Plan, Task, Tree
 from jepa.sequence import Sequence
 from pipelines.act import Mind, act, in_short, load_mind, share_of
 from pipelines.act import Options as ActOptions
-from pipelines.run.command import UserError, run_command
+from pipelines.run.command import UserError, require, run_command
 from pipelines.run.evaluation import Readout, fit_readout
 
 CLIPS, FRAMES = {"train": 1500, "val": 150, "test": 150}, 40
@@ -126,7 +126,8 @@ def measure(videos: Path, folder: Path, options: Options, *, seed: int) -> dict[
         others = options_of(embedded, train_members(embedded, where, predictor, seed=seed, members=1))
         try:
             its = load_mind(others, world)
-        except UserError:  # changes say nothing of actions, so there is no distance to plan by
+        except UserError as error:  # changes say nothing of actions, so there is no distance to plan by
+            require(isinstance(error.__cause__, ValueError), str(error))  # else it is no failure of the agent
             planners[name] = share_of(0, fewer) | {"seconds": 0.0}
             continue
         done = [act(world, its, others, seed=FIRST_EPISODE + number) for number in range(fewer)]

@@ -104,16 +104,16 @@ def _surest(readings: list[list[tuple[int, int]]]) -> list[tuple[int, int]]:
     Raises `ValueError` where it may be one or the other, as numbers may be that are days of one year in other steps.
     """
     usual, sure = readings[0], []
-    apart = {tuple((time - one[0][0], at) for time, at in one): one for one in readings[::-1] if one}
-    for one in (one for one in apart.values() if one is not usual):
-        steps, others = ([other - one for (one, _), (other, _) in pairwise(ordered)] for ordered in (one, usual))
-        are_days = bool(usual) and usual[0][0] < DAY_NS <= one[0][0] and sum(steps) < 366 * DAY_NS
+    different = {tuple((time - read[0][0], at) for time, at in read): read for read in readings[::-1] if read}
+    for read in (read for read in different.values() if read is not usual):
+        steps, others = ([other - one for (one, _), (other, _) in pairwise(ordered)] for ordered in (read, usual))
+        are_days = bool(usual) and usual[0][0] < DAY_NS <= read[0][0] and sum(steps) < 366 * DAY_NS
         is_odd = are_days and len({step / other for step, other in zip(steps, others, strict=True)}) > 1
         is_even = len(set(steps)) == 1 != len(set(others))
-        sure += [one] * (is_odd or is_even or _goes_on([time for time, _ in one], DAY_NS, 2))
-    if len(apart) > 1 and (bool(sure) if usual else len(sure) != 1):
+        sure += [read] * (is_odd or is_even or _goes_on([time for time, _ in read], DAY_NS, 2))
+    if len(different) > 1 and (bool(sure) if usual else len(sure) != 1):
         raise ValueError("the names of its images may be times of several kinds: write such as 2024-05-31_23-59-58")
-    return usual or (sure or [*apart.values()])[0]
+    return usual or (sure or [*different.values()])[0]
 
 
 def _ordered(stems: list[str], pattern: re.Pattern[str], coarse: str, evidence: int) -> list[tuple[int, int]]:

@@ -95,7 +95,7 @@ def run_command(main: Callable[[Options], None], options_type: type[Options]) ->
         if line:
             print(line, file=sys.stderr)
         _leave_at_once(status)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if several:
         _leave_at_once(0)  # gloo's threads may abort the interpreter while it shuts down (pytorch/pytorch#179291)
 
 
