@@ -458,7 +458,8 @@ def _header_duration_s(container: InputContainer, stream: VideoStream) -> tuple[
     tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska's, of this stream
     time_base, is_own = stream.time_base or 0, True
     if stream.duration is not None:
-        end_s = float(stream.duration * time_base)
+        # Of an AVI cut short it is a guess from what is there; the number of frames is the header's own.
+        end_s = float(max(stream.duration, stream.frames if _is(container, ("avi",)) else 0) * time_base)
     elif tag:
         end_s = sum(float(part) * unit for part, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
     else:
@@ -470,7 +471,7 @@ def _header_duration_s(container: InputContainer, stream: VideoStream) -> tuple[
 
 
 def _odd_end(path: Path, read_until: int, ends_early: bool) -> str:
-    """What a file's end tells, where FFmpeg says nothing: it takes the duration of AVI and GIF from what is there."""
+    """What a file's end tells, where FFmpeg says nothing: it takes the duration of a GIF from what is there."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)

@@ -349,7 +349,8 @@ def test_a_truncated_video_is_reported(tmp_path, encode_video, read_number, suff
     assert info.frames < 100
     assert "ends at" in info.damage or "decoding failed" in info.damage or "reading failed" in info.damage
     if "its header promises" in info.damage:
-        assert f"ends at {info.duration_s:.2f} s, its header promises 4.00 s" in info.damage
+        promised = "3.92" if suffix == ".avi" else "4.00"  # two B-frames wait, and an AVI has no time to begin at
+        assert f"ends at {info.duration_s:.2f} s, its header promises {promised} s" in info.damage
     numbers = numbers_before_an_error(cut, read_number, r"cut\..*: ")
     assert len(numbers) >= info.frames - 1
     assert_random_is_sequential(cut, damage=Damage())

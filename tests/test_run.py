@@ -96,9 +96,6 @@ def spelled_out(value):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    torch.set_num_threads(
-        1
-    )  # as in the forks below: the last bits depend on it, and commands of other tests have set it
     return train(tmp_path_factory.mktemp("run") / "whole")
 
 
