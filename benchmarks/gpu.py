@@ -27,9 +27,10 @@ import torch
 
 from benchmarks.common import ROOT, markdown, read_json, shared
 from benchmarks.pack import pack
+from data.files import write_whole
 from jepa.config import Bounded, Positive
 from pipelines.run.command import run_command
-from pipelines.run.files import flat, write_json, write_text
+from pipelines.run.files import flat, write_json
 
 DOCUMENT, COMMITTED = ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu"
 BEGIN, END = "<!-- GPU table: python -m benchmarks.gpu --document -->", "<!-- end of the GPU table -->"
@@ -292,7 +293,7 @@ def document() -> None:
     found = [read_json(path) for path in sorted(COMMITTED.glob("*.json"))]
     made = table({results["device"]["name"]: results["measurements"] for results in found})
     before, rest = DOCUMENT.read_text().split(BEGIN)
-    write_text(DOCUMENT, f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}")
+    write_whole(DOCUMENT, f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}".encode())
 
 
 if __name__ == "__main__":

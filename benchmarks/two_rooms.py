@@ -9,6 +9,7 @@ errors of rollouts relative to copying, and CPU-seconds of training and of an ep
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -29,7 +30,18 @@ from benchmarks.common import (
     write_results,
 )
 from data.cache import EmbeddingCache
-from data.two_rooms import ACTION_COLUMNS, DOOR, FPS, STATE_COLUMNS, Layout, TwoRooms, move, write_room_videos
+from data.synthetic import on_all_cores, write_table, write_video
+from data.two_rooms import (
+    ACTION_COLUMNS,
+    DOOR,
+    FPS,
+    STATE_COLUMNS,
+    Layout,
+    TwoRooms,
+    move,
+    render_rooms,
+    stroll,
+)  # fmt: skip
 from data.windows import Windows
 from jepa.config import PositiveInt
 from jepa.planning import CEM, ActionMetric, Plan, Task, Tree
@@ -82,7 +94,9 @@ def main(options: Options) -> None:
     """The story: clips, training, episodes, a table."""
     clips, videos = CLIPS | {"train": options.clips}, options.output_dir / "videos"
     for number, (split, some) in enumerate(clips.items()):
-        write_room_videos(videos / split, min(some, options.clips), FRAMES, seed=number)
+        (videos / split).mkdir(parents=True, exist_ok=True)
+        write = partial(write_room_clip, videos / split, frames=FRAMES, seed=number)
+        on_all_cores(write, min(some, options.clips), name=split)
     found = [measure(videos, options.output_dir / f"seed_{seed}", options, seed=seed) for seed in options.seeds]
     write_results(options.output_dir / "variants" if options.variants else options.output_dir, found)
     print(table(found, options.seeds))
@@ -265,6 +279,19 @@ def table(found: list[dict[str, Any]], seeds: tuple[int, ...]) -> str:
         errors.append([name, *np.mean([one["errors"][name] for one in found], axis=0).tolist()])
     spent = ", ".join(f"{one['training_cpu_seconds']:.0f}" for one in found)
     return f"{markdown(rows)}\n\n{markdown(errors)}\n\nCPU-seconds of training and caching: {spent}"
+
+
+def write_room_clip(folder: Path, index: int, frames: int, *, seed: int) -> Path:
+    """Write `clip_<index>.mp4`, and beside it, last, states and actions: so who has a table is whole."""
+    path = folder / f"clip_{index:05d}.mp4"
+    if not path.with_suffix(".csv").exists():
+        generator = np.random.default_rng([seed, index])
+        layout = Layout.draw(generator)
+        positions, actions = stroll(layout, frames, generator)
+        write_video(path, render_rooms(positions, layout), FPS)
+        columns = np.column_stack([positions, np.tile(layout, (frames, 1)), actions])
+        write_table(path.with_suffix(".csv"), dict(zip((*STATE_COLUMNS, *ACTION_COLUMNS), columns.T, strict=True)), FPS)
+    return path
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data.cache import CLOCK, FORMAT_VERSION, CacheError, ClipKey, Provenance, checksum, read_provenance, read_shards
-from data.files import hold, require_no_links, sweep, whole_file
+from data.files import hold, require_no_links, sweep, write_whole
 
 LARGEST_SHARD = 1 << 28  # bytes of embeddings at which a shard is written, however few clips they are: tokens are large
 NOT_COMPARED = ("encoder", "versions")  # fields of the provenance in which embeddings of one cache may differ
@@ -62,7 +62,7 @@ class CacheWriter:
                 held.enter_context(hold(folder))
                 if not (folder / "cache.json").exists():
                     described = {"format_version": FORMAT_VERSION, **asdict(provenance)}
-                    _write(folder / "cache.json", json.dumps(described).encode())
+                    write_whole(folder / "cache.json", json.dumps(described).encode())
                 sweep(folder)
                 sweep(folder / "shards")
             stored = read_provenance(folder)
@@ -80,7 +80,7 @@ class CacheWriter:
                 path, here = folder / "places.json", set(places.values())
                 before = json.loads(path.read_bytes()) if path.exists() else {}  # which `read_shards` has checked
                 others = {path: content for path, content in before.items() if content not in here}
-                _write(path, json.dumps(others | places).encode())
+                write_whole(path, json.dumps(others | places).encode())
             self._held = held.pop_all()
 
     def __enter__(self) -> Self:
@@ -112,7 +112,7 @@ class CacheWriter:
         image = io.BytesIO()  # not on the disk: where that is full, HDF5 crashes the process
         with h5py.File(image, "w") as file:
             offsets = {name: file.create_dataset(name, data=data).id.get_offset() for name, data in columns.items()}
-        _write(self.folder / "shards" / f"{shard}.h5", image.getbuffer())
+        write_whole(self.folder / "shards" / f"{shard}.h5", image.getbuffer())
         clips = [[*key, len(arrays["ticks"]), checksum(arrays.values())] for key, arrays in self._buffer]
         # Later than all that is there, even if that was written by a clock that was ahead.
         self.written_ns = max(time.time_ns(), self.written_ns + 1)
@@ -120,7 +120,7 @@ class CacheWriter:
             "shard": shard, "bytes": len(image.getbuffer()), "written_ns": self.written_ns, "offsets": offsets,
             "clips": clips,
         }  # fmt: skip
-        _write(self.folder / "shards" / f"{shard}.json", json.dumps(manifest).encode())
+        write_whole(self.folder / "shards" / f"{shard}.json", json.dumps(manifest).encode())
         self._buffer = []
 
     def _as_stored(self, clip: EmbeddedClip) -> dict[str, np.ndarray]:
@@ -165,8 +165,3 @@ def remaining_clips(folder: Path, wanted: Sequence[ClipKey]) -> list[ClipKey]:
     _, clips = read_shards(folder, read_provenance(folder).columns | CLOCK)
     done = {(clip.key.content, clip.key.offset_s) for clip in clips}
     return [key for key in wanted if (key.content, key.offset_s) not in done]
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    with whole_file(path) as file:
-        file.write(content)

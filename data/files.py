@@ -72,6 +72,12 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     to_disk(path.parent)
 
 
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is either the old one or the new one, whole and on the disk."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
 def to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk, where the file system knows how."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -13,10 +13,10 @@ from data.parallel import map_ahead
 from data.video import FrameSize, probe_video
 
 
-def fitting_size(video: Path, provenance: Provenance, longest_side: int) -> FrameSize:
-    """(height, width), even numbers, of pictures with a video's shape. Raises `VideoError`."""
+def fitting_size(video: Path, provenance: Provenance, within: FrameSize) -> FrameSize:
+    """(height, width), even numbers, of the largest pictures with a video's shape. Raises `VideoError`."""
     shape = probe_video(video, provenance.image_fps)
-    scale = longest_side / max(shape.height, shape.width)
+    scale = min(within[0] / shape.height, within[1] / shape.width)
     return max(2, round(shape.height * scale / 2) * 2), max(2, round(shape.width * scale / 2) * 2)
 
 
@@ -33,19 +33,24 @@ def read_again(video: Path, times_s: np.ndarray, size: FrameSize, provenance: Pr
     return frames
 
 
-def read_frames(cache: EmbeddingCache, rows: np.ndarray, size: FrameSize) -> np.ndarray:
+def read_frames(cache: EmbeddingCache, rows: np.ndarray, size: FrameSize, *, keep_shape: bool = False) -> np.ndarray:
     """Frames behind rows of a cache, (...) -> uint8 (..., 3, height, width), video by video, several side by side.
+
+    They are stretched to the size, as the encoder saw them, or keep their shape, with black beside them.
 
     Raises:
         VideoError: as `read_again`.
     """
-    flat, frames = rows.ravel(), np.empty((rows.size, 3, *size), np.uint8)
+    flat, frames = rows.ravel(), np.zeros((rows.size, 3, *size), np.uint8)
     videos = np.array([clip.key.source for clip in cache.clips])[cache.clip_of(flat)]
     times_s = cache.take(flat, "times_s")
 
     def fill(video: str) -> None:
         (places,) = (videos == video).nonzero()
-        frames[places] = read_again(Path(video), times_s[places], size, cache.provenance)
+        height, width = fitting_size(Path(video), cache.provenance, size) if keep_shape else size
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        inner = frames[:, :, top : top + height, left : left + width]
+        inner[places] = read_again(Path(video), times_s[places], (height, width), cache.provenance)
 
     names = np.unique(videos).tolist()
     for _ in tqdm(map_ahead(fill, names), "reading frames", len(names), unit="video", leave=False):

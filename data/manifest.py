@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.account import Account
 from data.content import content_of
 from data.errors import VideoError
-from data.files import whole_file
+from data.files import write_whole
 from data.folders import ARCHIVE, find_videos
 from data.image_sequence import TIMES_IN_NAMES
 from data.parallel import map_ahead
@@ -206,8 +206,7 @@ def record_videos(manifest: Path, videos: Iterable[VideoInfo]) -> None:
 
 
 def _write(manifest: Path, records: Iterable[Record]) -> None:
-    with whole_file(manifest) as file:
-        file.write((json.dumps(FORMAT) + "\n" + "".join(map(_line, records))).encode())
+    write_whole(manifest, (json.dumps(FORMAT) + "\n" + "".join(map(_line, records))).encode())
 
 
 def _line(record: Record) -> str:

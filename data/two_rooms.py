@@ -4,13 +4,9 @@ A dot goes through a picture of 65x65 pixels; a wall with one door divides it. T
 Rooms (facebookresearch/eb_jepa), written anew; lengths are in pixels, x to the right, y downwards.
 """
 
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from data.synthetic import on_all_cores, write_table, write_video
 
 SIZE, NEAR_WALL, FAR_WALL = 65, 4.0, 60.0
 """Pixels of the picture's sides; where the outer walls are, in x and in y."""
@@ -167,23 +163,3 @@ class TwoRooms:
         picture, goal = render_rooms(np.stack([self.position, self.goal]), self.layout)
         is_near = bool(np.linalg.norm(self.position - self.goal) < REACHED)
         return picture, {"goal": goal, "state": np.array([*self.position, *self.layout]), "is_success": is_near}
-
-
-def write_room_clip(folder: Path, index: int, frames: int, *, seed: int) -> Path:
-    """Write `clip_<index>.mp4`, and beside it, last, states and actions: so who has a table is whole."""
-    path = folder / f"clip_{index:05d}.mp4"
-    if not path.with_suffix(".csv").exists():
-        generator = np.random.default_rng([seed, index])
-        layout = Layout.draw(generator)
-        positions, actions = stroll(layout, frames, generator)
-        write_video(path, render_rooms(positions, layout), FPS)
-        columns = np.column_stack([positions, np.tile(layout, (frames, 1)), actions])
-        write_table(path.with_suffix(".csv"), dict(zip((*STATE_COLUMNS, *ACTION_COLUMNS), columns.T, strict=True)), FPS)
-    return path
-
-
-def write_room_videos(folder: Path, clips: int, frames: int, *, seed: int) -> list[Path]:
-    """Write so many clips of so many frames into a folder on all cores, going on where an interrupted run stopped."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write = partial(write_room_clip, folder, frames=frames, seed=seed)
-    return on_all_cores(write, clips, name=folder.name)

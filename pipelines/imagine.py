@@ -71,11 +71,11 @@ def main(options: Options) -> None:
     windows = windows_for(cache, predictor, context + options.horizon)
     dreams = Dreams(predictor, calibration, decoder, windows)
     search = Search(among, mean=predictor.mean, std=predictor.std)
-    size = fitting_size(Path(cache.clips[0].key.source), cache.provenance, PANEL)
     output.begin(inputs_of(options.predictor, cache))
     (folder / "films").mkdir(exist_ok=True)
     films = []
     for number, chosen in enumerate(windows.evenly(options.films)[:, None]):
+        size = fitting_size(Path(windows.videos(chosen)[0]), cache.provenance, (PANEL, PANEL))
         panels, nearest = dreams.panels(chosen, search, size)
         name, shown = f"film_{number:03}.mp4", [*panels.values()]
         shown += [np.zeros_like(shown[0])] * (len(shown) % 2)  # two beside each other

@@ -6,10 +6,11 @@ r"""What is in a folder: videos, a cache, or what a command left behind.
 
 Of videos it reads headers and a frame each; --count decodes all of them and finds what is really there: frames, gaps,
 damage. Of a cache it says what the embeddings are and which videos have changed since; --verify reads all of it. Of a
-run or a model it says what that says of itself.
+run or a model, or of all that `all` has left, it says what that says of itself.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def main(options: Options) -> None:
     """Say of each cache, run and model what it is, then what videos there are."""
     require(len(options.paths) > 0, "no PATHS are given: name a folder of videos, a cache, a run or a model")
     videos = []
-    for path in options.paths:
+    for path in chain.from_iterable(map(parts_of, options.paths)):
         if (path / "cache.json").is_file():
             inspect_cache(EmbeddingCache(path), options.verify)
         elif (path / MARK).is_file():
@@ -61,6 +62,13 @@ def main(options: Options) -> None:
             videos.append(path)
     if videos:
         inspect_videos(videos, options)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The caches and runs in a folder of `all` or `demo`, or the folder itself."""
+    if not (path / "cache" / "train" / "cache.json").is_file():
+        return [path]
+    return [file.parent for name in ("cache/*/cache.json", f"*/{MARK}") for file in sorted(path.glob(name))]
 
 
 def inspect_videos(paths: list[Path], options: Options) -> None:

@@ -13,7 +13,7 @@ feature in units of its standard deviation, of duplicates around each video's me
 
 import csv
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,8 +54,8 @@ class Options(Bounded):
     """Embeddings that are searched."""
     of: str = ""
     """VIDEO@SECONDS, a moment of a video in the cache, the end of whose path is enough; for neighbours."""
-    output_dir: Path = Path("runs/search")
-    """Where the list and the sheet are left."""
+    output_dir: Path | None = None
+    """Where the list and the sheet are left. None: runs/ and what is looked for."""
     overwrite: bool = False
     """Replace the list in the output folder."""
 
@@ -63,7 +63,8 @@ class Options(Bounded):
 def main(options: Options) -> None:
     """Search, list, show."""
     require((options.what == "neighbours") == bool(options.of), "--of VIDEO@SECONDS belongs to neighbours")
-    folder = options.output_dir
+    folder = options.output_dir or Path("runs", options.what)
+    options = replace(options, output_dir=folder)
     output, cache = RunFolder(options, "search_cache", ("found.csv", "found.png")), EmbeddingCache(options.cache)
     search = Search.within(cache)
     require(search.videos[-1] > 0, f"{cache.folder} holds one video, and others are searched: cache more")
@@ -155,8 +156,9 @@ def show(cache: EmbeddingCache, rows: np.ndarray, path: Path) -> None:
         return
     rows = np.concatenate([rows, rows[len(rows) - len(rows) % 2 :]])  # the last one twice, if they are odd
     try:
-        size = fitting_size(Path(cache.clips[cache.clip_of(rows[0])[0]].key.source), cache.provenance, THUMBNAIL)
-        frames = read_frames(cache, rows, size)
+        first = Path(cache.clips[cache.clip_of(rows[0])[0]].key.source)
+        size = fitting_size(first, cache.provenance, (THUMBNAIL, THUMBNAIL))
+        frames = read_frames(cache, rows, size, keep_shape=True)
     except (DataError, OSError) as error:  # the list is there, all the same
         print(printable(f"no pictures: {error}"))
     else:

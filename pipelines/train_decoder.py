@@ -62,7 +62,7 @@ def main(options: Options) -> None:
     provenance, encoder = train.provenance, train.provenance.encoder_fingerprint
     validation.require_same_space(encoder, provenance.fps, train.shape, "the decoder")
     inputs, sources = learned_from(train, validation)
-    size = fitting_size(Path(train.clips[0].key.source), provenance, options.longest_side)
+    size = fitting_size(Path(train.clips[0].key.source), provenance, (options.longest_side, options.longest_side))
     known, held_out = read_pairs(train, options.frames, size), read_pairs(validation, HELD_OUT_FRAMES, size)
     seen = f"pictures of {size[0]} x {size[1]}; {len(known.pictures):,} frames of {len(train.clips):,} clips"
     run.begin(inputs, seen, sources=sources)

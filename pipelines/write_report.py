@@ -28,11 +28,12 @@ from plotly.offline import get_plotlyjs
 from data.account import Account
 from data.decoder import Damage
 from data.errors import DataError, printable
+from data.files import write_whole
 from data.film import make_film
 from jepa.config import Bounded, PositiveInt
 from pipelines.cli import COMMANDS
 from pipelines.run.command import UserError, counted, first_few, require, run_command
-from pipelines.run.files import differences, flat, read_json, to_json, write_text
+from pipelines.run.files import differences, flat, read_json, to_json
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.maps import MapKind, map_of
 from pipelines.run.options import as_arguments
@@ -97,19 +98,21 @@ def main(options: Options) -> None:
     environment.filters["data"] = lambda value: escape(json.dumps(to_json(value)))
     with reading(first_few(options.runs)):
         text = environment.get_template("report.html").render(page, script=script)
-    text = text.encode(errors="backslashreplace").decode()  # names need not be UTF-8
+    content = text.encode(errors="backslashreplace")  # names need not be UTF-8
     output.begin({str(folder): record["command"] for folder, record in found})
-    write_text(options.output_dir / "report.html", text)
+    write_whole(options.output_dir / "report.html", content)
     if rerun is not None:
         write_recording(rerun, options.output_dir / "report.rrd", page)
     videos = [video for surprise in page["surprises"] for video in surprise["videos"]]
     films = sum(bool(video["film"]) for video in videos)
     films += sum(len(part["films"]) for part in page["dreams"] + page["plans"])
-    output.finish({"bytes": len(text.encode()), "videos": len(videos), "films": films})
+    output.finish({"bytes": len(content), "videos": len(videos), "films": films})
     for video in videos:
         if not video["film"]:
             print(printable(f"  no film of {video['name']}: {video['said']}"))
-    print(f"wrote {options.output_dir}/report.html, {len(text) / 1e6:.1f} MB, with {counted(films, 'film')}: open it")
+    print(
+        f"wrote {options.output_dir}/report.html, {len(content) / 1e6:.1f} MB, with {counted(films, 'film')}: open it"
+    )
 
 
 @contextmanager

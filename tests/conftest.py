@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The last bits of a sum depend on the number of threads, which commands set, and tests side by side share cores."""
+    """The last bits of a sum depend on the number of threads, which commands set; and tests share cores."""
     yield
     torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from data.synthetic import BallWorld, write_ball_videos
 from data.video import VideoInfo
 from pipelines.cli import COMMANDS
 from pipelines.run import stages
-from pipelines.run.command import Finished
+from pipelines.run.command import Finished, Interrupted
 from pipelines.run.files import read_json
 from tests.test_commands import call, refusal
 
@@ -75,7 +75,7 @@ def test_one_command_leads_from_a_folder_to_a_page_and_goes_on(tmp_path, monkeyp
     monkeypatch.setattr("webbrowser.open", opened.append)
     line = f"{tmp_path}/my_videos --output-dir {tmp_path}/runs --fps 8 --encoder-steps 2"
     line += " --predictor-steps 2 --decoder-steps 2 --columns ball_1_x --actions ball_?_vx --open"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="embed was interrupted: run this again, and it goes on"):
         call("all_stages", line)
     call("all_stages", line)
     shown = re.findall(r"^(\d+) of (\d+): \$ video-jepa (\S+)", capsys.readouterr().out, re.MULTILINE)
@@ -98,6 +98,10 @@ def test_one_command_leads_from_a_folder_to_a_page_and_goes_on(tmp_path, monkeyp
     films = read_json(tmp_path / "runs" / "imagined" / "imagined.json")["films"]
     assert films[0]["panels"][-1] == "imagined with mean actions"  # of one video there are no other's
     assert read_json(tmp_path / "runs" / "evaluation" / "rollout.json")["probe_columns"] == ["ball_1_x"]
+    call("inspect_folder", f"{tmp_path}/runs")
+    said = capsys.readouterr().out
+    assert said.count(": a cache, ") == 3
+    assert said.count(": a run, with models: ") == 7
     (tmp_path / "my_videos" / "clip_00000.mp4").unlink()
     assert "was begun with other videos (gone: 1, new: 0)" in refusal("all_stages", line)
 
@@ -107,7 +111,7 @@ def test_few_images_are_enough_for_smaller_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "subprocess", SimpleNamespace(Popen=Here))
     monkeypatch.setattr(Here, "words", [])
     monkeypatch.setattr(Here, "dies", 2)
-    with pytest.raises(KeyboardInterrupt):  # after the encoder is trained, in the next command
+    with pytest.raises(Interrupted):  # after the encoder is trained, in the next command
         call("all_stages", f"{tmp_path}/clips --output-dir {tmp_path}/runs --fps 8 --encoder-steps 2")
     assert read_json(tmp_path / "runs" / "encoder" / "run.json")["options"]["batch_size"] == 16
     assert read_json(tmp_path / "runs" / "encoder" / "run.json")["finished"]

@@ -168,7 +168,11 @@ def test_a_cache_holds_one_precision(embed):
         ("timm:test_resnet", {"window": 4}, r"--window is not for --encoder timm:test_resnet, which is timm: drop it"),
         ("timm:test_resnet", {"grid": (3, 4)}, r"--grid needs --tokens grid"),
         ("timm:test_resnt", {}, r"encoder is test_resnt, which timm does not know"),
-        ("timm:test_resnet", {"encoder_weights": None}, r"encoder the hub does not give the weights of test_resnet"),
+        (
+            "timm:test_resnet",
+            {"encoder_weights": None},
+            r"encoder the hub does not give the weights of test_resnet.*\(--encoder-weights FILE\)",
+        ),
     ],
 )
 def test_what_an_encoder_does_not_take_names_the_option(material, encoder, changes, complaint, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 from data.cache import EmbeddingCache
 from data.errors import VideoError
-from data.frames import fitting_size, read_again
+from data.frames import fitting_size, read_again, read_frames
 from data.synthetic import BallWorld, write_ball_clip, write_ball_videos, write_video
 from pipelines import cache_embeddings
 from tests.conftest import save_encoder
@@ -82,6 +82,13 @@ def test_pictures_are_the_very_frames_that_were_embedded(tmp_path, embed):
         read_again(video, np.array([5.0]), (32, 32), cache.provenance)
 
 
-def test_pictures_keep_the_shape_of_the_video(tmp_path, make_provenance):
+def test_pictures_keep_the_shape_of_the_video(tmp_path, make_provenance, embed):
     write_video(tmp_path / "wide.mp4", np.full((8, 36, 64, 3), 90, np.uint8), WORLD.fps)
-    assert fitting_size(tmp_path / "wide.mp4", make_provenance(fps=10.0), 32) == (18, 32)
+    write_video(tmp_path / "high.mp4", np.full((8, 64, 36, 3), 90, np.uint8), WORLD.fps)
+    assert fitting_size(tmp_path / "wide.mp4", make_provenance(fps=10.0), (32, 32)) == (18, 32)
+    cache, _ = embed([tmp_path / "wide.mp4", tmp_path / "high.mp4"], clocks=1)
+    high, wide = read_frames(cache, np.array([cache.clips[0].start, cache.clips[1].start]), (18, 32), keep_shape=True)
+    assert (wide > 60).all()
+    assert (high[:, :, 11:21] > 60).all()
+    assert not high[:, :, :10].any()
+    assert not high[:, :, 22:].any()

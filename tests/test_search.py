@@ -72,10 +72,11 @@ def test_copies_are_found_and_nothing_else(cache, tmp_path, capsys):
     assert "no pictures: /v/" in capsys.readouterr().out  # there are no such videos
 
 
-def test_outliers_and_neighbours_are_one_of_each_video(cache, tmp_path):
+def test_outliers_and_neighbours_are_one_of_each_video(cache, tmp_path, monkeypatch):
     opened = EmbeddingCache(cache)
-    call("search_cache", f"outliers --cache {cache} --output-dir {tmp_path}/outliers")
-    found = read_rows(tmp_path / "outliers" / "found.csv")
+    monkeypatch.chdir(tmp_path)
+    call("search_cache", f"outliers --cache {cache}")
+    found = read_rows(tmp_path / "runs" / "outliers" / "found.csv")
     assert len({row["video"] for row in found}) == len(found) == 9
     scores = [float(row["score"]) for row in found]
     assert scores == sorted(scores, reverse=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks.two_rooms import write_room_clip
 from data.clock import read_on_clock
 from data.sidecar import read_sidecar
 from data.two_rooms import (
@@ -21,7 +22,6 @@ from data.two_rooms import (
     move,
     render_rooms,
     stroll,
-    write_room_videos,
 )
 
 
@@ -85,7 +85,7 @@ def test_a_picture_shows_dot_walls_and_door() -> None:
 
 
 def test_clips_are_videos_with_tables(tmp_path) -> None:
-    (path,) = write_room_videos(tmp_path, 1, 12, seed=0)
+    path = write_room_clip(tmp_path, 0, 12, seed=0)
     frames = list(read_on_clock(path, (SIZE, SIZE), fps=FPS))
     assert len(frames) == 12
     times = np.array([frame.time_s for frame in frames])

@@ -64,7 +64,8 @@ def find_encoder(name: str, options: PublishedOptions) -> Encoder:
         return _timm_encoder(model, options)
     except ConfigurationError as error:
         field = {"backbone": "encoder", "weights": "encoder_weights" if options.encoder_weights else "encoder"}
-        raise ConfigurationError(field.get(error.field, error.field), error.message) from error
+        file = " (--encoder-weights FILE)" if error.field == "weights" and not options.encoder_weights else ""
+        raise ConfigurationError(field.get(error.field, error.field), error.message + file) from error
 
 
 def _timm_encoder(model: str, options: PublishedOptions) -> FrameEncoder:

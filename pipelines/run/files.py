@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from data import files
-from data.files import whole_file
+from data.files import write_whole
 from pipelines.run.command import UserError, require
 
 MARK = "run.json"  # the file that says whose a folder is
@@ -37,13 +37,7 @@ def require_artefact_alone(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the new one, whole; NaN and infinity become null."""
-    write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whole and on the disk."""
-    with whole_file(path) as file:
-        file.write(text.encode())
+    write_whole(path, (json.dumps(to_json(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def map_of(folder: Path, kind: MapKind = "pca") -> dict[str, Any]:
     colours |= {shown: cache.take(rows, name) for shown, name in apart(own, colours).items()}
     sheet, size, said = BytesIO(), (0, 0), ""
     try:
-        size = fitting_size(Path(sources[0]), cache.provenance, THUMBNAIL)
-        frames = read_frames(cache, np.resize(rows, -(-len(rows) // ACROSS) * ACROSS), size)
+        size = fitting_size(Path(sources[0]), cache.provenance, (THUMBNAIL, THUMBNAIL))
+        frames = read_frames(cache, np.resize(rows, -(-len(rows) // ACROSS) * ACROSS), size, keep_shape=True)
         pixels = rearrange(frames, "(r a) c h w -> (r h) (a w) c", a=ACROSS)
         Image.fromarray(pixels).save(sheet, "JPEG", quality=60)
     except (DataError, OSError) as error:

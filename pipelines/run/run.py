@@ -21,12 +21,13 @@ from torch.nn import functional
 from torch.utils.data._utils.pin_memory import pin_memory
 from tqdm import tqdm
 
+from data.files import write_whole
 from data.parallel import stream_ahead
 from pipelines.run import devices
 from pipelines.run.artefacts import save_artefact
 from pipelines.run.checkpoints import Checkpoints, restoring
 from pipelines.run.command import Interrupted, UserError, first_few
-from pipelines.run.files import to_json, write_json, write_text
+from pipelines.run.files import to_json, write_json
 from pipelines.run.folder import RunFolder
 from pipelines.run.training import OptimizerOptions, RunOptions
 
@@ -125,7 +126,7 @@ class Run:
         def start() -> None:
             self.folder.begin(inputs, sources)  # type: ignore[union-attr]
             # What was logged after the newest state is logged again.
-            write_text(curve, "".join(json.dumps(entry) + "\n" for entry in self.progress.curve))
+            write_whole(curve, "".join(json.dumps(entry) + "\n" for entry in self.progress.curve).encode())
             self.accelerator.init_trackers(self.command, init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
             print(f"{self.command} on {devices.describe_devices(self.accelerator)}: {'; '.join(facts)}")
 

@@ -1,13 +1,14 @@
 """One command that runs another, as a person would."""
 
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from data.errors import printable
-from pipelines.run.command import require
+from pipelines.run.command import Interrupted, require
 
 
 def run_stage(command: str, options: dict[str, Any], which: str = "") -> None:
@@ -27,7 +28,7 @@ def run_stage(command: str, options: dict[str, Any], which: str = "") -> None:
     process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *words], cwd=Path(__file__).parents[2])
     try:
         status = process.wait()
-    except KeyboardInterrupt:  # after which subprocess.run would kill it
+    except KeyboardInterrupt as error:  # after which subprocess.run would kill it
         process.wait()
-        raise
+        raise Interrupted(f"{command} was interrupted: run this again, and it goes on", signal.SIGINT) from error
     require(status == 0, f"{command} stopped as it says above (exit code {status}): mend that, and run this again")
