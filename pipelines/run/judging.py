@@ -53,7 +53,7 @@ def measure_embeddings(predictor: Predictor, cache: EmbeddingCache) -> None:
 
 def choose_windows(windows: Windows, predictor: Predictor) -> np.ndarray:
     """Numbers of as many windows, evenly spaced, as one looks at while training, int (N,)."""
-    numbers = windows.length * int(np.prod(predictor.shape))
+    numbers = windows.length * int(np.prod(predictor.shape)) * (EXPECTED_OF if predictor.latent_dimension else 1)
     return windows.evenly(min(VALIDATION_WINDOWS, max(32, VALIDATION_NUMBERS // numbers)))
 
 
