@@ -16,7 +16,6 @@ from typing import Literal, TypeVar
 import av
 import joblib
 import numpy as np
-from scipy.ndimage import zoom
 from tqdm.contrib.concurrent import process_map
 
 Result = TypeVar("Result")
@@ -103,7 +102,9 @@ def move_balls(motion: Motion, world: BallWorld, generator: np.random.Generator,
 def smooth_noise(generator: np.random.Generator, *, cells: int, size: int, amplitude: float) -> np.ndarray:
     """A `cells` x `cells` grid of uniform colours, bilinearly enlarged: float64 (3, size, size), up to +-amplitude."""
     grid = generator.uniform(-amplitude, amplitude, size=(3, cells, cells))
-    return zoom(grid, (1, size / cells, size / cells), order=1)
+    places = np.linspace(0, cells - 1, size)
+    enlarge = np.stack([np.interp(places, range(cells), one) for one in np.eye(cells)])  # (cells, size)
+    return enlarge.T @ grid @ enlarge
 
 
 def render_balls(states: np.ndarray, world: BallWorld, generator: np.random.Generator) -> np.ndarray:
