@@ -17,7 +17,7 @@ from data.synthetic import BallWorld, write_ball_videos
 from pipelines.run.command import run_command
 
 CLIPS = {"train": 4000, "val": 200, "test": 1000}
-TRAINING = {"steps": 5000, "precision": "bf16"}
+TRAINING = {"steps": 5000, "precision": "bf16", "log-every": 500}
 PREDICTORS = {"latent": {"predictor.latent-dimension": 16}, "point": {}}
 SAMPLES = 32
 WIDEST_BOUNCE = np.pi / 3
