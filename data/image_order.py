@@ -18,7 +18,9 @@ import numpy as np
 UNITS_NS = {"hour": 3600 * 10**9, "minute": 60 * 10**9, "second": 10**9, "milli": 10**6, "micro": 1000, "number": 1}
 PERIODS_NS = {unit: [UNITS_NS[coarser]] for unit, coarser in pairwise(reversed(UNITS_NS))}
 PERIODS_NS |= {"hour": [12 * UNITS_NS["hour"], 24 * UNITS_NS["hour"]], "micro": [UNITS_NS["milli"], UNITS_NS["second"]]}
-"""After how long a number of a unit, the coarsest of a name, begins again."""
+PERIODS_NS |= {"minute": [UNITS_NS["hour"], 24 * UNITS_NS["minute"]], "number": [24, 53, 366, 1131, 60]}
+"""After how long a number of a unit, the coarsest of a name, begins again. Minutes may be hours before minutes, and
+numbers hours, weeks, days of a year, days such as 1231, and minutes."""
 DAY_NS = 24 * UNITS_NS["hour"]
 NUMBER = re.compile(r"(?P<number>(?<![^\W_]|[ )])-\d+|\d+)")  # a minus behind a letter, a digit or a space is none
 _OF = {"Y": r"(?P<year>(?:19|20)\d\d)", "y": r"(?P<year>\d\d)", "m": r"(?P<month>0[1-9]|1[0-2])"}
@@ -40,6 +42,7 @@ HALF_DAY = re.compile(  # a clock of twelve hours: in English, and in Chinese, J
 )
 _EPOCH = r"(?<!\d)(?P<second>1[1-9]\d{8})"  # seconds since 1970, in the years 2004 to 2033
 _PART, _DIGITS = r"(?P<fraction>\d{9}|\d{6}|\d{3}|(?<=\d{14})\d+)", r"(?P<fraction>\d+)"
+_APART = r"[-_.,](?P<fraction>\d{9}|\d{6}|\d{3})"  # four digits are a counter's
 _BEGIN, _END = r"(?<![\d.])(?<!(?<![^\W_])-)", r"(?!\d)"
 DATED = [  # to the second, to the minute but for what is Unix time, to the hour
     *(rf"{date}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}" for date in DATES),
@@ -47,6 +50,8 @@ DATED = [  # to the second, to the minute but for what is Unix time, to the hour
     rf"{_DAY}(?<=\d{{8}}){_HOUR}{_END}",
 ]
 FORMS = [  # and what is carried into when the finer number is over; evidence for a time: 1 such a carry, 2 others, too
+    ([rf"(?<!\d){date}\D{{0,4}}{_CLOCK}{_APART}{_END}" for date in DATES], "second", 1),
+    ([rf"{_EPOCH}{_APART}{_END}"], "second", 1),
     (DATED, "", 0),
     ([rf"{_EPOCH}(?:[.,]?(?P<fraction>(?<=\D)\d+|\d{{9}}|\d{{6}}|\d{{3}}))?{_END}"], "", 0),
     ([rf"{_BEGIN}(?:(?P<milli>\d+)ms|(?P<micro>\d+)[uµμ]s|(?P<minute>\d+)min)(?![a-z])"], "", 0),
@@ -56,10 +61,9 @@ FORMS = [  # and what is carried into when the finer number is over; evidence fo
     # Two or three numbers, unless the finer one begins at the same place again and again, as frames of scenes do.
     ([rf"^{_HOUR}(?P<b>[-_.:]){_MINUTE}(?P=b){_SECOND}(?:[.,]{_DIGITS})?$"], "minute", 0),
     ([rf"^(?P<second>0|[1-9]\d{{0,5}}|\d{{1,6}}(?=\.\d{{3}}))\.{_DIGITS}$"], "second", 0),
-    ([rf"(?<!\d){_DAY}\D{{0,4}}{_CLOCK}[-_.,]{_DIGITS}{_END}"], "second", 1),
+    ([rf"(?<!\d){_DAY}\D{{0,4}}{_CLOCK}[-_.,](?P<fraction>\d\d?){_END}"], "second", 1),
     ([rf"(?<!\d){_CLOCK}[-_.,]{_DIGITS}{_END}"], "second", 2),
     ([rf"{_DAY}\D{{0,4}}{_HOUR}{_MINUTE}{_END}"], "hour", 2),
-    ([rf"{_EPOCH}[-_]{_PART}{_END}"], "second", 1),
     ([rf"{_BEGIN}(?P<second>\d{{1,6}})\.{_DIGITS}(?!\d|\.\d)"], "second", 2),
     ([rf"(?<!\d){_CLOCK}(?:\.{_DIGITS})?{_END}"], "minute", 2),
     ([rf"(?<!\d)(?P<minute>\d\d?)(?P<b>[-_.:m]?){_SECOND}{_END}(?!(?P=b)\d\d(?!\d))"], "minute", 2),
@@ -158,7 +162,7 @@ def _begins_again(values: list[int], numbers: list[list[int]], column: Sequence[
     """Whether this is no clock; `ValueError` if it, or a counter, may have gone around, or jumps where others turn."""
     steps = [other - one for one, other in pairwise(values)]
     unit = next(unit for unit in ("year", *UNITS_NS) if column[0].groupdict().get(unit))
-    periods = [10 ** len(str(values[-1])), 60] if unit == "number" else PERIODS_NS.get(unit, [])
+    periods = [10 ** len(str(values[-1]))] * (unit == "number") + PERIODS_NS.get(unit, [])
     periods = [period for period in periods if values[-1] <= 2 * period]
     usual, beside = median_low(steps), list(zip(steps, pairwise(numbers), strict=False))
     # Days and scenes change seldom; what runs along with a counter changes with each image.
@@ -166,8 +170,9 @@ def _begins_again(values: list[int], numbers: list[list[int]], column: Sequence[
     if len(turns) > len(steps) // 2:
         turns = [by for by, (one, other) in beside if any(map(int.__lt__, other, one))]
     least = 0 if unit in ("second", "milli", "micro") else 1 / 2
-    around = [period for period in periods if period > values[-1] - values[0] >= period - 2 * usual]
     *others, longest = sorted(steps)
+    widest = max([2 * usual, *others[-1:]])  # a step from the end to the beginning
+    around = [period for period in periods if period > values[-1] - values[0] >= period - widest]
     is_around = any(longest > max(5 * usual, least * period) for period in around)
     # Where all else is even, of a clock, a jump tells as well unless it is of two steps: there an image is missing.
     is_clock = unit != "number" or (usual > 1 and around[-1:] == [60] and {len(match[0]) for match in column} == {2})
@@ -188,7 +193,10 @@ def _goes_on(times_ns: list[int], coarse_ns: int, evidence: int) -> bool:
     if not carries or not within:
         return evidence <= len(carries[:1])
     is_steady = median(within) / 1.5 <= median(carries) <= 1.5 * max(within)
-    return is_steady or (evidence < 2 and max(begins) - min(begins) >= coarse_ns / 4)
+    # What goes on by a little, whatever the time between, is a counter; once it may begin again.
+    most_but_one = sorted((other - one) % coarse_ns for one, other in pairwise(times_ns))[-2]
+    is_counter = most_but_one <= coarse_ns / 100 < median(carries)
+    return not is_counter and (is_steady or (evidence < 2 and max(begins) - min(begins) >= coarse_ns / 4))
 
 
 def _series(names: Sequence[str]) -> str:

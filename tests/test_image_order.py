@@ -12,6 +12,7 @@ START = datetime(2024, 5, 1, 23, 59, 58, 900_000, tzinfo=UTC)
 EVENTS_S = [0, 0.15, 0.2, 0.25, 0.3, 0.35, 1.4, 1.45, 5.8]
 """When images were taken: at no steady rate, across midnight."""
 SLOW_S = [2 * second for second in range(45)]
+UNEVEN_S = [2.137 * second for second in range(45)]
 
 
 def moments(pattern, times_s=EVENTS_S):
@@ -97,6 +98,10 @@ def test_steps_signs_and_numbers_side_by_side(stems, times):
         (moments("%Y-%m-%d_%H-%M", [600 * second for second in SLOW_S]), [600 * second for second in SLOW_S]),
         (moments("%Y-%m-%d", [86400 * second for second in SLOW_S]), [86400 * second for second in SLOW_S]),
         (moments("%Y%m%d_%H%M%S_%f", np.arange(90) / 30), np.arange(90) / 30),
+        # A counter beside them, at more than a second: the fraction counts.
+        ([f"{at:04}_{name}" for at, name in enumerate(moments("%Y%m%d_%H%M%S_%f", UNEVEN_S))], UNEVEN_S),
+        ([f"{name}_{at}" for at, name in enumerate(moments("%d-%m-%Y_%H-%M-%S-%f", UNEVEN_S))], UNEVEN_S),
+        ([f"{at}_{1_700_000_000 + second:.6f}".replace(".", "_") for at, second in enumerate(UNEVEN_S)], UNEVEN_S),
         # Without a date, by units or by what is carried.
         ([f"{second // 60:02}-{second % 60:02}" for second in SLOW_S], SLOW_S),
         ([f"frame_{second // 60:02}_{second % 60:02}" for second in SLOW_S], SLOW_S),
@@ -172,6 +177,14 @@ def test_several_series_and_no_order_are_refused(stems, series):
         [f"{(3590 + at) // 60 % 60:02}-{(3590 + at) % 60:02}" for at in range(30)],
         [f"{(3590 + at) // 60 % 60}m{(3590 + at) % 60}s" for at in range(30)],
         [f"{(45 + at) // 60 or 12:02}-{(45 + at) % 60:02}-00" for at in range(30)],  # half days
+        # Hours, and hours and minutes, over midnight; weeks and days over the end of a year.
+        *([f"{START + timedelta(minutes=10 * at):{form}}" for at in range(30)] for form in ("%H-%M", "%H%M", "%H.%M")),
+        [f"{(22 + at) % 24:02}" for at in range(12)],
+        [f"W{(49 + at) % 52 + 1:02}" for at in range(10)],
+        *([f"{START + timedelta(days=242 + at):{form}}" for at in range(30)] for form in ("%j", "%m%d")),
+        # At uneven steps, a wide one from the end to the beginning.
+        [f"{START + timedelta(seconds=at):%H-%M-%S}" for at in (-65, -30, -16, -9, -2, 33, 40, 47, 61)],
+        [f"IMG_{(9900 + at) % 10000:04}" for at in (0, 7, 14, 49, 56, 63, 98, 133, 140, 147, 154)],
         # Days in orders that no form has, for so long that the clock does not betray it.
         *([f"{START + timedelta(minutes=10 * at):{form}}" for at in range(60, 160)] for form in (
             "%H-%M-%S_%d-%m-%Y", "%d-%m %H.%M.%S", "%d%m_%H%M", "%d_%H-%M-%S", "%d-%m-%Y_%H%M", "%m%d_%H%M%S",
@@ -240,6 +253,17 @@ def test_half_days_in_other_words_and_without_a_date():
 def test_what_may_be_read_in_two_ways_is_refused(stems):
     with pytest.raises(ValueError, match=r"the names of its images (may be|have AM or PM|may begin again)"):
         order_after_shuffling(stems)
+
+
+def test_a_counter_behind_a_time_is_no_fraction_of_a_second():
+    names = [f"{START + timedelta(seconds=at / 4):%Y%m%d_%H%M%S}_{at:03}" for at in range(400)]
+    assert_reads(names, range(400), are_seconds=False)
+    for names in (  # that begin again
+        [f"{START + timedelta(seconds=at / 4):%Y%m%d_%H%M%S}_{(985 + at) % 1000:03}" for at in range(40)],
+        [f"DJI_{START + timedelta(seconds=2 * at):%Y%m%d%H%M%S}_{(9989 + at) % 9999 + 1:04}_V" for at in range(40)],
+    ):
+        with pytest.raises(ValueError, match="do not tell one order"):
+            order_after_shuffling(names)
 
 
 def test_numbers_stay_numbers_and_months_months():
