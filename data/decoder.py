@@ -34,7 +34,7 @@ from data.picture import MOST_PIXELS
 SEEKABLE = ("mp4", "matroska")
 """Containers in which a seek was found exact; AVI and MPEG streams lose or misplace frames."""
 EXACT = (*SEEKABLE, "mxf", "ogg")
-"""Containers whose durations are exact, where the rate is constant; an ASF's is where a stream is alone, in order."""
+"""Containers whose durations are exact, where the rate is constant; ASF's and FLV's are of a lone stream in order."""
 ENDS_EARLY = ("mp4", "flv", "asf")
 """Containers of which FFmpeg reads the first recording alone, where several are joined to one file."""
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -219,13 +219,19 @@ class VideoDecoder(Decoder):
         last_dts, is_lost, back = math.inf, False, self._ticks(BACK_S)
         for packet in chain(first, self._packets()):
             dts = math.inf if packet.dts is None else packet.dts
-            if math.inf > last_dts > dts + back:
+            is_back = math.inf > last_dts > dts + back
+            # A part of it is missing, which decoders guess; MPEG-TS says so of whole ones where recordings are joined.
+            is_cut = packet.is_corrupt and not _is(self.container, ("mpegts",))
+            if is_back or (is_cut and not is_lost):
                 nothing: Packet[VideoStream] = Packet()  # type: ignore[assignment]
                 nothing.stream = self.stream
                 yield from self._shown(nothing)  # what the decoder holds back
-                self._join()
-                is_lost = True  # until its first keyframe
-            if is_lost and not packet.is_keyframe:
+                if is_back:
+                    self._join()
+                else:
+                    self.note(f"decoding failed {self._after(self.run.previous_s)} (a picture is cut off)")
+                is_lost = True  # until the next keyframe
+            if is_lost and (is_cut or not packet.is_keyframe):
                 continue
             if is_lost:
                 self.stream.codec_context.flush_buffers()
@@ -303,7 +309,7 @@ class VideoDecoder(Decoder):
         if self.first_pts is not None and self.stream.start_time is not None:  # the frames before could not be decoded
             promised_s -= self._seconds(self.first_pts - self.stream.start_time)
         is_lone = len(self.container.streams) == 1 and not self.stream.codec_context.has_b_frames
-        is_exact = _is(self.container, (*EXACT, "asf") if is_lone else EXACT)
+        is_exact = _is(self.container, (*EXACT, "asf", "flv") if is_lone else EXACT)
         is_exact &= self.stream.average_rate in (None, self.stream.base_rate)
         tolerance_s = self.period_s + 1e-3 if is_exact else EARLY_S + 2 * self.period_s
         if self.is_promise and end_s < promised_s - tolerance_s:
@@ -465,7 +471,7 @@ def _header_duration_s(container: InputContainer, stream: VideoStream) -> tuple[
     else:
         end_s, is_own = (container.duration or 0) / av.time_base, len(container.streams) == 1
     is_fragmented = _is(container, ("mp4",)) and len(stream.index_entries) != stream.frames
-    if is_fragmented or _is(container, ("matroska", "asf")):
+    if is_fragmented or _is(container, ("matroska", "asf", "nut")):
         end_s -= float((stream.start_time or 0) * time_base)  # they count from zero, whenever the first frame is shown
     return (end_s, is_own) if 0 <= end_s <= LONGEST_S else (0.0, False)
 
@@ -479,8 +485,9 @@ def _odd_end(path: Path, read_until: int, ends_early: bool) -> str:
         rest = file.read(1 << 26)
     begin, properties = head[:8], head.partition(ASF_PROPERTIES)[2]
     promised = begin[4:] if begin.startswith(b"RIFF") else properties[24:32]
-    is_cut_gif = begin.startswith(b"GIF8") and not rest.rstrip(b"\0").endswith(b";")
-    if int.from_bytes(promised, "little") > size or is_cut_gif:
+    is_cut = begin.startswith(b"GIF8") and not rest.rstrip(b"\0").endswith(b";")
+    is_cut |= begin.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in rest  # a JPEG's begin and end
+    if int.from_bytes(promised, "little") > size or is_cut:
         return "the file is cut off there"
     _, again, others = rest.partition(begin)
     left_out = f"another recording begins there: its {len(again + others):,} bytes are left out"

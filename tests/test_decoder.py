@@ -536,17 +536,53 @@ def test_a_file_of_nothing(tmp_path, name, fill):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("a.gif", {"codec": "gif", "ticks_per_second": 100, "pixel_format": "rgb8"}), ("a.asf", {}), ("a.wmv", {})],
-)
+    [
+        ("a.gif", {"codec": "gif", "ticks_per_second": 100, "pixel_format": "rgb8"}), ("a.asf", {}), ("a.wmv", {}),
+        ("a.mjpeg", {"codec": "mjpeg", "pixel_format": "yuvj420p"}),
+    ],
+)  # fmt: skip
 def test_a_file_that_is_cut_off_where_only_its_size_tells_is_reported(tmp_path, encode_video, name, options):
     pictures = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
     video = encode_video(tmp_path / name, np.arange(30) / 25, pictures, rate=25, **options)
     assert count_frames(video).damage == ""
     content = video.read_bytes()
-    video.write_bytes(content[: len(content) // 2])
+    video.write_bytes(content[: -20 if name == "a.mjpeg" else len(content) // 2])
     info = count_frames(video)
-    assert 1 < info.frames < 30
+    assert 1 < info.frames < 30 or name == "a.mjpeg"  # what there is of the last picture is shown
     assert info.damage.endswith(" s, the file is cut off there")
+
+
+@pytest.mark.parametrize("cut_off", [10, 200, 900])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.ivf", "libvpx-vp9"), ("a.avi", "mjpeg"), ("a.avi", "ffvhuff"), ("a.mov", "mjpeg")]
+)
+def test_a_picture_that_is_cut_off_is_left_out(tmp_path, encode_video, read_number, name, codec, cut_off):
+    options = {"pixel_format": "yuvj420p" if codec == "mjpeg" else "yuv420p"}
+    options |= {"container_options": {"movflags": "faststart"}} if name == "a.mov" else {}
+    video = encode_video(tmp_path / name, np.arange(30) / 25, codec=codec, rate=25, **options)
+    with av.open(str(video)) as container:
+        *_, (begin, size) = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    header = 12 if name == "a.ivf" else 0
+    video.write_bytes(video.read_bytes()[: begin + header + size - min(cut_off, size // 2)])
+    damage = Damage()
+    numbers, _ = numbers_and_times(video, read_number, damage)
+    assert numbers == list(range(29))
+    assert "decoding failed after 1.12 s (a picture is cut off)" in str(damage)
+
+
+def test_what_the_decoder_holds_back_is_kept_where_a_picture_is_cut_off(tmp_path, encode_video, read_number):
+    options = {"bf": "3", "g": "100", "x264-params": "b-adapt=0"}
+    video = encode_video(
+        tmp_path / "a.mp4", np.arange(40) / 25, options=options, container_options={"movflags": "faststart"}
+    )
+    with av.open(str(video)) as container:
+        packets = [(packet.pos, packet.size, packet.pts) for packet in container.demux(video=0) if packet.size]
+    begin, size, _ = packets[20]
+    video.write_bytes(video.read_bytes()[: begin + size // 2])
+    shown = sorted(pts for _, _, pts in packets[:20])
+    damage = Damage()
+    assert len(numbers_and_times(video, read_number, damage)[0]) == len(shown)
+    assert "a picture is cut off" in str(damage)
 
 
 def test_a_gap_of_years_takes_no_time(tmp_path, encode_video, read_number):
