@@ -220,8 +220,7 @@ class VideoDecoder(Decoder):
         for packet in chain(first, self._packets()):
             dts = math.inf if packet.dts is None else packet.dts
             is_back = math.inf > last_dts > dts + back
-            # A part of it is missing, which decoders guess; MPEG-TS says so of whole ones where recordings are joined.
-            is_cut = packet.is_corrupt and not _is(self.container, ("mpegts",))
+            is_cut = packet.is_corrupt and not _is(self.container, ("mpegts",))  # which says so of whole ones, too
             if is_back or (is_cut and not is_lost):
                 nothing: Packet[VideoStream] = Packet()  # type: ignore[assignment]
                 nothing.stream = self.stream

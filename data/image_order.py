@@ -19,8 +19,7 @@ UNITS_NS = {"hour": 3600 * 10**9, "minute": 60 * 10**9, "second": 10**9, "milli"
 PERIODS_NS = {unit: [UNITS_NS[coarser]] for unit, coarser in pairwise(reversed(UNITS_NS))}
 PERIODS_NS |= {"hour": [12 * UNITS_NS["hour"], 24 * UNITS_NS["hour"]], "micro": [UNITS_NS["milli"], UNITS_NS["second"]]}
 PERIODS_NS |= {"minute": [UNITS_NS["hour"], 24 * UNITS_NS["minute"]], "number": [24, 53, 366, 1131, 60]}
-"""After how long a number of a unit, the coarsest of a name, begins again. Minutes may be hours before minutes, and
-numbers hours, weeks, days of a year, days such as 1231, and minutes."""
+"""After how long a number of a unit, the coarsest of a name, begins again; minutes may be hours, numbers days, 1231."""
 DAY_NS = 24 * UNITS_NS["hour"]
 NUMBER = re.compile(r"(?P<number>(?<![^\W_]|[ )])-\d+|\d+)")  # a minus behind a letter, a digit or a space is none
 _OF = {"Y": r"(?P<year>(?:19|20)\d\d)", "y": r"(?P<year>\d\d)", "m": r"(?P<month>0[1-9]|1[0-2])"}
@@ -42,7 +41,6 @@ HALF_DAY = re.compile(  # a clock of twelve hours: in English, and in Chinese, J
 )
 _EPOCH = r"(?<!\d)(?P<second>1[1-9]\d{8})"  # seconds since 1970, in the years 2004 to 2033
 _PART, _DIGITS = r"(?P<fraction>\d{9}|\d{6}|\d{3}|(?<=\d{14})\d+)", r"(?P<fraction>\d+)"
-_APART = r"[-_.,](?P<fraction>\d{9}|\d{6}|\d{3})"  # four digits are a counter's
 _BEGIN, _END = r"(?<![\d.])(?<!(?<![^\W_])-)", r"(?!\d)"
 DATED = [  # to the second, to the minute but for what is Unix time, to the hour
     *(rf"{date}\D{{0,4}}{_CLOCK}(?:[.,]?{_PART})?{_END}" for date in DATES),
@@ -50,8 +48,8 @@ DATED = [  # to the second, to the minute but for what is Unix time, to the hour
     rf"{_DAY}(?<=\d{{8}}){_HOUR}{_END}",
 ]
 FORMS = [  # and what is carried into when the finer number is over; evidence for a time: 1 such a carry, 2 others, too
-    ([rf"(?<!\d){date}\D{{0,4}}{_CLOCK}{_APART}{_END}" for date in DATES], "second", 1),
-    ([rf"{_EPOCH}{_APART}{_END}"], "second", 1),
+    ([rf"(?<!\d){date}\D{{0,4}}{_CLOCK}[-_.,]{_PART}{_END}" for date in DATES], "second", 1),
+    ([rf"{_EPOCH}[-_.,]{_PART}{_END}"], "second", 1),
     (DATED, "", 0),
     ([rf"{_EPOCH}(?:[.,]?(?P<fraction>(?<=\D)\d+|\d{{9}}|\d{{6}}|\d{{3}}))?{_END}"], "", 0),
     ([rf"{_BEGIN}(?:(?P<milli>\d+)ms|(?P<micro>\d+)[uµμ]s|(?P<minute>\d+)min)(?![a-z])"], "", 0),
@@ -194,8 +192,7 @@ def _goes_on(times_ns: list[int], coarse_ns: int, evidence: int) -> bool:
         return evidence <= len(carries[:1])
     is_steady = median(within) / 1.5 <= median(carries) <= 1.5 * max(within)
     # What goes on by a little, whatever the time between, is a counter; once it may begin again.
-    most_but_one = sorted((other - one) % coarse_ns for one, other in pairwise(times_ns))[-2]
-    is_counter = most_but_one <= coarse_ns / 100 < median(carries)
+    is_counter = sorted((other - one) % coarse_ns for one, other, _ in pairs)[-2] <= coarse_ns / 100 < median(carries)
     return not is_counter and (is_steady or (evidence < 2 and max(begins) - min(begins) >= coarse_ns / 4))
 
 

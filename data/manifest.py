@@ -216,7 +216,8 @@ def _line(record: Record) -> str:
 
 def _from_json(fields: dict[str, Any]) -> Record:
     state = FileState(*(fields.pop(name) for name in FileState._fields))
-    if "refused" in fields:
+    are_known = [*map(type, state)] == [str, int, int] and isinstance(fields.get("refused", ""), str)
+    if are_known and "refused" in fields:
         return Record(state, None, fields["refused"])
     fields["keyframes_s"] = tuple(fields["keyframes_s"])
     fields["gaps_s"] = tuple((begin, length) for begin, length in fields["gaps_s"])
@@ -224,7 +225,7 @@ def _from_json(fields: dict[str, Any]) -> Record:
     numbers = [video.height, video.width, video.duration_s, video.average_fps, video.frames or 0]
     numbers += [*video.keyframes_s, *(number for gap in video.gaps_s for number in gap)]
     are_numbers = all(type(number) in (int, float) and abs(number) < LARGEST_NUMBER for number in numbers)
-    texts = (state.path, video.codec, video.assumed, video.damage, video.content, video.whole)
-    if not are_numbers or min(numbers[:5]) < 0 or not all(isinstance(text, str) for text in texts):
+    texts = (video.codec, video.assumed, video.damage, video.content, video.whole)
+    if not (are_known and are_numbers) or min(numbers[:5]) < 0 or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"what it says of {state.path} cannot be")
     return Record(state, video)

@@ -94,12 +94,14 @@ def _read_table(video: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], 
             clock = "time_s" if "time_s" in known else "frame"
             values = [name for name in known if name not in ("time_s", "frame")]
             found = tuple(_chosen((clock, *patterns), values, known))
-            rows = np.array([[float(row[column]) for column in found] for row in reader])
-        if len(rows) == 0 or not np.isfinite(rows).all():
-            raise ValueError("it has no rows, or a value that is not a number")
+            rows = [
+                [float(cell) for cell in (*map(row.get, found), *filter(None, row.get(None, ())))] for row in reader
+            ]
+        if {*map(len, rows)} != {len(found)} or not np.isfinite(rows).all():
+            raise ValueError("it has no rows, a value that is not a number, or a row of more cells than columns")
     except (OSError, csv.Error, LookupError, TypeError, ValueError) as error:
         raise SidecarError(f"{path}: cannot be read as a table of numbers in UTF-8 ({error})") from error
-    return found, rows
+    return found, np.array(rows)
 
 
 def _chosen(patterns: Sequence[str], values: Sequence[str], known: Sequence[str] = ()) -> list[str]:
@@ -109,4 +111,6 @@ def _chosen(patterns: Sequence[str], values: Sequence[str], known: Sequence[str]
         if not (names := matching(pattern, known if pattern in known else values)):
             raise ValueError(f"there is no column '{pattern}' among {', '.join(known or values)}")
         found += names
+    if twice := [name for name in found if max(values.count(name), known.count(name)) > 1]:
+        raise ValueError(f"there are several columns '{twice[0]}'")
     return list(dict.fromkeys(found))

@@ -37,7 +37,7 @@ from pipelines.run.command import Interrupted, counted, require, run_command
 from pipelines.run.devices import start_accelerator
 from pipelines.run.embed import embed_frames, windows_of
 from pipelines.run.encoders import load_encoder
-from pipelines.run.files import read_json
+from pipelines.run.files import read_json, reading
 from pipelines.run.folder import read_mark
 from pipelines.run.models import load_predictor
 from pipelines.run.scoring import BOX, DIGITS, PLACE, SPAN, Scorer, box_of, ignored_places
@@ -83,7 +83,8 @@ class Scored(NamedTuple):
 
 def main(options: Options) -> None:
     """Say of each moment how surprising it is, until nothing comes any more."""
-    watch = load_watch(options)
+    with reading(f"--surprise {options.surprise}"):
+        watch = load_watch(options)
     moments, alarms, time_s, begin_s, interrupted = 0, 0, 0.0, math.nan, False
     try:
         for line in lines(score(options, watch), watch.threshold):
@@ -120,9 +121,9 @@ def load_watch(options: Options) -> Watch:
     threshold = read_json(folder / "metrics.json")["threshold"]
     return Watch(
         accelerator, encoder,
-        Scorer(predictor, calibration, tuple(given["horizons"]), ignored, smoothing_s=given["smoothing"]),
-        threshold=math.inf if threshold is None else threshold, offsets_s=inputs["offsets_s"],
-        dtype=getattr(torch, provenance["columns"]["embeddings"]["dtype"]),
+        Scorer(predictor, calibration, tuple(map(int, given["horizons"])), ignored, float(given["smoothing"])),
+        threshold=math.inf if threshold is None else float(threshold), offsets_s=[*map(float, inputs["offsets_s"])],
+        dtype={"float16": torch.float16, "float32": torch.float32}[provenance["columns"]["embeddings"]["dtype"]],
     )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -32,8 +31,8 @@ from data.files import write_whole
 from data.film import make_film
 from jepa.config import Bounded, PositiveInt
 from pipelines.cli import COMMANDS
-from pipelines.run.command import UserError, counted, first_few, require, run_command
-from pipelines.run.files import differences, flat, read_json, to_json
+from pipelines.run.command import counted, first_few, require, run_command
+from pipelines.run.files import differences, flat, read_json, reading, to_json
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.maps import MapKind, map_of
 from pipelines.run.options import as_arguments
@@ -87,7 +86,7 @@ def main(options: Options) -> None:
     page, script = {name: list[Any]() for name in names}, get_plotlyjs()
     left = MOST_BYTES - len(script) - 1_000_000  # a million for its own words
     for folder, record in found:
-        with reading(folder):
+        with reading(f"--runs {folder}", csv.Error):
             for name, part in parts_of(folder, record, options, left):
                 page[name].append({"folder": folder} | part)
                 left -= len(json.dumps(to_json(part)))
@@ -96,7 +95,7 @@ def main(options: Options) -> None:
     environment.globals["counted"] = counted
     environment.filters["number"] = lambda value: "-" if value is None else f"{value:.3f}"  # undefined, or known
     environment.filters["data"] = lambda value: escape(json.dumps(to_json(value)))
-    with reading(first_few(options.runs)):
+    with reading(f"--runs {first_few(options.runs)}", TemplateError):
         text = environment.get_template("report.html").render(page, script=script)
     content = text.encode(errors="backslashreplace")  # names need not be UTF-8
     output.begin({str(folder): record["command"] for folder, record in found})
@@ -113,16 +112,6 @@ def main(options: Options) -> None:
     print(
         f"wrote {options.output_dir}/report.html, {len(content) / 1e6:.1f} MB, with {counted(films, 'film')}: open it"
     )
-
-
-@contextmanager
-def reading(runs: Path | str) -> Iterator[None]:
-    """Damage to what a run has left is one line."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, TemplateError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--runs {runs} is not as its run left it ({said}): restore it, or run it again") from error
 
 
 def parts_of(folder: Path, record: dict[str, Any], options: Options, left: int) -> Iterator[tuple[str, dict[str, Any]]]:

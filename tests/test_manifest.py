@@ -176,7 +176,7 @@ DAMAGED = [b"{", b"", b"7", b"null", b"[]", b"[" * 100_000, b'"text"', b"{}", b'
 HOSTILE = [
     {"duration_s": math.inf}, {"duration_s": -1}, {"average_fps": math.nan}, {"height": 10**30}, {"width": "4"},
     {"keyframes_s": ["a"]}, {"keyframes_s": [1e300]}, {"gaps_s": [[0, None]]}, {"codec": None}, {"path": 7},
-    {"code": "print()"},
+    {"code": "print()"}, {"size_bytes": {}}, {"changed_ns": []}, {"refused": 7}, {"refused": "x", "path": ["a"]},
 ]  # fmt: skip
 
 

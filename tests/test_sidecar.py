@@ -72,6 +72,11 @@ def test_patterns_stand_for_the_columns_of_the_table(video, patterns, columns):
         ("time_s,speed\n", "speed", "no rows"),
         ("time_s,speed\n0.0,fast\n", "speed", "table of numbers.*fast"),
         ("time_s,speed\nnan,1\n", "speed", "a value that is not a number"),
+        ("time_s,speed\n0,0,1,5\n0,1,1,7\n", "speed", "a row of more cells than columns"),  # decimal commas
+        ("time_s,speed\n0,1\n1,2,3\n", "speed", "a row of more cells than columns"),
+        ("time_s,speed,speed\n0,1,2\n", "speed", "several columns 'speed'"),
+        ("time_s,speed,speed\n0,1,2\n", "s*", "several columns 'speed'"),
+        ("time_s,time_s,speed\n0,1,2\n", "speed", "several columns 'time_s'"),
         ("time_s,höhe\n0.0,1\n".encode("latin-1"), "höhe", "in UTF-8"),
         (b"time_s,speed\n0.0," + b"7" * 200_000 + b"\n", "speed", "table of numbers"),
         (lambda path: path, "speed", "No such file"),
@@ -96,6 +101,11 @@ def test_the_table_of_a_folder_has_all_of_its_name(tmp_path, name):
     (tmp_path / "clip.csv").touch()
     (tmp_path / f"{name}.csv").write_text("time_s,speed\n0.0,7\n")
     assert read_sidecar(tmp_path / name, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[7]]
+
+
+def test_empty_cells_at_the_end_and_columns_that_nobody_asks_for_are_no_fault(video):
+    video.with_suffix(".csv").write_text("time_s,speed,a,a,,\n0.0,7,1,2,,\n0.5,8,1,2,,,\n")
+    assert read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[7]]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])

@@ -281,6 +281,7 @@ def test_a_run_that_cannot_be_watched_by_is_refused(world, tmp_path):
         record["options"] |= options
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(record))
+        (tmp_path / name / "metrics.json").write_text('{"threshold": "high"}')
         return tmp_path / name
 
     shutil.copytree(world / "predictor", tmp_path / "other")
@@ -292,6 +293,8 @@ def test_a_run_that_cannot_be_watched_by_is_refused(world, tmp_path):
         ({"surprise": changed("gone", predictor=str(tmp_path / "gone"))}, "there is no predictor here"),
         ({"surprise": changed("other_run", predictor=str(tmp_path / "other"))}, "scored by another calibration"),
         ({"surprise": changed("mask", ignore_region="none.png")}, "none.png: not a readable picture"),
+        ({"surprise": changed("ahead", horizons=3)}, r"--surprise .*ahead is not as its run left it \(TypeError"),
+        ({"surprise": changed("loud")}, r"--surprise .*loud is not as its run left it \(ValueError: could not conv"),
         ({"surprise": world / "surprise", "encoder": tmp_path / "none"}, "there is no encoder"),
         ({"surprise": world / "surprise", "encoder": tmp_path / "encoder"}, "give that one as --encoder"),
     ):

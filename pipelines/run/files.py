@@ -8,7 +8,7 @@ import math
 import platform
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,16 @@ def read_json(path: Path) -> dict[str, Any]:
         return files.read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or make it again") from error
+
+
+@contextmanager
+def reading(run: str, kind: type[Exception] = OSError) -> Iterator[None]:
+    """Damage to what a run has left, of which errors of a kind tell beside the usual ones, is one line."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, kind) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{run} is not as its run left it ({said}): restore it, or run it again") from error
 
 
 def to_json(value: Any) -> Any:
