@@ -160,7 +160,9 @@ def _begins_again(values: list[int], numbers: list[list[int]], column: Sequence[
     """Whether this is no clock; `ValueError` if it, or a counter, may have gone around, or jumps where others turn."""
     steps = [other - one for one, other in pairwise(values)]
     unit = next(unit for unit in ("year", *UNITS_NS) if column[0].groupdict().get(unit))
-    periods = [10 ** len(str(values[-1]))] * (unit == "number") + PERIODS_NS.get(unit, [])
+    periods, digits = PERIODS_NS.get(unit, []), max(len(match[0]) for match in column)
+    if unit == "number":  # of hours, weeks or days with as many digits
+        periods = [10 ** len(str(values[-1])), *(period for period in periods if len(str(period)) == digits)]
     periods = [period for period in periods if values[-1] <= 2 * period]
     usual, beside = median_low(steps), list(zip(steps, pairwise(numbers), strict=False))
     # Days and scenes change seldom; what runs along with a counter changes with each image.

@@ -52,6 +52,13 @@ def test_the_only_number_that_varies_counts_and_keeps_gaps(pattern):
     assert_reads([pattern.format(number) for number in numbers], numbers, are_seconds=False)
 
 
+@pytest.mark.parametrize("pattern", ["{:06}", "frame{:04}", "img{:03}.x"])
+def test_a_gap_is_no_end_of_a_day_where_numbers_have_other_digits(pattern):
+    for numbers in ([*range(1, 6), *range(20, 25)], [*range(10), *range(40, 60)], [*range(9), *range(44, 53)]):
+        times = [number - numbers[0] for number in numbers]
+        assert_reads([pattern.format(number) for number in numbers], times, are_seconds=False)
+
+
 @pytest.mark.parametrize(
     ("stems", "times"),
     [
