@@ -66,9 +66,8 @@ def main(options: Options) -> None:
 
 def parts_of(path: Path) -> list[Path]:
     """The caches and runs in a folder of `all` or `demo`, or the folder itself."""
-    if not (path / "cache" / "train" / "cache.json").is_file():
-        return [path]
-    return [file.parent for name in ("cache/*/cache.json", f"*/{MARK}") for file in sorted(path.glob(name))]
+    inner = [file.parent for name in ("cache/*/cache.json", f"*/{MARK}") for file in sorted(path.glob(name))]
+    return inner if (path / "cache" / "train" / "cache.json").is_file() else [path]
 
 
 def inspect_videos(paths: list[Path], options: Options) -> None:
