@@ -126,7 +126,9 @@ def stages(
 
 
 def divide(options: Options, folder: Path) -> dict[str, list[VideoInfo]]:
-    """Videos by split, each listed in a manifest. Raises `UserError` where other videos were listed there before."""
+    """Videos by split, each in a manifest. Raises `UserError` where the folder is not ours, or of other videos."""
+    is_ours = (folder / "videos.jsonl").exists() or not folder.exists()
+    require(is_ours, f"--output-dir {folder.parent} has a folder {folder.name} of somebody else: take another one")
     videos, account = check_videos(
         [path.absolute() for path in options.videos], fps=options.fps, manifest=folder / "videos.jsonl",
         image_fps=options.image_fps,

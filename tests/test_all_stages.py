@@ -122,6 +122,11 @@ def test_slips_are_one_line(tmp_path):
     assert "no videos are given" in refusal("all_stages", to)
     (tmp_path / "empty").mkdir()
     assert "no videos in this folder" in refusal("all_stages", f"{tmp_path}/empty {to}")
+    mine = tmp_path / "mine" / "videos"
+    mine.mkdir(parents=True)
+    (mine / "account.json").write_text("mine")
+    assert "mine has a folder videos of somebody else" in refusal("all_stages", f"{mine} --output-dir {mine.parent}")
+    assert [(path.name, path.read_text()) for path in mine.iterdir()] == [("account.json", "mine")]
     assert "--tokens is for a published encoder" in refusal("all_stages", f"{tmp_path} {to} --tokens grid")
     write_ball_videos(tmp_path / "one", 1, BallWorld(size=32, radius=3, frames=30, fps=8), seed=0)
     assert "clip_00000.mp4 is of 1 of the three recordings" in refusal("all_stages", f"{tmp_path}/one {to}")

@@ -95,6 +95,9 @@ def test_a_new_folder_an_empty_one_and_one_with_a_log_are_taken(tmp_path):
     take(tmp_path).begin({})
     take(tmp_path / "new" / "one").begin({})
     (tmp_path / "file").touch()
+    (tmp_path / "dead").symlink_to(tmp_path / "none")
+    with pytest.raises(UserError, match="dead is no folder"):
+        take(tmp_path / "dead")
     with pytest.raises(UserError, match="is no folder"):
         take(tmp_path / "file")
 

@@ -1,5 +1,6 @@
 """The folder of a run: it says whose it is, and nobody else's work is harmed."""
 
+import os
 import platform
 import re
 import subprocess
@@ -37,7 +38,7 @@ class RunFolder:
         self.names = ("metrics.json", "account.json", SOURCES, "curve.jsonl", "training_state", "logs", *artefacts)
         self.resume = getattr(options, "resume", False)
         require(not (options.overwrite and self.resume), "--overwrite starts again, --resume goes on: give one of them")
-        require(self.path.is_dir() or not self.path.exists(), f"--output-dir {self.path} is no folder")
+        require(self.path.is_dir() or not os.path.lexists(self.path), f"--output-dir {self.path} is no folder")
         self.record, self.replaced = read_mark(self.path), self.path / ".replaced"
         self.has_begun = "inputs" in self.record  # a start that failed protects nothing
         names = {path.name for path in self.path.glob("[!.]*") if path.suffix not in (".log", ".out")}
