@@ -12,7 +12,6 @@ gap in the recording, the first frame there is repeated.
 Run the same command again after a kill, or after adding videos: only what is missing is embedded.
 """
 
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -126,7 +125,7 @@ def main(options: Options) -> None:
 def usable_videos(options: Options, is_main: bool) -> tuple[list[VideoInfo], Account]:
     """The videos to embed, once the cache has a place and its columns have names."""
     folder = options.output_dir
-    require(folder.is_dir() or not os.path.lexists(folder), f"--output-dir {folder} is no folder")
+    require(folder.is_dir() or not (folder.exists() or folder.is_symlink()), f"--output-dir {folder} is no folder")
     others = sorted(path.name for path in folder.glob("[!.]*") if path.name not in OWN_NAMES) if is_main else []
     require(not others, f"--output-dir {folder} holds {', '.join(others[:3])}, and is no cache: take another one")
     require_artefact_alone(folder / "encoder")  # which is no run of that name

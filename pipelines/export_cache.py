@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from data.cache import EmbeddingCache
-from data.files import apart
+from data.files import apart, sweep
 from jepa.config import Bounded
 from pipelines.run.command import UserError, require, run_command
 from pipelines.run.files import to_json, write_json
@@ -46,12 +47,17 @@ class Options(Bounded):
 def main(options: Options) -> None:
     """Clip by clip, in memory for one of them."""
     cache, folder = EmbeddingCache(options.cache), options.output_dir
-    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    is_free = not folder.exists() or (folder.is_dir() and not any(folder.glob("[!.]*")))
     require(is_free, f"--output-dir {folder} holds something: take a new folder")
-    if options.to == "npy":
-        to_npy(cache, folder)
-    else:
-        to_table(cache, folder, options.to)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    with TemporaryDirectory(dir=folder, prefix=".tmp.") as unfinished:  # what is not whole has no name
+        if options.to == "npy":
+            to_npy(cache, Path(unfinished))
+        else:
+            to_table(cache, Path(unfinished), options.to)
+        for path in Path(unfinished).iterdir():
+            path.rename(folder / path.name)
     print(f"wrote {folder}: {cache.frames:,} embeddings of shape {cache.shape}")
 
 
@@ -69,7 +75,6 @@ def columns_of(cache: EmbeddingCache) -> Iterator[tuple[dict[str, Any], np.ndarr
 
 def to_npy(cache: EmbeddingCache, folder: Path) -> None:
     """Embeddings as one array, a row of a table for each, and the provenance."""
-    folder.mkdir(parents=True, exist_ok=True)
     shape, first = (cache.frames, *cache.shape), 0
     stored = np.lib.format.open_memmap(folder / "embeddings.npy", mode="w+", dtype=np.float32, shape=shape)
     with (folder / "rows.csv").open("w", newline="") as file:
@@ -96,15 +101,13 @@ def to_table(cache: EmbeddingCache, folder: Path, kind: str) -> None:
         for columns, embeddings in columns_of(cache)
     )
     first = next(tables)  # a cache has clips
-    folder.mkdir(parents=True, exist_ok=True)
+    batches = (batch for table in chain([first], tables) for batch in table.to_batches())
     if kind == "lance":
-        batches = (batch for table in chain([first], tables) for batch in table.to_batches())
-        reader = pyarrow.RecordBatchReader.from_batches(first.schema, batches)
-        library.write_dataset(reader, folder / "embeddings.lance")
+        library.write_dataset(batches, folder / "embeddings.lance", schema=first.schema)
     else:
         with library.ParquetWriter(folder / "embeddings.parquet", first.schema) as writer:
-            for table in chain([first], tables):
-                writer.write_table(table)
+            for batch in batches:
+                writer.write_batch(batch)
 
 
 if __name__ == "__main__":

@@ -142,3 +142,20 @@ def test_what_is_exported_is_what_is_there_to_the_bit(shape, dtype, tmp_path, ma
         said = json.loads(table.schema.metadata[b"provenance"])
         assert said == json.loads((tmp_path / "npy" / "provenance.json").read_text())
         assert said["encoder_fingerprint"] == cache.provenance.encoder_fingerprint
+
+
+def test_an_export_that_was_interrupted_leaves_no_half_and_goes_on(tmp_path, make_clip, write_cache, monkeypatch):
+    cache = write_cache(tmp_path / "cache", [make_clip(f"/v/{name}.mp4", 9) for name in "ab"])
+    line = f"{cache} --to npy --output-dir {tmp_path}/out"
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.export_cache.write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call("export_cache", line)
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out" / f".tmp.{8 * 'a'}").mkdir()  # by a process that was killed
+    call("export_cache", line)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"embeddings.npy", "rows.csv", "provenance.json"}
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
