@@ -73,10 +73,8 @@ def read_table(video: Path) -> tuple[list[str], np.ndarray] | None:
 
 def missing_files(videos: Iterable[Path]) -> list[Path]:
     """Videos and tables that the data sets of some videos promise, and that are not there. Raises `DataSetError`."""
-    promised = list[Path]()
-    for root in dict.fromkeys(filter(None, map(find_set, videos))):
-        for path, episode in _promised(root)[1]:
-            promised += [root / path, episode.table]
+    roots = dict.fromkeys(filter(None, map(find_set, videos)))
+    promised = [file for root in roots for path, one in _promised(root)[1] for file in (root / path, one.table)]
     return [path for path in dict.fromkeys(promised) if not path.exists()]
 
 
@@ -85,19 +83,21 @@ def _promised(root: Path) -> tuple[float, list[tuple[str, Episode]]]:
     """Frames a second of a data set, and each episode of each camera with the path of its video in it."""
     try:
         info = read_json(root / INFO)
+        if re.search(r":[^}]*(\d{4}|{)", f"{info['data_path']}{info['video_path']}"):
+            raise ValueError("its paths are filled up to more than a name's length")
         episodes = list(_all_episodes(root, info))
         for path, episode in episodes:
             if ".." in Path(path).parts + episode.table.parts or not episode.table.is_relative_to(root):
                 raise ValueError(f"{path} or {episode.table} leads out of it")
         return float(info["fps"]), episodes
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise DataSetError(f"{root}: cannot be read as a LeRobot data set ({error!r})") from error
 
 
 def _all_episodes(root: Path, info: dict[str, Any]) -> Iterator[tuple[str, Episode]]:
     """Each episode of each camera, and the path of its video in the data set."""
     cameras = [name for name, feature in info["features"].items() if feature.get("dtype") == "video"]
-    if (listed := root / "meta" / "episodes.jsonl").exists():
+    if (listed := root / "meta" / "episodes.jsonl").is_file():
         for line in listed.read_text().splitlines():
             row = json.loads(line)
             index, chunk = row["episode_index"], row["episode_index"] // info.get("chunks_size", 1000)

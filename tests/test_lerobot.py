@@ -1,6 +1,7 @@
 """Data sets in LeRobot's layout: rows belong to their frames, episodes are kept apart, what is missing is named."""
 
 import json
+import os
 
 import numpy as np
 import pyarrow
@@ -139,13 +140,28 @@ def test_what_is_missing_or_odd_is_named(version_2, version_3, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "change", [{"fps": "x"}, {"data_path": "../{episode_index}"}, {"features": 3}, {"video_path": "{x}"}]
-)
+    "change",
+    [
+        {"fps": "x"}, {"data_path": "../{episode_index}"}, {"features": 3}, {"video_path": "{x}"}, {"fps": 0},
+        {"chunks_size": 0}, {"data_path": "{episode_index:09999999999d}"}, {"video_path": "{video_key:>999999999}"},
+        {"video_path": "{video_key:.{episode_index}}"},
+    ],
+)  # fmt: skip
 def test_a_set_that_cannot_be_is_refused(version_2, change):
     path = version_2 / "meta" / "info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DataSetError, match="v2: cannot be read as a LeRobot data set"):
         episodes_in(version_2 / f"videos/chunk-000/{CAMERAS[0]}/episode_000000.mp4")
+
+
+def test_episodes_without_end_are_refused(version_2):
+    episodes = version_2 / "meta" / "episodes.jsonl"
+    episodes.write_text("[" * 100_000)
+    with pytest.raises(DataSetError, match="v2: cannot be read as a LeRobot data set"):
+        missing_files([version_2 / "videos" / "a.mp4"])
+    episodes.unlink()
+    os.mkfifo(episodes)
+    assert missing_files([version_2 / "videos" / "a.mp4"]) == []
 
 
 def test_a_video_elsewhere_is_in_no_set(tmp_path):
