@@ -171,8 +171,7 @@ def _begins_again(values: list[int], numbers: list[list[int]], column: Sequence[
         turns = [by for by, (one, other) in beside if any(map(int.__lt__, other, one))]
     least = 0 if unit in ("second", "milli", "micro") else 1 / 2
     *others, longest = sorted(steps)
-    widest = max([2 * usual, *others[-1:]])  # a step from the end to the beginning
-    around = [period for period in periods if period > values[-1] - values[0] >= period - widest]
+    around = [period for period in periods if 0 < period - values[-1] + values[0] <= max([2 * usual, *others[-1:]])]
     is_around = any(longest > max(5 * usual, least * period) for period in around)
     # Where all else is even, of a clock, a jump tells as well unless it is of two steps: there an image is missing.
     is_clock = unit != "number" or (usual > 1 and around[-1:] == [60] and {len(match[0]) for match in column} == {2})
