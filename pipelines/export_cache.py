@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from data.cache import EmbeddingCache
-from data.files import apart, sweep
+from data.files import apart, hold
 from jepa.config import Bounded
 from pipelines.run.command import UserError, require, run_command
 from pipelines.run.files import to_json, write_json
@@ -50,8 +50,7 @@ def main(options: Options) -> None:
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.glob("[!.]*")))
     require(is_free, f"--output-dir {folder} holds something: take a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    with TemporaryDirectory(dir=folder, prefix=".tmp.") as unfinished:  # what is not whole has no name
+    with hold(folder), TemporaryDirectory(dir=folder, prefix=".tmp.") as unfinished:  # what is not whole has no name
         if options.to == "npy":
             to_npy(cache, Path(unfinished))
         else:
