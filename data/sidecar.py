@@ -4,7 +4,7 @@ The column `time_s` says when, in seconds since the first displayed frame; witho
 of the video, counted from 0 in presentation order. All other columns are values.
 
 A table may begin late, end early or pause, as a recording may: where it says nothing, a tick gets NaN. One that says
-nothing about any tick of a clip is an error: its times are in another unit, or of another video.
+nothing about any tick of a clip, or hardly anything, is an error: its times are in another unit, or of another video.
 Without one, the tables of a data set in LeRobot's layout are read, where the video is in one.
 """
 
@@ -55,10 +55,11 @@ def read_sidecar(
     rows = rows[rows[:, 0].argsort(kind="stable")]
     nearest = np.searchsorted((rows[1:, 0] + rows[:-1, 0]) / 2, times_s)  # by the middles between rows
     is_near = np.abs(rows[nearest, 0] - times_s) <= tolerance_s
-    if not is_near.any():
+    is_inside = np.abs(rows[:, 0] - (times_s.min() + times_s.max()) / 2) <= np.ptp(times_s) / 2 + tolerance_s
+    if not is_near.any() or max(is_near.mean(), is_inside.mean()) < 0.05:  # both are few
         raise SidecarError(
-            f"{path}: no row within {tolerance_s:.3f} s of any frame: its rows are from {rows[0, 0]:.3f} to "
-            f"{rows[-1, 0]:.3f} s, the frames from {times_s.min():.3f} to {times_s.max():.3f} s"
+            f"{path}: no row within {tolerance_s:.3f} s of {'most frames' if is_near.any() else 'any frame'}: its rows "
+            f"are from {rows[0, 0]:.3f} to {rows[-1, 0]:.3f} s, frames {times_s.min():.3f} to {times_s.max():.3f} s"
         )
     return np.where(is_near[:, None], rows[nearest, 1:], np.nan)
 

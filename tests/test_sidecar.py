@@ -140,6 +140,17 @@ def test_times_are_taken_before_frames(uneven):
     assert read_sidecar(uneven, np.array([0.5, 0.0]), columns=["speed"], tolerance_s=0.1)[:, 0].tolist() == [2, 1]
 
 
+def test_a_table_that_says_hardly_anything_is_on_another_clock(video):
+    video.with_suffix(".csv").write_text("time_s,speed\n" + "".join(f"{40 * at},{at}\n" for at in range(100)))
+    with pytest.raises(SidecarError, match=r"no row within 0\.020 s of most frames: .* from 0\.000 to 3960\.000 s"):
+        read_sidecar(video, np.arange(100) / 25, columns=["speed"], tolerance_s=0.02)
+    # Of a long recording, of which the video is a part, or of its first moment.
+    for table, found in (([at / 25 for at in range(5000)], 100), ([at / 1000 for at in range(20)], 1)):
+        video.with_suffix(".csv").write_text("time_s,speed\n" + "".join(f"{time_s},1\n" for time_s in table))
+        values = read_sidecar(video, np.arange(100) / 25, columns=["speed"], tolerance_s=0.02)
+        assert np.isfinite(values).sum() == found
+
+
 def test_a_table_that_says_nothing_at_all_is_on_another_clock(video):
     video.with_suffix(".csv").write_text("time_s,speed\n5000,5\n6000,6\n")  # milliseconds
     message = r"clip\.csv: no row within 0\.125 s of any frame: .* from 5000\.000 to 6000\.000 s, .* 0\.000 to 3\.000 s"
