@@ -78,7 +78,8 @@ def main(options: Options) -> None:
         lines.append([f"{score:.4f}", *(text for video, at_s in moments for text in (printable(video), f"{at_s:.3f}"))])
     with (folder / "found.csv").open("w", newline="") as file:
         csv.writer(file).writerows(lines)
-    show(cache, rows[:SHOWN], folder / "found.png")
+    if len(rows):
+        show(cache, rows[:SHOWN], folder / "found.png")
     output.finish({"found": len(scores)})
     print("\n".join("  " + ", ".join(line) for line in lines[1:6]))
     shown = ", and found.png, the first of them" if len(scores) else ": none is found"
@@ -91,7 +92,8 @@ def find_row(cache: EmbeddingCache, moment: str) -> int:
     clips = [clip for clip in cache.clips if f"/{clip.key.source}".endswith(f"/{name.lstrip('/')}")]
     try:
         rows = np.concatenate([clip.rows for clip in clips])
-        return int(rows[np.abs(cache.take(rows, "times_s") - float(seconds)).argmin()])
+        away_s = np.abs(cache.take(rows, "times_s") - float(seconds))
+        return int(rows[np.nanargmin(np.where(away_s <= 1 / cache.provenance.fps, away_s, np.nan))])
     except ValueError as error:
         known = f"{cache.clips[0].key.source}@{cache.take(cache.rows[:1], 'times_s')[0]:.2f}"
         raise UserError(f"--of {moment} is no moment of a video in {cache.folder}: write such as {known}") from error
@@ -152,8 +154,6 @@ def duplicates(search: Search) -> Found:
 
 def show(cache: EmbeddingCache, rows: np.ndarray, path: Path) -> None:
     """The frames of each line, rows (N, M), side by side, two lines beside each other."""
-    if not len(rows):
-        return
     rows = np.concatenate([rows, rows[len(rows) - len(rows) % 2 :]])  # the last one twice, if they are odd
     try:
         first = Path(cache.clips[cache.clip_of(rows[0])[0]].key.source)

@@ -96,7 +96,7 @@ def test_outliers_and_neighbours_are_one_of_each_video(cache, tmp_path, monkeypa
 def test_slips_are_one_line(cache, tmp_path, make_clip, write_cache):
     to = f"--cache {cache} --output-dir {tmp_path}/found"
     assert "--of VIDEO@SECONDS belongs to neighbours" in refusal("search_cache", f"neighbours {to}")
-    for moment in ("9.mp4@1", "3.mp4", "3.mp4@noon"):
+    for moment in ("9.mp4@1", "3.mp4", "3.mp4@noon", "3.mp4@nan", "3.mp4@inf", "3.mp4@1e6", "3.mp4@-2"):
         assert f"--of {moment} is no moment of a video in {cache}" in refusal(
             "search_cache", f"neighbours {to} --of {moment}"
         )
