@@ -26,15 +26,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from data.account import Account
-from data.cache import ClipKey, Column, EmbeddingCache, Provenance
+from data.account import Account, examples
+from data.cache import CachedClip, ClipKey, Column, EmbeddingCache, Provenance
 from data.cache_writer import CacheWriter, remaining_clips
 from data.clock import clock_offsets_s
 from data.errors import DataError
 from data.lerobot import episodes_in, missing_files
 from data.manifest import check_videos
 from data.picture import IMAGE_FPS
-from data.sidecar import columns_beside, read_sidecar
+from data.sidecar import columns_beside, read_sidecar, table_beside
 from data.video import TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt
 from jepa.encoder import Encoder
@@ -217,10 +217,19 @@ def leave_account(account: Account, folder: Path) -> None:
     write_json(path, now | {name: earlier.get(name, {}) | now[name] for name in ("read_s", "damaged")})
 
 
+def has_newer_table(clip: CachedClip) -> bool:
+    """Whether the CSV beside a video was written after the clip was cached."""
+    table, manifest = table_beside(Path(clip.key.source)), clip.shard.with_suffix(".json")
+    return table.is_file() and table.stat().st_mtime_ns > manifest.stat().st_mtime_ns
+
+
 def summarise(options: Options) -> None:
     """What the cache holds now, and what to run next."""
     cache, folder = EmbeddingCache(options.output_dir), options.output_dir
     kept = options.encoder if Path(options.encoder).is_dir() else folder / "encoder"
+    newer = sorted({clip.key.source for clip in cache.clips if options.columns and has_newer_table(clip)})
+    for line in examples("its table has changed, and what is cached has not: take another --output-dir", newer):
+        print(line)
     print(
         f"wrote {folder}: {len(cache.clips)} clips, {cache.frames:,} embeddings of shape {cache.shape} at "
         f"{options.fps:g} fps. Next, with VALIDATION, the cache of other videos by --encoder {kept}:\n"

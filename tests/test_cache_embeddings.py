@@ -1,7 +1,10 @@
 """From videos and an encoder to a cache: published encoders by name and file, columns, precision, what is refused."""
 
 import json
+import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +124,7 @@ def test_components_are_fitted_once_and_serve_other_videos(embed, material, tmp_
             embed(**published(material, **change))
 
 
-def test_columns_are_on_the_clock_and_gaps_are_gaps(embed, material, tmp_path):
+def test_columns_are_on_the_clock_and_gaps_are_gaps(embed, material, tmp_path, capsys):
     videos = tmp_path / "videos"
     shutil.copytree(material / "videos", videos)
     table = videos / "clip_00000.csv"
@@ -141,6 +144,11 @@ def test_columns_are_on_the_clock_and_gaps_are_gaps(embed, material, tmp_path):
     np.testing.assert_array_equal(
         np.delete(values, range(10, 15), axis=0), np.delete(given[::2, 2:4], range(10, 15), 0)
     )
+    assert "its table has changed" not in capsys.readouterr().out
+    os.utime(table, (time.time() + 9, time.time() + 9))
+    embed(videos=(videos,), columns=names, fps=5.0)
+    said = re.findall("its table has changed, and what is cached has not: .*: (.*)", capsys.readouterr().out)
+    assert said == [str(table.with_suffix(".mp4"))]
     with pytest.raises(DataError, match=r"clip_00001\.csv: cannot be read"):
         embed("strict", videos=(videos,), columns=names, strict=True)
     with pytest.raises(CacheError, match="holds embeddings with columns"):
