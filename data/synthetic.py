@@ -187,4 +187,4 @@ def write_ball_videos(folder: Path, clips: int, world: BallWorld, *, seed: int) 
 def on_all_cores(write: Callable[[int], Result], number: int, *, name: str) -> list[Result]:
     """Call a function with 0, 1, ... in processes side by side."""
     bar = {"unit": "clip", "desc": f"rendering {name}", "leave": False}
-    return process_map(write, range(number), max_workers=joblib.cpu_count(), **bar)
+    return process_map(write, range(number), max_workers=joblib.cpu_count(), **bar)  # each of chunks would count as one
