@@ -200,18 +200,20 @@ class EmbeddingCache:
     def _gather(self, rows: np.ndarray, name: str) -> np.ndarray:
         """Values as stored, (...) -> (..., *shape), shard by shard."""
         column, flat = self._columns[name], rows.ravel()
-        if ((flat < 0) | (flat >= self._ends[-1])).any():
-            raise IndexError(f"rows {flat.min()} to {flat.max()} are out of range: there are {self._ends[-1]}")
-        shards = np.searchsorted(self._ends, flat, side="right")
+        low, high = int(flat.min(initial=self._ends[-1] - 1)), int(flat.max(initial=0))
+        if low < 0 or high >= self._ends[-1]:
+            raise IndexError(f"rows {low} to {high} are out of range: there are {self._ends[-1]}")
         values = np.empty((len(flat), *column.shape), column.dtype)
-        order = shards.argsort(kind="stable") if len(self._shards) > 1 else np.arange(len(flat))
+        first, last = np.searchsorted(self._ends, (low, high), side="right").tolist()
+        if first == last:  # straight to its place: a copy between takes as long again
+            stored = self._stored(first, name)
+            np.take(stored, flat - (self._ends[first] - len(stored)), axis=0, out=values, mode="clip")
+            return values.reshape((*rows.shape, *column.shape))
+        shards = np.searchsorted(self._ends, flat, side="right")
+        order = shards.argsort(kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(flat) else ():
             index = int(shards[part[0]])
-            stored, chosen = self._stored(index, name), flat[part] - self._ends[index]  # counted from the shard's end
-            if len(part) == len(flat):  # straight to its place: a copy between takes as long again
-                np.take(stored, chosen + len(stored), axis=0, out=values, mode="clip")
-            else:
-                values[part] = stored[chosen]
+            values[part] = self._stored(index, name)[flat[part] - self._ends[index]]  # counted from the shard's end
         return values.reshape((*rows.shape, *column.shape))
 
     def _stored(self, index: int, name: str) -> np.ndarray:
