@@ -205,13 +205,13 @@ class EmbeddingCache:
             raise IndexError(f"rows {low} to {high} are out of range: there are {self._ends[-1]}")
         values = np.empty((len(flat), *column.shape), column.dtype)
         first, last = np.searchsorted(self._ends, (low, high), side="right").tolist()
-        if first == last:  # straight to its place: a copy between takes as long again
+        if first >= last:  # of one shard, or none at all: straight to its place: a copy between takes as long again
             stored = self._stored(first, name)
             np.take(stored, flat - (self._ends[first] - len(stored)), axis=0, out=values, mode="clip")
             return values.reshape((*rows.shape, *column.shape))
         shards = np.searchsorted(self._ends, flat, side="right")
         order = shards.argsort(kind="stable")
-        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(flat) else ():
+        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             index = int(shards[part[0]])
             values[part] = self._stored(index, name)[flat[part] - self._ends[index]]  # counted from the shard's end
         return values.reshape((*rows.shape, *column.shape))

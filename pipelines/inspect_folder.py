@@ -10,7 +10,6 @@ run or a model, or of all that `all` has left, it says what that says of itself.
 """
 
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ def main(options: Options) -> None:
     """Say of each cache, run and model what it is, then what videos there are."""
     require(len(options.paths) > 0, "no PATHS are given: name a folder of videos, a cache, a run or a model")
     videos = []
-    for path in chain.from_iterable(map(parts_of, options.paths)):
+    for path in [part for given in options.paths for part in parts_of(given)]:
         if (path / "cache.json").is_file():
             inspect_cache(EmbeddingCache(path), options.verify)
         elif (path / MARK).is_file():
