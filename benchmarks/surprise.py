@@ -108,7 +108,7 @@ def measure(trained: Path, folders: dict[Event, list[Path]], options: Options) -
                              "output-dir": cache})  # fmt: skip
     pairs = {event: read_pairs(EmbeddingCache(cache), of_event) for event, of_event in folders.items()}
     usual = EmbeddingCache(trained / "cache" / "val")
-    ordinary = torch.stack([torch.from_numpy(usual.clip_embeddings(clip)) for clip in usual.clips])
+    ordinary = torch.stack([torch.from_numpy(usual.take(clip.rows)) for clip in usual.clips])
     forecasts: dict[str, Callable[[Sequence], Tensor]] = {
         "model": lambda past: rollout(predictor, past, next_tick, calibration=calibration),
         "copy_last": lambda past: past.embeddings[:, -1:],
@@ -143,7 +143,7 @@ def read_pairs(cache: EmbeddingCache, folders: list[Path]) -> Pairs:
             shown_at.append([row["event"] for row in csv.DictReader(file)].index("1"))
         for kind, embeddings in twins.items():
             video = (impossible.parent.parent / kind / impossible.name).with_suffix(".mp4").resolve()
-            embeddings.append(torch.from_numpy(cache.clip_embeddings(clips[str(video)])))
+            embeddings.append(torch.from_numpy(cache.take(clips[str(video)].rows)))
     return Pairs(torch.stack(twins["lawful"]), torch.stack(twins["impossible"]), np.array(shown_at))
 
 

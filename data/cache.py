@@ -129,7 +129,7 @@ class EmbeddingCache:
         self._shards, self.clips = read_shards(folder, self._columns)
         if not self.clips:
             raise CacheError(f"{folder} holds no embeddings: embed videos into it first")
-        self._ends = np.cumsum([shard.rows for shard in self._shards])  # row after the last of each shard
+        self._edges = np.cumsum([0, *(shard.rows for shard in self._shards)])  # shard i: rows edges[i] to edges[i + 1]
         self._maps: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,7 +150,11 @@ class EmbeddingCache:
 
         float16 comes as float32, all else as it is stored. Raises `IndexError` or `KeyError` if there is none.
         """
-        stored = self._gather(rows, column)
+        return self.take_windows(rows, 1, column=column).squeeze(rows.ndim)
+
+    def take_windows(self, starts: np.ndarray, length: int, *, column: str = "embeddings") -> np.ndarray:
+        """Values, as of `take`, of windows that begin at some rows, within a shard, (...) -> (..., length, *shape)."""
+        stored = self._gather(starts, length, column=column)
         # NumPy would take 25 times as long to convert it.
         return torch.from_numpy(stored).float().numpy() if stored.dtype == np.float16 else stored
 
@@ -164,10 +168,6 @@ class EmbeddingCache:
         starts = np.array([clip.start for clip in self.clips])
         order = starts.argsort()
         return order[np.searchsorted(starts[order], rows, side="right") - 1]
-
-    def clip_embeddings(self, clip: CachedClip) -> np.ndarray:
-        """All embeddings of a clip, float32 (T, *tokens, D)."""
-        return self.take(clip.rows)
 
     def unbroken_runs(self, clip: CachedClip, columns: Iterable[str] = ()) -> list[np.ndarray]:
         """Rows of each run of a clip without a gap in time or a NaN in some columns, int64 (T,) each.
@@ -185,7 +185,7 @@ class EmbeddingCache:
 
     def is_intact(self, clip: CachedClip) -> bool:
         """Whether a clip still matches its checksum. A flipped bit is read without an error."""
-        return checksum(self._gather(clip.rows, name) for name in self._columns) == clip.crc32
+        return checksum(self._gather(clip.rows, 1, column=name) for name in self._columns) == clip.crc32
 
     def require_same_space(self, fingerprint: str, fps: float, shape: tuple[int, ...], owner: str) -> None:
         """Raise `CacheError` if a model belongs to other embeddings, or to embeddings of another shape."""
@@ -197,32 +197,32 @@ class EmbeddingCache:
                 f"{shape}: embed the videos again with that encoder and clock"
             )
 
-    def _gather(self, rows: np.ndarray, name: str) -> np.ndarray:
-        """Values as stored, (...) -> (..., *shape), shard by shard."""
-        column, flat = self._columns[name], rows.ravel()
-        low, high = int(flat.min(initial=self._ends[-1] - 1)), int(flat.max(initial=0))
-        if low < 0 or high >= self._ends[-1]:
-            raise IndexError(f"rows {low} to {high} are out of range: there are {self._ends[-1]}")
-        values = np.empty((len(flat), *column.shape), column.dtype)
-        first, last = np.searchsorted(self._ends, (low, high), side="right").tolist()
-        if first >= last:  # of one shard, or none at all: straight to its place: a copy between takes as long again
-            stored = self._stored(first, name)
-            np.take(stored, flat - (self._ends[first] - len(stored)), axis=0, out=values, mode="clip")
-            return values.reshape((*rows.shape, *column.shape))
-        shards = np.searchsorted(self._ends, flat, side="right")
+    def _gather(self, starts: np.ndarray, length: int, *, column: str) -> np.ndarray:
+        """Windows as stored, (...) -> (..., length, *shape), shard by shard."""
+        low, high = int(starts.min(initial=self._edges[-1] - 1)), int(starts.max(initial=0))
+        if low < 0 or high >= self._edges[-1]:
+            raise IndexError(f"rows {low} to {high} are out of range: there are {self._edges[-1]}")
+        first, last = (np.searchsorted(self._edges, (low, high), side="right") - 1).tolist()
+        if first >= last:  # of one shard, or none at all
+            return self._stored(first, length, column=column)[starts - self._edges[first]]
+        kind, flat = self._columns[column], starts.ravel()
+        values = np.empty((len(flat), length, *kind.shape), kind.dtype)
+        shards = np.searchsorted(self._edges, flat, side="right") - 1
         order = shards.argsort(kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             index = int(shards[part[0]])
-            values[part] = self._stored(index, name)[flat[part] - self._ends[index]]  # counted from the shard's end
-        return values.reshape((*rows.shape, *column.shape))
+            values[part] = self._stored(index, length, column=column)[flat[part] - self._edges[index]]
+        return values.reshape((*starts.shape, *values.shape[1:]))
 
-    def _stored(self, index: int, name: str) -> np.ndarray:
-        """A column of a shard, mapped, (rows, *shape)."""
-        shard, column = self._shards[index], self._columns[name]
+    def _stored(self, index: int, length: int, *, column: str) -> np.ndarray:
+        """All windows of a shard, mapped, overlapping, (rows - length + 1, length, *shape)."""
+        shard, kind = self._shards[index], self._columns[column]
         shard.require_whole()
         if index not in self._maps:
             self._maps[index] = shard.map()
-        return np.ndarray((shard.rows, *column.shape), column.dtype, self._maps[index].data, shard.offsets[name])
+        rows = np.ndarray((shard.rows, *kind.shape), kind.dtype, self._maps[index].data, shard.offsets[column])
+        shape = (max(shard.rows - length + 1, 0), length, *kind.shape)
+        return np.ndarray(shape, kind.dtype, rows.data, strides=rows.strides[:1] + rows.strides)
 
 
 def read_provenance(folder: Path) -> Provenance:

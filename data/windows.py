@@ -49,9 +49,7 @@ class Windows:
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows in the cache of the given windows, (N,) -> int64 (N, length). Raises `IndexError`."""
-        runs = self._runs(indices)
-        starts = self._run_starts[runs] + indices - self._firsts[runs]
-        return starts[:, None] + np.arange(self.length)
+        return self._starts(indices)[:, None] + np.arange(self.length)
 
     def take(self, indices: np.ndarray) -> Tensor:
         """Embeddings of the given windows, (N,) -> float32 (N, length, *tokens, D)."""
@@ -64,7 +62,7 @@ class Windows:
 
     def column(self, indices: np.ndarray, name: str) -> np.ndarray:
         """A column of the cache, be it "times_s", on the given windows, (N,) -> (N, length, *shape)."""
-        return self.cache.take(self.rows(indices), name)
+        return self.cache.take_windows(self._starts(indices), self.length, column=name)
 
     def clip_of(self, indices: np.ndarray) -> np.ndarray:
         """Clips of the given windows, (N,) -> int64 (N,), indices into `cache.clips`."""
@@ -94,6 +92,10 @@ class Windows:
         """Numbers of at most `most` windows, evenly spaced from the first to the last, int64 (N,)."""
         count = min(most, len(self))
         return np.arange(count) * (len(self) - 1) // max(count - 1, 1)
+
+    def _starts(self, indices: np.ndarray) -> np.ndarray:
+        runs = self._runs(indices)
+        return self._run_starts[runs] + indices - self._firsts[runs]
 
     def _runs(self, indices: np.ndarray) -> np.ndarray:
         if ((indices < 0) | (indices >= len(self))).any():

@@ -69,7 +69,7 @@ def columns_of(cache: EmbeddingCache) -> Iterator[tuple[dict[str, Any], np.ndarr
         key = {"video": video, "content": clip.key.content, "clock_offset_s": clip.key.offset_s}
         columns = {name: [value] * clip.frames for name, value in key.items()}
         columns |= {name: cache.take(clip.rows, own).tolist() for name, own in names.items()}
-        yield columns, cache.clip_embeddings(clip)
+        yield columns, cache.take(clip.rows)
 
 
 def to_npy(cache: EmbeddingCache, folder: Path) -> None:

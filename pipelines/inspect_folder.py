@@ -112,7 +112,7 @@ def inspect_cache(cache: EmbeddingCache, verify: bool) -> None:
         say(what, stale)
     if verify:
         bar = tqdm(cache.clips, unit="clip", desc="verifying", leave=False)
-        damaged = [one for one in bar if not (cache.is_intact(one) and np.isfinite(cache.clip_embeddings(one)).all())]
+        damaged = [one for one in bar if not (cache.is_intact(one) and np.isfinite(cache.take(one.rows)).all())]
         say("damaged", [clip.key.source for clip in damaged])
         files = [f"{shard} {shard.with_suffix('.json')}" for shard in sorted({clip.shard for clip in damaged})]
         said = f"{len(damaged)} of {clips} in {cache.folder} are not what was written"

@@ -37,7 +37,6 @@ def assert_holds(folder, clips):
             got, stored = cache.take(cached.rows, name), clip.columns[name].astype(column.dtype)
             assert got.dtype == (np.float64 if column.dtype == "float64" else np.float32)
             np.testing.assert_array_equal(got, stored.astype(got.dtype))
-        np.testing.assert_array_equal(cache.clip_embeddings(cached), cache.take(cached.rows))
         np.testing.assert_array_equal(cache.take(cached.rows, "times_s"), clip.times_s)
         np.testing.assert_array_equal(cache.take(cached.rows, "ticks"), clip.ticks)
         assert cache.is_intact(cached)
@@ -115,6 +114,19 @@ def test_rows_that_do_not_exist_are_refused(tmp_path, write_cache, clips, rows):
         cache.take(np.array(rows))
 
 
+@pytest.mark.parametrize("clips_per_shard", [2, 64])
+def test_windows_are_rows_one_after_the_other(tmp_path, write_cache, clips_of_tokens, columns, clips_per_shard):
+    cache = EmbeddingCache(write_cache(tmp_path, clips_of_tokens, clips_per_shard, shape=(3, 2, 5), columns=columns))
+    starts = np.array([[clip.start, clip.start + clip.frames - 3] for clip in cache.clips])
+    for name in ("embeddings", "times_s", "ticks", *columns):
+        read = cache.take_windows(starts, 3, column=name)
+        assert read.flags.c_contiguous
+        np.testing.assert_array_equal(read, cache.take(starts[..., None] + np.arange(3), name))
+    assert cache.take_windows(starts[:0], 3).shape == (0, 2, 3, 3, 2, 5)
+    with pytest.raises(IndexError, match="out of bounds"):  # over the end of its shard
+        cache.take_windows(np.array([cache.clips[1].start + cache.clips[1].frames - 2]), 40)
+
+
 def test_order_of_clips_does_not_depend_on_the_writers(tmp_path, write_cache, make_provenance, clips):
     one = write_cache(tmp_path / "one", clips, 64)
     with (
@@ -189,9 +201,9 @@ def test_a_shard_that_is_truncated_after_opening_is_named(tmp_path, write_cache,
     cache = EmbeddingCache(write_cache(tmp_path, clips, 64))
     clip = cache.clips[0]
     if is_mapped:
-        cache.clip_embeddings(clip)
+        cache.take(clip.rows)
     os.truncate(shards(tmp_path)[0], 100)
-    for read in (cache.clip_embeddings, cache.unbroken_runs, cache.is_intact):
+    for read in (lambda one: cache.take(one.rows), cache.unbroken_runs, cache.is_intact):
         with pytest.raises(CacheError, match="has 100 bytes instead of"):
             read(clip)
 
@@ -206,7 +218,7 @@ def test_swapped_shards_are_noticed(tmp_path, write_cache, make_clip):
     cache = EmbeddingCache(tmp_path)
     for clip in cache.clips:
         with pytest.raises(CacheError, match=rf"{clip.shard} does not belong to its manifest: delete it"):
-            cache.clip_embeddings(clip)
+            cache.take(clip.rows)
 
 
 JUNK = (b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe{\xe4", b"[" * 100_000)
@@ -382,7 +394,7 @@ def test_clips_follow_their_videos(tmp_path, write_cache, make_provenance, make_
         assert [clip.key[:2] for clip in cache.clips] == expected
         for clip in cache.clips:
             given = clips[clip.key.content].columns["embeddings"]
-            np.testing.assert_array_equal(cache.clip_embeddings(clip), given)
+            np.testing.assert_array_equal(cache.take(clip.rows), given)
         assert cache.clips == EmbeddingCache(tmp_path).clips
 
 

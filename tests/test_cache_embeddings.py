@@ -94,7 +94,7 @@ def test_a_published_backbone_gives_what_timm_gives(embed, shared, tokens, tmp_p
             expected = model.forward_head(model.forward_features(images), pre_logits=True)
     # Of the largest number: in batches of another size convolutions may sum in another order.
     largest = float(expected.abs().max())
-    np.testing.assert_allclose(cache.clip_embeddings(cache.clips[0]), expected, rtol=0, atol=1e-5 * largest)
+    np.testing.assert_allclose(cache.take(cache.clips[0].rows), expected, rtol=0, atol=1e-5 * largest)
     np.testing.assert_array_equal(cache.take(cache.clips[0].rows, "times_s"), [one.time_s for one in timed])
     # The folder that is left is an encoder like any other.
     assert find_encoder(str(tmp_path / "cache" / "encoder"), PublishedOptions()).fingerprint == (
@@ -114,9 +114,9 @@ def test_components_are_fitted_once_and_serve_other_videos(embed, material, tmp_
     others = embed("others", encoder=str(encoder))
     for one, other, third in zip(first.clips, again.clips, others.clips, strict=True):
         assert one == other
-        assert np.array_equal(first.clip_embeddings(one), others.clip_embeddings(third))
+        assert np.array_equal(first.take(one.rows), others.take(third.rows))
     # Components are of the features of all tokens, about their mean.
-    values = np.concatenate([first.clip_embeddings(clip) for clip in first.clips]).reshape(-1, 6)
+    values = np.concatenate([first.take(clip.rows) for clip in first.clips]).reshape(-1, 6)
     spread = values.std(axis=0)
     assert (np.diff(spread) < 0.05 * spread[:-1]).all()
     for change in ({"pca": 5}, {"grid": (4, 4)}, {"levels": (2,)}, {"image_size": (64, 64)}):
@@ -247,7 +247,7 @@ def test_embeddings_are_those_of_frames_at_their_times(embed, material):
     for clip in cache.clips:
         timed = list(read_on_clock(Path(clip.key.source), (32, 32), fps=4.0, offsets_s=(clip.key.offset_s,)))
         expected = encoder.embed(torch.from_numpy(np.stack([one.frame for one in timed]))[:, None])
-        np.testing.assert_allclose(cache.clip_embeddings(clip), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(cache.take(clip.rows), expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(cache.take(clip.rows, "times_s"), [one.time_s for one in timed])
         np.testing.assert_array_equal(cache.take(clip.rows, "ticks"), [one.tick for one in timed])
 

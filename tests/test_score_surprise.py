@@ -79,7 +79,7 @@ def test_energies_are_those_of_the_calibrated_forecast(world, tmp_path, horizons
     predictor, calibration = load_predictor(world / "predictor")
     cache = EmbeddingCache(world / "test")
     (clip,) = [clip for clip in cache.clips if "event" in clip.key.source]
-    embeddings = torch.from_numpy(cache.clip_embeddings(clip))
+    embeddings = torch.from_numpy(cache.take(clip.rows))
     past = Sequence.on_clock(embeddings[None, 10:14], 4.0)
     with torch.no_grad():
         believed = rollout(predictor, past, Future.ticks(horizon, 4.0), calibration=calibration)

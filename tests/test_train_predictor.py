@@ -193,10 +193,10 @@ def test_a_calibration_of_another_predictor_is_refused(caches, tmp_path):
 
 def test_statistics_are_those_of_all_embeddings(caches):
     cache, predictor = measured(caches, "grid")
-    everything = np.concatenate([cache.clip_embeddings(clip) for clip in cache.clips]).astype(np.float64)
+    everything = np.concatenate([cache.take(clip.rows) for clip in cache.clips]).astype(np.float64)
     np.testing.assert_allclose(predictor.mean, everything.mean(axis=(0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(predictor.std, everything.std(axis=(0, 1, 2)), rtol=1e-4)
-    changes = np.concatenate([np.diff(cache.clip_embeddings(clip).astype(np.float64), axis=0) for clip in cache.clips])
+    changes = np.concatenate([np.diff(cache.take(clip.rows).astype(np.float64), axis=0) for clip in cache.clips])
     expected = np.sqrt((changes**2).mean(axis=(0, 1, 2))) / everything.std(axis=(0, 1, 2))
     np.testing.assert_allclose(predictor.change_std, expected, rtol=1e-4)
 
