@@ -118,7 +118,7 @@ def measure(videos: Path, folder: Path, options: Options, *, seed: int) -> dict[
     contestants = {
         "agent": (mind, given, options.episodes), "without memory": (mind, replace(given, planner=Forgetful()), fewer),
         "one predictor": (mind._replace(predictors=mind.predictors[:1]), given, fewer),
-        "half blocked is free": (mind, replace(given, planner=Tree(progress=0.0)), fewer),
+        "no caution": (mind, replace(given, planner=Tree(caution=0.0)), fewer),
         "CEM in embeddings": (mind, often, fewer), "tree, truth": (truth, given, fewer),
         "CEM, truth": (truth, often, fewer),
         "chance": (None, given, fewer),
@@ -247,10 +247,8 @@ def true_mind(mind: Mind, cache: EmbeddingCache) -> Mind:
     windows = Windows(cache, 2, ACTION_COLUMNS)
     chosen = windows.evenly(5000)
     states = torch.from_numpy(np.stack([windows.column(chosen, name) for name in STATE_COLUMNS], axis=-1)).float()
-    actions, groups = (
-        windows.actions(chosen),
-        torch.from_numpy(np.unique(windows.video_of(chosen), return_inverse=True)[1]),
-    )
+    actions, videos = windows.actions(chosen), windows.video_of(chosen)
+    groups = torch.from_numpy(np.unique(videos, return_inverse=True)[1])
     assert actions is not None
     metric = ActionMetric.fit(states[:, 0], states[:, 1], actions[:, 0], groups)
     predictor: Any = TrueDynamics()

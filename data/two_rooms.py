@@ -4,6 +4,7 @@ A dot goes through a picture of 65x65 pixels; a wall with one door divides it. T
 Rooms (facebookresearch/eb_jepa), written anew; lengths are in pixels, x to the right, y downwards.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,8 +138,9 @@ def place_in_room(layout: Layout, is_right: bool, generator: np.random.Generator
 class TwoRooms:
     """The world: from a start in one room to a goal in the other, shown as a picture. See `data.worlds.World`."""
 
-    fps, low, high, longest = FPS, -LONGEST * np.ones(2), LONGEST * np.ones(2), LONGEST
-    columns = STATE_COLUMNS
+    fps, low, high = float(FPS), -LONGEST * np.ones(2), LONGEST * np.ones(2)
+    longest: float | None = LONGEST
+    columns: Sequence[str] = STATE_COLUMNS
 
     def __init__(self, layout: Layout | None = None) -> None:
         self.always = layout

@@ -24,23 +24,11 @@ class World(Protocol):
     What else it says of a moment may hold a `goal`, a picture, true numbers as `state`, and whether it `is_success`.
     """
 
-    @property
-    def fps(self) -> float: ...
-    @property
-    def low(self) -> np.ndarray:
-        """Least actions, (A,)."""
-
-    @property
-    def high(self) -> np.ndarray:
-        """Largest actions, (A,)."""
-
-    @property
-    def longest(self) -> float | None:
-        """Length of an action, at most."""
-
-    @property
-    def columns(self) -> Sequence[str]:
-        """Names of the state's numbers."""
+    fps: float
+    low: np.ndarray  # least actions, (A,)
+    high: np.ndarray  # largest actions, (A,)
+    longest: float | None  # length of an action, at most
+    columns: Sequence[str]  # names of the state's numbers
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
         """A new episode; all chance is of the seed."""
@@ -52,7 +40,8 @@ class World(Protocol):
 class GymWorld:
     """An environment of gymnasium. Raises `WorldError` where it is not there, draws nothing, or takes other actions."""
 
-    longest, columns = None, ()
+    longest: float | None = None
+    columns: Sequence[str] = ()
 
     def __init__(self, name: str) -> None:
         try:

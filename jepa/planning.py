@@ -14,7 +14,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from jepa.config import Bounded, Positive, PositiveInt, Share
+from jepa.config import Bounded, NotNegative, Positive, PositiveInt
 from jepa.predictor import Predictor
 from jepa.probe import Probe, fit_probe
 from jepa.rollout import rollout
@@ -24,10 +24,12 @@ Cost = Callable[[Tensor], Tensor]
 """Embeddings (..., *tokens, D) to how far they are from the goal, (...); 0 is there."""
 REFITS, BLOCKED_SHARE = 3, 0.5
 """Times that an action metric is fitted without moves that were blocked: that miss by more than this share of them."""
+AT_ONCE = 32  # nodes of a tree that are gone on from at once
+JUDGED_BY = 3
+"""Ticks by which the agent judges a move: in one alone, what is unsure of two positions is a third of the way."""
 LEAST_MOVE = 0.25
 """Of the largest action: whether less is blocked cannot be told."""
-SPREAD_OF = 1024
-"""Actions among which the most different moves are found."""
+SPREAD_OF = 1024  # actions among which the most different moves are found
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,8 @@ class ActionMetric:
     def fit(cls, before: Tensor, after: Tensor, actions: Tensor, groups: Tensor) -> "ActionMetric":
         """Ridge regression from changes to actions; of embeddings (N, *tokens, D), actions (N, A) and clips (N,).
 
+        Where several ticks lie between the embeddings, the actions are the sums of what was done.
+
         Blocked moves, which change less than was done, are left out: those that miss by far, several times.
 
         Raises:
@@ -102,10 +106,8 @@ class ActionMetric:
 class Blocked(NamedTuple):
     """Where moves were surprisingly blocked."""
 
-    positions: Tensor
-    """(N, A), of an action metric."""
-    directions: Tensor
-    """(N, A), of length 1: where it was expected to go."""
+    positions: Tensor  # (N, A), of an action metric
+    directions: Tensor  # (N, A), of length 1: where it was expected to go
     radius: float
 
     def meets(self, way: Tensor) -> Tensor:
@@ -121,26 +123,18 @@ class Task:
     """What a planner is given: predictors, what may be done, and where that should lead."""
 
     predictors: Several[Predictor]
-    """The first imagines; a tree believes a move only where all of them do."""
+    """The first imagines; to a tree a move is as long as it is to the one that makes the least of it."""
     space: ActionSpace
     cost: Cost
     metric: ActionMetric
-    near: float
-    """Cost that is good enough."""
+    near: float  # cost that is good enough
     blocked: Blocked | None = None
 
     def imagine(self, past: Sequence, actions: Tensor, *, by: int = 0) -> Tensor:
         """The embeddings (B, H, *tokens, D) that come of actions (B, H, A) after pasts of B clips, or of one."""
-        past = _chosen(past, torch.zeros(len(actions), dtype=torch.long)) if len(past.embeddings) == 1 else past
+        past = _chosen(past, [0] * len(actions)) if len(past.embeddings) == 1 else past
         predictor = self.predictors[by]
         return rollout(predictor, past, Future.ticks(actions.shape[1], predictor.fps, actions))
-
-    def is_free(self, past: Sequence, came: Tensor, actions: Tensor, *, least: float) -> Tensor:
-        """Whether at least this share of each of the actions (B, H, A) is made, and none was blocked before; (B,)."""
-        way = self.metric.position(torch.cat([past.embeddings[:, -1:], came], dim=1))  # (B, H + 1, A)
-        made = (way.diff(dim=1) * actions).sum(dim=-1) / actions.square().sum(dim=-1).clamp_min(1e-9)
-        is_free = made.amin(dim=1) > least
-        return is_free if self.blocked is None else is_free & ~self.blocked.meets(way)
 
 
 class Plan(NamedTuple):
@@ -148,10 +142,8 @@ class Plan(NamedTuple):
 
     actions: Tensor
     """(H, A); none where nothing is better than to stay."""
-    embeddings: Tensor
-    """(H, *tokens, D)"""
-    cost: float
-    """Of the last embedding."""
+    embeddings: Tensor  # (H, *tokens, D)
+    cost: float  # of the last embedding
 
 
 class Node(NamedTuple):
@@ -160,96 +152,110 @@ class Node(NamedTuple):
     parent: int
     actions: Tensor
     came: Tensor
+    cell: tuple[int, ...]
+    length: float  # of the whole way to it
+    cost: float
 
 
 @dataclass(frozen=True)
 class Tree(Bounded):
-    """Breadth first through all that can be reached: a tree of rollouts, one for each cell of the action metric."""
+    """A* through all that can be reached: a tree of rollouts, one for each cell of the action metric."""
 
     kind: ClassVar[str] = "tree"
-    moves: PositiveInt = 16
-    """Actions that are tried from each node, as different as possible."""
+    moves: PositiveInt = 4
+    """Actions that are tried from each node, for each of their numbers; as different as possible."""
     hold: PositiveInt = 3
     """Ticks for which each is held."""
     cell: Positive = 0.5
     """Sides of cells, as a share of what is reached by one move."""
-    progress: Share = 0.5
-    """Share of an action that has to be made of it in each tick: what is half blocked is the edge of what is known, and
-    a search finds every place where an imagined wall leaks."""
+    caution: NotNegative = 10.0
+    """Detour, in moves, that one is worth of which in some tick nothing is made: what is half blocked is the edge of
+    what is known, and a search finds every place where an imagined wall leaks."""
     nodes: PositiveInt = 4000
     """Nodes of the tree at most."""
 
     @torch.no_grad()
     def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
-        """The way to the node with the least cost.
+        """The way to the node with the least cost; if none leads nearer than here, to anywhere, to look from there."""
+        nodes = self._grow(task, past)
+        at = min(range(len(nodes)), key=lambda node: nodes[node].cost)
+        if at == 0 and len(nodes) > 1 and nodes[0].cost > task.near:
+            at = int(torch.randint(1, len(nodes), (), generator=generator))
+        way = [nodes[at]]
+        while way[0].parent >= 0:
+            way.insert(0, nodes[way[0].parent])
+        return Plan(torch.cat([one.actions for one in way]), torch.cat([one.came for one in way]), way[-1].cost)
 
-        If no way that is believed leads near enough, the first predictor alone is asked, which may know of a leak, or a
-        door; if none leads nearer than here, it is one to anywhere, to look from there.
+    def _grow(self, task: Task, past: Sequence) -> list[Node]:
+        """Nodes, the first of them where it stands, until one is near enough or no way is shorter than those known.
+
+        Those go on first from which the least seems to be left (Hart, Nilsson and Raphael 1968), as long as costs are
+        lengths in the action metric; by other costs all is reached, too, but the way may not be the shortest.
         """
-        nodes, costs = self._grow(task, past, least=self.progress)
-        if min(costs) > task.near:
-            nodes, costs = self._grow(replace(task, predictors=task.predictors[:1]), past, least=-torch.inf)
-        node = min(range(len(costs)), key=costs.__getitem__)
-        if node == 0 and len(nodes) > 1 and costs[0] > task.near:
-            node = int(torch.randint(1, len(nodes), (), generator=generator))
-        steps, cost = [], costs[node]
-        while node >= 0:
-            steps.append(nodes[node])
-            node = nodes[node].parent
-        way = steps[::-1]
-        return Plan(torch.cat([one.actions for one in way]), torch.cat([one.came for one in way]), cost)
-
-    def _grow(self, task: Task, past: Sequence, *, least: float) -> tuple[list[Node], list[float]]:
-        """Nodes, the first of them where it stands, and their costs, until one is near enough or none is new."""
-        moves = task.space.moves(self.moves)
+        moves, start = task.space.moves(self.moves * len(task.space.low)), past.embeddings[0, -1]
         held = repeat(moves, "m a -> m hold a", hold=self.hold)
-        side = self.cell * self.hold * float(moves.norm(dim=1).max())
-        start = past.embeddings[0, -1]
-        seen = set(self._cells(task.metric.position(start)[None], side))
-        nodes, costs, frontier = [Node(-1, held[0, :0], start[None][:0])], [float(task.cost(start))], [0]
-        while len(nodes) < self.nodes and min(costs) > task.near:
-            parents = torch.tensor(frontier).repeat_interleave(len(moves))
-            past = _chosen(past, torch.arange(len(frontier)).repeat_interleave(len(moves)))
-            actions = repeat(held, "m h a -> (n m) h a", n=len(frontier))
+        (cell,) = self._cells(task, start[None])
+        nodes = [Node(-1, held[0, :0], start[None][:0], cell=cell, length=0.0, cost=float(task.cost(start)))]
+        shortest, waiting, pasts = {cell: 0.0}, [0], past
+        while waiting and len(nodes) < self.nodes and min(node.cost for node in nodes) > task.near:
+            frontier, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
+            shortest |= {nodes[one].cell: -torch.inf for one in frontier}  # no other way goes on from there
+            parents = [one for one in frontier for _ in moves]
+            past, actions = _chosen(pasts, parents), repeat(held, "m h a -> (n m) h a", n=len(frontier))
             came = task.imagine(past, actions)  # (nodes x moves, hold, *tokens, D)
-            cells = self._cells(task.metric.position(came[:, -1]), side)
-            taken = task.is_free(past, came, actions, least=least)
-            taken &= torch.tensor([cell not in seen for cell in cells])
-            for other in range(1, len(task.predictors)):  # of few that are left
-                (left,) = taken.nonzero(as_tuple=True)
-                if len(left) == 0:
-                    break
-                its = task.imagine(_chosen(past, left), actions[left], by=other)
-                taken[left] = task.is_free(_chosen(past, left), its, actions[left], least=least)
-            chosen = list({cells[index]: index for index in taken.nonzero()[:, 0].tolist()}.values())
-            if not chosen:
-                break
-            seen |= {cells[index] for index in chosen}
-            frontier = list(range(len(nodes), len(nodes) + len(chosen)))
-            nodes += [Node(int(parents[index]), actions[index], came[index]) for index in chosen]
-            costs += task.cost(came[chosen, -1]).tolist()
-            past = _continued(_chosen(past, torch.tensor(chosen, dtype=torch.long)), actions[chosen], came[chosen])
-        return nodes, costs
+            cells, costs = self._cells(task, came[:, -1]), task.cost(came)
+            known = torch.tensor([shortest.get(cell, torch.inf) for cell in cells])
+            known[is_there := (costs <= task.near).any(dim=1)] = torch.inf  # even in a cell that is known
+            begun = torch.tensor([nodes[one].length for one in parents])
+            lengths = begun + self._lengths(task, past, came, actions)
+            for other in range(1, len(task.predictors)):
+                if left := (lengths < known).nonzero()[:, 0].tolist():  # few
+                    its = task.imagine(_chosen(past, left), actions[left], by=other)
+                    others = begun[left] + self._lengths(task, _chosen(past, left), its, actions[left])
+                    lengths[left] = torch.maximum(lengths[left], others)
+            until = torch.where(is_there, costs.argmin(dim=1) + 1, self.hold).tolist()
+            taken = (lengths < known).nonzero()[:, 0].tolist()
+            taken.sort(key=lambda one: (bool(is_there[one]), -float(lengths[one])))  # the last of a cell stays
+            chosen = list({cells[one]: one for one in taken}.values())
+            for one in chosen:
+                done, length, cost = slice(until[one]), float(lengths[one]), float(costs[one, until[one] - 1])
+                waiting.append(len(nodes))
+                way = actions[one, done], came[one, done]
+                nodes.append(Node(parents[one], *way, cell=cells[one], length=length, cost=cost))
+                shortest[cells[one]] = length
+            waiting = [one for one in waiting if nodes[one].length <= shortest[nodes[one].cell]]
+            waiting.sort(key=lambda one: nodes[one].length + nodes[one].cost)
+            pasts = _grown(pasts, _chosen(past, chosen), actions[chosen], came=came[chosen])
+        return nodes
 
-    def _cells(self, positions: Tensor, side: float) -> list[tuple[int, ...]]:
-        """The cell, `side` wide, in which each of positions (N, A) lies."""
-        return [tuple(cell) for cell in (positions / side).floor().int().tolist()]
+    def _lengths(self, task: Task, past: Sequence, came: Tensor, actions: Tensor) -> Tensor:
+        """How long moves (B, H, A) are by what came of them, (B,); those that were blocked before are endless."""
+        way = task.metric.position(torch.cat([past.embeddings[:, -1:], came], dim=1))  # (B, H + 1, A)
+        made = (way.diff(dim=1) * actions).sum(dim=-1) / actions.square().sum(dim=-1).clamp_min(1e-9)
+        lengths = self.hold * task.space.reach * (1 + self.caution * (1 - made.amin(dim=1)).clamp_min(0))
+        return lengths if task.blocked is None else lengths.masked_fill(task.blocked.meets(way), torch.inf)
+
+    def _cells(self, task: Task, embeddings: Tensor) -> list[tuple[int, ...]]:
+        """The cell in which each of embeddings (N, *tokens, D) lies."""
+        cells = task.metric.position(embeddings) / (self.cell * self.hold * task.space.reach)
+        return [tuple(cell) for cell in cells.floor().int().tolist()]
 
 
-def _chosen(past: Sequence, clips: Tensor) -> Sequence:
+def _chosen(past: Sequence, clips: list[int]) -> Sequence:
     """Some clips of a past, (B, T, *tokens, D), in any number."""
     assert past.actions is not None
     return replace(past, embeddings=past.embeddings[clips], actions=past.actions[clips], times=past.times[:1])
 
 
-def _continued(past: Sequence, actions: Tensor, came: Tensor) -> Sequence:
-    """A past of the same length after what came, (B, H, *tokens, D), of actions (B, H, A)."""
+def _grown(pasts: Sequence, past: Sequence, actions: Tensor, *, came: Tensor) -> Sequence:
+    """Pasts and, as long, those after what came, (B, H, *tokens, D), of actions (B, H, A) that followed others."""
     assert past.actions is not None
     length = past.embeddings.shape[1]
     embeddings = torch.cat([past.embeddings, came], dim=1)[:, -length:]
     # The last embedding's own action is still to come, and is replaced by what is tried.
     done = torch.cat([past.actions[:, :-1], actions, actions[:, -1:]], dim=1)[:, -length:]
-    return replace(past, embeddings=embeddings, actions=done)
+    known = [one for one in (pasts.actions, done) if one is not None]
+    return replace(pasts, embeddings=torch.cat([pasts.embeddings, embeddings]), actions=torch.cat(known))
 
 
 @dataclass(frozen=True)
@@ -358,8 +364,8 @@ def _plan_of(task: Task, past: Sequence, actions: Tensor) -> Plan:
 class Agent:
     """Acts by plans, notices where what comes is not what was imagined, and plans anew.
 
-    A move after which less than half of the expected way is made was blocked by something that the predictor does not
-    know: it is remembered, and no later plan repeats it.
+    A move by which less than half of the expected way is made, in some ticks, was blocked by something that the
+    predictor does not know: it is remembered, and no later plan repeats it.
     """
 
     task: Task
@@ -376,6 +382,7 @@ class Agent:
         self._queue: list[tuple[Tensor, Tensor]] = []
         self._expected: Tensor | None = None
         self._blocked: list[tuple[Tensor, Tensor]] = []
+        self._steps: list[tuple[Tensor, Tensor]] = []  # where the last ticks began, and the way that was expected
 
     @property
     def is_near(self) -> bool:
@@ -401,12 +408,14 @@ class Agent:
             self._past = Sequence.on_clock(seen, fps, torch.zeros(1, 1, len(task.space.low)))
             return
         before, now = task.metric.position(self._past.embeddings[0, -1]), task.metric.position(seen[0, 0])
-        if self._expected is not None:
-            way = task.metric.position(self._expected) - before
-            made = float((now - before) @ way / way.square().sum().clamp_min(1e-9))
-            if made < BLOCKED_SHARE and float(way.norm()) > LEAST_MOVE * task.space.reach:
+        expected = [] if self._expected is None else [(before, task.metric.position(self._expected) - before)]
+        self._steps = [*self._steps, *expected][-JUDGED_BY:] if expected else []
+        if len(self._steps) == JUDGED_BY:
+            way = torch.stack([step for _, step in self._steps]).sum(dim=0)
+            made = float((now - self._steps[0][0]) @ way / way.square().sum().clamp_min(1e-9))
+            if made < BLOCKED_SHARE and float(way.norm()) > LEAST_MOVE * JUDGED_BY * task.space.reach:
                 self.surprises += 1
-                self._queue = []
+                self._queue, self._steps = [], []
                 self._blocked.append((before, way / way.norm()))
                 positions, directions = (torch.stack(part) for part in zip(*self._blocked, strict=True))
                 self.task = replace(task, blocked=Blocked(positions, directions, task.space.reach))

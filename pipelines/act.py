@@ -43,6 +43,7 @@ from pipelines.run.models import load_predictor, open_cache, owner_of
 from pipelines.run.searching import Search
 
 PAIRS = 20_000  # steps of a cache that the action metric is fitted on, at most
+APART = 4  # ticks between their embeddings: of one alone, what is unsure is a third, by which all distances shrink
 TURN = 0.2  # share of each action of a stroll that is new
 
 
@@ -54,7 +55,7 @@ class Options(Bounded):
     """`two-rooms`, or the name of an environment of gymnasium, such as `package:name/World-v1`."""
     predictor: tuple[Path, ...] = ()
     """Run folders of train_predictor, trained with actions; of several, with other seeds, the first imagines, and the
-    tree believes a move only where all of them do. None: a stroll."""
+    tree goes around what one of them does not believe. None: a stroll."""
     encoder: Path | None = None
     """Folder of the encoder that its embeddings are of."""
     cache: Path | None = None
@@ -204,14 +205,14 @@ def load_mind(options: Options, world: World) -> Mind:
         taken, given = len(predictor.actions), len(world.low)
         mend = "train it with this world's"
         require(taken == given, f"{folder} takes {taken} actions, and {options.env} {given}: {mend}")
-    windows = Windows(cache, 2, predictor.actions)
+    windows = Windows(cache, 1 + APART, predictor.actions)
     chosen = windows.evenly(PAIRS)
     pairs, done = windows.take(chosen), windows.actions(chosen)
     if done is None or len(done) == 0:
-        raise UserError(f"{options.cache} has no two embeddings with actions between them")
+        raise UserError(f"{options.cache} has no embeddings with actions between them")
     groups = torch.from_numpy(np.unique(windows.video_of(chosen), return_inverse=True)[1])
     try:
-        metric = ActionMetric.fit(pairs[:, 0], pairs[:, 1], done[:, 0], groups)
+        metric = ActionMetric.fit(pairs[:, 0], pairs[:, -1], done[:, :-1].sum(dim=1), groups)
     except ValueError as error:
         mend = "record more episodes, or train an encoder that sees what moves, such as with --slow-dimension"
         raise UserError(f"{options.cache}: {error}: {mend}") from error

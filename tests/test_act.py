@@ -129,8 +129,8 @@ def runs(tmp_path_factory):
     train_predictor.main(
         train_predictor.Options(
             train_cache=folder / "cache/train", validation_cache=folder / "cache/val", actions=("action_*",),
-            output_dir=folder / "predictor", steps=150, log_every=150, rollout_steps=3, tracker=("none",),
-            predictor=MLPConfig(context=2, width=64, depth=1), validation_horizon=5,
+            output_dir=folder / "predictor", steps=300, log_every=300, rollout_steps=3, tracker=("none",),
+            predictor=MLPConfig(context=1, width=64, depth=1), validation_horizon=5,
         )
     )  # fmt: skip
     return folder
@@ -243,7 +243,7 @@ def test_an_agent_reaches_a_picture_and_says_how_often(runs, tmp_path, capsys):
     goal = np.zeros((32, 32, 3), np.uint8)
     goal[12:20, 22:29] = 220
     Image.fromarray(goal).save(tmp_path / "goal.png")
-    act.main(options(runs, tmp_path, goal=tmp_path / "goal.png", planner=Tree(hold=2, progress=0.3)))
+    act.main(options(runs, tmp_path, goal=tmp_path / "goal.png", planner=Tree(hold=2)))
     results = json.loads((tmp_path / "act/act.json").read_text())
     assert results["successes"] == 3, results
     assert results["low"] < results["success"] == 1.0 == results["high"]
@@ -270,7 +270,7 @@ def test_without_the_videos_of_the_cache_there_are_no_films_but_all_else(runs, t
     goal = np.zeros((32, 32, 3), np.uint8)
     goal[12:20, 22:29] = 220
     Image.fromarray(goal).save(tmp_path / "goal.png")
-    planner = Tree(hold=2, progress=0.3)
+    planner = Tree(hold=2)
     (runs / "train/episodes").rename(runs / "train/elsewhere")
     try:
         act.main(options(runs, tmp_path, goal=tmp_path / "goal.png", planner=planner, episodes=2, ticks=4))

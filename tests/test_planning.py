@@ -92,7 +92,42 @@ def test_a_tree_does_not_go_where_it_was_blocked(metric: ActionMetric) -> None:
         way = torch.cat([torch.zeros(1, 2), place(plan.embeddings)])
         passes = blocked.meets(metric.position(embed(way))[None])
         assert bool(passes) == (known is None)
-        assert plan.cost < 1.5  # a side of a cell
+        assert plan.cost <= 0.3
+
+
+def test_a_tree_leads_straight_to_a_goal_and_ends_there(metric: ActionMetric) -> None:
+    plan = Tree(moves=8).search(task(metric, (5.0, -4.0)), PAST, torch.Generator())
+    assert plan.cost <= 0.3  # near, although no side of a cell is as short
+    assert len(plan.actions) <= 1.25 * 41**0.5
+
+
+def test_a_cautious_tree_goes_around_what_is_half_blocked(metric: ActionMetric) -> None:
+    class Leaking(Plane):
+        def step(self, newest: Sequence, state: Any, latent: None = None) -> tuple[Tensor, None]:
+            """Mud from x = -1 to 1, in which three fifths are made of a move, but for y from 3 to 5."""
+            assert newest.actions is not None
+            at, moved = place(newest.embeddings[:, -1]), newest.actions[:, -1]
+            is_mud = (at[:, 0].abs() < 1) & ((at[:, 1] < 3) | (at[:, 1] > 5))
+            return embed(at + torch.where(is_mud[:, None], 0.6, 1.0) * moved)[:, None], None
+
+    leaking: Any = Leaking()
+    there = replace(task(metric, (4.0, 0.0)), predictors=[leaking])
+    past = Sequence.on_clock(embed(torch.tensor([[[-4.0, 0.0]]])), FPS, torch.zeros(1, 1, 2))
+    highest = {}
+    for caution in (0.0, 10.0):
+        plan = Tree(moves=8, hold=1, caution=caution).search(there, past, torch.Generator())
+        assert plan.cost <= 0.3
+        highest[caution] = float(place(plan.embeddings)[:, 1].amax())
+    assert highest[0.0] < 2 < 3 < highest[10.0]
+
+
+def test_an_agent_on_its_way_is_not_surprised_by_what_it_is_unsure_of(metric: ActionMetric) -> None:
+    draws, at = torch.Generator().manual_seed(0), torch.tensor([-20.0, 0.0])
+    agent = Agent(task(metric, (20.0, 0.0)), Tree(), torch.Generator())
+    for _ in range(36):
+        at = at + agent.act(embed(at + 0.25 * torch.randn(2, generator=draws)))
+    assert float(at[0]) > 12
+    assert agent.surprises == 0
 
 
 def test_a_tree_that_is_there_stays(metric: ActionMetric) -> None:
