@@ -83,8 +83,8 @@ def _promised(root: Path) -> tuple[float, list[tuple[str, Episode]]]:
     """Frames a second of a data set, and each episode of each camera with the path of its video in it."""
     try:
         info = read_json(root / INFO)
-        if re.search(r":[^}]*(\d{4}|{)", f"{info['data_path']}{info['video_path']}"):
-            raise ValueError("its paths are filled up to more than a name's length")
+        if not 0 < info["fps"] < 1e6 or re.search(r":[^}]*(\d{4}|{)", f"{info['data_path']}{info['video_path']}"):
+            raise ValueError(f"fps is {info['fps']}, or its paths are filled up to more than a name's length")
         episodes = list(_all_episodes(root, info))
         for path, episode in episodes:
             if ".." in Path(path).parts + episode.table.parts or not episode.table.is_relative_to(root):
@@ -118,15 +118,15 @@ def _all_episodes(root: Path, info: dict[str, Any]) -> Iterator[tuple[str, Episo
 
 def _read_numbers(path: Path, episode: int) -> tuple[list[str], np.ndarray]:
     """Columns of numbers of an episode in the order of time, lists flattened."""
-    table, columns = _parquet(path), dict[str, np.ndarray]()
+    table, found = _parquet(path), list[tuple[str, np.ndarray]]()
     chosen = np.flatnonzero(table["episode_index"].to_numpy() == episode)
     chosen = chosen[np.argsort(table["frame_index"].to_numpy()[chosen], kind="stable")]
     for name in table.column_names:
         if re.match(r"(fixed_size_list|list|int|uint|float|double)", str(table.schema.field(name).type)):
             values = np.array(table[name].to_pylist(), dtype=np.float64)[chosen]
-            for number, column in enumerate(values.T if values.ndim == 2 else [values]):
-                columns[f"{name}_{number}" if values.ndim == 2 else name] = column
-    return list(columns), np.stack(list(columns.values()), axis=1)
+            numbered = [(f"{name}_{number}", column) for number, column in enumerate(values.T)]
+            found += numbered if values.ndim == 2 else [(name, values)]
+    return [name for name, _ in found], np.stack([column for _, column in found], axis=1)
 
 
 def _parquet(path: Path) -> Any:

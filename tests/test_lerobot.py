@@ -137,6 +137,9 @@ def test_what_is_missing_or_odd_is_named(version_2, version_3, tmp_path, capsys)
     write_parquet(version_2 / "data/chunk-000/episode_000000.parquet", rows_of(0, 25))
     with pytest.raises(SidecarError, match="episode 0 has 25 rows, not one a frame"):
         read_sidecar(long, np.arange(3.0), columns=("action_0",), tolerance_s=1)
+    write_parquet(version_2 / "data/chunk-000/episode_000000.parquet", rows_of(0, 20) | {"action_0": [7.0] * 20})
+    with pytest.raises(SidecarError, match="several columns 'action_0'"):
+        read_sidecar(long, np.arange(20) / FPS, columns=("action_0",), tolerance_s=1)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_what_is_missing_or_odd_is_named(version_2, version_3, tmp_path, capsys)
     [
         {"fps": "x"}, {"data_path": "../{episode_index}"}, {"features": 3}, {"video_path": "{x}"}, {"fps": 0},
         {"chunks_size": 0}, {"data_path": "{episode_index:09999999999d}"}, {"video_path": "{video_key:>999999999}"},
-        {"video_path": "{video_key:.{episode_index}}"},
+        {"video_path": "{video_key:.{episode_index}}"}, {"fps": float("inf")}, {"fps": float("nan")}, {"fps": -10},
     ],
 )  # fmt: skip
 def test_a_set_that_cannot_be_is_refused(version_2, change):
