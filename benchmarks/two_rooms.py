@@ -62,7 +62,7 @@ PREDICTOR = {
     "optimizer.learning-rate": 1e-3,
 }  # fmt: skip
 MEMBERS = 2
-"""Predictors, with seeds of their own, that have to agree."""
+"""Predictors, with seeds of their own: a move is as long as it is to the one that makes the least of it."""
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no slow part": ({"slow-dimension": 0}, {"slow-dimension": 0}),
     "flattened head": ({"encoder.pooling": "flatten", "encoder.levels": -1}, {}),

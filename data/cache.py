@@ -118,9 +118,8 @@ class CachedClip(NamedTuple):
 class EmbeddingCache:
     """Reader of a cache.
 
-    Rows of all shards are numbered through. `clips` are ordered by source and offset, however many ranks wrote them.
-    May be sent to other processes, which map the shards themselves. Raises `CacheError` where there is none, it has
-    another format, is empty or is damaged; reading raises it too.
+    Rows of all shards are numbered through; `clips` are ordered by source and offset. Other processes may be sent it.
+    Raises `CacheError` where there is none, it has another format, is empty or is damaged; reading raises it too.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -203,9 +202,10 @@ class EmbeddingCache:
         if low < 0 or high >= self._edges[-1]:
             raise IndexError(f"rows {low} to {high} are out of range: there are {self._edges[-1]}")
         first, last = (np.searchsorted(self._edges, (low, high), side="right") - 1).tolist()
-        if first >= last:  # of one shard, or none at all
-            return self._stored(first, length, column=column)[starts - self._edges[first]]
         kind, flat = self._columns[column], starts.ravel()
+        if first >= last:  # of one shard, or none at all
+            values = self._stored(first, length, column=column)[flat - self._edges[first]]
+            return values.reshape((*starts.shape, *values.shape[1:]))
         values = np.empty((len(flat), length, *kind.shape), kind.dtype)
         shards = np.searchsorted(self._edges, flat, side="right") - 1
         order = shards.argsort(kind="stable")

@@ -84,7 +84,7 @@ def _promised(root: Path) -> tuple[float, list[tuple[str, Episode]]]:
     try:
         info = read_json(root / INFO)
         if not 0 < info["fps"] < 1e6 or re.search(r":[^}]*(\d{4}|{)", f"{info['data_path']}{info['video_path']}"):
-            raise ValueError(f"fps is {info['fps']}, or its paths are filled up to more than a name's length")
+            raise ValueError(f"fps {info['fps']} is none, or its paths are filled up to more than a name's length")
         episodes = list(_all_episodes(root, info))
         for path, episode in episodes:
             if ".." in Path(path).parts + episode.table.parts or not episode.table.is_relative_to(root):
@@ -124,8 +124,8 @@ def _read_numbers(path: Path, episode: int) -> tuple[list[str], np.ndarray]:
     for name in table.column_names:
         if re.match(r"(fixed_size_list|list|int|uint|float|double)", str(table.schema.field(name).type)):
             values = np.array(table[name].to_pylist(), dtype=np.float64)[chosen]
-            numbered = [(f"{name}_{number}", column) for number, column in enumerate(values.T)]
-            found += numbered if values.ndim == 2 else [(name, values)]
+            columns = values.T if values.ndim == 2 else [values]
+            found += [(f"{name}_{n}" if values.ndim == 2 else name, column) for n, column in enumerate(columns)]
     return [name for name, _ in found], np.stack([column for _, column in found], axis=1)
 
 

@@ -26,7 +26,7 @@ REFITS, BLOCKED_SHARE = 3, 0.5
 """Times that an action metric is fitted without moves that were blocked: that miss by more than this share of them."""
 AT_ONCE = 32  # nodes of a tree that are gone on from at once
 JUDGED_BY = 3
-"""Ticks by which the agent judges a move: in one alone, what is unsure of two positions is a third of the way."""
+"""Ticks by which the agent judges a move: of one alone, noise in both positions may be a third (in Two Rooms it is)."""
 LEAST_MOVE = 0.25
 """Of the largest action: whether less is blocked cannot be told."""
 SPREAD_OF = 1024  # actions among which the most different moves are found
@@ -43,7 +43,7 @@ class ActionSpace:
     @property
     def reach(self) -> float:
         """Length of the largest action."""
-        return float(self.moves(4).norm(dim=1).max())
+        return self.longest or float(torch.maximum(self.low.abs(), self.high.abs()).norm())
 
     def cut(self, actions: Tensor) -> Tensor:
         """The nearest actions (..., A) that are allowed."""
@@ -77,9 +77,8 @@ class ActionMetric:
     def fit(cls, before: Tensor, after: Tensor, actions: Tensor, groups: Tensor) -> "ActionMetric":
         """Ridge regression from changes to actions; of embeddings (N, *tokens, D), actions (N, A) and clips (N,).
 
-        Where several ticks lie between the embeddings, the actions are the sums of what was done.
-
-        Blocked moves, which change less than was done, are left out: those that miss by far, several times.
+        Of several ticks, actions are sums. Blocked moves, which change less than was done, are left out: those that
+        miss by far, several times.
 
         Raises:
             ValueError: there are fewer than two clips, or what is done cannot be read off the changes.
@@ -140,8 +139,7 @@ class Task:
 class Plan(NamedTuple):
     """Actions and what is imagined to come of them."""
 
-    actions: Tensor
-    """(H, A); none where nothing is better than to stay."""
+    actions: Tensor  # (H, A); none where nothing is better than to stay
     embeddings: Tensor  # (H, *tokens, D)
     cost: float  # of the last embedding
 
@@ -176,63 +174,67 @@ class Tree(Bounded):
 
     @torch.no_grad()
     def search(self, task: Task, past: Sequence, generator: torch.Generator) -> Plan:
-        """The way to the node with the least cost; if none leads nearer than here, to anywhere, to look from there."""
+        """The shortest way to where it is near enough; else to the nearest place or, from there, to any other."""
         nodes = self._grow(task, past)
-        at = min(range(len(nodes)), key=lambda node: nodes[node].cost)
-        if at == 0 and len(nodes) > 1 and nodes[0].cost > task.near:
-            at = int(torch.randint(1, len(nodes), (), generator=generator))
-        way = [nodes[at]]
+        end = min(nodes, key=lambda one: (0, one.length + one.cost) if one.cost <= task.near else (1, one.cost))
+        if end is nodes[0] and len(nodes) > 1 and end.cost > task.near:
+            end = nodes[int(torch.randint(1, len(nodes), (), generator=generator))]
+        way = [end]
         while way[0].parent >= 0:
             way.insert(0, nodes[way[0].parent])
         return Plan(torch.cat([one.actions for one in way]), torch.cat([one.came for one in way]), way[-1].cost)
 
     def _grow(self, task: Task, past: Sequence) -> list[Node]:
-        """Nodes, the first of them where it stands, until one is near enough or no way is shorter than those known.
+        """Nodes, the first of them where it stands, until the one whose turn it is is near enough, or none is left.
 
-        Those go on first from which the least seems to be left (Hart, Nilsson and Raphael 1968), as long as costs are
-        lengths in the action metric; by other costs all is reached, too, but the way may not be the shortest.
+        It is the turn of those by which the whole way seems the shortest (Hart, Nilsson and Raphael 1968), as long as
+        costs are lengths in the action metric; by other costs all is reached, too, but maybe not on the shortest way.
         """
         moves, start = task.space.moves(self.moves * len(task.space.low)), past.embeddings[0, -1]
         held = repeat(moves, "m a -> m hold a", hold=self.hold)
         (cell,) = self._cells(task, start[None])
         nodes = [Node(-1, held[0, :0], start[None][:0], cell=cell, length=0.0, cost=float(task.cost(start)))]
         shortest, waiting, pasts = {cell: 0.0}, [0], past
-        while waiting and len(nodes) < self.nodes and min(node.cost for node in nodes) > task.near:
+        while waiting and len(nodes) < self.nodes and nodes[waiting[0]].cost > task.near:
             frontier, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
-            shortest |= {nodes[one].cell: -torch.inf for one in frontier}  # no other way goes on from there
             parents = [one for one in frontier for _ in moves]
             past, actions = _chosen(pasts, parents), repeat(held, "m h a -> (n m) h a", n=len(frontier))
             came = task.imagine(past, actions)  # (nodes x moves, hold, *tokens, D)
             cells, costs = self._cells(task, came[:, -1]), task.cost(came)
             known = torch.tensor([shortest.get(cell, torch.inf) for cell in cells])
             known[is_there := (costs <= task.near).any(dim=1)] = torch.inf  # even in a cell that is known
+            until = torch.where(is_there, costs.argmin(dim=1) + 1, self.hold)  # ticks of each that are done
             begun = torch.tensor([nodes[one].length for one in parents])
-            lengths = begun + self._lengths(task, past, came, actions)
+            lengths = begun + self._lengths(task, past, came, actions=actions, until=until)
             for other in range(1, len(task.predictors)):
                 if left := (lengths < known).nonzero()[:, 0].tolist():  # few
-                    its = task.imagine(_chosen(past, left), actions[left], by=other)
-                    others = begun[left] + self._lengths(task, _chosen(past, left), its, actions[left])
+                    some, its = _chosen(past, left), actions[left]
+                    came_too = task.imagine(some, its, by=other)
+                    others = begun[left] + self._lengths(task, some, came_too, actions=its, until=until[left])
                     lengths[left] = torch.maximum(lengths[left], others)
-            until = torch.where(is_there, costs.argmin(dim=1) + 1, self.hold).tolist()
             taken = (lengths < known).nonzero()[:, 0].tolist()
             taken.sort(key=lambda one: (bool(is_there[one]), -float(lengths[one])))  # the last of a cell stays
-            chosen = list({cells[one]: one for one in taken}.values())
+            chosen = list({cells[one]: one for one in taken}.values())[: self.nodes - len(nodes)]
             for one in chosen:
-                done, length, cost = slice(until[one]), float(lengths[one]), float(costs[one, until[one] - 1])
+                ticks, length = int(until[one]), float(lengths[one])
                 waiting.append(len(nodes))
-                way = actions[one, done], came[one, done]
-                nodes.append(Node(parents[one], *way, cell=cells[one], length=length, cost=cost))
+                way = actions[one, :ticks], came[one, :ticks].clone()  # or all that was tried would be kept
+                nodes.append(
+                    Node(parents[one], *way, cell=cells[one], length=length, cost=float(costs[one, ticks - 1]))
+                )
                 shortest[cells[one]] = length
             waiting = [one for one in waiting if nodes[one].length <= shortest[nodes[one].cell]]
             waiting.sort(key=lambda one: nodes[one].length + nodes[one].cost)
             pasts = _grown(pasts, _chosen(past, chosen), actions[chosen], came=came[chosen])
         return nodes
 
-    def _lengths(self, task: Task, past: Sequence, came: Tensor, actions: Tensor) -> Tensor:
-        """How long moves (B, H, A) are by what came of them, (B,); those that were blocked before are endless."""
+    def _lengths(self, task: Task, past: Sequence, came: Tensor, *, actions: Tensor, until: Tensor) -> Tensor:
+        """How long moves (B, H, A), until some ticks (B,), are by what came of them, (B,); blocked ones are endless."""
         way = task.metric.position(torch.cat([past.embeddings[:, -1:], came], dim=1))  # (B, H + 1, A)
+        way = way.gather(1, torch.minimum(torch.arange(self.hold + 1), until[:, None])[..., None].expand_as(way))
         made = (way.diff(dim=1) * actions).sum(dim=-1) / actions.square().sum(dim=-1).clamp_min(1e-9)
-        lengths = self.hold * task.space.reach * (1 + self.caution * (1 - made.amin(dim=1)).clamp_min(0))
+        made = made.masked_fill(torch.arange(self.hold) >= until[:, None], 1).amin(dim=1)
+        lengths = until * task.space.reach * (1 + self.caution * (1 - made).clamp_min(0))
         return lengths if task.blocked is None else lengths.masked_fill(task.blocked.meets(way), torch.inf)
 
     def _cells(self, task: Task, embeddings: Tensor) -> list[tuple[int, ...]]:
@@ -248,14 +250,16 @@ def _chosen(past: Sequence, clips: list[int]) -> Sequence:
 
 
 def _grown(pasts: Sequence, past: Sequence, actions: Tensor, *, came: Tensor) -> Sequence:
-    """Pasts and, as long, those after what came, (B, H, *tokens, D), of actions (B, H, A) that followed others."""
+    """Pasts and, as long, those after what came, (B, H, *tokens, D), of actions (B, H, A)."""
     assert past.actions is not None
+    assert pasts.actions is not None
     length = past.embeddings.shape[1]
     embeddings = torch.cat([past.embeddings, came], dim=1)[:, -length:]
     # The last embedding's own action is still to come, and is replaced by what is tried.
     done = torch.cat([past.actions[:, :-1], actions, actions[:, -1:]], dim=1)[:, -length:]
-    known = [one for one in (pasts.actions, done) if one is not None]
-    return replace(pasts, embeddings=torch.cat([pasts.embeddings, embeddings]), actions=torch.cat(known))
+    return replace(
+        pasts, embeddings=torch.cat([pasts.embeddings, embeddings]), actions=torch.cat([pasts.actions, done])
+    )
 
 
 @dataclass(frozen=True)
@@ -371,10 +375,8 @@ class Agent:
     task: Task
     planner: Planner
     generator: torch.Generator
-    replan: int = 1_000_000
-    """Ticks after which a plan is made anew, even if all goes well."""
-    plans: list[Plan] = field(default_factory=list)
-    """All plans so far."""
+    replan: int = 1_000_000  # ticks after which a plan is made anew, even if all goes well
+    plans: list[Plan] = field(default_factory=list)  # all so far
     surprises: int = 0
 
     def __post_init__(self) -> None:
@@ -382,7 +384,7 @@ class Agent:
         self._queue: list[tuple[Tensor, Tensor]] = []
         self._expected: Tensor | None = None
         self._blocked: list[tuple[Tensor, Tensor]] = []
-        self._steps: list[tuple[Tensor, Tensor]] = []  # where the last ticks began, and the way that was expected
+        self._steps: list[tuple[Tensor, Tensor]] = []  # where it was, and by the plan should have been
 
     @property
     def is_near(self) -> bool:
@@ -397,29 +399,29 @@ class Agent:
             plan = self.planner.search(self.task, self._past, self.generator)
             self.plans.append(plan)
             self._queue = list(zip(plan.actions, plan.embeddings, strict=True))[: self.replan]
+            self._steps = [(self.task.metric.position(embedding),) * 2]
         action, self._expected = self._queue.pop(0) if self._queue else self._stay()
         self._past = self._past.followed_by(action[None, None])
         return action
 
     def _look(self, seen: Tensor) -> None:
         """Take in an embedding (1, 1, *tokens, D); forget the plan where it is not what was expected."""
-        task, fps = self.task, self.task.predictors[0].fps
+        task, fps, context = self.task, self.task.predictors[0].fps, self.task.predictors[0].config.context
         if self._past is None:
             self._past = Sequence.on_clock(seen, fps, torch.zeros(1, 1, len(task.space.low)))
             return
-        before, now = task.metric.position(self._past.embeddings[0, -1]), task.metric.position(seen[0, 0])
-        expected = [] if self._expected is None else [(before, task.metric.position(self._expected) - before)]
-        self._steps = [*self._steps, *expected][-JUDGED_BY:] if expected else []
-        if len(self._steps) == JUDGED_BY:
-            way = torch.stack([step for _, step in self._steps]).sum(dim=0)
-            made = float((now - self._steps[0][0]) @ way / way.square().sum().clamp_min(1e-9))
-            if made < BLOCKED_SHARE and float(way.norm()) > LEAST_MOVE * JUDGED_BY * task.space.reach:
+        if self._expected is not None:
+            now, expected = task.metric.position(torch.stack([seen[0, 0], self._expected]))
+            self._steps = [*self._steps[-JUDGED_BY:], (now, expected)]
+            (begun, aimed), (before, _) = self._steps[0], self._steps[-2]
+            way, least = expected - aimed, LEAST_MOVE * JUDGED_BY * task.space.reach
+            made = float((now - begun) @ way / way.square().sum().clamp_min(1e-9))
+            if len(self._steps) > JUDGED_BY and float(way.norm()) > least and made < BLOCKED_SHARE:
                 self.surprises += 1
-                self._queue, self._steps = [], []
+                self._queue = []
                 self._blocked.append((before, way / way.norm()))
                 positions, directions = (torch.stack(part) for part in zip(*self._blocked, strict=True))
                 self.task = replace(task, blocked=Blocked(positions, directions, task.space.reach))
-        context = task.predictors[0].config.context
         embeddings = torch.cat([self._past.embeddings, seen], dim=1)[:, -context:]
         actions = torch.cat([self._past.actions, self._past.actions[:, -1:]], dim=1)[:, -context:]
         self._past = Sequence.on_clock(embeddings, fps, actions)

@@ -43,7 +43,7 @@ from pipelines.run.models import load_predictor, open_cache, owner_of
 from pipelines.run.searching import Search
 
 PAIRS = 20_000  # steps of a cache that the action metric is fitted on, at most
-APART = 4  # ticks between their embeddings: of one alone, what is unsure is a third, by which all distances shrink
+APART = 4  # ticks between their embeddings: by the noise in changes of one tick, regression makes all distances smaller
 TURN = 0.2  # share of each action of a stroll that is new
 
 
@@ -207,9 +207,8 @@ def load_mind(options: Options, world: World) -> Mind:
         require(taken == given, f"{folder} takes {taken} actions, and {options.env} {given}: {mend}")
     windows = Windows(cache, 1 + APART, predictor.actions)
     chosen = windows.evenly(PAIRS)
-    pairs, done = windows.take(chosen), windows.actions(chosen)
-    if done is None or len(done) == 0:
-        raise UserError(f"{options.cache} has no embeddings with actions between them")
+    pairs, done = torch.from_numpy(cache.take(windows.rows(chosen)[:, [0, -1]])), windows.actions(chosen)
+    assert done is not None
     groups = torch.from_numpy(np.unique(windows.video_of(chosen), return_inverse=True)[1])
     try:
         metric = ActionMetric.fit(pairs[:, 0], pairs[:, -1], done[:, :-1].sum(dim=1), groups)

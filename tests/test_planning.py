@@ -96,9 +96,19 @@ def test_a_tree_does_not_go_where_it_was_blocked(metric: ActionMetric) -> None:
 
 
 def test_a_tree_leads_straight_to_a_goal_and_ends_there(metric: ActionMetric) -> None:
-    plan = Tree(moves=8).search(task(metric, (5.0, -4.0)), PAST, torch.Generator())
+    asked = []
+
+    class Counting(Plane):
+        def step(self, newest: Sequence, state: Any, latent: None = None) -> tuple[Tensor, None]:
+            asked.append(len(newest.embeddings))
+            return super().step(newest, state, latent)
+
+    counting: Any = Counting()
+    there = replace(task(metric, (5.0, -4.0)), predictors=[counting])
+    plan = Tree(moves=8).search(there, PAST, torch.Generator())
     assert plan.cost <= 0.3  # near, although no side of a cell is as short
     assert len(plan.actions) <= 1.25 * 41**0.5
+    assert sum(asked) < 3 * 16 * 60  # of three ticks for each of 16 moves from a few nodes, not from all around
 
 
 def test_a_cautious_tree_goes_around_what_is_half_blocked(metric: ActionMetric) -> None:
@@ -152,14 +162,17 @@ def test_moves_differ_as_much_as_they_can() -> None:
     assert ((corners >= torch.tensor([0.0, -2.0])) & (corners <= torch.tensor([1.0, 2.0]))).all()
 
 
-def test_a_tree_believes_a_move_where_all_predictors_do(metric: ActionMetric) -> None:
+@pytest.mark.parametrize("goal", [(4.0, 0.0), (1.2, 0.0), (1.5, -2.0)])
+def test_a_tree_goes_around_what_one_of_its_predictors_does_not_believe(
+    metric: ActionMetric, goal: tuple[float, float]
+) -> None:
     class Walled(Plane):
         def step(self, newest: Sequence, state: Any, latent: None = None) -> tuple[Tensor, None]:
             assert newest.actions is not None
             return embed(walled(place(newest.embeddings[:, -1]), newest.actions[:, -1]))[:, None], None
 
     predictors: list[Any] = [Plane(), Walled()]
-    there = replace(task(metric, (4.0, 0.0)), predictors=predictors, near=1.0)
+    there = replace(task(metric, goal), predictors=predictors, near=1.0)
     past = Sequence.on_clock(embed(torch.tensor([[[-4.0, 0.0]]])), FPS, torch.zeros(1, 1, 2))
     plan = Tree(hold=1).search(there, past, torch.Generator())
     assert plan.cost < 1.0
@@ -167,3 +180,21 @@ def test_a_tree_believes_a_move_where_all_predictors_do(metric: ActionMetric) ->
     (crossed,) = ((way[:-1, 0] < 0) & (way[1:, 0] >= 0)).nonzero(as_tuple=True)
     assert len(crossed) == 1
     assert 3 <= float(way[crossed + 1, 1]) <= 5  # by the door, which the other one alone knows
+
+
+def test_a_move_that_ends_at_the_goal_does_not_meet_what_lies_behind(metric: ActionMetric) -> None:
+    origin = metric.position(embed(torch.zeros(2)))
+    behind = Blocked(origin[None] + torch.tensor([[2.5, 0.0]]), torch.tensor([[1.0, 0.0]]), 1.0)
+    plan = Tree(moves=8).search(task(metric, (1.0, 0.0), blocked=behind), PAST, torch.Generator())
+    assert plan.cost <= 0.3
+    assert len(plan.actions) == 1
+
+
+@pytest.mark.parametrize(("share", "lost"), [(1.0, {7}), (0.95, set()), (0.85, set())])
+def test_an_agent_that_lags_is_not_blocked(metric: ActionMetric, share: float, lost: set[int]) -> None:
+    at = torch.tensor([-20.0, 0.0])
+    agent = Agent(task(metric, (20.0, 0.0)), Tree(), torch.Generator())
+    for tick in range(30):
+        action = agent.act(embed(at))
+        at = at if tick in lost else at + share * action
+    assert agent.surprises == 0
