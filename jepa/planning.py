@@ -111,10 +111,12 @@ class Blocked(NamedTuple):
 
     def meets(self, way: Tensor) -> Tensor:
         """Whether ways (B, T, A) do one of these moves again, bool (B,)."""
-        steps = way.diff(dim=1)
-        near = torch.cdist(way[:, :-1], self.positions) < self.radius  # (B, T - 1, N)
-        along = steps / steps.norm(dim=-1, keepdim=True).clamp_min(1e-9) @ self.directions.T
-        return (near & (along > 0.5)).flatten(1).any(dim=1)
+        begun, steps = way[:, :-1, None], way.diff(dim=1)[:, :, None]  # (B, T - 1, 1, A)
+        lengths = steps.norm(dim=-1, keepdim=True).clamp_min(1e-9)
+        ahead = ((self.positions - begun) * steps / lengths).sum(dim=-1, keepdim=True)  # (B, T - 1, N, 1)
+        nearest = begun + torch.minimum(ahead.clamp_min(0), lengths) * steps / lengths
+        is_near = (nearest - self.positions).norm(dim=-1) < self.radius
+        return (is_near & ((steps / lengths * self.directions).sum(dim=-1) > 0.5)).flatten(1).any(dim=1)
 
 
 @dataclass(frozen=True)
