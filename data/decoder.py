@@ -309,7 +309,8 @@ class VideoDecoder(Decoder):
             promised_s -= self._seconds(self.first_pts - self.stream.start_time)
         is_lone = len(self.container.streams) == 1 and not self.stream.codec_context.has_b_frames
         is_exact = _is(self.container, (*EXACT, "asf", "flv") if is_lone else EXACT)
-        is_exact &= self.stream.average_rate in (None, self.stream.base_rate)
+        unsaid = () if _is(self.container, ("asf",)) else (None,)  # ASF says none of a variable rate
+        is_exact &= self.stream.average_rate in (self.stream.base_rate, *unsaid)
         tolerance_s = self.period_s + 1e-3 if is_exact else EARLY_S + 2 * self.period_s
         if self.is_promise and end_s < promised_s - tolerance_s:
             self.note(f"ends at {end_s:.2f} s, its header promises {promised_s:.2f} s")

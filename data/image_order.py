@@ -39,6 +39,14 @@ HALF_DAY = re.compile(  # a clock of twelve hours: in English, and in Chinese, J
     rf"(?P<hour>1[0-2]|0?[1-9])(?:(?P<b>[-_.: ]?){_MINUTE}(?:(?P=b){_SECOND})?)?(?!\d)"
     r"(?(early)|(?(late)|[-_\s]?(?P<half>[AaPp])\.?[Mm]\.?(?![^\W_])))"
 )
+LETTERED = re.compile(  # behind a date, such as VLC's own 2024-05-01-06h30m05s123
+    r"(?<=\d)([-_T ]{1,3})(\d\d)h ?([0-5]\d)m ?([0-5]\d)s?(\d{3})?(?!\w)"
+)
+OTHER_DATE = re.compile(  # a day that is beside a time, and not in front of it
+    r"(?i)(?<!\d)(?:(?:19|20)\d\d[-_.]?\d\d?[-_.]?\d\d?(?!\d)|\d\d?[-_.]\d\d?[-_.](?:19|20)\d\d"
+    r"|\d\d?[-_. ]?(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec))"
+)
+OTHER_CLOCK = re.compile(r"(?<!\d)\d\d([-_.:])\d\d\1\d\d(?!\d)")
 _EPOCH = r"(?<!\d)(?P<second>1[1-9]\d{8})"  # seconds since 1970, in the years 2004 to 2033
 _PART, _DIGITS = r"(?P<fraction>\d{9}|\d{6}|\d{3}|(?<=\d{14})\d+)", r"(?P<fraction>\d+)"
 _BEGIN, _END = r"(?<![\d.])(?<!(?<![^\W_])-)", r"(?!\d)"
@@ -54,14 +62,14 @@ FORMS = [  # and what is carried into when the finer number is over; evidence fo
     ([rf"{_EPOCH}(?:[.,]?(?P<fraction>(?<=\D)\d+|\d{{9}}|\d{{6}}|\d{{3}}))?{_END}"], "", 0),
     ([rf"{_BEGIN}(?:(?P<milli>\d+)ms|(?P<micro>\d+)[uµμ]s|(?P<minute>\d+)min)(?![a-z])"], "", 0),
     ([rf"{_BEGIN}(?:(?P<hour>\d+)h)?(?:(?P<minute>\d+)m)?(?P<second>\d+)(?:\.{_DIGITS})?s(?:ec)?(?![a-z])"], "", 0),
-    ([rf"{_DAY}\D{{1,4}}(?=\d\d[-_.:h]){_HOUR}[-_.:h]?{_MINUTE}{_END}"], "", 0),
+    ([rf"{date}\D{{1,4}}(?=\d\d[-_.:h]){_HOUR}[-_.:h]?{_MINUTE}{_END}" for date in DATES], "", 0),
     ([rf"{date}{_END}" for date in DATES[:4]], "", 0),
     # Two or three numbers, unless the finer one begins at the same place again and again, as frames of scenes do.
     ([rf"^{_HOUR}(?P<b>[-_.:]){_MINUTE}(?P=b){_SECOND}(?:[.,]{_DIGITS})?$"], "minute", 0),
     ([rf"^(?P<second>0|[1-9]\d{{0,5}}|\d{{1,6}}(?=\.\d{{3}}))\.{_DIGITS}$"], "second", 0),
     ([rf"(?<!\d){_DAY}\D{{0,4}}{_CLOCK}[-_.,](?P<fraction>\d\d?){_END}"], "second", 1),
     ([rf"(?<!\d){_CLOCK}[-_.,]{_DIGITS}{_END}"], "second", 2),
-    ([rf"{_DAY}\D{{0,4}}{_HOUR}{_MINUTE}{_END}"], "hour", 2),
+    ([rf"{date}\D{{0,4}}{_HOUR}{_MINUTE}{_END}" for date in DATES[:4]], "hour", 2),
     ([rf"{_BEGIN}(?P<second>\d{{1,6}})\.{_DIGITS}(?!\d|\.\d)"], "second", 2),
     ([rf"(?<!\d){_CLOCK}(?:\.{_DIGITS})?{_END}"], "minute", 2),
     ([rf"(?<!\d)(?P<minute>\d\d?)(?P<b>[-_.:m]?){_SECOND}{_END}(?!(?P=b)\d\d(?!\d))"], "minute", 2),
@@ -77,12 +85,15 @@ def order_of(names: Sequence[str]) -> tuple[list[str], np.ndarray, bool]:
     stems = [splitext(name)[0] for name in names]
     if len({HALF_DAY.search(stem) is None for stem in stems}) > 1:
         raise ValueError("some of the names of its images have AM or PM, and some have none: take one clock")
-    stems = [HALF_DAY.sub(_on_24_hours, stem) for stem in stems]
+    stems = [LETTERED.sub(r"\1\2.\3.\4.\5", HALF_DAY.sub(_on_24_hours, stem)) for stem in stems]
     zones = {match["zone"] for stem in stems for match in ZONED.finditer(stem)}
     if len(zones) > 1:
         raise ValueError(f"the names of its images are of several time zones ({', '.join(sorted(zones))}): take one")
+    # Where all have a year of four digits, two digits are none.
+    is_full = any(all(re.search(rf"{date}(?!\d)", stem) for stem in stems) for date in DATES[:4])
     for patterns, coarse, evidence in FORMS:
-        readings = [_ordered(stems, re.compile(pattern), coarse, evidence) for pattern in patterns]
+        likely = [pattern for pattern in patterns if not (is_full and _OF["y"] in pattern)]
+        readings = [_ordered(stems, re.compile(pattern), coarse, evidence) for pattern in likely]
         if any(readings):
             times, order = zip(*_surest(readings), strict=True)
             is_number = patterns[0] == NUMBER.pattern
@@ -141,6 +152,11 @@ def _ordered(stems: list[str], pattern: re.Pattern[str], coarse: str, evidence: 
         if len(set(times)) == len(times) and numbers == sorted(numbers) and not is_padded:
             is_one = len({NUMBER.sub("#", rest) for rest in rests}) <= 1 and not _begins_again(times, numbers, column)
             if is_one and (not coarse or _goes_on(times, UNITS_NS[coarse], evidence)):
+                units = {*column[0].re.groupindex}
+                other = OTHER_DATE if "number" not in units and times[-1] < DAY_NS else OTHER_CLOCK
+                is_apart = other is OTHER_DATE or ("year" in units and not {"hour", "second"} & units)
+                if is_apart and len({(other.search(rest) or [""])[0] for rest in rests}) > 1:
+                    raise ValueError("names of its images have dates beside times: write such as 2024-05-31_23-59-58")
                 return ordered
     return []
 

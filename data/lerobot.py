@@ -9,14 +9,17 @@ recorder's clock, by which the video was not written.
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.decoder import Damage
 from data.errors import DataError
 from data.files import read_json
+from data.video import open_video
 
 INFO = Path("meta", "info.json")
 
@@ -60,10 +63,13 @@ def read_table(video: Path) -> tuple[list[str], np.ndarray] | None:
     if root is None:
         return None
     fps = _promised(root)[0]
+    with open_video(video, Damage(), fps) as decoder:
+        if not 0.98 < decoder.average_fps / fps < 1.02:
+            raise ValueError(f"{root / INFO} says {fps:g} frames a second, and the video {decoder.average_fps:g}")
     for episode in episodes_in(video):
         names, values = _read_numbers(episode.table, episode.number)
         times_s = episode.begin_s + values[:, names.index("frame_index"), None] / fps
-        if len(times_s) == 0 or times_s.max() > episode.end_s:
+        if len(times_s) == 0 or times_s.max() > episode.end_s - 0.5 / fps:
             raise ValueError(f"{episode.table}: episode {episode.number} has {len(values)} rows, not one a frame")
         parts.append(np.concatenate([times_s, values], axis=1))
     if not parts:
@@ -122,8 +128,10 @@ def _read_numbers(path: Path, episode: int) -> tuple[list[str], np.ndarray]:
     chosen = np.flatnonzero(table["episode_index"].to_numpy() == episode)
     chosen = chosen[np.argsort(table["frame_index"].to_numpy()[chosen], kind="stable")]
     for name in table.column_names:
-        if re.match(r"(fixed_size_list|list|int|uint|float|double)", str(table.schema.field(name).type)):
+        values = np.empty((0, 0, 0))
+        with suppress(TypeError, ValueError):  # lists of several lengths, or of words
             values = np.array(table[name].to_pylist(), dtype=np.float64)[chosen]
+        if values.ndim < 3 and re.match(r"(.*list|int|uint|.*float|double)", str(table.schema.field(name).type)):
             columns = values.T if values.ndim == 2 else [values]
             found += [(f"{name}_{n}" if values.ndim == 2 else name, column) for n, column in enumerate(columns)]
     return [name for name, _ in found], np.stack([column for _, column in found], axis=1)

@@ -10,6 +10,7 @@ Without one, the tables of a data set in LeRobot's layout are read, where the vi
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -53,6 +54,9 @@ def read_sidecar(
             )
         rows[:, 0] = shown_s[rows[:, 0].astype(int)]
     rows = rows[rows[:, 0].argsort(kind="stable")]
+    if (twice := (np.diff(rows[:, 0]) == 0) & (np.diff(rows, axis=0) != 0).any(axis=1)).any():
+        said = f"says several things of {rows[1:][twice][0, 0]:.3f} s in {video.name}"
+        raise SidecarError(f"{path}: {said}: does its clock begin again? One table is of one recording")
     nearest = np.searchsorted((rows[1:, 0] + rows[:-1, 0]) / 2, times_s)  # by the middles between rows
     is_near = np.abs(rows[nearest, 0] - times_s) <= tolerance_s
     is_inside = np.abs(rows[:, 0] - (times_s.min() + times_s.max()) / 2) <= np.ptp(times_s) / 2 + tolerance_s
@@ -67,9 +71,13 @@ def read_sidecar(
 def columns_beside(videos: Iterable[Path], patterns: Sequence[str]) -> tuple[str, ...]:
     """Columns of the first table that has all those, by name or pattern, that are asked for.
 
-    Raises the first video's `SidecarError` where none has.
+    Raises the first video's `SidecarError` where none has, and one where a table is of several of the videos.
     """
-    errors = []
+    videos, errors = list(videos), list[SidecarError]()
+    for table, count in Counter(map(table_beside, videos)).items():
+        if count > 1 and table.exists():
+            names = ", ".join(video.name for video in videos if table_beside(video) == table)
+            raise SidecarError(f"{table}: is it of {names}? Give each video a table of its own, or a folder")
     for video in videos:
         try:
             return _read_table(video, patterns)[0][1:]

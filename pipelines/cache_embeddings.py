@@ -230,6 +230,10 @@ def summarise(options: Options) -> None:
     newer = sorted({clip.key.source for clip in cache.clips if options.columns and has_newer_table(clip)})
     for line in examples("its table has changed, and what is cached has not: take another --output-dir", newer):
         print(line)
+    for name in options.columns:
+        unknown = sum(int(np.isnan(cache.take(clip.rows, name)).sum()) for clip in cache.clips)
+        if unknown:
+            print(f"{name}: the tables say nothing of it at {unknown:,} of {cache.frames:,} ticks")
     print(
         f"wrote {folder}: {len(cache.clips)} clips, {cache.frames:,} embeddings of shape {cache.shape} at "
         f"{options.fps:g} fps. Next, with VALIDATION, the cache of other videos by --encoder {kept}:\n"

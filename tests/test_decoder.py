@@ -552,6 +552,16 @@ def test_a_file_that_is_cut_off_where_only_its_size_tells_is_reported(tmp_path, 
     assert info.damage.endswith(" s, the file is cut off there")
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.wmv", "wmv2"), ("a.asf", "wmv2"), ("a.mkv", "libx264"), ("a.flv", "flv")]
+)
+def test_a_variable_rate_is_no_damage(tmp_path, encode_video, name, codec):
+    times_s = np.cumsum([0.0, *[0.033, 0.1, 0.05, 0.2] * 10])
+    video = encode_video(tmp_path / name, times_s, codec=codec, rate=10, options={"bf": "0", "g": "12"})
+    info = count_frames(video)
+    assert (info.frames, info.damage) == (41, "")
+
+
 @pytest.mark.parametrize("cut_off", [10, 200, 900])
 @pytest.mark.parametrize(
     ("name", "codec"), [("a.ivf", "libvpx-vp9"), ("a.avi", "mjpeg"), ("a.avi", "ffvhuff"), ("a.mov", "mjpeg")]

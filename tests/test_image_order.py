@@ -194,7 +194,7 @@ def test_several_series_and_no_order_are_refused(stems, series):
         [f"IMG_{(9900 + at) % 10000:04}" for at in (0, 7, 14, 49, 56, 63, 98, 133, 140, 147, 154)],
         # Days in orders that no form has, for so long that the clock does not betray it.
         *([f"{START + timedelta(minutes=10 * at):{form}}" for at in range(60, 160)] for form in (
-            "%H-%M-%S_%d-%m-%Y", "%d-%m %H.%M.%S", "%d%m_%H%M", "%d_%H-%M-%S", "%d-%m-%Y_%H%M", "%m%d_%H%M%S",
+            "%H-%M-%S_%d-%m-%Y", "%d-%m %H.%M.%S", "%d%m_%H%M", "%d_%H-%M-%S", "%m%d_%H%M%S",
             "%H%M%S_%Y-%m-%d", "%d%b_%H%M%S",
         )),
     ],
@@ -330,3 +330,52 @@ def test_random_series_in_random_styles(seed):
     names, found, are_seconds = order_after_shuffling(list(map(write, numbers)))
     assert names == [f"{write(number)}.png" for number in numbers]
     np.testing.assert_allclose(found, times / 25 if are_seconds else times, atol=2e-6)
+
+
+DAILY, OFTEN = (
+    [START + timedelta(days=at * is_daily, seconds=7 * at) for at in range(9)] for is_daily in (True, False)
+)
+
+
+@pytest.mark.parametrize("moments", [DAILY, OFTEN])
+@pytest.mark.parametrize(
+    "form", ["vlcsnap-%Y-%m-%d-%Hh%Mm%Ss123", "%Y%m%d_%Hh%Mm%Ss", "%Y-%m-%d %Hh %Mm %Ss", "cam 2 %d.%m.%Y %Hh%Mm%S"]
+)
+def test_a_clock_with_letters_belongs_to_the_date_in_front_of_it(form, moments):
+    names = [f"{moment:{form}}.png" for moment in moments]
+    order, times_s, are_seconds = order_of(names[::-1])
+    assert order == names
+    assert are_seconds
+    assert times_s.tolist() == [(moment - moments[0]).total_seconds() for moment in moments]
+
+
+@pytest.mark.parametrize(
+    "form", ["%d-%b-%Y_%H-%M-%S", "%Y-%-m-%-d_%H%M%S", "%H.%M.%S %d.%m.%Y", "day_%H-%M-%S_%Y-%m-%d", "%d %B_%H.%M.%S"]
+)
+def test_a_date_that_changes_beside_a_clock_is_not_left_out(form):
+    with pytest.raises(ValueError, match="names of its"):
+        order_of([f"{moment:{form}}.png" for moment in DAILY])
+
+
+@pytest.mark.parametrize("minutes", [1, 10])
+@pytest.mark.parametrize(
+    "form", ["%d.%m.%Y %H-%M", "%d-%m-%Y_%H-%M", "%m-%d-%Y %H.%M", "%y-%m-%d_%H-%M", "%Y-%m-%d %H-%M"]
+)
+def test_hours_and_minutes_behind_a_date_are_no_minutes_and_seconds(form, minutes):
+    names = [f"{START + timedelta(minutes=minutes * at):{form}}.png" for at in range(12)]
+    order, times_s, are_seconds = order_of(names[::-1])
+    assert order == names
+    assert are_seconds
+    assert times_s.tolist() == [60 * minutes * at for at in range(12)]
+
+
+@pytest.mark.parametrize("form", ["{:%Y%m%d}_{:04}", "{:%d-%m-%Y}_{:04}", "{:%Y-%m-%d}_{:03}", "{:04}_{:%Y-%m-%d}"])
+def test_a_counter_goes_on_over_days(form):
+    numbers = list(range(90, 150))
+    days = [START + timedelta(days=(number - 90) // 25) for number in numbers]
+    pairs = zip(numbers, days, strict=True) if form.startswith("{:04}") else zip(days, numbers, strict=True)
+    names = [form.format(*pair) + ".png" for pair in pairs]
+    order, times_s, are_seconds = order_of(names[::-1])
+    assert order == names
+    assert not are_seconds
+    assert times_s.tolist() == list(range(60))

@@ -167,6 +167,32 @@ def test_episodes_without_end_are_refused(version_2):
     assert missing_files([version_2 / "videos" / "a.mp4"]) == []
 
 
+def test_a_set_whose_rate_is_not_its_videos_is_refused(version_2):
+    path, video = version_2 / "meta/info.json", version_2 / f"videos/chunk-000/{CAMERAS[0]}/episode_000000.mp4"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fps": FPS / 2}))
+    with pytest.raises(SidecarError, match=r"says 5 frames a second, and the video 10"):
+        read_sidecar(video, np.arange(20) / FPS, columns=("action_0",), tolerance_s=0.05)
+
+
+@pytest.mark.parametrize("odd", [[[1], [2, 3]] * 10, [["a"]] * 20, [[[1.0]]] * 20, [[1.0], [None]] * 10])
+def test_an_odd_column_costs_no_other_one(version_2, odd):
+    video = version_2 / f"videos/chunk-000/{CAMERAS[0]}/episode_000000.mp4"
+    write_parquet(version_2 / "data/chunk-000/episode_000000.parquet", rows_of(0, 20) | {"odd": odd})
+    found = read_sidecar(video, np.arange(20) / FPS, columns=("action_0",), tolerance_s=0.05)
+    assert found[:, 0].tolist() == list(range(20))
+
+
+def test_frames_are_counted_from_0(version_2):
+    video = version_2 / f"videos/chunk-000/{CAMERAS[0]}/episode_000000.mp4"
+    rows = rows_of(0, 20)
+    write_parquet(
+        version_2 / "data/chunk-000/episode_000000.parquet",
+        rows | {"frame_index": [frame + 1 for frame in rows["frame_index"]]},
+    )
+    with pytest.raises(SidecarError, match="episode 0 has 20 rows, not one a frame"):
+        read_sidecar(video, np.arange(20) / FPS, columns=("action_0",), tolerance_s=0.05)
+
+
 def test_a_video_elsewhere_is_in_no_set(tmp_path):
     assert episodes_in(tmp_path / "x.mp4") == []
     assert read_table(tmp_path / "x.mp4") is None

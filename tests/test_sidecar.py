@@ -47,6 +47,25 @@ def test_one_table_with_the_columns_is_enough_and_none_is_an_error(video):
         columns_beside([video, without], ["brake"])
 
 
+def test_a_table_of_two_videos_is_refused(video):
+    others = [video, video.with_suffix(".avi"), video.with_name("without.mp4")]
+    with pytest.raises(SidecarError, match=r"clip.csv: is it of clip.mp4, clip.avi\?"):
+        columns_beside(others, ["speed"])
+    assert columns_beside(others[1:], ["speed"]) == ("speed",)
+
+
+@pytest.mark.parametrize("clock", ["time_s", "frame"])
+def test_a_clock_that_begins_again_is_refused(video, clock, encode_video):
+    encode_video(video, 4, rate=10)
+    lines = [f"{at if clock == 'frame' else at / 10},{speed + at}" for speed in (0, 30) for at in range(4)]
+    table = video.with_suffix(".csv")
+    table.write_text("\n".join([f"{clock},speed", *lines]))
+    with pytest.raises(SidecarError, match=r"says several things of 0.000 s in clip.mp4: does its clock begin again"):
+        read_sidecar(video, np.arange(4) / 10, columns=["speed"], tolerance_s=0.05)
+    table.write_text("\n".join([f"{clock},speed", *lines[:4], lines[0]]))  # one row twice is no contradiction
+    assert read_sidecar(video, np.arange(4) / 10, columns=["speed"], tolerance_s=0.05)[:, 0].tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("patterns", "columns"),
     [
