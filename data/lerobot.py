@@ -128,11 +128,11 @@ def _read_numbers(path: Path, episode: int) -> tuple[list[str], np.ndarray]:
     chosen = np.flatnonzero(table["episode_index"].to_numpy() == episode)
     chosen = chosen[np.argsort(table["frame_index"].to_numpy()[chosen], kind="stable")]
     for name in table.column_names:
-        values = np.empty((0, 0, 0))
+        if not re.match(r"(.*list|int|uint|.*float|double)", str(table.schema.field(name).type)):
+            continue
         with suppress(TypeError, ValueError):  # lists of several lengths, or of words
             values = np.array(table[name].to_pylist(), dtype=np.float64)[chosen]
-        if values.ndim < 3 and re.match(r"(.*list|int|uint|.*float|double)", str(table.schema.field(name).type)):
-            columns = values.T if values.ndim == 2 else [values]
+            columns = values.T if values.ndim == 2 else [values] * (values.ndim == 1)
             found += [(f"{name}_{n}" if values.ndim == 2 else name, column) for n, column in enumerate(columns)]
     return [name for name, _ in found], np.stack([column for _, column in found], axis=1)
 

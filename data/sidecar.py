@@ -10,7 +10,6 @@ Without one, the tables of a data set in LeRobot's layout are read, where the vi
 
 import csv
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -71,13 +70,9 @@ def read_sidecar(
 def columns_beside(videos: Iterable[Path], patterns: Sequence[str]) -> tuple[str, ...]:
     """Columns of the first table that has all those, by name or pattern, that are asked for.
 
-    Raises the first video's `SidecarError` where none has, and one where a table is of several of the videos.
+    Raises the first video's `SidecarError` where none has.
     """
-    videos, errors = list(videos), list[SidecarError]()
-    for table, count in Counter(map(table_beside, videos)).items():
-        if count > 1 and table.exists():
-            names = ", ".join(video.name for video in videos if table_beside(video) == table)
-            raise SidecarError(f"{table}: is it of {names}? Give each video a table of its own, or a folder")
+    errors = []
     for video in videos:
         try:
             return _read_table(video, patterns)[0][1:]

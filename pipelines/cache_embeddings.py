@@ -13,6 +13,7 @@ Run the same command again after a kill, or after adding videos: only what is mi
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -229,6 +230,10 @@ def summarise(options: Options) -> None:
     kept = options.encoder if Path(options.encoder).is_dir() else folder / "encoder"
     newer = sorted({clip.key.source for clip in cache.clips if options.columns and has_newer_table(clip)})
     for line in examples("its table has changed, and what is cached has not: take another --output-dir", newer):
+        print(line)
+    tables = Counter(table_beside(Path(source)) for source in {clip.key.source for clip in cache.clips})
+    shared = [str(table) for table, count in tables.items() if count > 1 and table.is_file() and options.columns]
+    for line in examples("one table of several videos, and not of one of them", shared):
         print(line)
     for name in options.columns:
         unknown = sum(int(np.isnan(cache.take(clip.rows, name)).sum()) for clip in cache.clips)

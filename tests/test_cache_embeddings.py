@@ -147,6 +147,12 @@ def test_columns_are_on_the_clock_and_gaps_are_gaps(embed, material, tmp_path, c
     said = capsys.readouterr().out
     assert "its table has changed" not in said
     assert f"{names[0]}: the tables say nothing of it at 5 of {cache.frames} ticks" in said
+    assert "one table of several videos" not in said
+    other = (videos / "clip_00001.mp4").read_bytes() + b"\0\0\0\x08free"  # another content, or it would be a double
+    (videos / "clip_00003.mov").write_bytes(other)
+    embed("twice", videos=(videos,), columns=names, fps=5.0)
+    assert f"one table of several videos, and not of one of them: {videos}/clip_00003.csv" in capsys.readouterr().out
+    (videos / "clip_00003.mov").unlink()
     os.utime(table, (time.time() + 9, time.time() + 9))
     embed(videos=(videos,), columns=names, fps=5.0)
     said = re.findall("its table has changed, and what is cached has not: .*: (.*)", capsys.readouterr().out)

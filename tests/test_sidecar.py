@@ -47,13 +47,6 @@ def test_one_table_with_the_columns_is_enough_and_none_is_an_error(video):
         columns_beside([video, without], ["brake"])
 
 
-def test_a_table_of_two_videos_is_refused(video):
-    others = [video, video.with_suffix(".avi"), video.with_name("without.mp4")]
-    with pytest.raises(SidecarError, match=r"clip.csv: is it of clip.mp4, clip.avi\?"):
-        columns_beside(others, ["speed"])
-    assert columns_beside(others[1:], ["speed"]) == ("speed",)
-
-
 @pytest.mark.parametrize("clock", ["time_s", "frame"])
 def test_a_clock_that_begins_again_is_refused(video, clock, encode_video):
     encode_video(video, 4, rate=10)
