@@ -5,6 +5,7 @@ of the video, counted from 0 in presentation order. All other columns are values
 
 A table may begin late, end early or pause, as a recording may: where it says nothing, a tick gets NaN. One that says
 nothing about any tick of a clip, or hardly anything, is an error: its times are in another unit, or of another video.
+So is one that says several things of one moment: its clock has begun again.
 Without one, the tables of a data set in LeRobot's layout are read, where the video is in one.
 """
 
