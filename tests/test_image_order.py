@@ -379,3 +379,15 @@ def test_a_counter_goes_on_over_days(form):
     assert order == names
     assert not are_seconds
     assert times_s.tolist() == list(range(60))
+
+
+@pytest.mark.parametrize(
+    ("form", "unit_s"),
+    [("{}h", 3600), ("{}min", 60), ("{}msec", 1e-3), ("{:012}ns", 1e-9), ("{}ns", 1e-9)],
+)
+def test_a_number_with_its_unit_is_a_time(form, unit_s):
+    names = [f"cam {form.format(7 * at)}.png" for at in range(12)]
+    order, times_s, are_seconds = order_of(names[::-1])
+    assert order == names
+    assert are_seconds
+    assert times_s == pytest.approx([7 * at * unit_s for at in range(12)])
