@@ -157,7 +157,7 @@ def _ordered(stems: list[str], pattern: re.Pattern[str], coarse: str, evidence: 
                 other = OTHER_DATE if "number" not in units and times[-1] < DAY_NS else OTHER_CLOCK
                 is_apart = other is OTHER_DATE or ("year" in units and not {"hour", "second"} & units)
                 if is_apart and len({(other.search(rest) or [""])[0] for rest in rests}) > 1:
-                    raise ValueError("names of its images have dates beside times: write such as 2024-05-31_23-59-58")
+                    raise ValueError("the names of its images have dates beside times: write 2024-05-31_23-59-58")
                 return ordered
     return []
 

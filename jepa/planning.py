@@ -113,10 +113,11 @@ class Blocked(NamedTuple):
         """Whether ways (B, T, A) do one of these moves again, bool (B,)."""
         begun, steps = way[:, :-1, None], way.diff(dim=1)[:, :, None]  # (B, T - 1, 1, A)
         lengths = steps.norm(dim=-1, keepdim=True).clamp_min(1e-9)
-        ahead = ((self.positions - begun) * steps / lengths).sum(dim=-1, keepdim=True)  # (B, T - 1, N, 1)
-        nearest = begun + torch.minimum(ahead.clamp_min(0), lengths) * steps / lengths
+        along = steps / lengths
+        ahead = ((self.positions - begun) * along).sum(dim=-1, keepdim=True)  # (B, T - 1, N, 1)
+        nearest = begun + torch.minimum(ahead.clamp_min(0), lengths) * along
         is_near = (nearest - self.positions).norm(dim=-1) < self.radius
-        return (is_near & ((steps / lengths * self.directions).sum(dim=-1) > 0.5)).flatten(1).any(dim=1)
+        return (is_near & ((along * self.directions).sum(dim=-1) > 0.5)).flatten(1).any(dim=1)
 
 
 @dataclass(frozen=True)

@@ -228,11 +228,12 @@ def summarise(options: Options) -> None:
     """What the cache holds now, and what to run next."""
     cache, folder = EmbeddingCache(options.output_dir), options.output_dir
     kept = options.encoder if Path(options.encoder).is_dir() else folder / "encoder"
-    newer = sorted({clip.key.source for clip in cache.clips if options.columns and has_newer_table(clip)})
+    with_tables = cache.clips if options.columns else []
+    newer = sorted({clip.key.source for clip in with_tables if has_newer_table(clip)})
     for line in examples("its table has changed, and what is cached has not: take another --output-dir", newer):
         print(line)
-    tables = Counter(table_beside(Path(source)) for source in {clip.key.source for clip in cache.clips})
-    shared = [str(table) for table, count in tables.items() if count > 1 and table.is_file() and options.columns]
+    tables = Counter(table_beside(Path(source)) for source in {clip.key.source for clip in with_tables})
+    shared = [str(table) for table, count in tables.items() if count > 1 and table.is_file()]
     for line in examples("one table of several videos, and not of one of them", shared):
         print(line)
     for name in options.columns:
