@@ -39,6 +39,8 @@ ENDS_EARLY = ("mp4", "flv", "asf")
 """Containers of which FFmpeg reads the first recording alone, where several are joined to one file."""
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 """What comes before an ASF's account of itself, in which is its size."""
+NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
+"""Streams of pictures that are none of a video's: covers, previews, tiles."""
 NO_RATE = "frames a second, for it says no rate"
 RAW_TIME_BASE = Fraction(1, 1_200_000)
 """The unit in which FFmpeg counts the times of streams without a container, which have none."""
@@ -88,6 +90,7 @@ class Decoder(Iterator[tuple[VideoFrame, float]], AbstractContextManager["Decode
     header_duration_s: float
     keyframes_s: tuple[float, ...]
     assumed: str = ""
+    at_image_fps: bool = False
 
     def __init__(self, path: Path, damage: Damage | None) -> None:
         self.path, self.damage = path, damage
@@ -127,10 +130,13 @@ class VideoDecoder(Decoder):
         framerate = str(Fraction(self.image_fps).limit_denominator())
         self.file, self.container, self.stream = self._open_stream(framerate=framerate)
         self.codec = self.stream.codec_context.name
+        self.unit = Fraction(self.stream.time_base or 0).as_integer_ratio()  # of times, in seconds
         is_raw = self.stream.time_base == RAW_TIME_BASE or self.container.format.name.endswith("_pipe")
         self.header_fps = float((self.stream.guessed_rate if is_raw else self.stream.average_rate) or 0)
         if is_raw and not self.stream.codec_context.framerate:
-            self.assumed = f"{self.header_fps:g} {NO_RATE}"
+            self.assumed, self.at_image_fps = f"{self.header_fps:g} {NO_RATE}", True
+        elif (streams := sum(not stream.disposition & NO_VIDEO for stream in self.container.streams.video)) > 1:
+            self.assumed = f"stream {self.stream.index} is the video: of its {streams} video streams one is read"
         self.period_s = 1 / (self.header_fps or 25)
         self.header_duration_s, self.is_promise = _header_duration_s(self.container, self.stream)
         self.first_pts = self.stream.start_time if _is(self.container, SEEKABLE) else None
@@ -343,7 +349,7 @@ class VideoDecoder(Decoder):
         return self.begin_s + self._seconds(pts - self.first_pts)
 
     def _seconds(self, ticks: int) -> float:
-        return float(ticks * (self.stream.time_base or 0))
+        return ticks * self.unit[0] / self.unit[1]
 
     def _ticks(self, seconds: float) -> int:
         return int(seconds / (self.stream.time_base or 1) + 1e-6)

@@ -19,7 +19,6 @@ from data.image_order import order_of
 from data.picture import is_image, read_image
 
 FEWEST_IMAGES = 2
-TIMES_IN_NAMES = "its images are shown at the times that are their names"
 OF_THE_IMAGE = (None, errno.ELOOP, errno.ENOENT)
 """Errors that are damage: of what it holds, and that it is gone. That it may not be read is the machine's."""
 
@@ -35,7 +34,9 @@ class ImageSequenceDecoder(Decoder):
         self.names, times, are_seconds = _images_in(path, path.stat().st_mtime_ns)
         self.times_s = times if are_seconds else times / fps
         self.average_fps = 1 / float(np.median(np.diff(times))) if are_seconds else fps
-        self.assumed = TIMES_IN_NAMES if are_seconds else f"{fps:g} images a second, for their names are no times"
+        self.at_image_fps = not are_seconds
+        in_names = "its images are shown at the times that are their names"
+        self.assumed = in_names if are_seconds else f"{fps:g} images a second, for their names are no times"
         self.position = 0
         self.codec = "images"
         self.header_duration_s = float(self.times_s[-1]) + 1 / self.average_fps

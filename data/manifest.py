@@ -21,13 +21,12 @@ from data.content import content_of
 from data.errors import VideoError
 from data.files import write_whole
 from data.folders import ARCHIVE, find_videos
-from data.image_sequence import TIMES_IN_NAMES
 from data.parallel import map_ahead
 from data.picture import IMAGE_FPS, is_image
 from data.video import VideoInfo, probe_video
 
 MANIFEST_SUFFIX = ".jsonl"
-FORMAT = {"format": "video-jepa manifest", "version": 3}
+FORMAT = {"format": "video-jepa manifest", "version": 4}
 LARGEST_NUMBER = 1e9  # no video has a size, a rate, or a time in seconds beyond
 
 
@@ -104,7 +103,7 @@ def index_videos(
             content = whole or (video.content if video else content_of(path))
             if video is None or video.content != content:
                 video = replace(moved[content], whole=whole) if content in moved else None
-            is_at_rate = video and (video.assumed in ("", TIMES_IN_NAMES) or video.average_fps == image_fps)
+            is_at_rate = video and (not video.at_image_fps or video.average_fps == image_fps)
             if video is None or not is_at_rate or (video.frames is None and look is not probe_video):
                 video = look(path, image_fps)
             return Record(state, replace(video, path=path, content=content, whole=whole or video.whole))

@@ -49,6 +49,8 @@ class VideoInfo:
     """Times at which decoding can begin, as far as they are known."""
     assumed: str = ""
     """What is not known of the video, and was taken for granted."""
+    at_image_fps: bool = False
+    """Whether its times are of the rate that was given for what says none."""
     frames: int | None = None
     """Frames that decode; None: nobody has counted. Headers lie about it."""
     gaps_s: tuple[tuple[float, float], ...] = ()
@@ -69,16 +71,23 @@ def open_video(path: Path, damage: Damage | None, image_fps: float = IMAGE_FPS) 
 def probe_video(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
     """Read the header and decode one frame, so that what is accepted can really be decoded. Raises `VideoError`."""
     with open_video(path, Damage(), image_fps) as decoder:
-        frame, _ = next(decoder, (None, 0.0))
-        if frame is None:
-            reason = str(decoder.damage) or f"the {decoder.codec} stream is empty"
-            raise VideoError(f"{path}: no frame can be decoded ({reason})")
-        height, width = (frame.width, frame.height) if _orientation(frame)[0] else (frame.height, frame.width)
-        return VideoInfo(
-            path=path, codec=decoder.codec, height=height, width=width, duration_s=decoder.header_duration_s,
-            average_fps=decoder.average_fps, seekable=bool(decoder.keyframes_s), keyframes_s=decoder.keyframes_s,
-            assumed=decoder.assumed,
-        )  # fmt: skip
+        return look_at(decoder)[0]
+
+
+def look_at(decoder: Decoder) -> tuple[VideoInfo, tuple[VideoFrame, float]]:
+    """What the header of an opened video says, and its first frame. Raises `VideoError` where none decodes."""
+    first = next(decoder, None)
+    if first is None:
+        reason = str(decoder.damage) or f"the {decoder.codec} stream is empty"
+        raise VideoError(f"{decoder.path}: no frame can be decoded ({reason})")
+    frame, keyframes_s = first[0], decoder.keyframes_s
+    height, width = (frame.width, frame.height) if _orientation(frame)[0] else (frame.height, frame.width)
+    info = VideoInfo(
+        path=decoder.path, codec=decoder.codec, height=height, width=width, duration_s=decoder.header_duration_s,
+        average_fps=decoder.average_fps, seekable=bool(keyframes_s), keyframes_s=keyframes_s,
+        assumed=decoder.assumed, at_image_fps=decoder.at_image_fps,
+    )  # fmt: skip
+    return info, first
 
 
 def tolerance_s(interval_s: float) -> float:

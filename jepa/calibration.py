@@ -48,7 +48,8 @@ class Ordinary(NamedTuple):
         _, membership, counts = np.unique(groups, return_inverse=True, return_counts=True)
         level = np.bincount(membership, logs) / counts  # (clips,)
         within, clips = logs - level[membership], len(level)
-        spread = float(level.std(ddof=1)) * (1 + 1 / clips) ** 0.5  # of a new clip around the mean of those seen
+        # Of a new clip around the mean; in units of the others alone each of those seen was farther off.
+        spread = float(level.std(ddof=1)) * (1 - 1 / clips) * (1 + 1 / clips) ** 0.5
         new = stats.t.ppf((np.arange(LEVELS) + 0.5) / LEVELS, clips - 1) * spread + level.mean()
         some = np.sort(within)[np.linspace(0, len(within) - 1, min(len(within), 2000)).astype(int)]
         quantiles = np.quantile(np.exp(new[:, None] + some), np.linspace(0, 1, QUANTILES))

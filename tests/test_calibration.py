@@ -120,6 +120,18 @@ def test_percentiles_mean_what_they_say_on_new_clips(number, horizons, above_90,
     assert float((percentiles > 99).float().mean()) < above_99
 
 
+def test_of_four_clips_a_tenth_of_new_ones_is_above_the_90th():
+    generator, above = np.random.default_rng(0), []
+    for _ in range(400):
+        seen, new = generator.normal(scale=0.35, size=4), generator.normal(scale=0.35, size=50)
+        others = np.array([np.exp(np.delete(seen, one)).mean() for one in range(4)])  # the units of a calibration
+        levels = np.exp(seen) / others
+        energies = np.repeat(levels, 20) * np.exp(0.01 * generator.normal(size=80))
+        ordinary = Ordinary.of(energies, np.repeat(np.arange(4), 20))
+        above.append((np.exp(new) * (1 / others).mean() > ordinary.quantiles[900].item()).mean())
+    assert np.mean(above) == pytest.approx(0.1, abs=0.025)  # 6 % where units of others were taken for those of all
+
+
 def test_of_few_clips_percentiles_are_cautious():
     generator = np.random.default_rng(0)
     level = generator.normal(size=60)

@@ -473,6 +473,26 @@ def test_a_cover_picture_is_no_video(tmp_path, suffix):
     assert count_frames(film).frames == 10
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".avi"])
+def test_of_several_video_streams_it_is_said_which_one_is_read(tmp_path, suffix):
+    path = tmp_path / f"front_and_rear{suffix}"
+    with av.open(str(path), "w") as container:
+        streams, heights = [container.add_stream("libx264", rate=10) for _ in range(2)], (32, 64)
+        for stream, height in zip(streams, heights, strict=True):
+            stream.width, stream.height, stream.options = 96, height, {"bf": "0"}
+        for index in range(10):
+            for stream in streams:
+                pixels = np.full((stream.height, 96, 3), 20 * index, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    for look in (probe_video, count_frames):
+        info = look(path)
+        read = heights.index(info.height)
+        assert info.assumed == f"stream {read} is the video: of its 2 video streams one is read"
+    assert (info.average_fps, info.frames) == (pytest.approx(10), 10)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "codec", "pixel_format"),

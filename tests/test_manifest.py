@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import video
+from data import counting, video
 from data.account import Account
 from data.counting import count_frames
 from data.decoder import Damage
@@ -88,7 +88,10 @@ def looks(monkeypatch):
     """Names of the files that were decoded, or of which the header was read."""
     looks = []
     open_video = video.open_video
-    monkeypatch.setattr(video, "open_video", lambda path, *rest: looks.append(path.name) or open_video(path, *rest))
+    for module in (video, counting):
+        monkeypatch.setattr(
+            module, "open_video", lambda path, *rest: looks.append(path.name) or open_video(path, *rest)
+        )
     return looks
 
 
@@ -170,8 +173,8 @@ def test_a_line_that_was_cut_off_is_looked_at_again(index, looks, manifest):
         assert len(looks) == 1
 
 
-HEADER = b'{"format": "video-jepa manifest", "version": 3}\n'
-FOREIGN = [b"", b"{}\n", b"[1, 2]\n", b"hello\n", b"\xff\xfe\x00\n", HEADER.replace(b"3", b"2")]
+HEADER = b'{"format": "video-jepa manifest", "version": 4}\n'
+FOREIGN = [b"", b"{}\n", b"[1, 2]\n", b"hello\n", b"\xff\xfe\x00\n", HEADER.replace(b"4", b"3")]
 DAMAGED = [b"{", b"", b"7", b"null", b"[]", b"[" * 100_000, b'"text"', b"{}", b'{"path": "/a", "size_bytes": 1}']
 HOSTILE = [
     {"duration_s": math.inf}, {"duration_s": -1}, {"average_fps": math.nan}, {"height": 10**30}, {"width": "4"},
