@@ -96,6 +96,10 @@ def _read_table(video: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], 
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             known = reader.fieldnames or []
+            if other := len(known) == 1 and {";", "\t"} & {*known[0]}:
+                raise ValueError(
+                    f"its columns are parted by {other.pop()!r}: save it with commas, and points in numbers"
+                )
             clock = "time_s" if "time_s" in known else "frame"
             values = [name for name in known if name not in ("time_s", "frame")]
             found = tuple(_chosen((clock, *patterns), values, known))

@@ -74,6 +74,7 @@ def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
     assert options.network == Deep(layers=5)
     assert options.optimizer == OptimizerOptions(1e-2, 0.0)
     assert read(preset={"train_predictor": {"steps": 1}}).steps == 12  # what is for another command
+    assert read(preset="toy_trainer: {steps: 010}").steps == 10  # eight to YAML 1.1
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,12 @@ def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
         ("toy_trainr: {}", "a section 'toy_trainr', and commands are act, all_stages"),
         ("steps: 3", "holds no sections of options"),
         ("a: [", "cannot be read: while parsing"),
-        ("a: !!python/object/apply:os.system [ls]", "cannot be read: could not determine a constructor"),
+        ("a: !!python/object/apply:os.system [ls]", "holds no sections of options"),
+        ("toy_trainer: {steps: 3, noise: 0, steps: 4}", "cannot be read: steps stands in one section more than once"),
+        ("toy_trainer: {network: {layers: 3, layers: 3}}", "cannot be read: layers stands in one section"),
+        ("toy_trainer: {}\ntoy_trainer: {steps: 4}", "cannot be read: toy_trainer stands in one section"),
+        ("toy_trainer: {? [steps] : 4}", "cannot be read: while constructing"),
+        ("1: {}", "a section '1'"),
         ("toy_trainer: {network: {width: 0}}", "is 0: it must be at least 1, and below 2^32"),
     ],
 )
@@ -101,11 +107,12 @@ def test_a_preset_that_cannot_be_used_is_one_line(preset, complaint, read):
         ({"network": {"layers": 3}}, "--network.layers=3"),
         ({"steps": "many"}, "--steps"),
         ({"precision": "fp64"}, "--precision"),
+        ("toy_trainer: {steps: 1:30}", "--steps"),
     ],
 )
 def test_a_presets_mistakes_are_those_of_the_command_line(preset, complaint, read, capsys):
     with pytest.raises(SystemExit):
-        read(preset={"toy_trainer": preset})
+        read(preset=preset if isinstance(preset, str) else {"toy_trainer": preset})
     assert complaint in capsys.readouterr().err
 
 

@@ -89,6 +89,8 @@ def test_patterns_stand_for_the_columns_of_the_table(video, patterns, columns):
         ("time_s,speed,speed\n0,1,2\n", "speed", "several columns 'speed'"),
         ("time_s,speed,speed\n0,1,2\n", "s*", "several columns 'speed'"),
         ("time_s,time_s,speed\n0,1,2\n", "speed", "several columns 'time_s'"),
+        ("time_s;speed\n0,5;1,5\n", "speed", "its columns are parted by ';': save it with commas"),
+        ("time_s\tspeed\n0\t1\n", "speed", r"its columns are parted by '\\t'"),
         ("time_s,höhe\n0.0,1\n".encode("latin-1"), "höhe", "in UTF-8"),
         (b"time_s,speed\n0.0," + b"7" * 200_000 + b"\n", "speed", "table of numbers"),
         (lambda path: path, "speed", "No such file"),

@@ -21,6 +21,16 @@ NOT_IN_PRESETS = ("output_dir", "manifest", "overwrite", "resume", "preset")
 """What to write, and over what, is for the command line alone."""
 
 
+class _AsWritten(yaml.BaseLoader):  # type: ignore[misc]
+    """Values as they are written (YAML: 010 is eight, 1:30 is ninety); a name that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := {str(name) for name in names if names.count(name) > 1}:
+            raise ValueError(f"{', '.join(sorted(twice))} stands in one section more than once")
+        return super().construct_mapping(node, deep)
+
+
 def parse(options_type: type[Options], command: str, *, description: str = "") -> Options:
     """Options from the command line, over those from the section `command` of `--preset FILE`, over the defaults.
 
@@ -61,7 +71,7 @@ def _read_preset(path: Path, command: str) -> list[str]:
         text = path.read_text()
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ValueError("it has aliases, which may grow without bounds: write the values out")
-        sections = yaml.safe_load(text)
+        sections = yaml.load(text, _AsWritten)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigurationError("preset", f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
@@ -82,8 +92,8 @@ def as_arguments(values: dict[str, Any], prefix: str = "--") -> Iterator[str]:
         option = f"{prefix}{dashed(str(name))}"
         if isinstance(value, dict):
             yield from as_arguments(value, f"{option}.")
-        elif isinstance(value, bool):
-            yield option if value else f"{prefix}no-{dashed(str(name))}"
+        elif isinstance(value, bool) or value in ("true", "false"):
+            yield option if value in (True, "true") else f"{prefix}no-{dashed(str(name))}"
         elif isinstance(value, list):
             yield from (option, *map(str, value))
         else:
