@@ -4,7 +4,6 @@ Windows go through in batches, on the predictor's device; of each a few numbers 
 sampled futures and what is read off forecasts, which cost more, of at most `DETAILED` of them.
 """
 
-from collections import defaultdict
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -87,16 +86,20 @@ class Evaluation:
         draws = np.random.default_rng(self.seed)
         first = np.linspace(0, len(indices) - 1, min(DETAILED, len(indices))).astype(int)
         detailed, others = indices[first], np.delete(indices, first)
-        found = defaultdict[tuple[str, str], list[np.ndarray]](list)
-        for chosen, more in ((detailed, True), (others, False)):
+        # Each in one piece from the first: small arrays that stay, between large ones that go, break up free memory.
+        measures: dict[tuple[str, str], np.ndarray] = {}
+        for chosen, before in ((detailed, 0), (others, len(detailed))):
             batches = in_batches(windows, chosen, self.device, copies=10 + 4 * self.samples, doing="forecasting")
             for part, taken in batches:
                 shuffled = windows.of_other_videos(chosen[part], draws) if self.shuffles else None
                 batch = self.forecast(taken, None if shuffled is None else windows.actions(shuffled))
                 errors = {(name, "mse"): squared_error(value, batch.came) for name, value in batch.forecasts.items()}
-                for key, values in (errors | (self.measure_details(batch, chosen[part]) if more else {})).items():
-                    found[key].append(values.cpu().numpy())
-        measures = {key: np.concatenate(parts) for key, parts in found.items()}
+                details = self.measure_details(batch, chosen[part]) if chosen is detailed else {}
+                for key, values in (errors | details).items():
+                    if key not in measures:
+                        windows_of = len(indices) if key in errors else len(detailed)
+                        measures[key] = np.empty((windows_of, *values.shape[1:]), values.cpu().numpy().dtype)
+                    measures[key][before + part.start :][: len(values)] = values.cpu()
         require_changing(windows.cache, bool(measures["copy_last", "mse"].any()))
         groups, grouped_by = group_windows(windows, np.concatenate([detailed, others]))
         bootstrap = Bootstrap(groups, resamples, seed=self.seed)
