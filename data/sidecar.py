@@ -30,7 +30,9 @@ class SidecarError(DataError):
 
 def table_beside(video: Path) -> Path:
     """Where a video's table lies: `clip.csv` for a file `clip.mp4`, `clip.01.csv` for a folder of images `clip.01`."""
-    return video.with_name(f"{video.name}.csv") if video.is_dir() else video.with_suffix(".csv")
+    path = video.with_name(f"{video.name}.csv") if video.is_dir() else video.with_suffix(".csv")
+    capital = path.with_suffix(".CSV")  # cameras shout
+    return capital if capital.exists() and not path.exists() else path
 
 
 def read_sidecar(

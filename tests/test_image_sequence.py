@@ -106,6 +106,7 @@ def test_times_in_names_are_those_of_the_images_and_need_no_rate(tmp_path, numbe
     assert numbered(folder, image_fps=3) == list(enumerate(times_s))
     info = count_frames(folder, 3)
     assert (info.average_fps, info.duration_s) == (pytest.approx(20), pytest.approx(0.5))
+    assert info.assumed == "its images are shown at the times that are their names, over 0.45 s"
     ((begin_s, length_s),) = info.gaps_s
     assert (begin_s, length_s) == pytest.approx((0, 0.15))
     ticks = [timed.tick for timed in read_on_clock(folder, SIZE, fps=20, image_fps=info.average_fps)]

@@ -117,6 +117,14 @@ def test_the_table_of_a_folder_has_all_of_its_name(tmp_path, name):
     assert read_sidecar(tmp_path / name, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[7]]
 
 
+def test_a_cameras_table_has_a_name_in_capitals(video):
+    table = video.with_suffix(".csv")
+    table.rename(video.with_suffix(".CSV")).write_text("time_s,speed\n0.0,7\n")
+    assert read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[7]]
+    table.write_text("time_s,speed\n0.0,8\n")  # the usual name comes first
+    assert read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[8]]
+
+
 def test_empty_cells_at_the_end_and_columns_that_nobody_asks_for_are_no_fault(video):
     video.with_suffix(".csv").write_text("time_s,speed,a,a,,\n0.0,7,1,2,,\n0.5,8,1,2,,,\n")
     assert read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[7]]
