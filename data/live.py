@@ -4,20 +4,15 @@ import math
 import os
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 from data.clock import TimedFrame, sample
 from data.decoder import EARLY_S, CheckedFile, Damage, Opened, VideoDecoder, open_stream
 from data.errors import VideoError
 from data.picture import IMAGE_FPS
 from data.video import FrameSize
-
-Item = TypeVar("Item")
 
 PROTOCOLS = "crypto,http,httpproxy,https,rtmp,rtmps,rtp,rtsp,srt,tcp,tls,udp"
 """Ways to what an address, or a playlist there, may name: none leads to files."""
@@ -131,15 +126,3 @@ def watch_on_clock(
             say(f"broke off after {newest / fps:.1f} s: trying again")
         time.sleep(PAUSE_S)
         begin = newest + 2 + math.ceil((time.monotonic() - came_s) * fps)
-
-
-def run_ahead(items: Iterable[Item], at_most: int) -> Iterator[Item]:
-    """Items in order, found by a thread that is so many ahead at most; Ctrl-C does not wait for it."""
-    pool, stream, end = ThreadPoolExecutor(1), iter(items), object()
-    found = deque(pool.submit(next, stream, end) for _ in range(at_most))
-    try:
-        while (item := found.popleft().result()) is not end:
-            found.append(pool.submit(next, stream, end))
-            yield item  # type: ignore[misc]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -28,7 +28,8 @@ import tyro
 from accelerate import Accelerator
 
 from data.errors import printable
-from data.live import run_ahead, watch_on_clock, without_password
+from data.live import watch_on_clock, without_password
+from data.parallel import run_ahead
 from jepa.alarms import Moment, follow_events
 from jepa.config import Bounded, Positive
 from jepa.encoder import Encoder
