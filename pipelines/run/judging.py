@@ -13,7 +13,7 @@ from jepa.diagnostics import floor_std, prediction_alarms
 from jepa.fitting import Forecasts, cross_fit_blend, fit_calibration, fit_ridge, hold_out, ridge_context
 from jepa.predictor import Predictor
 from jepa.rollout import EXPECTED_OF, expected_rollout, rollout
-from pipelines.run.caches import require_changing, require_finite
+from pipelines.run.caches import MOST_NUMBERS, MOST_WINDOWS, require_changing, require_finite
 from pipelines.run.command import counted
 from pipelines.run.models import in_batches, take_windows, windows_for
 
@@ -23,8 +23,6 @@ RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RIDGE_SAMPLES = 200_000  # windows that ridge regression is fitted on at most, evenly spread, each token counted
 VALIDATION_NUMBERS, VALIDATION_WINDOWS = 16_000_000, 1024
 """Size of the windows that each validation goes through, and their most."""
-MOST_NUMBERS, MOST_WINDOWS = 32_000_000, 8192
-"""Size of the forecasts that a calibration is fitted on, each of its four tensors, and their most."""
 FEW_CLIPS = 20  # clips below which percentiles are called cautious
 
 

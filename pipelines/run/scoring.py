@@ -21,11 +21,9 @@ from jepa.predictor import Predictor
 from jepa.rivals import Rival, Rivals
 from jepa.rollout import rollout
 from jepa.sequence import Sequence
+from pipelines.run.caches import MOST_NUMBERS, MOST_WINDOWS
 from pipelines.run.command import require
 from pipelines.run.models import in_batches, windows_for
-
-MOST_NUMBERS, MOST_WINDOWS = 32_000_000, 8192
-"""Size of the windows that simple scores are fitted on, and their most."""
 
 
 @dataclass(frozen=True)
