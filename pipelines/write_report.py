@@ -130,7 +130,10 @@ def parts_of(folder: Path, record: dict[str, Any], options: Options, left: int) 
             results = read_json(folder / "imagined.json")
             yield "dreams", results | films_in(folder, results["films"], left // 3)
         case "act":
-            yield "plans", plans_of(folder, most=left // 3)
+            results = read_json(folder / "act.json")
+            named = [one | {"film": f"episode_{one['episode']:05}.mp4"} for one in results["episodes"]]
+            films = [one for one in named if (folder / "films" / one["film"]).exists()]
+            yield "plans", results | films_in(folder, films, left // 3)
         case "score_surprise":
             yield "surprises", surprise_of(folder, record, options.videos, left=left)
 
@@ -169,13 +172,6 @@ def account_of(folder: Path) -> str:
     known = read_json(folder / "account.json")
     damaged = {path: Damage(**faults) for path, faults in known.pop("damaged").items()}
     return str(Account(found=Counter(known.pop("found")), damaged=damaged, **known))
-
-
-def plans_of(folder: Path, most: int) -> dict[str, Any]:
-    """How often a goal was reached, each episode, and films, as many as weigh at most so much in base64."""
-    results = read_json(folder / "act.json")
-    named = [one | {"film": f"episode_{one['episode']:05}.mp4"} for one in results["episodes"]]
-    return results | films_in(folder, [one for one in named if (folder / "films" / one["film"]).exists()], most)
 
 
 def films_in(folder: Path, films: list[dict[str, Any]], most: int) -> dict[str, Any]:
