@@ -131,11 +131,10 @@ def usable_videos(options: Options, is_main: bool) -> tuple[list[VideoInfo], Acc
     require(not others, f"--output-dir {folder} holds {', '.join(others[:3])}, and is no cache: take another one")
     require_artefact_alone(folder / "encoder")  # which is no run of that name
     require_names(options.columns)
-    videos, account = check_videos(
+    return check_videos(
         options.videos, fps=options.fps, manifest=folder / "videos.jsonl", image_fps=options.image_fps,
         strict=options.strict, is_main=is_main,
     )  # fmt: skip
-    return videos, account
 
 
 def named(options: Options, videos: list[VideoInfo]) -> Options:
@@ -230,11 +229,10 @@ def summarise(options: Options) -> None:
     kept = options.encoder if Path(options.encoder).is_dir() else folder / "encoder"
     with_tables = cache.clips if options.columns else []
     newer = sorted({clip.key.source for clip in with_tables if has_newer_table(clip)})
-    for line in examples("its table has changed, and what is cached has not: take another --output-dir", newer):
-        print(line)
+    said = examples("its table has changed, and what is cached has not: take another --output-dir", newer)
     tables = Counter(table_beside(Path(source)) for source in {clip.key.source for clip in with_tables})
     shared = [str(table) for table, count in tables.items() if count > 1 and table.is_file()]
-    for line in examples("one table of several videos, and not of one of them", shared):
+    for line in said + examples("one table of several videos, and not of one of them", shared):
         print(line)
     for name in options.columns:
         unknown = sum(int(np.isnan(cache.take(clip.rows, name)).sum()) for clip in cache.clips)
