@@ -16,8 +16,8 @@ from torch import nn
 
 from pipelines.run.artefacts import load_module, save_artefact
 from pipelines.run.command import Finished, UserError
-from pipelines.run.files import WRITTEN, read_json, to_json, write_json
-from pipelines.run.folder import RunFolder, read_mark
+from pipelines.run.files import read_json, to_json, write_json
+from pipelines.run.folder import WRITTEN, RunFolder, read_mark
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ import importlib.metadata
 import json
 import math
 import platform
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ from pipelines.run.command import UserError, require
 
 MARK = "run.json"  # the file that says whose a folder is
 ARTEFACT = ("config.json", "model.safetensors")  # the files of an artefact
-WRITTEN = re.compile(
-    r"(metrics|account|config|rollout|sources|imagined)\.json|report\.(html|rrd)|found\.png|(curve|videos)\.jsonl|film_\d{3}\.mp4"
-    r"|(rollout|surprise|peaks|maps|events|found|episodes)\.csv|model\.safetensors|act\.json|episode_\d{5,}\.(mp4|csv)"
-    r"|step_\d{8,}\.pt|hparams\.yml|tensors\.tsv|sprite\.png|projector_config\.pbtxt|events\.out\.tfevents\..*"
-)
-"""Names of the files that commands write."""
 
 
 def require_artefact_alone(folder: Path) -> None:
@@ -97,20 +90,3 @@ def versions() -> dict[str, str]:
     """Versions of the libraries that results depend on."""
     names = ("torch", "torchvision", "av", "timm", "accelerate", "h5py", "numpy")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
-
-
-def written(path: Path) -> Iterator[Path]:
-    """Files at a path or in that folder that a command wrote, but for those of runs and caches inside."""
-    if path.is_dir() and not path.is_symlink():
-        if not any((path / name).exists() for name in (MARK, "cache.json")):
-            for inner in path.iterdir():
-                yield from written(inner)
-    elif path.is_file() and WRITTEN.fullmatch(path.name):
-        yield path
-
-
-def remove_empty(folder: Path) -> None:
-    """Remove a folder and those in it as far as they hold nothing."""
-    for path in sorted([folder, *folder.rglob("*/")], reverse=True):
-        with suppress(OSError):
-            path.rmdir()

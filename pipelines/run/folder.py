@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from data.files import hold, require_no_links, sweep
 from pipelines.run import files
 from pipelines.run.command import Finished, UserError, counted, first_few, require
-from pipelines.run.files import MARK, differences, to_json, write_json, written
+from pipelines.run.files import MARK, differences, to_json, write_json
 
 FORMAT = "video-jepa run 1"
 SOURCES = "sources.json"
@@ -22,6 +23,12 @@ MAY_CHANGE = re.compile(
     r"resume|overwrite|output_dir|tracker|checkpoint_every|log_every|(.*\.)?learning_rate|videos|(train|validation)_cache"
 )
 """Options that a run may be resumed with another value of, beside more of `MORE`; what is learned from is compared."""
+WRITTEN = re.compile(
+    r"(metrics|account|config|rollout|sources|imagined)\.json|report\.(html|rrd)|found\.png|(curve|videos)\.jsonl|film_\d{3}\.mp4"
+    r"|(rollout|surprise|peaks|maps|events|found|episodes)\.csv|model\.safetensors|act\.json|episode_\d{5,}\.(mp4|csv)"
+    r"|step_\d{8,}\.pt|hparams\.yml|tensors\.tsv|sprite\.png|projector_config\.pbtxt|events\.out\.tfevents\..*"
+)
+"""Names of the files that commands write."""
 
 
 class RunFolder:
@@ -114,7 +121,7 @@ class RunFolder:
             for file in old:
                 file.unlink()
             print(f"removed {counted(len(old), 'file')} of the run that this one has replaced in {self.path}")
-        files.remove_empty(self.replaced)
+        remove_empty(self.replaced)
         self.release()
 
     def _set_aside(self) -> None:
@@ -125,7 +132,7 @@ class RunFolder:
             place.parent.mkdir(parents=True, exist_ok=True)
             file.replace(place)
         for name in self.names:
-            files.remove_empty(self.path / name)
+            remove_empty(self.path / name)
         if old:
             print(f"replacing the run {self.path}: its {counted(len(old), 'file')} stay in {self.replaced} until then")
 
@@ -137,6 +144,23 @@ def read_mark(folder: Path) -> dict[str, Any]:
     known = record.get("format") == FORMAT and all(isinstance(record.get(name), kind) for name, kind in types.items())
     require(known, f"{folder / MARK} is damaged, or of another version: take another folder")
     return record
+
+
+def written(path: Path) -> Iterator[Path]:
+    """Files at a path or in that folder that a command wrote, but for those of runs and caches inside."""
+    if path.is_dir() and not path.is_symlink():
+        if not any((path / name).exists() for name in (MARK, "cache.json")):
+            for inner in path.iterdir():
+                yield from written(inner)
+    elif path.is_file() and WRITTEN.fullmatch(path.name):
+        yield path
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder and those in it as far as they hold nothing."""
+    for path in sorted([folder, *folder.rglob("*/")], reverse=True):
+        with suppress(OSError):
+            path.rmdir()
 
 
 def environment() -> dict[str, Any]:
