@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +25,7 @@ from tyro.conf import Positional
 from data.cache import EmbeddingCache
 from data.files import apart, hold
 from jepa.config import Bounded
-from pipelines.run.command import UserError, require, run_command
+from pipelines.run.command import imported, require, run_command
 from pipelines.run.files import to_json, write_json
 
 OURS = ("video", "content", "clock_offset_s", "time_s", "tick", "embedding")  # a user's column so called is `own_...`
@@ -86,12 +85,9 @@ def to_npy(cache: EmbeddingCache, folder: Path) -> None:
 
 def to_table(cache: EmbeddingCache, folder: Path, kind: str) -> None:
     """One table, clip after clip. Raises `UserError` where what writes it is missing."""
-    try:
-        import pyarrow
-
-        library = import_module("lance" if kind == "lance" else "pyarrow.parquet")
-    except ImportError as error:
-        raise UserError(f"--to {kind} takes more: pip install 'video-jepa[{kind}]', or --to npy") from error
+    mend = f"--to {kind} takes more: pip install 'video-jepa[{kind}]', or --to npy"
+    pyarrow = imported("pyarrow", mend)
+    library = imported("lance" if kind == "lance" else "pyarrow.parquet", mend)
     said = {"shape": json.dumps(cache.shape), "provenance": json.dumps(to_json(cache.provenance))}
     tables = (
         pyarrow.table(

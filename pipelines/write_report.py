@@ -31,12 +31,12 @@ from data.files import write_whole
 from data.film import make_film
 from jepa.config import Bounded, PositiveInt
 from pipelines.cli import COMMANDS
-from pipelines.run.command import counted, first_few, require, run_command
+from pipelines.run.command import counted, first_few, imported, require, run_command
 from pipelines.run.files import differences, flat, read_json, reading, to_json
 from pipelines.run.folder import RunFolder, read_mark
 from pipelines.run.maps import MapKind, map_of
 from pipelines.run.options import as_arguments
-from pipelines.run.recording import import_rerun, write_recording
+from pipelines.run.recording import write_recording
 from pipelines.run.report import table
 
 WORDS = {
@@ -75,7 +75,8 @@ class Options(Bounded):
 def main(options: Options) -> None:
     """Read the runs, cut the films, write the page."""
     require(bool(options.runs), "--runs names no folder: name those of finished runs")
-    rerun = import_rerun() if options.rerun else None
+    mend = "--rerun takes rerun-sdk: pip install 'video-jepa[rerun]', or leave it out"
+    rerun = imported("rerun", mend) if options.rerun else None
     output = RunFolder(options, "write_report", ("report.html", "report.rrd"))
     found = [(folder, read_mark(folder)) for folder in options.runs]
     for folder, record in found:

@@ -25,7 +25,7 @@ from pipelines.run.command import UserError
 from pipelines.run.files import read_json, to_json
 from pipelines.run.maps import map_of, project
 from pipelines.run.options import parse
-from pipelines.run.recording import import_rerun, write_recording
+from pipelines.run.recording import write_recording
 from pipelines.write_report import command_line, film_of, read_table
 from tests.browser import Browser
 from tests.conftest import read_rows
@@ -279,7 +279,7 @@ def test_a_recording_has_films_with_their_timelines(tmp_path, encode_video, monk
     moments = {"time_s": [0.5, 0.625], "energy": [1.0, 7.0], "percentile": [50.0, 99.0]}
     videos = [{"name": HOSTILE, "film": film, "moments": moments}, {"name": "gone", "film": "", "moments": moments}]
     page = {"surprises": [{"videos": videos}], "dreams": [{"films": [{"video": HOSTILE, "data": film}]}]}
-    write_recording(import_rerun(), tmp_path / "report.rrd", page)
+    write_recording(importlib.import_module("rerun"), tmp_path / "report.rrd", page)
     told = subprocess.run(
         [sys.executable, "-m", "rerun", "rrd", "print", "-v", tmp_path / "report.rrd"],
         capture_output=True, text=True, check=True,

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -53,6 +54,14 @@ def require(condition: bool, message: str) -> None:
     """Raises `UserError` with `message` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def imported(name: str, message: str) -> Any:
+    """A library that need not be installed. Raises `UserError` with `message` where it is not."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(message) from error
 
 
 def counted(number: int, noun: str) -> str:

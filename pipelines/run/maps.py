@@ -13,7 +13,7 @@ from data.cache import EmbeddingCache
 from data.errors import DataError
 from data.files import apart
 from data.frames import fitting_size, read_frames
-from pipelines.run.command import UserError, require
+from pipelines.run.command import imported, require
 
 MapKind = Literal["pca", "umap"]
 POINTS, ACROSS, THUMBNAIL = 600, 30, 64
@@ -54,12 +54,9 @@ def map_of(folder: Path, kind: MapKind = "pca") -> dict[str, Any]:
 def project(flat: np.ndarray, kind: MapKind) -> tuple[np.ndarray, str]:
     """Places (N, 2) of standardised embeddings (N, D), and how they were found. Raises `UserError`."""
     if kind == "umap":
-        try:
-            from umap import UMAP
-        except ImportError as error:
-            raise UserError("--map umap takes umap-learn: pip install 'video-jepa[umap]', or --map pca") from error
+        umap = imported("umap", "--map umap takes umap-learn: pip install 'video-jepa[umap]', or --map pca")
         require(len(flat) >= LEAST, f"--map umap takes {LEAST} moments, and there are {len(flat)}: take --map pca")
-        near = UMAP(n_neighbors=min(15, len(flat) - 1), random_state=0, n_jobs=1)  # by one thread: always the same
+        near = umap.UMAP(n_neighbors=min(15, len(flat) - 1), random_state=0, n_jobs=1)  # by one thread: always the same
         return near.fit_transform(flat), "by UMAP: neighbours are alike; how far apart others lie says little"
     left, singular, _ = np.linalg.svd(flat, full_matrices=False)
     shares = singular**2 / max(float((singular**2).sum()), 1e-12)

@@ -4,17 +4,6 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from pipelines.run.command import UserError
-
-
-def import_rerun() -> Any:
-    """The package. Raises `UserError` where it is missing."""
-    try:
-        import rerun
-    except ImportError as error:
-        raise UserError("--rerun takes rerun-sdk: pip install 'video-jepa[rerun]', or leave it out") from error
-    return rerun
-
 
 def write_recording(rerun: Any, path: Path, page: dict[str, Any]) -> None:
     """Films of surprise, with energy and percentile, and of what was imagined, all on a timeline of seconds."""
