@@ -239,8 +239,7 @@ def _state(path: Path) -> tuple[int, int] | None:
 def read_sequences(videos: list[VideoInfo], size: FrameSize, *, fps: float, clips: int, length: int) -> Tensor:
     """Frames that follow each other, from as many videos as there are, for diagnostics over time.
 
-    Returns:
-        uint8 (C, length, 3, H, W) with C at most `clips`; videos that are too short give nothing.
+    Returns uint8 (C, length, 3, H, W) with C at most `clips`; videos that are too short give nothing.
     """
     sequences: list[np.ndarray] = []
     for video in videos[:: max(1, len(videos) // clips)]:

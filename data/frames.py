@@ -23,8 +23,7 @@ def fitting_size(video: Path, provenance: Provenance, within: FrameSize) -> Fram
 def read_again(video: Path, times_s: np.ndarray, size: FrameSize, provenance: Provenance) -> np.ndarray:
     """Frames at the times of embeddings, (T,) in any order, uint8 (T, 3, height, width), in one pass.
 
-    Raises:
-        VideoError: the video is gone, cannot be decoded, or has no frame there any more.
+    Raises `VideoError` where the video is gone, cannot be decoded, or has no frame there any more.
     """
     fps = provenance.image_fps
     frames, found_s = read_frames_at(video, size, times_s=times_s, damage=Damage(), image_fps=fps)  # told of before
@@ -36,10 +35,8 @@ def read_again(video: Path, times_s: np.ndarray, size: FrameSize, provenance: Pr
 def read_frames(cache: EmbeddingCache, rows: np.ndarray, size: FrameSize, *, keep_shape: bool = False) -> np.ndarray:
     """Frames behind rows of a cache, (...) -> uint8 (..., 3, height, width), video by video, several side by side.
 
-    They are stretched to the size, as the encoder saw them, or keep their shape, with black beside them.
-
-    Raises:
-        VideoError: as `read_again`.
+    They are stretched to the size, as the encoder saw them, or keep their shape, with black beside them. Raises as
+    `read_again`.
     """
     flat, frames = rows.ravel(), np.zeros((rows.size, 3, *size), np.uint8)
     videos = np.array([clip.key.source for clip in cache.clips])[cache.clip_of(flat)]

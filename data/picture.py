@@ -28,8 +28,7 @@ def is_image(name: str) -> bool:
 def read_image(path: Path) -> np.ndarray:
     """The picture in a file, upright, uint8 (height, width, 3).
 
-    Raises:
-        OSError: with a number, of the machine; without one, as errors of other kinds, it is a fault of the picture.
+    Raises `OSError` with a number, of the machine; without one, as errors of other kinds, it is a fault of the picture.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > 16 * MOST_PIXELS:

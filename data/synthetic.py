@@ -58,8 +58,7 @@ class BallWorld:
 def simulate_balls(world: BallWorld, generator: np.random.Generator) -> np.ndarray:
     """Simulate two equal balls in a box, elastic everywhere, from a random beginning.
 
-    Returns:
-        float64 (frames, 2, 4): x, y in pixels and vx, vy in pixels per frame, of each ball in each frame.
+    Returns float64 (frames, 2, 4): x, y in pixels and vx, vy in pixels per frame, of each ball in each frame.
     """
     motion = begin_motion(world, generator)
     states = np.empty((world.frames, 2, 4))

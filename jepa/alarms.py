@@ -81,8 +81,7 @@ def hours_of(timelines: Sequence[Timeline]) -> float:
 def choose_threshold(timelines: Sequence[Timeline], per_hour: float) -> Alarm:
     """The lowest threshold from which on ordinary videos have at most so many events an hour, and at least one.
 
-    Raises:
-        ValueError: there is too little video for that rate; the message says how much it takes.
+    Raises `ValueError` where there is too little video for that rate; the message says how much it takes.
     """
     hours = hours_of(timelines)
     allowed = int(per_hour * hours)

@@ -48,10 +48,8 @@ def build_backbone(
 
     With `load`, timm builds the published network whole and loads it strictly; only then it loses its classifier. So
     weights of another model, or a part of them, are never taken. They are the hub's, or a safetensors file's, named
-    as timm does. The image size, (height, width) in pixels, is for models with a fixed token grid.
-
-    Raises:
-        ConfigurationError: no such backbone, image size or weights.
+    as timm does. The image size, (height, width) in pixels, is for models with a fixed token grid. Raises
+    `ConfigurationError` where there is no such backbone, image size or weights.
     """
     if name == SMALL_CONV:
         if load:

@@ -12,9 +12,7 @@ def principal_components(batches: Iterable[Tensor], dimension: int) -> nn.Linear
     """Linear head onto the leading principal components of features, fitted in one pass.
 
     Features are (..., F). Components stay on their natural scale: whitened, noise would have the same weight as signal.
-
-    Raises:
-        ConfigurationError: there are fewer components than asked for.
+    Raises `ConfigurationError` where there are fewer components than asked for.
     """
     count, shift, total, scatter = 0, torch.empty(0), torch.zeros(()), torch.zeros(())
     for features in batches:

@@ -129,10 +129,9 @@ class EncoderConfig(Bounded):
 class FrameEncoder(Encoder):
     """Frames (B, 3, H, W), uint8 or float in [0, 1], to embeddings (B, *tokens, D), float32.
 
-    A whole backbone is taken with its weights; by default a new one is made, without published weights.
-
-    Raises:
-        ConfigurationError: no such backbone, or levels. That it does not take the image size shows at the first frame.
+    A whole backbone is taken with its weights; by default a new one is made, without published weights. Raises
+    `ConfigurationError` where there is no such backbone, or level. That it does not take the image size shows at the
+    first frame.
     """
 
     configuration = EncoderConfig

@@ -44,10 +44,8 @@ class _Objective(Bounded):
     def __call__(self, first: Tensor, second: Tensor, *, generator: torch.Generator) -> Terms:
         """Terms of two views' outputs (B, *tokens, D) on this rank, in float32 at least, also under autocast.
 
-        All ranks take part, with the same B and the generator in the same state; only SIGReg draws from it.
-
-        Raises:
-            ValueError: the views differ in shape, or the global batch has fewer than 2 samples.
+        All ranks take part, with the same B and the generator in the same state; only SIGReg draws from it. Raises
+        `ValueError` where the views differ in shape, or the global batch has fewer than 2 samples.
         """
         if first.shape != second.shape or first.ndim < 2:
             raise ValueError(f"views have shapes {tuple(first.shape)} and {tuple(second.shape)}: must be (B, ..., D)")

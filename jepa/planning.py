@@ -78,10 +78,8 @@ class ActionMetric:
         """Ridge regression from changes to actions; of embeddings (N, *tokens, D), actions (N, A) and clips (N,).
 
         Of several ticks, actions are sums. Blocked moves, which change less than was done, are left out: those that
-        miss by far, several times.
-
-        Raises:
-            ValueError: there are fewer than two clips, or what is done cannot be read off the changes.
+        miss by far, several times. Raises `ValueError` where there are fewer than two clips, or what is done cannot be
+        read off the changes.
         """
         changes, kept = after - before, torch.ones(len(actions), dtype=torch.bool)
         for _ in range(REFITS):

@@ -82,13 +82,10 @@ class Predictor(nn.Module):
         """One step of a rollout: (B, last, *tokens, D), and the state for the next step, of predictor and network.
 
         Args:
-            newest: the past or, with a state, what was predicted last.
+            newest: the past or, with a state, what was predicted last. Raises `ValueError` where actions are missing.
             state: what this returned for the embeddings before; None at the beginning.
             latent: (B, last, Z), standard normal; None for the latent's mean.
             last: how many predictions.
-
-        Raises:
-            ValueError: actions are missing.
         """
         batch, tokens = len(newest.embeddings), newest.embeddings.shape[2:-1]
         places = tokens.numel()
@@ -106,9 +103,7 @@ class Predictor(nn.Module):
         """The same with nothing hidden: what was is predicted from all that is visible, before, after and beside it.
 
         The prediction is line + sigma * f, by the same network and head, so training starts from the line across.
-
-        Raises:
-            ValueError: the predictor was not trained to, or actions are missing.
+        Raises `ValueError` where the predictor was not trained to, or actions are missing.
         """
         if seen.hidden is None:
             return seen

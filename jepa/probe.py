@@ -49,9 +49,7 @@ def fit_probe(batches: Iterable[tuple[Tensor, Tensor, Tensor]], shape: tuple[int
     """Fit a probe on embeddings float (B, *tokens, D), columns float (B, C) and groups int (B,).
 
     Samples of one group are held out together; groups numbered one after the other spread evenly over the folds.
-
-    Raises:
-        ValueError: there are fewer than two groups.
+    Raises `ValueError` where there are fewer than two groups.
     """
     parts = ((probe_features(embeddings, shape), *others) for embeddings, *others in batches)
     features, columns, groups = (torch.cat(part) for part in zip(*parts, strict=True))

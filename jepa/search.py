@@ -9,16 +9,11 @@ from torch import Tensor
 def nearest(
     queries: Tensor, blocks: Iterable[tuple[Tensor, Tensor, Tensor]], most: int, *, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Euclidean distances and numbers of the nearest, the nearest first.
+    """Euclidean distances and numbers int64 (Q, most) of the nearest to queries (Q, F), the nearest first.
 
-    Args:
-        queries: float (Q, F).
-        blocks: embeddings (N, F), their numbers int64 (N,) and groups int64 (N,), of all that is searched.
-        most: how many are wanted.
-        groups: int64 (Q,): the nearest of other groups alone are wanted.
-
-    Returns:
-        Distances (Q, most), infinite where there are fewer, and numbers int64 (Q, most), then -1.
+    All that is searched comes in blocks: embeddings (N, F), their numbers int64 (N,) and groups int64 (N,). With
+    `groups` of the queries, int64 (Q,), the nearest of other groups alone are wanted. Where there are fewer, distances
+    are infinite, and numbers -1.
     """
     best = queries.new_full((len(queries), most), torch.inf)
     numbers = torch.full((len(queries), most), -1, device=queries.device)

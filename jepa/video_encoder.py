@@ -39,10 +39,8 @@ class ClipEncoderConfig(Bounded):
 class ClipEncoder(Encoder):
     """Frames (B, window, 3, H, W), uint8 or float in [0, 1], to embeddings (B, *tokens, D), float32; never trained.
 
-    A `VJEPA2Model` is taken with its weights; by default a new one is made.
-
-    Raises:
-        ConfigurationError: transformers is not installed, or the window does not fit the model.
+    A `VJEPA2Model` is taken with its weights; by default a new one is made. Raises `ConfigurationError` where
+    transformers is not installed, or the window does not fit the model.
     """
 
     configuration = ClipEncoderConfig
@@ -77,8 +75,7 @@ class ClipEncoder(Encoder):
 def load_clip_encoder(name: str, *, tokens: Literal["vector", "grid"] = "vector", window: int = 0) -> ClipEncoder:
     """A V-JEPA 2 of the hub, or in a folder; its window is so many frames, or (0) as many as it was trained on.
 
-    Raises:
-        ConfigurationError: as `ClipEncoder`; or the encoder cannot be had, or is none.
+    Raises `ConfigurationError` as `ClipEncoder`; or where the encoder cannot be had, or is none.
     """
     transformers = _transformers()
     try:
