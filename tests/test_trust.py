@@ -221,7 +221,7 @@ def test_a_state_without_end_is_one_line(tmp_path):
         own = [own] * 10
     saver = Checkpoints(Accelerator(cpu=True), tmp_path)
     saver.save((1, {}, {"curve": own}))
-    with pytest.raises(UserError, match=r"is not of this run .it holds too much.: add --overwrite"):
+    with pytest.raises(UserError, match=r"is not as its run left it .ValueError: it holds too much.: add --overwrite"):
         saver.load_newest()
 
 

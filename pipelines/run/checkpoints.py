@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from data.files import MOST_VALUES, sweep, whole_file
 from pipelines.run.command import UserError, said_by_all
 from pipelines.run.devices import on_main
+from pipelines.run.files import START_AGAIN, reading
 
 KEPT = 2  # newest training states that stay
-
 
 State = tuple[int, dict[str, Any], dict[str, Any]]
 """A number of steps, what all ranks share after them, and plain values of this rank's own."""
@@ -48,7 +46,7 @@ class Checkpoints:
                 f"{newest} was saved by {len(own)} processes, and {self.accelerator.num_processes} are running: "
                 f"resume with {len(own)}, or add --overwrite to start again"
             ))  # fmt: skip
-        with restoring(newest):
+        with reading(str(newest), RuntimeError, mend=START_AGAIN):
             mine = own[self.accelerator.process_index]
             # The same list many times over, one inside the other, would never come to an end.
             if len(list(islice(json.JSONEncoder().iterencode(mine), MOST_VALUES))) == MOST_VALUES:
@@ -94,16 +92,6 @@ class Checkpoints:
                 "or add --overwrite to start again"
             )
         return None
-
-
-@contextmanager
-def restoring(state: Path) -> Iterator[None]:
-    """What a state holds is put back inside. Raises `UserError` where it does not fit."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"{state} is not of this run ({reason}): add --overwrite to start again") from error
 
 
 def find_fault(checkpoint: Path) -> str:

@@ -20,6 +20,7 @@ from pipelines.run.command import UserError, require
 
 MARK = "run.json"  # the file that says whose a folder is
 ARTEFACT = ("config.json", "model.safetensors")  # the files of an artefact
+START_AGAIN = "add --overwrite to start again"
 
 
 def require_artefact_alone(folder: Path) -> None:
@@ -42,13 +43,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def reading(run: str, kind: type[Exception] = OSError) -> Iterator[None]:
+def reading(run: str, kind: type[Exception] = OSError, *, mend: str = "restore it, or run it again") -> Iterator[None]:
     """Damage to what a run has left, of which errors of a kind tell beside the usual ones, is one line."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, kind) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{run} is not as its run left it ({said}): restore it, or run it again") from error
+        raise UserError(f"{run} is not as its run left it ({said:.240}): {mend}") from error
 
 
 def to_json(value: Any) -> Any:

@@ -25,9 +25,9 @@ from data.files import write_whole
 from data.parallel import stream_ahead
 from pipelines.run import devices
 from pipelines.run.artefacts import save_artefact
-from pipelines.run.checkpoints import Checkpoints, restoring
+from pipelines.run.checkpoints import Checkpoints
 from pipelines.run.command import Interrupted, UserError, first_few
-from pipelines.run.files import to_json, write_json
+from pipelines.run.files import START_AGAIN, reading, to_json, write_json
 from pipelines.run.folder import RunFolder
 from pipelines.run.training import OptimizerOptions, RunOptions
 
@@ -35,7 +35,6 @@ FIRST_ALARM_STEP = 50  # before, nothing has had time to spread out, and every r
 SAVE_EVERY_S = 600.0
 LONGEST_WARMUP = 500
 SHARED = 2**32 - 1  # a rank that there is not, for the random numbers that all of them share
-
 
 AnyBatch = TypeVar("AnyBatch", bound=tuple[Any, ...])
 """A named tuple of tensors, the first with a row for each sample, and `place`, where the next batch begins, if any."""
@@ -120,7 +119,7 @@ class Run:
             has_learned = curve.exists() and curve.stat().st_size > 0
             if (state := self.checkpoints.load_newest(is_needed=has_learned)) is not None:
                 self.step, self.restored, own = state
-                with restoring(self.path):
+                with reading(str(self.path), RuntimeError, mend=START_AGAIN):
                     self.saved_step, self.progress = self.step, Progress(**own)
 
         def start() -> None:
@@ -159,7 +158,7 @@ class Run:
         self.parts |= parts
         if self.restored is not None:
             for name, part in parts.items():
-                with restoring(self.path):
+                with reading(str(self.path), RuntimeError, mend=START_AGAIN):
                     part.load_state_dict(self.restored[name])
 
     def steps(self, batches: Callable[[dict[str, int]], Iterable[AnyBatch]]) -> Iterator[tuple[int, AnyBatch]]:
