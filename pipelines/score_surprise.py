@@ -112,8 +112,8 @@ def main(options: Options) -> None:
     far = sum(level > FAR_LEVEL for level in tables.levels)
     output.finish({
         "videos": len(tables.levels), "too_short_videos": silent, "far_from_calibration": far,
-        "mean_energy": tables.mean_energy, "events": tables.events if alarm else None,
-        "threshold": alarm.threshold if alarm else None,
+        "mean_energy": float(np.concatenate(tables.columns["energy"]).mean()),
+        "events": tables.events if alarm else None, "threshold": alarm.threshold if alarm else None,
     } | (areas := tables.areas(*columns) if columns else {}))  # fmt: skip
     for name, area in sorted(areas.items(), key=lambda one: -one[1]):
         print(f"  area under the ROC curve of {options.truth}: {name.removeprefix('auroc_'):12} {area:.3f}")
@@ -187,12 +187,6 @@ class Tables(ExitStack):
             self.columns[name].append(values)
         self.levels.append(scores.level)
         self.events, self.hours = self.events + len(events), self.hours + hours_of([scores.timeline])
-
-    @property
-    def mean_energy(self) -> float:
-        """The mean over all moments."""
-        energies = self.columns["energy"]
-        return sum(float(part.sum()) for part in energies) / sum(map(len, energies))
 
     def areas(self, truth: str) -> dict[str, float]:
         """Areas under the ROC curve over the moments of all videos of which the truth is known."""
