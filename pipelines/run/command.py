@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from data.errors import DataError, printable
 from jepa.errors import ConfigurationError
-from pipelines.run.options import dashed, parse
-
-Options = TypeVar("Options")
+from pipelines.run.options import Options, dashed, parse
 
 SHOWN = 5
 SHARED = ("pretrain_encoder", "cache_embeddings", "train_predictor", "train_decoder")
