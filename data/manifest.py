@@ -110,7 +110,9 @@ def index_videos(
         except VideoError as error:
             return Record(state, None, str(error))
         except OSError as error:
-            return Record(state, None, _why_not(path, error))
+            is_dead = os.path.islink(path) and not os.path.exists(path)
+            why = f"a dead link, to {path.readlink()}" if is_dead else (error.strerror or str(error)).lower()
+            return Record(state, None, f"{error.filename or path}: {why}")
 
     if manifest is not None:
         manifest.parent.mkdir(parents=True, exist_ok=True)
@@ -146,12 +148,6 @@ def _others_alike(records: list[Record]) -> list[tuple[int, VideoInfo]]:
         records[at] = replace(records[at], video=alike[at])
     kinds = Counter(content for content, _ in {(video.content, video.whole) for video in alike.values()})
     return [(at, video) for at, video in alike.items() if kinds[video.content] > 1]
-
-
-def _why_not(path: Path, error: OSError) -> str:
-    is_dead = os.path.islink(path) and not os.path.exists(path)
-    why = f"a dead link, to {path.readlink()}" if is_dead else (error.strerror or str(error)).lower()
-    return f"{error.filename or path}: {why}"
 
 
 def check_videos(

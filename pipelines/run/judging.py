@@ -133,11 +133,6 @@ def forecast_windows(
     rolled, ridged, last, came = (torch.cat(part) for part in zip(*found, strict=True))
     ridge.cpu()
     require_changing(windows.cache, bool((came != last).any()))
-    groups = ordinary_clips(windows, chosen)
-    return Forecasts(rolled, ridged, last, came, groups), torch.cat(sampled, dim=1) if sampled else None
-
-
-def ordinary_clips(windows: Windows, chosen: np.ndarray) -> np.ndarray:
-    """The clip of each window, int (N,): its video, or one of four parts of the only one there is."""
     _, videos = np.unique(windows.video_of(chosen), return_inverse=True)
-    return videos if videos.max() > 0 else np.arange(len(chosen)) * 4 // len(chosen)
+    groups = videos if videos.max() > 0 else np.arange(len(chosen)) * 4 // len(chosen)  # parts of the only one
+    return Forecasts(rolled, ridged, last, came, groups), torch.cat(sampled, dim=1) if sampled else None
