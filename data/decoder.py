@@ -54,6 +54,8 @@ SEAM_S = 10.0
 """How long after the end of one recording the next one begins that is joined to it: no window reaches across."""
 GAP_PERIODS = 5  # an interval of more than this many median ones is a gap
 
+Opened = tuple["CheckedFile", InputContainer, VideoStream]
+
 
 class _Astray(Exception):
     """A skip has not led to the keyframe that was looked for."""
@@ -147,7 +149,7 @@ class VideoDecoder(Decoder):
         self.skipped_to_s: float | None = None  # time that was skipped to, until a frame has been given
         self.frames = self._decode()
 
-    def _open_stream(self, **options: str) -> "Opened":
+    def _open_stream(self, **options: str) -> Opened:
         return _open(self.path, **options)
 
     def _begin_again(self) -> None:
@@ -498,9 +500,6 @@ def _odd_end(path: Path, read_until: int, ends_early: bool) -> str:
     _, again, others = rest.partition(begin)
     left_out = f"another recording begins there: its {len(again + others):,} bytes are left out"
     return left_out if again and ends_early else ""
-
-
-Opened = tuple[CheckedFile, InputContainer, VideoStream]
 
 
 def _open(path: Path, **options: str) -> Opened:
