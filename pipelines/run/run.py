@@ -197,12 +197,9 @@ class Run:
 
     def draws(self, draw: Callable[[torch.Generator], AnyBatch]) -> Iterator[tuple[int, AnyBatch]]:
         """As `steps`, of batches without a place: each is drawn by the randomness of its step on this rank."""
-
-        def batches(_: dict[str, int]) -> Iterator[AnyBatch]:
-            for step in count(self.step):
-                yield draw(step_generator(self.options.seed, step, self.rank, torch.device("cpu")))
-
-        return self.steps(batches)
+        cpu = torch.device("cpu")
+        chances = (step_generator(self.options.seed, step, self.rank, cpu) for step in count(self.step))
+        return self.steps(lambda _: map(draw, chances))
 
     def _feed(self, batches: Iterable[AnyBatch]) -> Iterator[AnyBatch]:
         """Batches in memory from which a GPU copies while it computes; for the thread that reads ahead."""
