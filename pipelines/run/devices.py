@@ -10,8 +10,7 @@ import joblib
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from pipelines.run.command import UserError, require, said_by_all
 from pipelines.run.files import differences, to_json
@@ -44,7 +43,7 @@ def start_accelerator(
             InitProcessGroupKwargs(timeout=LONGEST_WAIT),
             # Backbones may have weights that get no gradient. Looking for them also keeps gradients from being
             # rearranged after the first step: ranks would add them up in another order after each start.
-            DDPKwargs(gradient_as_bucket_view=True, find_unused_parameters=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True),
         ],
     )
     on_gpu, half = accelerator.device.type == "cuda", accelerator.mixed_precision == "fp16"
