@@ -3,7 +3,6 @@
 `workers` is the number of threads, one a usable core by default.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
@@ -44,15 +43,3 @@ def stream_ahead(
                 if following is not None:
                     running[pool.submit(list, islice(following, at_once))] = following
                 yield from results
-
-
-def run_ahead(items: Iterable[Item], at_most: int) -> Iterator[Item]:
-    """Items in order, found by a thread that is so many ahead at most; Ctrl-C does not wait for it."""
-    pool, stream, end = ThreadPoolExecutor(1), iter(items), object()
-    found = deque(pool.submit(next, stream, end) for _ in range(at_most))
-    try:
-        while (item := found.popleft().result()) is not end:
-            found.append(pool.submit(next, stream, end))
-            yield item  # type: ignore[misc]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

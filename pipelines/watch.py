@@ -17,10 +17,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ from accelerate import Accelerator
 
 from data.errors import printable
 from data.live import watch_on_clock, without_password
-from data.parallel import run_ahead
 from jepa.alarms import Moment, follow_events
 from jepa.config import Bounded, Positive
 from jepa.encoder import Encoder
@@ -44,6 +44,7 @@ from pipelines.run.models import load_predictor
 from pipelines.run.scoring import BOX, DIGITS, PLACE, SPAN, Scorer, box_of, ignored_places
 
 AHEAD = 8  # ticks that are decoded ahead at most
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,18 @@ def score(options: Options, watch: Watch) -> Iterator[Scored]:
                 recent.popleft()
             mean = sum(one for _, one in recent) / len(recent)
             yield Scored(time_s, mean, percentile, float(cosine), places=places.numpy(), seen_s=seen_s)
+
+
+def run_ahead(items: Iterable[Item], at_most: int) -> Iterator[Item]:
+    """Items in order, found by a thread that is so many ahead at most; Ctrl-C does not wait for it."""
+    pool, stream, end = ThreadPoolExecutor(1), iter(items), object()
+    found = deque(pool.submit(next, stream, end) for _ in range(at_most))
+    try:
+        while (item := found.popleft().result()) is not end:
+            found.append(pool.submit(next, stream, end))
+            yield item  # type: ignore[misc]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def lines(moments: Iterable[Scored], threshold: float) -> Iterator[dict[str, Any]]:
