@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from data.files import MOST_VALUES, sweep, whole_file
-from pipelines.run.command import UserError, said_by_all
-from pipelines.run.devices import on_main
+from pipelines.run.command import UserError
+from pipelines.run.devices import on_main, said_by_all
 from pipelines.run.files import START_AGAIN, reading
 
 KEPT = 2  # newest training states that stay

@@ -73,12 +73,6 @@ def first_few(names: Sequence[Any]) -> str:
     return ", ".join(map(str, names[:SHOWN])) + more
 
 
-def said_by_all(error: Exception) -> Exception:
-    """Mark an error that all ranks raise alike: rank 0 alone says it."""
-    error.on_all_ranks = True  # type: ignore[attr-defined]
-    return error
-
-
 def run_command(main: Callable[[Options], None], options_type: type[Options]) -> None:
     """Parse the command line and run `main`; a user's mistake ends in one clear line and a non-zero exit code.
 

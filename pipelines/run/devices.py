@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from pipelines.run.command import UserError, require, said_by_all
+from pipelines.run.command import UserError, require
 from pipelines.run.files import differences, to_json
 
 Result = TypeVar("Result")
@@ -66,6 +66,12 @@ def describe_devices(accelerator: Accelerator) -> str:
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     return f"{accelerator.num_processes} x {name}, precision {accelerator.mixed_precision.replace('no', 'fp32')}"
+
+
+def said_by_all(error: Exception) -> Exception:
+    """Mark an error that all ranks raise alike: rank 0 alone says it."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+    return error
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
