@@ -165,9 +165,8 @@ def remove_empty(folder: Path) -> None:
 
 def environment() -> dict[str, Any]:
     """What a number must be traced back to beside its options: versions, machine, and the commit of the code."""
-    git, code = ["git", "-C", str(Path(__file__).parent), "describe"], "unknown"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    code = "unknown"
     with suppress(OSError, subprocess.CalledProcessError):
-        code = subprocess.check_output(
-            [*git, "--always", "--abbrev=40", "--dirty", "--exclude=*"], text=True, stderr=subprocess.DEVNULL
-        ).strip()
+        code = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
     return {"versions": files.versions(), "machine": platform.platform(), "code": code}
