@@ -316,10 +316,8 @@ def _read_manifest(path: Path, columns: dict[str, Column]) -> tuple[Shard, list[
             clips.append(CachedClip(ClipKey(*key), rows, frames, crc32, shard_path))
             rows += frames
         offsets = {name: record["offsets"][name] for name in (*columns, "shard")}
-        shard = Shard(
-            shard_path, rows, record["bytes"], id=record["shard"].encode(), written_ns=record["written_ns"],
-            offsets=offsets,
-        )  # fmt: skip
+        shard_id, written_ns = record["shard"].encode(), record["written_ns"]
+        shard = Shard(shard_path, rows, record["bytes"], id=shard_id, written_ns=written_ns, offsets=offsets)
         if not _are_sizes(shard.size_bytes, shard.written_ns, *offsets.values(), *(clip.frames for clip in clips)):
             raise ValueError("a size is not a positive whole number")
         for name, column in columns.items():

@@ -91,9 +91,8 @@ class Calibration(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """What it is built from, as JSON values."""
-        ridge = self.ridge
-        sizes = {"horizon": self.horizon, "windows": len(self.clips), "context": ridge.context}
-        return sizes | {"dimension": len(ridge.mean), "fps": ridge.fps, "on_grid": ridge.on_grid}
+        sizes = {"horizon": self.horizon, "windows": len(self.clips), "dimension": len(self.ridge.mean)}
+        return sizes | {name: getattr(self.ridge, name) for name in ("context", "fps", "on_grid")}
 
     @classmethod
     def build(cls, *, horizon: int, windows: int, dimension: int, **of_ridge: Any) -> "Calibration":

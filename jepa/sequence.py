@@ -43,10 +43,9 @@ class Sequence:
 
     def cut(self, context: int, fps: float) -> tuple["Sequence", "Future", Tensor]:
         """The first `context` steps, what is then asked of a rollout, and what came, (B, H, *tokens, D)."""
-        known = None if self.actions is None else self.actions[:, :context]
-        done = None if self.actions is None else self.actions[:, context - 1 : -1]
+        acts, came = self.actions, self.embeddings[:, context:]
+        known, done = (None, None) if acts is None else (acts[:, :context], acts[:, context - 1 : -1])
         past = replace(self, embeddings=self.embeddings[:, :context], times=self.times[:, :context], actions=known)
-        came = self.embeddings[:, context:]
         return past, Future.ticks(came.shape[1], fps, done), came
 
     def followed_by(self, actions: Tensor | None) -> "Sequence":

@@ -20,7 +20,8 @@ MEASURES = {
 
 def write_table(results: Results, path: Path) -> None:
     """A row of a CSV for each forecast and horizon, and of the truth what can be said of it; empty is undefined."""
-    rows = [{"predictor": name} | record for name, records in _by_name(results) for record in records]
+    named = results["predictors"] | {"truth": results["truth"]}
+    rows = [{"predictor": name} | record for name, records in named.items() for record in records]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -35,8 +36,9 @@ def table(results: Results) -> str:
     if results["interval"].startswith("too few"):
         lines.append(f"{results['interval']}: how long they are useful is by point estimates")
     lines.append(_line("horizon in steps", [*(f"{step} ({step / fps:.3g} s)" for step in shown), "useful for"]))
+    named = results["predictors"] | {"truth": results["truth"]}
     for measure, title in MEASURES.items():
-        rows = {name: records for name, records in _by_name(results) if measure in records[0]}
+        rows = {name: records for name, records in named.items() if measure in records[0]}
         lines += [title] * bool(rows)
         for name, records in rows.items():
             values = to_json([records[step - 1][measure] for step in shown])
@@ -53,7 +55,3 @@ def table(results: Results) -> str:
 
 def _line(name: str, cells: list[str]) -> str:
     return f"  {name:21}" + "".join(f"{cell:>13}" for cell in cells)
-
-
-def _by_name(results: Results) -> list[tuple[str, list[dict[str, float]]]]:
-    return [*results["predictors"].items(), ("truth", results["truth"])]
