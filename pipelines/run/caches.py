@@ -9,8 +9,7 @@ from pipelines.run.command import UserError, require
 from pipelines.run.files import summary
 
 BATCH_NUMBERS = 32_000_000  # numbers that are held at a time where windows of a cache go by in batches
-MOST_NUMBERS, MOST_WINDOWS = 32_000_000, 8192
-"""Size of what a calibration, each of its four tensors, or simple scores are fitted on, and their most windows."""
+MOST_NUMBERS, MOST_WINDOWS = 32_000_000, 8192  # in each tensor that a calibration or simple scores are fitted on
 
 
 def clips_in_short(cache: EmbeddingCache) -> str:

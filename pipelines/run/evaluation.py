@@ -214,7 +214,6 @@ def fit_readout(cache: EmbeddingCache, columns: tuple[str, ...], predictor: Pred
     _, groups = np.unique(frames.video_of(indices), return_inverse=True)
     if groups.max() + 1 < FOLDS:  # of few videos parts, one after the other
         groups = np.arange(len(indices)) * FOLDS // len(indices)
-
     batches = (
         (predictor.standardise(taken.embeddings[:, 0]), true[part], torch.from_numpy(groups[part]))
         for part, taken in in_batches(frames, indices, predictor.mean.device)
