@@ -39,7 +39,6 @@ LEAST_SHARE, LEAST_FRAMES = 0.5, 5
 SHOWN, THUMBNAIL = 40, 128
 """Lines on the sheet, and the longer side of a frame there in pixels."""
 
-
 Found = tuple[np.ndarray, np.ndarray]
 """Scores (N,), the first the nearest, surest or farthest, and rows (N, M) whose frames show each."""
 

@@ -25,6 +25,12 @@ from pipelines.run.caches import MOST_NUMBERS, MOST_WINDOWS
 from pipelines.run.command import require
 from pipelines.run.models import in_batches, windows_for
 
+DIGITS = {"time_s": 3, "energy": 4, "percentile": 1, "change_cosine": 3}
+"""What is said of a moment, with how many decimals."""
+SPAN = ("begin_s", "end_s", "peak_s", "energy")
+PLACE, BOX = ("row", "column"), ("first_row", "first_column", "last_row", "last_column")
+"""What is said of an event and, of a grid, of the highest cell and of the box around an event's."""
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -71,13 +77,6 @@ class Scorer:
         expected, seen, last = map(predictor.standardise, (believed[:, at], came[:, at], past.embeddings[:, -1]))
         energies = self.calibration.of_moments(maps, ahead).mean(dim=1)
         return energies, change_cosine(expected, seen, last)[:, 0], maps.mean(dim=1)
-
-
-DIGITS = {"time_s": 3, "energy": 4, "percentile": 1, "change_cosine": 3}
-"""What is said of a moment, with how many decimals."""
-SPAN = ("begin_s", "end_s", "peak_s", "energy")
-PLACE, BOX = ("row", "column"), ("first_row", "first_column", "last_row", "last_column")
-"""What is said of an event and, of a grid, of the highest cell and of the box around an event's."""
 
 
 def box_of(loudest: np.ndarray) -> list[int]:
