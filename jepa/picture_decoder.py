@@ -20,8 +20,11 @@ class PictureDecoder(nn.Module):
     Where an embedding leaves something open, the least squared error is the mean of all that may be: what is blurred
     has been forgotten. It begins as the mean picture.
 
-    Its `shape` is (*tokens, D), of the encoder with this fingerprint; with rows and columns as tokens places stay where
-    they are. Its `size` is (height, width) of the pictures, its `width` the channels of the coarsest layer.
+    Args:
+        shape: (*tokens, D); with rows and columns as tokens places stay where they are.
+        size: (height, width) of the pictures.
+        width: channels of the coarsest layer.
+        encoder_fingerprint: whose embeddings it takes.
     """
 
     mean: Tensor

@@ -69,8 +69,8 @@ def _read_preset(path: Path, command: str) -> list[str]:
         if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_PRESET_BYTES):
             raise ValueError(f"it is no file of at most {MOST_PRESET_BYTES:,} bytes")
         text = path.read_text()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has aliases, which may grow without bounds: write the values out")
+        if any(isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) for event in yaml.parse(text)):
+            raise ValueError("it has aliases or tags, which are no values: write the values out")
         sections = yaml.load(text, _AsWritten)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigurationError("preset", f"{path} cannot be read: {' '.join(str(error).split())}") from error
