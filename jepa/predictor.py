@@ -81,10 +81,8 @@ class Predictor(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Any]]:
         """One step of a rollout: (B, last, *tokens, D), and the state for the next step, of predictor and network.
 
-        Raises `ValueError` where actions are missing.
-
         Args:
-            newest: the past or, with a state, what was predicted last.
+            newest: the past or, with a state, what was predicted last; `ValueError` where actions are missing.
             state: what this returned for the embeddings before; None at the beginning.
             latent: (B, last, Z), standard normal; None for the latent's mean.
             last: how many predictions.
