@@ -127,14 +127,14 @@ def read_labels(path: Path, videos: list[Path]) -> dict[str, tuple[np.ndarray, n
 
 def cached(folder: Path, videos: dict[str, list[Path]], options: Options) -> None:
     """Caches of the splits; the encoder is kept in that of the training videos."""
-    common = {"fps": options.fps, "clocks": 4}
+    common, kept = {"fps": options.fps, "clocks": 4}, folder / "cache" / "train" / "encoder"  # of a published one
     for split, paths in videos.items():
         cache = folder / "cache" / split
-        words = options.encoder_options.split() if split == "train" else ["--batch-size", "16"]
-        if split == "train" and "efficientnet_lite0" in options.encoder_options:
+        words = options.encoder_options.split()
+        if split != "train" and kept.exists():
+            words = ["--batch-size", "16", "--encoder", str(kept.absolute())]
+        elif "efficientnet_lite0" in options.encoder_options:
             words += ["--encoder-weights", str(shared("weights") / "tf_efficientnet_lite0.safetensors")]
-        elif split != "train":
-            words += ["--encoder", str((folder / "cache" / "train" / "encoder").absolute())]
         run("cache_embeddings", {"videos": paths, "output-dir": cache} | common, words)
 
 
