@@ -210,7 +210,7 @@ class VideoDecoder(Decoder):
 
     @cached_property
     def _index(self) -> "_Index":
-        return _index(self.path, self.path.stat().st_mtime_ns)
+        return _index(self.path, self.stream.index, self.path.stat().st_mtime_ns)
 
     @property
     def keyframes_s(self) -> tuple[float, ...]:  # type: ignore[override]
@@ -439,12 +439,13 @@ def usual_interval(intervals: np.ndarray) -> float:
 
 
 @lru_cache(maxsize=1024)  # a video is opened for each minute of it
-def _index(path: Path, modified_ns: int) -> _Index:
-    """The index of a video that was changed at a time; that a keyframe is none, as with intra refresh, a skip finds."""
-    file, container, stream = _open(path, probesize="32")
+def _index(path: Path, number: int, modified_ns: int) -> _Index:
+    """The index of a stream of a file that was changed at a time; of keyframes that are none a skip finds out."""
+    file, container, _ = _open(path, probesize="32")
     with file, container:
         if not _is(container, SEEKABLE):
             return _Index()
+        stream = container.streams[number]  # FFmpeg's best, by so little of the file, may be another one
         try:
             container.seek(0)  # Matroska's index is read only now
         except av.FFmpegError:

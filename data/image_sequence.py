@@ -35,7 +35,7 @@ class ImageSequenceDecoder(Decoder):
         self.times_s = times if are_seconds else times / fps
         self.average_fps = 1 / float(np.median(np.diff(times))) if are_seconds else fps
         self.at_image_fps = not are_seconds
-        in_names = f"its images are shown at the times that are their names, over {self.times_s[-1]:,.6g} s"
+        in_names = f"its images are shown at the times that are their names, over {self.times_s[-1]:,.2f} s"
         self.assumed = in_names if are_seconds else f"{fps:g} images a second, for their names are no times"
         self.position = 0
         self.codec = "images"

@@ -29,10 +29,10 @@ class SidecarError(DataError):
 
 
 def table_beside(video: Path) -> Path:
-    """Where a video's table lies: `clip.csv` for a file `clip.mp4`, `clip.01.csv` for a folder of images `clip.01`."""
+    """Where a video's table lies: `clip.csv`, or `clip.CSV`, for a file `clip.mp4`; `a.01.csv` for a folder `a.01`."""
     path = video.with_name(f"{video.name}.csv") if video.is_dir() else video.with_suffix(".csv")
     capital = path.with_suffix(".CSV")  # cameras shout
-    return capital if capital.exists() and not path.exists() else path
+    return capital if os.path.exists(capital) and not os.path.lexists(path) else path
 
 
 def read_sidecar(
@@ -98,10 +98,8 @@ def _read_table(video: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], 
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             known = reader.fieldnames or []
-            if other := len(known) == 1 and {";", "\t"} & {*known[0]}:
-                raise ValueError(
-                    f"its columns are parted by {other.pop()!r}: save it with commas, and points in numbers"
-                )
+            if other := len(known) == 1 and sorted({";", "\t"} & {*known[0]}):
+                raise ValueError(f"its columns are parted by {other[-1]!r}: save it with commas, and points in numbers")
             clock = "time_s" if "time_s" in known else "frame"
             values = [name for name in known if name not in ("time_s", "frame")]
             found = tuple(_chosen((clock, *patterns), values, known))

@@ -49,8 +49,7 @@ class VideoInfo:
     """Times at which decoding can begin, as far as they are known."""
     assumed: str = ""
     """What is not known of the video, and was taken for granted."""
-    at_image_fps: bool = False
-    """Whether its times are of the rate that was given for what says none."""
+    at_image_fps: bool = False  # its times are of the rate that was given for what says none
     frames: int | None = None
     """Frames that decode; None: nobody has counted. Headers lie about it."""
     gaps_s: tuple[tuple[float, float], ...] = ()

@@ -22,17 +22,15 @@ class Bootstrap:
     def __init__(self, groups: np.ndarray, resamples: int = 1000, *, seed: int = 0) -> None:
         self.groups, self.count = groups, int(groups.max()) + 1
         generator, size = np.random.default_rng(seed), self.count
-        self.draws = np.empty((resamples, size), dtype=np.uint16)  # how often each group is in each resample
-        for draw in self.draws:
-            draw[:] = np.bincount(generator.integers(size, size=size), minlength=size)
+        draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
+        self.draws = np.stack([draw.astype(np.uint16) for draw in draws])  # (resamples, groups): how often each is in
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sums over the windows in each resample, (N, ...) -> (resamples, ...); of fewer values the first windows."""
         by_group = np.zeros((self.count, *values.shape[1:]))
         np.add.at(by_group, self.groups[: len(values)], values)
-        flat = by_group.reshape(self.count, -1)
         parts = np.array_split(self.draws, 20)  # all of the draws are 160 MB of float64 where there are 20,000 groups
-        sums = np.concatenate([part.astype(np.float64) @ flat for part in parts])
+        sums = np.concatenate([part.astype(np.float64) @ by_group.reshape(self.count, -1) for part in parts])
         return sums.reshape(-1, *values.shape[1:])
 
     def means(self, values: np.ndarray) -> np.ndarray:

@@ -477,20 +477,24 @@ def test_a_cover_picture_is_no_video(tmp_path, suffix):
 def test_of_several_video_streams_it_is_said_which_one_is_read(tmp_path, suffix):
     path = tmp_path / f"front_and_rear{suffix}"
     with av.open(str(path), "w") as container:
-        streams, heights = [container.add_stream("libx264", rate=10) for _ in range(2)], (32, 64)
+        # By the first bytes alone FFmpeg would take the first one of Matroska, by more of it the faster one.
+        rates, heights = (12, 25), (32, 64)
+        streams = [container.add_stream("libx264", rate=rate) for rate in rates]
         for stream, height in zip(streams, heights, strict=True):
-            stream.width, stream.height, stream.options = 96, height, {"bf": "0"}
-        for index in range(10):
+            stream.width, stream.height, stream.options = 96, height, {"bf": "0", "g": "10", "sc_threshold": "0"}
+        for index in range(40):
             for stream in streams:
-                pixels = np.full((stream.height, 96, 3), 20 * index, np.uint8)
+                pixels = np.full((stream.height, 96, 3), 6 * index, np.uint8)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         for stream in streams:
             container.mux(stream.encode())
-    for look in (probe_video, count_frames):
-        info = look(path)
-        read = heights.index(info.height)
-        assert info.assumed == f"stream {read} is the video: of its 2 video streams one is read"
-    assert (info.average_fps, info.frames) == (pytest.approx(10), 10)
+    first, info = probe_video(path), count_frames(path)
+    read = heights.index(info.height)
+    for one in (first, info):
+        assert one.assumed == f"stream {read} is the video: of its 2 video streams one is read"
+    assert (info.average_fps, info.frames) == (pytest.approx(rates[read], rel=0.01), 40)
+    assert len(info.keyframes_s) == 4 * info.seekable
+    assert first.keyframes_s == pytest.approx(info.keyframes_s)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,7 @@ import yaml
 
 from jepa.errors import ConfigurationError
 from pipelines.run.command import explain
-from pipelines.run.options import parse
+from pipelines.run.options import _AsWritten, as_arguments, parse
 from pipelines.run.training import OptimizerOptions
 from tests.toy_trainer import Deep, Narrow, Options
 
@@ -75,6 +75,9 @@ def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
     assert options.optimizer == OptimizerOptions(1e-2, 0.0)
     assert read(preset={"train_predictor": {"steps": 1}}).steps == 12  # what is for another command
     assert read(preset="toy_trainer: {steps: 010}").steps == 10  # eight to YAML 1.1
+    written = yaml.load("{infill: True, sound: off, word: 'true', encoder: null, at: 1:30, rate: 1e-3}", _AsWritten)
+    said = "--infill --no-sound --word=true --encoder=None --at=1:30 --rate=1e-3"
+    assert [*as_arguments(written)] == said.split()
 
 
 @pytest.mark.parametrize(

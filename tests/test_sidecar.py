@@ -123,6 +123,16 @@ def test_a_cameras_table_has_a_name_in_capitals(video):
     assert read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[7]]
     table.write_text("time_s,speed\n0.0,8\n")  # the usual name comes first
     assert read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[8]]
+    table.unlink()
+    table.symlink_to("nowhere")  # even if it leads nowhere
+    with pytest.raises(SidecarError, match=r"clip\.csv: .*No such file"):
+        read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1)
+
+
+def test_a_name_too_long_for_a_table_costs_no_other_video(video):
+    video.with_suffix(".csv").write_text("time_s,speed\n0.0,7\n")
+    too_long = video.with_name("a" * 252 + ".ts")  # with .csv one more than there may be
+    assert columns_beside([too_long, video], ["speed"]) == ("speed",)
 
 
 def test_empty_cells_at_the_end_and_columns_that_nobody_asks_for_are_no_fault(video):

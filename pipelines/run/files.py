@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,8 @@ def reading(run: str, kind: type[Exception] = OSError, *, mend: str = "restore i
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, kind) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{run} is not as its run left it ({said:.240}): {mend}") from error
+        said = shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+        raise UserError(f"{run} is not as its run left it ({said}): {mend}") from error
 
 
 def to_json(value: Any) -> Any:

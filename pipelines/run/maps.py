@@ -54,7 +54,7 @@ def map_of(folder: Path, kind: MapKind = "pca") -> dict[str, Any]:
 def project(flat: np.ndarray, kind: MapKind) -> tuple[np.ndarray, str]:
     """Places (N, 2) of standardised embeddings (N, D), and how they were found. Raises `UserError`."""
     if kind == "umap":
-        umap = imported("umap", "--map umap takes umap-learn: pip install 'video-jepa[umap]', or --map pca")
+        umap = imported("umap.umap_", "--map umap takes umap-learn: pip install 'video-jepa[umap]', or --map pca")
         require(len(flat) >= LEAST, f"--map umap takes {LEAST} moments, and there are {len(flat)}: take --map pca")
         near = umap.UMAP(n_neighbors=min(15, len(flat) - 1), random_state=0, n_jobs=1)  # by one thread: always the same
         return near.fit_transform(flat), "by UMAP: neighbours are alike; how far apart others lie says little"

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -21,8 +21,13 @@ NOT_IN_PRESETS = ("output_dir", "manifest", "overwrite", "resume", "preset")
 """What to write, and over what, is for the command line alone."""
 
 
-class _AsWritten(yaml.BaseLoader):  # type: ignore[misc]
-    """Values as they are written (YAML: 010 is eight, 1:30 is ninety); a name that stands twice is an error."""
+class _AsWritten(yaml.SafeLoader):  # type: ignore[misc]
+    """Numbers as they are written (YAML: 010 is eight, 1:30 is ninety); a name that stands twice is an error."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [rule for rule in rules if rule[0].endswith((":bool", ":null"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -92,8 +97,8 @@ def as_arguments(values: dict[str, Any], prefix: str = "--") -> Iterator[str]:
         option = f"{prefix}{dashed(str(name))}"
         if isinstance(value, dict):
             yield from as_arguments(value, f"{option}.")
-        elif isinstance(value, bool) or value in ("true", "false"):
-            yield option if value in (True, "true") else f"{prefix}no-{dashed(str(name))}"
+        elif isinstance(value, bool):
+            yield option if value else f"{prefix}no-{dashed(str(name))}"
         elif isinstance(value, list):
             yield from (option, *map(str, value))
         else:
