@@ -39,6 +39,7 @@ ENDS_EARLY = ("mp4", "flv", "asf")
 """Containers of which FFmpeg reads the first recording alone, where several are joined to one file."""
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 """What comes before an ASF's account of itself, in which is its size."""
+FRAGMENT = b"\0\0\0\x10mfhd"  # what each fragment of an MP4 begins with
 NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
 """Streams of pictures that are none of a video's: covers, previews, tiles."""
 NO_RATE = "frames a second, for it says no rate"
@@ -120,6 +121,8 @@ class VideoDecoder(Decoder):
     `image_fps` is the rate of a stream that has no container, and does not say its own.
     """
 
+    most_holes = 100  # after which reading goes on
+
     def __init__(self, path: Path, image_fps: float, damage: Damage | None) -> None:
         super().__init__(path, damage)
         self.image_fps = image_fps
@@ -141,12 +144,14 @@ class VideoDecoder(Decoder):
             self.assumed = f"stream {self.stream.index} is the video: of its {streams} video streams one is read"
         self.period_s = 1 / (self.header_fps or 25)
         self.header_duration_s, self.is_promise = _header_duration_s(self.container, self.stream)
-        self.first_pts = self.stream.start_time if _is(self.container, SEEKABLE) else None
+        self.start_pts = self.stream.start_time  # by the header: reading may find another one
+        self.first_pts = self.start_pts if _is(self.container, SEEKABLE) else None
         self.is_avi = _is(self.container, ("avi",))
         self.read_until = 0  # where the last packet ended that was read, in bytes
         self.begin_s = 0.0  # when the recording begins that is read now, of those that are joined to this file
         self.reached_s: float | None = None  # time of the last frame that was given, or to be skipped to
         self.skipped_to_s: float | None = None  # time that was skipped to, until a frame has been given
+        self.holes = 0  # how often something was passed over
         self.frames = self._decode()
 
     def _open_stream(self, **options: str) -> Opened:
@@ -224,18 +229,19 @@ class VideoDecoder(Decoder):
     def _decode(self, *first: "Packet[VideoStream]") -> Iterator[tuple[VideoFrame, float]]:
         """Decode forward from where the container stands, after a keyframe's packet that was read already."""
         self.run = _Run(first[0].pts if first else None)
-        last_dts, is_lost, back = math.inf, False, self._ticks(BACK_S)
+        last_dts, is_lost, back, holes = math.inf, False, self._ticks(BACK_S), 0
         for packet in chain(first, self._packets()):
             dts = math.inf if packet.dts is None else packet.dts
             is_back = math.inf > last_dts > dts + back
             is_cut = packet.is_corrupt and not _is(self.container, ("mpegts",))  # which says so of whole ones, too
-            if is_back or (is_cut and not is_lost):
+            is_behind_hole, holes = self.holes > holes, self.holes
+            if is_back or ((is_cut or is_behind_hole) and not is_lost):
                 nothing: Packet[VideoStream] = Packet()  # type: ignore[assignment]
                 nothing.stream = self.stream
                 yield from self._shown(nothing)  # what the decoder holds back
                 if is_back:
                     self._join()
-                else:
+                elif is_cut:
                     self.note(f"decoding failed {self._after(self.run.previous_s)} (a picture is cut off)")
                 is_lost = True  # until the next keyframe
             if is_lost and (is_cut or not packet.is_keyframe):
@@ -300,21 +306,26 @@ class VideoDecoder(Decoder):
 
     def _packets(self) -> "Iterator[Packet[VideoStream]]":
         """Coded pictures in the order of the file; a file that breaks off ends there."""
-        try:
-            for packet in self.container.demux(self.stream):  # the last one, which is empty, comes after the end
+        while self.holes < self.most_holes:
+            try:
+                for packet in self.container.demux(self.stream):  # the last one, which is empty, comes after the end
+                    self.file.require_sound()
+                    yield packet
+                return
+            except av.FFmpegError as error:
                 self.file.require_sound()
-                yield packet
-        except av.FFmpegError as error:
-            self.file.require_sound()
-            self._note_error("reading", self.reached_s, error)
+                self._note_error("reading", self.reached_s, error)
+                if not isinstance(error, av.BlockingIOError):  # which says that FFmpeg has passed over something
+                    return
+                self.holes += 1
 
     def _require_whole(self) -> None:
         """Note if the video ends earlier than its header says, or than its file."""
         if self.begin_s:
             return  # the header tells of the first recording alone
         end_s, promised_s = self.run.end_s, self.header_duration_s
-        if self.first_pts is not None and self.stream.start_time is not None:  # the frames before could not be decoded
-            promised_s -= self._seconds(self.first_pts - self.stream.start_time)
+        if self.first_pts is not None and self.start_pts is not None:  # the frames before could not be decoded
+            promised_s -= self._seconds(self.first_pts - self.start_pts)
         is_lone = len(self.container.streams) == 1 and not self.stream.codec_context.has_b_frames
         is_exact = _is(self.container, (*EXACT, "asf", "flv") if is_lone else EXACT)
         unsaid = () if _is(self.container, ("asf",)) else (None,)  # ASF says none of a variable rate
@@ -457,7 +468,7 @@ def _index(path: Path, number: int, modified_ns: int) -> _Index:
         if (steps < 0).any():  # several recordings, joined: each begins anew
             return _Index()
         scale, unit = Fraction(stream.time_base or 0).as_integer_ratio()
-        is_of_all = _is(container, ("mp4",)) and steps.any()
+        is_of_all = _is(container, ("mp4",)) and len(steps) and np.median(steps) > 0
         fps = unit / (usual_interval(steps) * scale) if is_of_all else 0.0
         keyframes = times[table[:, 1] == 1]
         file.require_sound()
@@ -498,6 +509,8 @@ def _odd_end(path: Path, read_until: int, ends_early: bool) -> str:
     is_cut |= begin.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in rest  # a JPEG's begin and end
     if int.from_bytes(promised, "little") > size or is_cut:
         return "the file is cut off there"
+    if ends_early and (fragments := rest.count(FRAGMENT)) > 2:  # the last ones may be of sound alone
+        return f"{fragments} fragments after it cannot be read"
     _, again, others = rest.partition(begin)
     left_out = f"another recording begins there: its {len(again + others):,} bytes are left out"
     return left_out if again and ends_early else ""

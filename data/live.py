@@ -39,6 +39,7 @@ class GrowingFile(CheckedFile):
 class LiveDecoder(VideoDecoder):
     """A video that is still being recorded, decoded forward as it comes; `say` is told of damage at once."""
 
+    most_holes = 1  # then it is asked for anew
     is_whole = False
     """Whether it has ended where its header says."""
 

@@ -63,7 +63,9 @@ def read_manifest(path: Path) -> list[Record]:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no file")
-        header, *lines, _ = path.read_text().split("\n")
+        header, *lines, last = path.read_text().split("\n")
+        with suppress(ValueError):  # an editor may have left out the end of the last line
+            lines += [last] * isinstance(json.loads(last), dict)
         if json.loads(header) != FORMAT:
             raise ValueError(f"it does not begin with {json.dumps(FORMAT)}")
         return [_from_json(json.loads(line)) for line in lines]

@@ -19,6 +19,8 @@ IMAGE_NAMES = "avif bmp jfif jp2 jpe jpeg jpg pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in IMAGE_NAMES.split())
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit is higher
 
+PHOTOMETRIC = 262  # the tag of TIFF that is 0 where white is; of 8 bits Pillow knows
+
 
 def is_image(name: str) -> bool:
     """Whether a file's name says that it is an image."""
@@ -44,7 +46,9 @@ def read_image(path: Path) -> np.ndarray:
             raise ValueError(f"its pixels are of kind {image.mode}, whose range is not known")
         ImageOps.exif_transpose(image, in_place=True)
         if is_wide:  # Pillow would clip, not scale
-            return np.asarray(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB"))
+            pixels = (np.asarray(image) >> 8).astype(np.uint8)
+            is_negative = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+            return np.asarray(Image.fromarray(~pixels if is_negative else pixels).convert("RGB"))
         image.info.pop("transparency", None)  # alpha is ignored; Pillow would warn of some
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 

@@ -47,8 +47,10 @@ def read_sidecar(
     path = table_beside(video)
     (clock, *_), rows = _read_table(video, columns)
     if clock == "frame":
-        with open_video(video, Damage(), image_fps) as decoder:  # headers lie about times and order
+        with open_video(video, damage := Damage(), image_fps) as decoder:  # headers lie about times and order
             shown_s = np.array([time_s for _, time_s in decoder])
+        if damage.corrupt_frames or not all(reason.startswith(("ends", "times jump")) for reason in damage.breaks):
+            raise SidecarError(f"{path}: it counts frames, and {video.name} has lost some ({damage}): give time_s")
         unknown = rows[~np.isin(rows[:, 0], np.arange(len(shown_s))), 0]
         if len(unknown):
             raise SidecarError(
@@ -96,7 +98,7 @@ def _read_table(video: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], 
             raise OSError("it is no file")  # a pipe would be waited for
         # "-sig": spreadsheets put an invisible mark before the name of the first column.
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
+            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
             known = reader.fieldnames or []
             if other := len(known) == 1 and sorted({";", "\t"} & {*known[0]}):
                 raise ValueError(f"its columns are parted by {other[-1]!r}: save it with commas, and points in numbers")

@@ -39,7 +39,7 @@ from data.sidecar import columns_beside, read_sidecar, table_beside
 from data.video import TRANSFORM, VideoInfo
 from jepa.config import Positive, PositiveInt
 from jepa.encoder import Encoder
-from pipelines.run.command import require, run_command
+from pipelines.run.command import counted, require, run_command
 from pipelines.run.devices import main_first, start_accelerator
 from pipelines.run.embed import Task, embed_videos
 from pipelines.run.encoders import find_encoder, keep_encoder, sample_windows
@@ -89,6 +89,9 @@ def main(options: Options) -> None:
     videos, account = main_first(accelerator, lambda: usable_videos(options, is_main))
     options = main_first(accelerator, partial(named, options, videos))
     missing = missing_files(video.path for video in videos)
+    if is_main and (slow := [video for video in videos if 0 < video.average_fps < 0.95 * options.fps * options.clocks]):
+        said = f"such as {slow[0].path} of {slow[0].average_fps:.4g}: on {options.clocks} clocks its frames come twice"
+        print(f"warning: {counted(len(slow), 'video')} of fewer frames a second than all clocks together, {said}")
     encoder = main_first(accelerator, lambda: chosen_encoder(options, accelerator, videos))
     provenance = Provenance(
         encoder=options.encoder, encoder_fingerprint=encoder.fingerprint, fps=options.fps, image_fps=options.image_fps,

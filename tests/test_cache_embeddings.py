@@ -266,6 +266,10 @@ def test_several_clocks_in_one_pass_give_what_each_gives_alone(embed, capsys):
     alone = embed("alone", fps=4.0, clocks=2)
     assert f"{CLIPS} of {2 * CLIPS} clips are in the cache already" in capsys.readouterr().out
     assert [(clip.key, clip.crc32) for clip in both.clips] == [(clip.key, clip.crc32) for clip in alone.clips]
+    embed("more", fps=4.0, clocks=3)
+    said = capsys.readouterr().out
+    assert f"warning: {CLIPS} videos of fewer frames a second than all clocks together, such as " in said
+    assert "clip_00000.mp4 of 10: on 3 clocks its frames come twice" in said
 
 
 def test_damaged_videos_are_kept_as_far_as_they_go_and_accounted_for(embed, material, tmp_path, damage_video, capsys):

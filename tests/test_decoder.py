@@ -1,6 +1,7 @@
 """Random access against reading in order, damage, and files out of the ordinary."""
 
 import io
+import re
 import struct
 from itertools import chain, pairwise
 
@@ -629,3 +630,54 @@ def test_a_gap_of_years_takes_no_time(tmp_path, encode_video, read_number):
     assert [read_number(one.frame) for one in timed if one.clock == 0] == [0, 1, 2, 3, 4]
     assert [one.tick for one in timed if one.clock == 0][3:] == [round(30 * year_s), round(30 * year_s) + 1]
     assert probe_video(video).duration_s == 0
+
+
+def test_frames_that_share_their_times_are_counted(tmp_path, encode_video):
+    video = encode_video(tmp_path / "pairs.mkv", np.arange(20) // 2 / 25, options={"bf": "0"})
+    assert count_frames(video).frames == 20
+    uneven = np.concatenate([np.arange(25) / 25, 1 + np.arange(25) / 24])
+    video = encode_video(tmp_path / "a.mp4", uneven, options={"bf": "0"})
+    content = bytearray(video.read_bytes())
+    first = content.index(b"stts") + 12  # its entries: so many pictures, so many ticks each
+    for at in range(first, first + 8 * int.from_bytes(content[first - 4 : first]), 8):
+        if int.from_bytes(content[at : at + 4]) > 10:
+            content[at + 4 : at + 8] = bytes(4)
+    video.write_bytes(content)
+    assert probe_video(video).height
+    assert count_frames(video).frames
+
+
+@pytest.mark.parametrize("rate", [1, 2])
+def test_a_slow_video_is_whole(tmp_path, encode_video, rate):
+    video = encode_video(tmp_path / "slow.mkv", 30, rate=rate, options={"bf": "0", "g": "5"})
+    info = count_frames(video)
+    assert (info.frames, info.damage) == (30, "")
+
+
+def test_a_hole_in_a_transport_stream_costs_what_lies_in_it(tmp_path, encode_video):
+    pictures = np.random.default_rng(0).integers(0, 256, (100, 96, 160, 3), dtype=np.uint8)
+    video = encode_video(tmp_path / "a.ts", 100, pictures, options={"g": "10", "crf": "5", "bf": "0"})
+    content = bytearray(video.read_bytes())
+    assert len(content) > 1_000_000
+    middle = len(content) // 2
+    content[middle : middle + 150_000] = bytes(150_000)
+    video.write_bytes(content)
+    info = count_frames(video)
+    assert 70 < info.frames < 100
+    assert "reading failed after 1." in info.damage
+    assert info.duration_s == pytest.approx(4.0, abs=0.05)
+    assert_random_is_sequential(video, damage=Damage())
+
+
+@pytest.mark.parametrize("flags", ["frag_every_frame+empty_moov", "frag_keyframe+empty_moov"])
+def test_fragments_behind_one_that_cannot_be_read_are_counted(tmp_path, encode_video, flags):
+    options, container_options = {"g": "10", "bf": "0"}, {"movflags": flags}
+    video = encode_video(tmp_path / "a.mp4", 100, options=options, container_options=container_options)
+    assert (count_frames(video).frames, count_frames(video).damage) == (100, "")
+    begins = [match.start() for match in re.finditer(b"moof", video.read_bytes())]
+    content, damaged = bytearray(video.read_bytes()), begins[len(begins) // 3]
+    content[damaged - 4 : damaged + 4] = bytes(8)
+    video.write_bytes(content)
+    info = count_frames(video)
+    assert info.frames < 50
+    assert f"{len(begins) - len(begins) // 3} fragments after it cannot be read" in info.damage

@@ -27,6 +27,8 @@ from pipelines.run.embed import Task, decode
 from tests.conftest import draw_number
 from tests.test_decoder import SIZE, assert_random_is_sequential
 
+PHOTOMETRIC = b"\x06\1\3\0\1\0\0\0"  # a tag of TIFF
+
 
 def write_images(folder, names, numbers=None):
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +151,11 @@ def test_images_of_all_kinds(tmp_path):
     Image.fromarray(colours).save(folder / "13.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])
     Image.fromarray(colours).save(folder / "14.avif", quality=95)
     Image.fromarray(level > 50).save(folder / "15.png")
+    Image.fromarray(65535 - level.astype(np.uint16) * 257).save(folder / "16.tif")
+    negative = (folder / "16.tif").read_bytes().replace(PHOTOMETRIC + b"\1", PHOTOMETRIC + b"\0")  # 0 is white
+    (folder / "16.tif").write_bytes(negative)
     frames = np.stack([frame for frame, _ in read_frames(folder, (24, 36))])
+    assert np.abs(frames[15].astype(int) - 100).max() <= 2
     assert np.abs(frames[:14].astype(int) - 100).max() <= 2
     assert (frames[14] >= 254).all()
 

@@ -173,6 +173,15 @@ def test_a_line_that_was_cut_off_is_looked_at_again(index, looks, manifest):
         assert len(looks) == 1
 
 
+def test_the_last_line_needs_no_end(index, looks, manifest):
+    before = index()
+    manifest.write_text(manifest.read_text().removesuffix("\n"))
+    assert len(read_manifest(manifest)) == len(before) == 3
+    looks.clear()
+    assert index() == before
+    assert looks == []
+
+
 HEADER = b'{"format": "video-jepa manifest", "version": 4}\n'
 FOREIGN = [b"", b"{}\n", b"[1, 2]\n", b"hello\n", b"\xff\xfe\x00\n", HEADER.replace(b"4", b"3")]
 DAMAGED = [b"{", b"", b"7", b"null", b"[]", b"[" * 100_000, b'"text"', b"{}", b'{"path": "/a", "size_bytes": 1}']

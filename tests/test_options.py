@@ -88,6 +88,7 @@ def test_a_preset_brings_other_defaults_and_the_command_line_wins(read):
         ("a: [", "cannot be read: while parsing"),
         ("a: !!python/object/apply:os.system [ls]", "cannot be read: it has aliases or tags"),
         ("toy_trainer: {steps: 3, noise: 0, steps: 4}", "cannot be read: steps stands in one section more than once"),
+        ("toy_trainer: {log-every: 3, log_every: 4}", "cannot be read: log_every stands in one section"),
         ("toy_trainer: {network: {layers: 3, layers: 3}}", "cannot be read: layers stands in one section"),
         ("toy_trainer: {}\ntoy_trainer: {steps: 4}", "cannot be read: toy_trainer stands in one section"),
         ("toy_trainer: {? [steps] : 4}", "cannot be read: while constructing"),

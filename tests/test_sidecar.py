@@ -1,9 +1,12 @@
 import os
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 
-from data.errors import DataError
+from benchmarks.reading import read_frames
+from data.errors import DataError, VideoError
 from data.sidecar import SidecarError, columns_beside, read_sidecar
 
 TABLE = "frame,time_s,speed,steering\n0,0.0,10,-1\n1,0.1,11,-0.5\n2,0.25,12,0\n3,0.7,13,0.5\n"
@@ -93,6 +96,7 @@ def test_patterns_stand_for_the_columns_of_the_table(video, patterns, columns):
         ("time_s\tspeed\n0\t1\n", "speed", r"its columns are parted by '\\t'"),
         ("time_s,höhe\n0.0,1\n".encode("latin-1"), "höhe", "in UTF-8"),
         (b"time_s,speed\n0.0," + b"7" * 200_000 + b"\n", "speed", "table of numbers"),
+        ('time_s,speed,note\n0,1,"x\n0.5,2,"x\n1,3,y\n', "speed", "cannot be read as a table"),  # quotes left open
         (lambda path: path, "speed", "No such file"),
         (os.mkfifo, "speed", "it is no file"),
     ],
@@ -151,6 +155,37 @@ def uneven(tmp_path, encode_video):
     """A video of uneven rate, and the state of some of its frames."""
     (tmp_path / "uneven.csv").write_text("speed,frame\n13,3\n10,0\n12,2\n")
     return encode_video(tmp_path / "uneven.mp4", [0.0, 0.1, 0.25, 0.7, 0.8])
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "images"])
+def test_frames_are_not_counted_where_some_were_lost(tmp_path, encode_video, damage_video, name):
+    video = tmp_path / name
+    if video.suffix:
+        pictures = np.random.default_rng(0).integers(0, 256, (60, 48, 80, 3), dtype=np.uint8)
+        encode_video(video, 60, pictures, options={"g": "20", "bf": "0", "sc_threshold": "0"})
+        damage_video(video, 20, skipped=1500, mask=0x55)
+    else:
+        video.mkdir()
+        for number in range(5):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(video / f"{number}.png")
+        (video / "2.png").write_bytes(b"damaged")
+    table = tmp_path / ("video.csv" if video.suffix else "images.csv")
+    table.write_text("frame,speed\n0,7\n")
+    with pytest.raises(SidecarError, match=rf"it counts frames, and {name} has lost some \(.*\): give time_s"):
+        read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1)
+    table.write_text("time_s,speed\n0,7\n")
+    assert read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[7]]
+
+
+def test_frames_are_counted_where_the_end_alone_is_missing(tmp_path, encode_video):
+    video = encode_video(tmp_path / "cut.mkv", 50, options={"bf": "0"})
+    with av.open(str(video)) as container:
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    video.write_bytes(video.read_bytes()[: positions[30]])
+    with pytest.raises(VideoError, match="ends at"):
+        list(read_frames(video, (32, 80)))
+    (tmp_path / "cut.csv").write_text("frame,speed\n0,7\n")
+    assert read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1).tolist() == [[7]]
 
 
 def test_frames_are_counted_where_there_are_no_times(uneven):

@@ -30,8 +30,8 @@ class _AsWritten(yaml.SafeLoader):  # type: ignore[misc]
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        if twice := {str(name) for name in names if names.count(name) > 1}:
+        names = [str(key.value).replace("-", "_") for key, _ in node.value]
+        if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{', '.join(sorted(twice))} stands in one section more than once")
         return super().construct_mapping(node, deep)
 
