@@ -1,5 +1,7 @@
 """Videos for training, validation and test, no recording in two of them."""
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from itertools import chain, groupby
 
@@ -7,6 +9,12 @@ from data.errors import VideoError
 from data.video import VideoInfo
 
 SPLITS = ("train", "val", "test")
+CHAPTER = re.compile(r"(G[HXLP]\d\d|GOPR|GP\d\d)(?=\d{4}$)")
+"""What a GoPro puts before the number of a recording."""
+CAMERA = re.compile(
+    r"((?<=\d)|[ _-]+[NEPM]?)[FRBI]$|[ _-]+(FRONT|REAR|BACK|CABIN|INSIDE|INTERIOR|(LEFT|RIGHT)(_REPEATER|_PILLAR)?)$"
+)
+"""What the cameras of a car put after it."""
 HELD_OUT = 0.15  # share of the recordings that validation gets, and the test
 
 
@@ -17,6 +25,7 @@ def split_videos(videos: Sequence[VideoInfo]) -> dict[str, list[VideoInfo]]:
 
     Neighbours in that order are often parts of one drive or night, which so stay together. Files of one name in several
     folders are one recording, of several cameras; so are, where there are fewer names than folders, those of a folder.
+    Chapters of a GoPro and marks of a car's cameras (`_F`, `-left_repeater`) make no other recording, nor does case.
     Raises `VideoError` where there are fewer than three recordings, where one of these folders is missing, or a video
     lies beside them.
     """
@@ -29,11 +38,11 @@ def split_videos(videos: Sequence[VideoInfo]) -> dict[str, list[VideoInfo]]:
             stray = videos[own.index("")].path
             raise VideoError(f"{stray} is in none of the folders train, val and test that others are in: move it there")
         return {split: [video for video, its in zip(videos, own, strict=True) if its == split] for split in SPLITS}
-    names, folders = {video.path.stem for video in videos}, {video.path.parent for video in videos}
+    names, folders = {_name_of(video) for video in videos}, {video.path.parent for video in videos}
     by_name = len(names) >= len(folders)
 
     def recording(video: VideoInfo) -> str:
-        return video.path.stem if by_name else str(video.path.parent)
+        return _name_of(video) if by_name else str(video.path.parent)
 
     groups = [list(group) for _, group in groupby(sorted(videos, key=recording), key=recording)]
     if len(groups) < len(SPLITS):
@@ -45,3 +54,8 @@ def split_videos(videos: Sequence[VideoInfo]) -> dict[str, list[VideoInfo]]:
     held_out = max(1, round(HELD_OUT * len(groups)))
     parts = groups[: -2 * held_out], groups[-2 * held_out : -held_out], groups[-held_out:]
     return {split: [*chain(*part)] for split, part in zip(SPLITS, parts, strict=True)}
+
+
+def _name_of(video: VideoInfo) -> str:
+    """The name of a video's recording."""
+    return CHAPTER.sub("", CAMERA.sub("", unicodedata.normalize("NFC", video.path.stem).upper()))

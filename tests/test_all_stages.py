@@ -47,6 +47,20 @@ def test_a_recording_is_in_one_split_only():
         split_videos(videos("train/0.mp4", "train/1.mp4", "test/0.mp4", "2.mp4"))
 
 
+@pytest.mark.parametrize("name", [
+    "GX{part:02}{number:04}.MP4", "20240501_0630{number:02}_{camera}.mp4", "20240501_0630{number:02}{camera}.MP4",
+    "20240501_0630{number:02}_N{camera}.mp4", "2024-05-01_06-30-{number:02}-{side}.mp4", "{side}/{case}{number:02}.mp4",
+])  # fmt: skip
+def test_cameras_and_chapters_are_of_one_recording(name):
+    marks = [{"part": 1, "camera": "F", "side": "left_repeater", "case": "CLIP"},
+             {"part": 2, "camera": "R", "side": "back", "case": "clip"}]  # fmt: skip
+    parts = split_videos(videos(*(name.format(number=number, **mark) for number in range(10) for mark in marks)))
+    assert {split: len(part) for split, part in parts.items()} == {"train": 12, "val": 4, "test": 4}
+    for part in parts.values():
+        numbers = [re.search(r"(\d\d)\D*$", video.path.stem).group(1) for video in part]
+        assert all(numbers.count(number) == 2 for number in numbers)
+
+
 class Here:
     """A process that is this one; the one of the number `dies` is interrupted."""
 

@@ -32,10 +32,10 @@ ARROWS = {  # what of jepa/ a module may rest on, all the way down; errors and c
     "rollout": {"predictor", "calibration", "baselines", "networks", "sequence"},
 }
 # Lines of what is there today, rounded up to the next 50. Lower them whenever something has become shorter.
-PRODUCT, WITH_BESIDE = 12_240, 19_275  # the bars of issue 19: 6,500 and 10,500; of 21: 7,200; of 22: 8,500
+PRODUCT, WITH_BESIDE = 12_255, 19_290  # the bars of issue 19: 6,500 and 10,500; of 21: 7,200; of 22: 8,500
 TO_READ = {  # a command and all that it imports; the bar: 3,000 each
     "demo": 640,
-    "all_stages": 2_720,
+    "all_stages": 2_730,
     "inspect_folder": 2_740,
     "pretrain_encoder": 4_495,
     "cache_embeddings": 4_410,
