@@ -102,7 +102,8 @@ def _read_table(video: Path, patterns: Sequence[str]) -> tuple[tuple[str, ...], 
             known = reader.fieldnames or []
             if other := len(known) == 1 and sorted({";", "\t"} & {*known[0]}):
                 raise ValueError(f"its columns are parted by {other[-1]!r}: save it with commas, and points in numbers")
-            clock = "time_s" if "time_s" in known else "frame"
+            if not (clock := next((name for name in ("time_s", "frame") if name in known), "")):
+                raise ValueError(f"there is no column 'time_s' or 'frame' among {', '.join(known)}")
             values = [name for name in known if name not in ("time_s", "frame")]
             found = tuple(_chosen((clock, *patterns), values, known))
             rows = [

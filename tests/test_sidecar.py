@@ -83,7 +83,7 @@ def test_patterns_stand_for_the_columns_of_the_table(video, patterns, columns):
     ("table", "column", "message"),
     [
         (TABLE, "brake", "no column 'brake' among frame, time_s, speed, steering"),
-        ("second,speed\n0,1\n", "speed", "no column 'frame' among second, speed"),
+        ("second,speed\n0,1\n", "speed", "no column 'time_s' or 'frame' among second, speed"),
         ("time_s,speed\n", "speed", "no rows"),
         ("time_s,speed\n0.0,fast\n", "speed", "table of numbers.*fast"),
         ("time_s,speed\nnan,1\n", "speed", "a value that is not a number"),
