@@ -49,8 +49,10 @@ def read_sidecar(
     if clock == "frame":
         with open_video(video, damage := Damage(), image_fps) as decoder:  # headers lie about times and order
             shown_s = np.array([time_s for _, time_s in decoder])
-        if damage.corrupt_frames or not all(reason.startswith(("ends", "times jump")) for reason in damage.breaks):
-            raise SidecarError(f"{path}: it counts frames, and {video.name} has lost some ({damage}): give time_s")
+        is_lost = damage.corrupt_frames > 0 or (decoder.at_image_fps and len(np.unique(np.diff(shown_s).round(6))) > 1)
+        if is_lost or not all(reason.startswith(("ends", "times jump")) for reason in damage.breaks):
+            lost = str(damage) or "images are missing"
+            raise SidecarError(f"{path}: it counts frames, and {video.name} has lost some ({lost}): give time_s")
         unknown = rows[~np.isin(rows[:, 0], np.arange(len(shown_s))), 0]
         if len(unknown):
             raise SidecarError(

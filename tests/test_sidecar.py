@@ -157,7 +157,7 @@ def uneven(tmp_path, encode_video):
     return encode_video(tmp_path / "uneven.mp4", [0.0, 0.1, 0.25, 0.7, 0.8])
 
 
-@pytest.mark.parametrize("name", ["video.mp4", "images"])
+@pytest.mark.parametrize("name", ["video.mp4", "images", "gone"])
 def test_frames_are_not_counted_where_some_were_lost(tmp_path, encode_video, damage_video, name):
     video = tmp_path / name
     if video.suffix:
@@ -168,8 +168,10 @@ def test_frames_are_not_counted_where_some_were_lost(tmp_path, encode_video, dam
         video.mkdir()
         for number in range(5):
             Image.new("RGB", (8, 8), (number, 0, 0)).save(video / f"{number}.png")
-        (video / "2.png").write_bytes(b"damaged")
-    table = tmp_path / ("video.csv" if video.suffix else "images.csv")
+        (video / "2.png").unlink()
+        if name == "images":
+            (video / "2.png").write_bytes(b"damaged")
+    table = tmp_path / f"{video.stem}.csv"
     table.write_text("frame,speed\n0,7\n")
     with pytest.raises(SidecarError, match=rf"it counts frames, and {name} has lost some \(.*\): give time_s"):
         read_sidecar(video, np.zeros(1), columns=["speed"], tolerance_s=0.1)
