@@ -146,7 +146,7 @@ class VideoDecoder(Decoder):
         self.header_duration_s, self.is_promise = _header_duration_s(self.container, self.stream)
         self.start_pts = self.stream.start_time  # by the header: reading may find another one
         self.first_pts = self.start_pts if _is(self.container, SEEKABLE) else None
-        self.is_avi = _is(self.container, ("avi",))
+        self.is_unordered = _is(self.container, ("avi", "mxf"))  # what PyAV calls presentation times are none
         self.read_until = 0  # where the last packet ended that was read, in bytes
         self.begin_s = 0.0  # when the recording begins that is read now, of those that are joined to this file
         self.reached_s: float | None = None  # time of the last frame that was given, or to be skipped to
@@ -274,8 +274,8 @@ class VideoDecoder(Decoder):
             self._note_error("decoding", run.previous_s, error)
             return False
         for frame in frames:
-            # AVI has no presentation times: what PyAV calls so runs backwards around B-frames.
-            pts = frame.dts if self.is_avi else frame.pts
+            # AVI has no presentation times, MXF by FFmpeg neither: what PyAV calls so runs backwards around B-frames.
+            pts = frame.dts if self.is_unordered else frame.pts
             if pts is None:
                 time_s = self.begin_s if run.previous_s is None else run.previous_s + self.period_s
             elif run.keyframe_pts is not None and pts < run.keyframe_pts:

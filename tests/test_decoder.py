@@ -681,3 +681,11 @@ def test_fragments_behind_one_that_cannot_be_read_are_counted(tmp_path, encode_v
     info = count_frames(video)
     assert info.frames < 50
     assert f"{len(begins) - len(begins) // 3} fragments after it cannot be read" in info.damage
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+@pytest.mark.parametrize("name", ["a.avi", "a.mxf"])
+def test_containers_without_times_of_presentation_are_read_in_order(tmp_path, encode_video, read_number, name, codec):
+    video = encode_video(tmp_path / name, 60, codec=codec, options={"bf": "2", "g": "20", "b_strategy": "0"})
+    read = [(read_number(frame), round(time_s, 6)) for frame, time_s in read_frames(video, SIZE)]
+    assert read == [(number, number / 25) for number in range(60)]
