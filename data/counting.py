@@ -26,8 +26,8 @@ def count_frames(path: Path, image_fps: float = IMAGE_FPS) -> VideoInfo:
     intervals_s = np.diff(times_s)
     average_fps, is_steady = info.average_fps, False
     period_s = 1 / (average_fps or 25)
-    if len(intervals_s) and np.median(intervals_s) > 0:
-        period_s = float(np.median(intervals_s))
+    if len(intervals_s) and (usual_s := float(np.median(intervals_s))) > 0:
+        period_s = usual_s
         is_steady = bool(np.mean(np.abs(intervals_s - period_s) <= 2 * tolerance_s(period_s)) >= STEADY_SHARE)
         average_fps = average_fps if info.codec == "images" or info.at_image_fps else 1 / usual_interval(intervals_s)
     gaps = np.flatnonzero(intervals_s > (STEADY_GAP_PERIODS if is_steady else GAP_PERIODS) * period_s)

@@ -18,7 +18,6 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF"
 IMAGE_NAMES = "avif bmp jfif jp2 jpe jpeg jpg pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in IMAGE_NAMES.split())
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit is higher
-
 PHOTOMETRIC = 262  # the tag of TIFF that is 0 where white is; of 8 bits Pillow knows
 
 

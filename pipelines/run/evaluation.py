@@ -95,11 +95,12 @@ class Evaluation:
                 batch = self.forecast(taken, None if shuffled is None else windows.actions(shuffled))
                 errors = {(name, "mse"): squared_error(value, batch.came) for name, value in batch.forecasts.items()}
                 details = self.measure_details(batch, chosen[part]) if chosen is detailed else {}
-                for key, values in (errors | details).items():
+                for key, measured in (errors | details).items():
+                    values = measured.cpu().numpy()
                     if key not in measures:
-                        windows_of = len(indices) if key in errors else len(detailed)
-                        measures[key] = np.empty((windows_of, *values.shape[1:]), values.cpu().numpy().dtype)
-                    measures[key][before + part.start :][: len(values)] = values.cpu()
+                        size = len(indices if key in errors else detailed)
+                        measures[key] = np.empty((size, *values.shape[1:]), values.dtype)
+                    measures[key][before + part.start :][: len(values)] = values
         require_changing(windows.cache, bool(measures["copy_last", "mse"].any()))
         groups, grouped_by = group_windows(windows, np.concatenate([detailed, others]))
         bootstrap = Bootstrap(groups, resamples, seed=self.seed)
